@@ -1,0 +1,329 @@
+#include "checks.h"
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <string_view>
+
+#include "numeric.h"
+
+namespace vblora {
+namespace {
+
+using torch::headeronly::DeviceType;
+
+// The name by which a user of Python knows a dtype.
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+std::string shape(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+// Checks of one operator's arguments, each named in what it says.
+struct Arguments {
+  const char* op;
+  torch::stable::Device device;  // of the first argument; all others must be there too
+
+  template <class... Parts>
+  void check(bool holds, const char* name, const Parts&... parts) const {
+    STD_TORCH_CHECK(holds, "vblora::", op, ": `", name, "` ", parts...);
+  }
+
+  void matrix(const char* name, const Tensor& tensor) const {
+    check(tensor.device() == device, name, "is on another device than the first argument; move it there.");
+    check(tensor.dim() == 2, name, "must have 2 dimensions, but has shape ", shape(tensor), ".");
+  }
+  void sizes(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, const char* why) const {
+    matrix(name, tensor);
+    check(tensor.size(0) == rows && tensor.size(1) == columns, name, "has shape ", shape(tensor), ", but must be (", rows,
+          ", ", columns, "): ", why, ".");
+  }
+  void dtype(const char* name, const Tensor& tensor, ScalarType wanted, const char* why) const {
+    check(tensor.scalar_type() == wanted, name, "is ", dtype_name(tensor.scalar_type()), ", but must be ",
+          dtype_name(wanted), ": ", why, ".");
+  }
+  Type floating(const char* name, ScalarType type) const {
+    switch (type) {
+      case ScalarType::Float: return Type::f32;
+      case ScalarType::Double: return Type::f64;
+      case ScalarType::BFloat16: return Type::bf16;
+      case ScalarType::Half: return Type::f16;
+      default:
+        check(false, name, "is ", dtype_name(type), "; allowed are float32, float64, bfloat16 and float16.");
+        return Type::f32;
+    }
+  }
+  Type candidate(const Tensor& tensor) const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Short: return Type::i16;
+      case ScalarType::Int: return Type::i32;
+      default:
+        check(false, "candidates", "is ", dtype_name(tensor.scalar_type()), "; allowed are int16 and int32.");
+        return Type::i32;
+    }
+  }
+  Type index(const Tensor& tensor) const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Byte: return Type::u8;
+      case ScalarType::Short: return Type::i16;
+      case ScalarType::Int: return Type::i32;
+      case ScalarType::Long: return Type::i64;
+      default:
+        check(false, "indices", "is ", dtype_name(tensor.scalar_type()), "; allowed are uint8, int16, int32 and int64.");
+        return Type::i32;
+    }
+  }
+  void limits(int64_t vectors, int64_t columns) const {
+    constexpr int64_t most = std::numeric_limits<int32_t>::max();
+    check(vectors <= most, "bank", "has ", vectors, " vectors; at most ", most, " are supported.");
+    check(columns <= most, "logits", "has ", columns, " columns; at most ", most, " are supported.");
+  }
+};
+
+Tensor allocate(const Tensor& like, int64_t rows, int64_t columns, ScalarType type) {
+  const int64_t sizes[] = {rows, columns};
+  return torch::stable::new_empty(like, {sizes, 2}, type);
+}
+Tensor nothing(const Tensor& like, ScalarType type) {
+  const int64_t sizes[] = {0};
+  return torch::stable::new_empty(like, {sizes, 1}, type);
+}
+
+ScalarType weight_type(Type type) { return type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
+
+const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+}  // namespace
+
+AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
+                                int64_t k, std::optional<ScalarType> out_dtype) {
+  const Arguments arguments{"admixture", logits.device()};
+  arguments.matrix("logits", logits);
+  arguments.matrix("bank", bank);
+  const Type type = arguments.floating("logits", logits.scalar_type());
+  arguments.dtype("bank", bank, logits.scalar_type(), "the dtype of logits");
+  const ScalarType out = out_dtype.value_or(bank.scalar_type());
+  const Type out_type = arguments.floating("out_dtype", out);
+  const int64_t rows = logits.size(0), columns = logits.size(1), vectors = bank.size(0), length = bank.size(1);
+  arguments.limits(vectors, columns);
+  Type candidate_type = Type::i32;
+  if (candidates) {
+    arguments.sizes("candidates", *candidates, rows, columns, "the shape of logits");
+    candidate_type = arguments.candidate(*candidates);
+  } else {
+    arguments.check(columns == vectors, "logits", "has ", columns, " columns, but the bank has ", vectors,
+                    " vectors: without candidates there must be one column a vector.");
+  }
+  arguments.check(k >= 1 && k <= columns, "k", "is ", k, ", but must be between 1 and the ", columns,
+                  " columns of logits.");
+
+  AdmixtureCall call{{},
+                     torch::stable::contiguous(logits),
+                     torch::stable::contiguous(bank),
+                     candidates ? std::optional(torch::stable::contiguous(*candidates)) : std::nullopt,
+                     allocate(logits, rows, length, out),
+                     allocate(logits, rows, k, ScalarType::Int),
+                     allocate(logits, rows, k, weight_type(type))};
+  call.problem = {.type = type,
+                  .candidate_type = candidate_type,
+                  .out_type = out_type,
+                  .logits = call.logits.const_data_ptr(),
+                  .bank = call.bank.const_data_ptr(),
+                  .candidates = data(call.candidates),
+                  .subvectors = call.subvectors.mutable_data_ptr(),
+                  .indices = static_cast<int32_t*>(call.indices.mutable_data_ptr()),
+                  .weights = call.weights.mutable_data_ptr(),
+                  .rows = rows,
+                  .columns = columns,
+                  .vectors = vectors,
+                  .length = length,
+                  .k = k};
+  return call;
+}
+
+CompositionCall prepare_composition(const Tensor& bank, const Tensor& indices, const Tensor& weights,
+                                    std::optional<ScalarType> out_dtype) {
+  const Arguments arguments{"compose", bank.device()};
+  arguments.matrix("bank", bank);
+  const Type type = arguments.floating("bank", bank.scalar_type());
+  arguments.matrix("indices", indices);
+  const Type index_type = arguments.index(indices);
+  const int64_t rows = indices.size(0), k = indices.size(1), vectors = bank.size(0), length = bank.size(1);
+  arguments.sizes("weights", weights, rows, k, "the shape of indices");
+  arguments.dtype("weights", weights, weight_type(type), "float64 beside a float64 bank, float32 beside any other");
+  arguments.limits(vectors, 0);
+  const ScalarType out = out_dtype.value_or(bank.scalar_type());
+  const Type out_type = arguments.floating("out_dtype", out);
+
+  CompositionCall call{{},
+                       torch::stable::contiguous(bank),
+                       torch::stable::contiguous(indices),
+                       torch::stable::contiguous(weights),
+                       allocate(bank, rows, length, out)};
+  call.problem = {.type = type,
+                  .index_type = index_type,
+                  .out_type = out_type,
+                  .bank = call.bank.const_data_ptr(),
+                  .indices = call.indices.const_data_ptr(),
+                  .weights = call.weights.const_data_ptr(),
+                  .subvectors = call.subvectors.mutable_data_ptr(),
+                  .rows = rows,
+                  .vectors = vectors,
+                  .length = length,
+                  .k = k};
+  return call;
+}
+
+AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& grad_subvectors,
+                                                 const std::optional<Tensor>& grad_weights, const Tensor& indices,
+                                                 const Tensor& weights, const Tensor& bank,
+                                                 const std::optional<Tensor>& candidates, int64_t num_candidates,
+                                                 bool need_logits, bool need_bank) {
+  const Arguments arguments{"admixture_backward", indices.device()};
+  arguments.matrix("indices", indices);
+  arguments.dtype("indices", indices, ScalarType::Int, "as admixture returns them");
+  const int64_t rows = indices.size(0), k = indices.size(1);
+  arguments.matrix("bank", bank);
+  const Type type = arguments.floating("bank", bank.scalar_type());
+  const int64_t vectors = bank.size(0), length = bank.size(1);
+  arguments.sizes("weights", weights, rows, k, "the shape of indices");
+  arguments.dtype("weights", weights, weight_type(type), "as admixture returns them");
+  arguments.check(grad_subvectors || grad_weights, "grad_subvectors", "and `grad_weights` are both None; give one.");
+  Type grad_type = type;
+  if (grad_subvectors) {
+    arguments.sizes("grad_subvectors", *grad_subvectors, rows, length, "the shape of the sub-vectors");
+    grad_type = arguments.floating("grad_subvectors", grad_subvectors->scalar_type());
+  }
+  if (grad_weights) {
+    arguments.sizes("grad_weights", *grad_weights, rows, k, "the shape of the weights");
+    arguments.dtype("grad_weights", *grad_weights, weights.scalar_type(), "the dtype of weights");
+  }
+  arguments.limits(vectors, num_candidates);
+  Type candidate_type = Type::i32;
+  if (candidates) {
+    arguments.sizes("candidates", *candidates, rows, num_candidates, "one row a row of indices, num_candidates wide");
+    candidate_type = arguments.candidate(*candidates);
+  } else {
+    arguments.check(num_candidates == vectors, "num_candidates", "is ", num_candidates, ", but the bank has ", vectors,
+                    " vectors: without candidates there must be one column a vector.");
+  }
+  arguments.check(k <= num_candidates, "num_candidates", "is ", num_candidates, ", but must be at least the ", k,
+                  " columns of indices.");
+
+  const auto dense = [](const std::optional<Tensor>& tensor) {
+    return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+  };
+  const ScalarType grad = bank.scalar_type();
+  AdmixtureBackwardCall call{{},
+                             dense(grad_subvectors),
+                             dense(grad_weights),
+                             torch::stable::contiguous(indices),
+                             torch::stable::contiguous(weights),
+                             torch::stable::contiguous(bank),
+                             dense(candidates),
+                             need_logits ? allocate(bank, rows, num_candidates, grad) : nothing(bank, grad),
+                             need_bank ? allocate(bank, vectors, length, grad) : nothing(bank, grad)};
+  call.problem = {.type = type,
+                  .candidate_type = candidate_type,
+                  .grad_type = grad_type,
+                  .grad_subvectors = data(call.grad_subvectors),
+                  .grad_weights = data(call.grad_weights),
+                  .indices = static_cast<const int32_t*>(call.indices.const_data_ptr()),
+                  .weights = call.weights.const_data_ptr(),
+                  .bank = call.bank.const_data_ptr(),
+                  .candidates = data(call.candidates),
+                  .grad_logits = need_logits ? call.grad_logits.mutable_data_ptr() : nullptr,
+                  .grad_bank = need_bank ? call.grad_bank.mutable_data_ptr() : nullptr,
+                  .rows = rows,
+                  .columns = num_candidates,
+                  .vectors = vectors,
+                  .length = length,
+                  .k = k};
+  return call;
+}
+
+bool checked() {
+  const char* value = std::getenv("VBLORA_CHECKED");
+  return value && *value && std::string_view(value) != "0";
+}
+
+namespace {
+
+Tensor on_cpu(const Tensor& tensor) {
+  return torch::stable::to(tensor, torch::stable::Device(DeviceType::CPU));
+}
+
+template <class T>
+void check_range(const Arguments& arguments, const char* name, const Tensor& tensor, int64_t end) {
+  const Tensor host = on_cpu(tensor);
+  const T* values = static_cast<const T*>(host.const_data_ptr());
+  const int64_t columns = host.size(1);
+  for (int64_t i = 0; i < host.numel(); ++i) {
+    const int64_t value = values[i];
+    arguments.check(value >= 0 && value < end, name, "holds ", value, " at row ", i / columns, ", column ", i % columns,
+                    "; allowed are 0 to ", end - 1, ".");
+  }
+}
+
+void check_indices(const Arguments& arguments, const char* name, const Tensor& tensor, int64_t end) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Byte: return check_range<uint8_t>(arguments, name, tensor, end);
+    case ScalarType::Short: return check_range<int16_t>(arguments, name, tensor, end);
+    case ScalarType::Int: return check_range<int32_t>(arguments, name, tensor, end);
+    default: return check_range<int64_t>(arguments, name, tensor, end);
+  }
+}
+
+void check_numbers(const Arguments& arguments, const char* name, const Tensor& tensor) {
+  const Tensor host = torch::stable::to(on_cpu(tensor), ScalarType::Double);
+  const double* values = static_cast<const double*>(host.const_data_ptr());
+  const int64_t columns = host.size(1);
+  for (int64_t i = 0; i < host.numel(); ++i)
+    arguments.check(values[i] == values[i], name, "holds NaN at row ", i / columns, ", column ", i % columns, ".");
+}
+
+}  // namespace
+
+void check_values(const AdmixtureCall& call) {
+  const Arguments arguments{"admixture", call.logits.device()};
+  check_numbers(arguments, "logits", call.logits);
+  check_numbers(arguments, "bank", call.bank);
+  if (call.candidates) check_indices(arguments, "candidates", *call.candidates, call.problem.vectors);
+}
+
+void check_values(const CompositionCall& call) {
+  const Arguments arguments{"compose", call.bank.device()};
+  check_numbers(arguments, "bank", call.bank);
+  check_numbers(arguments, "weights", call.weights);
+  check_indices(arguments, "indices", call.indices, call.problem.vectors);
+}
+
+void check_values(const AdmixtureBackwardCall& call) {
+  const Arguments arguments{"admixture_backward", call.bank.device()};
+  if (call.grad_subvectors) check_numbers(arguments, "grad_subvectors", *call.grad_subvectors);
+  check_numbers(arguments, "bank", call.bank);
+  check_indices(arguments, "indices", call.indices, call.problem.columns);
+  if (call.candidates) check_indices(arguments, "candidates", *call.candidates, call.problem.vectors);
+}
+
+}  // namespace vblora

@@ -1,0 +1,53 @@
+// From the operators' tensors to a backend's problem: every argument checked by name, made dense where it is not, and the
+// outputs allocated. The same for all backends; what is returned keeps the tensors alive that the problem points into.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "admixture.h"
+
+namespace vblora {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct AdmixtureCall {
+  Admixture problem;
+  Tensor logits, bank;
+  std::optional<Tensor> candidates;
+  Tensor subvectors, indices, weights;
+};
+AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
+                                int64_t k, std::optional<ScalarType> out_dtype);
+
+struct CompositionCall {
+  Composition problem;
+  Tensor bank, indices, weights;
+  Tensor subvectors;
+};
+CompositionCall prepare_composition(const Tensor& bank, const Tensor& indices, const Tensor& weights,
+                                    std::optional<ScalarType> out_dtype);
+
+struct AdmixtureBackwardCall {
+  AdmixtureBackward problem;
+  std::optional<Tensor> grad_subvectors, grad_weights;
+  Tensor indices, weights, bank;
+  std::optional<Tensor> candidates;
+  Tensor grad_logits, grad_bank;
+};
+AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& grad_subvectors,
+                                                 const std::optional<Tensor>& grad_weights, const Tensor& indices,
+                                                 const Tensor& weights, const Tensor& bank,
+                                                 const std::optional<Tensor>& candidates, int64_t num_candidates,
+                                                 bool need_logits, bool need_bank);
+
+// VBLORA_CHECKED=1 in the environment: every call also looks at the values it was given (on the CPU; they are copied there).
+bool checked();
+void check_values(const AdmixtureCall& call);
+void check_values(const CompositionCall& call);
+void check_values(const AdmixtureBackwardCall& call);
+
+}  // namespace vblora

@@ -1,0 +1,31 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace vblora::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> admixture(const Tensor& logits, const Tensor& bank,
+                                             const std::optional<Tensor>& candidates, int64_t k,
+                                             std::optional<ScalarType> out_dtype) {
+  const AdmixtureCall call = prepare_admixture(logits, bank, candidates, k, out_dtype);
+  if (checked()) check_values(call);
+  const Admixture& problem = call.problem;
+  torch::stable::parallel_for(
+      0, problem.rows, grain(problem.columns + problem.k * problem.length),
+      [&](int64_t begin, int64_t end) {
+        std::vector<double> scratch(static_cast<size_t>(problem.k * kScratch));
+        kernels().admixture(problem, begin, end, scratch.data());
+      });
+  return {call.subvectors, call.indices, call.weights};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vblora, CPU, m) { m.impl("admixture", TORCH_BOX(&admixture)); }
+
+}  // namespace vblora::cpu

@@ -1,0 +1,174 @@
+// Top-k, softmax and mixture. Compiled once an instruction set: no function of this file, nor any that it calls, may have
+// linkage, but for the two at its end. Loops over fixed widths are written for the compiler to vectorise.
+#include "../kernels.h"
+#include "rows.h"
+
+namespace vblora::cpu {
+namespace {
+
+constexpr int64_t kBlock = 16;  // logits looked at together: few blocks hold any that are among the best so far
+constexpr int64_t kWidth = 64;  // elements of a sub-vector accumulated at once, in registers
+
+template <class Acc>
+struct Entry {
+  Acc value;
+  int64_t vector, column;
+};
+
+// The k best entries of a row, best first. `best` has room for k.
+template <class T>
+void select(const Admixture& problem, int64_t row, Entry<accumulator_t<T>>* best) {
+  using Acc = accumulator_t<T>;
+  const T* logits = static_cast<const T*>(problem.logits) + row * problem.columns;
+  const int64_t columns = problem.columns, k = problem.k;
+  int64_t found = 0;
+  const auto offer = [&](Acc value, int64_t column) {
+    const int64_t vector = vector_of(problem, row, column);
+    const auto precedes = [&](const Entry<Acc>& other) {
+      return comes_before(value, vector, column, other.value, other.vector, other.column);
+    };
+    if (found == k && !precedes(best[k - 1])) return;
+    int64_t place = found < k ? found++ : k - 1;
+    if (place > 32) {  // far from the front: halve the way, then move what stands behind in one go
+      int64_t low = 0, high = place;
+      while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (precedes(best[middle])) high = middle;
+        else low = middle + 1;
+      }
+      memmove(best + low + 1, best + low, static_cast<size_t>(place - low) * sizeof(*best));
+      place = low;
+    } else {
+      for (; place > 0 && precedes(best[place - 1]); --place) best[place] = best[place - 1];
+    }
+    best[place] = {value, vector, column};
+  };
+
+  int64_t column = 0;
+  for (; column < k; ++column) offer(load<Acc>(logits[column]), column);
+  for (; column + kBlock <= columns; column += kBlock) {
+    const Acc least = best[k - 1].value;
+    int passed = 0;  // the comparison is false for NaN, and a tie may go to a lower bank vector
+    for (int64_t i = 0; i < kBlock; ++i) passed |= !(load<Acc>(logits[column + i]) < least);
+    if (passed)
+      for (int64_t i = 0; i < kBlock; ++i) offer(load<Acc>(logits[column + i]), column + i);
+  }
+  for (; column < columns; ++column) offer(load<Acc>(logits[column]), column);
+}
+
+// out[0, width) = sum over n of weights[n] * vectors[n][0, width), in the order of n.
+template <int64_t N, class T, class Acc>
+void mix_few(const T* const* vectors, const Acc* weights, int64_t offset, int64_t width, Acc* out) {
+  for (int64_t i = 0; i < width; ++i) {
+    Acc sum = 0;
+    for (int64_t n = 0; n < N; ++n) sum = multiply_add(weights[n], load<Acc>(vectors[n][offset + i]), sum);
+    out[i] = sum;
+  }
+}
+
+template <class T, class Acc>
+void mix(const T* const* vectors, const Acc* weights, int64_t count, int64_t offset, int64_t width, Acc* out) {
+  switch (count) {
+    case 1: return mix_few<1>(vectors, weights, offset, width, out);
+    case 2: return mix_few<2>(vectors, weights, offset, width, out);
+    case 3: return mix_few<3>(vectors, weights, offset, width, out);
+    case 4: return mix_few<4>(vectors, weights, offset, width, out);
+    default:
+      for (int64_t i = 0; i < width; ++i) out[i] = 0;
+      for (int64_t n = 0; n < count; ++n)
+        for (int64_t i = 0; i < width; ++i) out[i] = multiply_add(weights[n], load<Acc>(vectors[n][offset + i]), out[i]);
+  }
+}
+
+// One sub-vector: the mixture, rounded once to the output's type.
+template <class T, class Out, class Acc>
+void mix_row(const T* const* vectors, const Acc* weights, int64_t count, int64_t length, Out* out) {
+  Acc sums[kWidth];
+  int64_t offset = 0;
+  for (; offset + kWidth <= length; offset += kWidth) {
+    mix(vectors, weights, count, offset, kWidth, sums);
+    for (int64_t i = 0; i < kWidth; ++i) store(out + offset + i, sums[i]);
+  }
+  mix(vectors, weights, count, offset, length - offset, sums);
+  for (int64_t i = 0; i < length - offset; ++i) store(out + offset + i, sums[i]);
+}
+
+// A task's scratch, laid out for k entries.
+template <class T>
+struct Scratch {
+  using Acc = accumulator_t<T>;
+  Entry<Acc>* best;
+  const T** vectors;
+  Acc* factors;
+  Scratch(void* scratch, int64_t k)
+      : best(static_cast<Entry<Acc>*>(scratch)),
+        vectors(reinterpret_cast<const T**>(best + k)),
+        factors(reinterpret_cast<Acc*>(vectors + k)) {
+    static_assert(sizeof(Entry<Acc>) + sizeof(T*) + sizeof(Acc) <= kScratch * sizeof(double), "scratch is too small");
+  }
+};
+
+template <class T, class Out>
+void admixture_rows(const Admixture& problem, int64_t begin, int64_t end, void* scratch) {
+  using Acc = accumulator_t<T>;
+  const int64_t k = problem.k, length = problem.length;
+  const auto [best, vectors, factors] = Scratch<T>(scratch, k);
+  for (int64_t row = begin; row < end; ++row) {
+    select<T>(problem, row, best);
+    Acc* weights = static_cast<Acc*>(problem.weights) + row * k;
+    Acc total = 0;
+    for (int64_t j = 0; j < k; ++j) total += weights[j] = exponential(best[j].value - best[0].value);
+    int64_t count = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      weights[j] /= total;
+      problem.indices[row * k + j] = static_cast<int32_t>(best[j].column);
+      if (best[j].vector < 0 || best[j].vector >= problem.vectors) continue;
+      vectors[count] = static_cast<const T*>(problem.bank) + best[j].vector * length;
+      factors[count++] = weights[j];
+    }
+    mix_row(vectors, factors, count, length, static_cast<Out*>(problem.subvectors) + row * length);
+  }
+}
+
+template <class T, class Out>
+void compose_rows(const Composition& problem, int64_t begin, int64_t end, void* scratch) {
+  using Acc = accumulator_t<T>;
+  const int64_t k = problem.k, length = problem.length;
+  const Scratch<T> space(scratch, k);
+  const T** vectors = space.vectors;
+  Acc* factors = space.factors;
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t count = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t vector = index_at(problem.indices, problem.index_type, row * k + j);
+      if (vector < 0 || vector >= problem.vectors) continue;
+      vectors[count] = static_cast<const T*>(problem.bank) + vector * length;
+      factors[count++] = static_cast<const Acc*>(problem.weights)[row * k + j];
+    }
+    mix_row(vectors, factors, count, length, static_cast<Out*>(problem.subvectors) + row * length);
+  }
+}
+
+}  // namespace
+
+namespace VBLORA_ISA {
+
+void admixture(const Admixture& problem, int64_t begin, int64_t end, void* scratch);
+void compose(const Composition& problem, int64_t begin, int64_t end, void* scratch);
+
+void admixture(const Admixture& problem, int64_t begin, int64_t end, void* scratch) {
+  with_type(problem.type, [&](auto element) {
+    with_type(problem.out_type,
+              [&](auto out) { admixture_rows<decltype(element), decltype(out)>(problem, begin, end, scratch); });
+  });
+}
+
+void compose(const Composition& problem, int64_t begin, int64_t end, void* scratch) {
+  with_type(problem.type, [&](auto element) {
+    with_type(problem.out_type,
+              [&](auto out) { compose_rows<decltype(element), decltype(out)>(problem, begin, end, scratch); });
+  });
+}
+
+}  // namespace VBLORA_ISA
+}  // namespace vblora::cpu

@@ -1,0 +1,51 @@
+#include "kernels.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string_view>
+
+namespace vblora::cpu {
+
+#define VBLORA_DECLARE(isa)                                                        \
+  namespace isa {                                                                  \
+  void admixture(const Admixture&, int64_t, int64_t, void*);                       \
+  void compose(const Composition&, int64_t, int64_t, void*);                       \
+  void backward_logits(const AdmixtureBackward&, int64_t, int64_t);                \
+  void backward_bank(const AdmixtureBackward&, int64_t, int64_t, void*);           \
+  constexpr Kernels table{#isa, admixture, compose, backward_logits, backward_bank}; \
+  }
+
+VBLORA_DECLARE(baseline)
+#ifdef VBLORA_X86_ISAS
+VBLORA_DECLARE(avx2)
+VBLORA_DECLARE(avx512)
+#endif
+
+namespace {
+
+const Kernels& choose() {
+  const Kernels* available[] = {&baseline::table, nullptr, nullptr};  // best last
+#ifdef VBLORA_X86_ISAS
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) available[1] = &avx2::table;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    available[2] = &avx512::table;
+#endif
+  const char* wanted = std::getenv("VBLORA_CPU_ISA");
+  const Kernels* best = nullptr;
+  for (const Kernels* kernels : available)
+    if (kernels && (!wanted || std::string_view(wanted) == kernels->name)) best = kernels;
+  STD_TORCH_CHECK(best, "vblora: VBLORA_CPU_ISA is \"", wanted ? wanted : "",
+                  "\"; allowed are baseline, avx2 and avx512, where the machine has them. Unset it to take the best.");
+  return *best;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace vblora::cpu

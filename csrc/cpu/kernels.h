@@ -1,0 +1,26 @@
+// The CPU kernels, compiled once an instruction set; the best that this machine has is chosen once, when first asked for.
+// VBLORA_CPU_ISA=baseline|avx2|avx512 overrides. Results have the same bits on each.
+#pragma once
+
+#include "../admixture.h"
+
+namespace vblora::cpu {
+
+constexpr int64_t kScratch = 5;  // doubles that a row's entry needs: value, vector, column, address, weight
+
+struct Kernels {
+  const char* name;
+  // Rows [begin, end) of the problem. scratch: k * kScratch doubles.
+  void (*admixture)(const Admixture&, int64_t begin, int64_t end, void* scratch);
+  void (*compose)(const Composition&, int64_t begin, int64_t end, void* scratch);
+  void (*backward_logits)(const AdmixtureBackward&, int64_t begin, int64_t end);
+  // Columns [begin, end) of grad_bank. scratch: (vectors, end - begin) accumulators.
+  void (*backward_bank)(const AdmixtureBackward&, int64_t begin, int64_t end, void* scratch);
+};
+
+const Kernels& kernels();
+
+// Rows that make a task worth another thread, when a row costs about `work` elementary steps.
+[[maybe_unused]] static inline int64_t grain(int64_t work) { return work >= 32768 ? 1 : 32768 / (work + 1) + 1; }
+
+}  // namespace vblora::cpu

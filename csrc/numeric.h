@@ -1,0 +1,133 @@
+// Arithmetic that must give the same bits on every backend and instruction set: conversions, exp, and the order of a row's
+// entries. Everything here is `static`: the CPU kernels compile it once an instruction set, and a function with linkage would
+// leave the choice among those copies to the linker.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __CUDACC__
+#define VBLORA_BOTH __host__ __device__
+#else
+#define VBLORA_BOTH
+#endif
+
+namespace vblora {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+static VBLORA_BOTH inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits_as keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// What a type is accumulated in.
+template <class T>
+struct accumulator {
+  using type = float;
+};
+template <>
+struct accumulator<double> {
+  using type = double;
+};
+template <class T>
+using accumulator_t = typename accumulator<T>::type;
+
+template <class To>
+static VBLORA_BOTH inline To load(float x) {
+  return static_cast<To>(x);
+}
+template <class To>
+static VBLORA_BOTH inline To load(double x) {
+  return static_cast<To>(x);
+}
+template <class To>
+static VBLORA_BOTH inline To load(bf16 x) {
+  return static_cast<To>(bits_as<float>(static_cast<uint32_t>(x.bits) << 16));
+}
+template <class To>
+static VBLORA_BOTH inline To load(f16 x) {
+  // Exponent and mantissa moved into a float's place are too small by 2^112 (the biases' difference): one exact product
+  // mends that, denormals included. Infinities and NaN get float's exponent instead.
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  const float scaled = bits_as<float>(magnitude) * 0x1p112f;
+  const uint32_t special = magnitude | 0x7f800000u;
+  const uint32_t finite = bits_as<uint32_t>(scaled);
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  return static_cast<To>(bits_as<float>((magnitude >= 0x0f800000u ? special : finite) | sign));
+}
+
+static VBLORA_BOTH inline void store(float* to, float x) { *to = x; }
+static VBLORA_BOTH inline void store(double* to, float x) { *to = x; }
+static VBLORA_BOTH inline void store(double* to, double x) { *to = x; }
+static VBLORA_BOTH inline void store(float* to, double x) { *to = static_cast<float>(x); }
+static VBLORA_BOTH inline void store(bf16* to, float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+static VBLORA_BOTH inline void store(f16* to, float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Normal results: rebias the exponent, round to nearest even; a carry runs into the exponent, up to infinity.
+  const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Denormal results: adding 0.5 puts the last mantissa bit that half can hold where float rounds by itself.
+  const uint32_t denormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? denormal : normal;
+  half = magnitude >= 0x47800000u ? 0x7c00u : half;  // 65536 and above, infinity
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
+  to->bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
+static VBLORA_BOTH inline void store(bf16* to, double x) { store(to, static_cast<float>(x)); }
+static VBLORA_BOTH inline void store(f16* to, double x) { store(to, static_cast<float>(x)); }
+
+static VBLORA_BOTH inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+static VBLORA_BOTH inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+// e^x for the differences of a softmax, x <= 0 or NaN. Ours, since libraries differ in the last bit and a checkpoint should
+// not: x = n ln2 + r with |r| <= ln2 / 2, a Taylor polynomial for e^r (its remainder is below 6e-9), 2^n in two exact steps.
+static VBLORA_BOTH inline float exponential(float x) {
+  if (!(x >= -104.0f)) return x != x ? x : 0.0f;
+  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits
+  const float shifted = fmaf(x, 1.44269504f, shifter);
+  const float n = shifted - shifter;
+  float r = fmaf(n, -0.693359375f, x);  // ln2 in two parts, the first with few bits, so that its product is exact
+  r = fmaf(n, 2.12194440e-4f, r);
+  float p = 1.0f / 5040.0f;
+  p = fmaf(p, r, 1.0f / 720.0f);
+  p = fmaf(p, r, 1.0f / 120.0f);
+  p = fmaf(p, r, 1.0f / 24.0f);
+  p = fmaf(p, r, 1.0f / 6.0f);
+  p = fmaf(p, r, 0.5f);
+  p = fmaf(p, r, 1.0f);
+  p = fmaf(p, r, 1.0f);
+  const int32_t exponent = static_cast<int32_t>(n);
+  const int32_t half = exponent / 2;  // n goes down to -150, where the result is denormal and 2^n alone is no float
+  const float first = bits_as<float>(static_cast<uint32_t>(127 + half) << 23);
+  const float second = bits_as<float>(static_cast<uint32_t>(127 + exponent - half) << 23);
+  return p * first * second;
+}
+static VBLORA_BOTH inline double exponential(double x) { return exp(x); }
+
+// Whether entry (x, vector, column) of a row comes before entry (y, ...) : larger first, NaN largest as in torch.topk, ties
+// to the lowest bank vector, then to the lowest column.
+template <class T>
+static VBLORA_BOTH inline bool comes_before(T x, int64_t x_vector, int64_t x_column, T y, int64_t y_vector,
+                                            int64_t y_column) {
+  const bool x_nan = x != x, y_nan = y != y;
+  if (x_nan != y_nan) return x_nan;
+  if (!x_nan && x != y) return x > y;
+  if (x_vector != y_vector) return x_vector < y_vector;
+  return x_column < y_column;
+}
+
+}  // namespace vblora

@@ -1,0 +1,109 @@
+"""Drives the native build: CMakeLists.txt describes it, this file hands it the environment and packs what comes out.
+
+DEBUG=1                asserts, warnings as errors, line info
+MAX_JOBS=N             how many compilers at a time
+VBLORA_CPU_ONLY=1      leave CUDA out
+FORCE_CUDA=1           fail rather than leave CUDA out
+CUDA_HOME=DIR          the CUDA toolkit to use (otherwise CUDACXX, nvcc on PATH, /usr/local/cuda)
+TORCH_CUDA_ARCH_LIST   compute capabilities to compile for: "8.0;9.0+PTX"
+"""
+
+import importlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import ExecError, PlatformError
+
+ROOT = Path(__file__).parent.resolve()
+OLDEST_TORCH = (2, 13)
+
+
+def check_torch() -> None:
+    """Refuse a torch whose headers lack the stable ABI that the sources are written against."""
+    needed = "torch >= {}.{}".format(*OLDEST_TORCH)
+    try:
+        found = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        raise PlatformError(f"vblora builds against {needed}, and no torch is installed here: pip install torch") from None
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TORCH:
+        raise PlatformError(f"vblora needs {needed}, but torch {found} is installed here: pip install --upgrade torch")
+
+
+def flag(environ: Mapping[str, str], name: str) -> bool:
+    value = environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise PlatformError(f"{name}={value!r} is neither 1 (on) nor 0 (off): set one of them, or unset {name}")
+    return value == "1"
+
+
+def cmake_options(environ: Mapping[str, str]) -> list[str]:
+    debug, cpu_only, force_cuda = (flag(environ, name) for name in ("DEBUG", "VBLORA_CPU_ONLY", "FORCE_CUDA"))
+    if cpu_only and force_cuda:
+        raise PlatformError("VBLORA_CPU_ONLY=1 and FORCE_CUDA=1 contradict each other: unset one of them")
+    return [
+        f"-DCMAKE_BUILD_TYPE={'Debug' if debug else 'Release'}",
+        f"-DVBLORA_CPU_ONLY={cpu_only:d}",
+        f"-DVBLORA_FORCE_CUDA={force_cuda:d}",
+        f"-DVBLORA_CUDA_ARCH_LIST={environ.get('TORCH_CUDA_ARCH_LIST', '')}",
+    ]
+
+
+def jobs(environ: Mapping[str, str]) -> list[str]:
+    value = environ.get("MAX_JOBS", "")
+    if value and not re.fullmatch("[1-9][0-9]*", value):
+        raise PlatformError(f"MAX_JOBS={value!r} is not a positive number: set one, or unset MAX_JOBS for one a core")
+    return ["--parallel", value] if value else []
+
+
+def program(name: str, folder: str) -> str:
+    """Path of a build tool: the one from PyPI in this environment (on nobody's PATH perhaps), else the system's."""
+    try:
+        return str(Path(getattr(importlib.import_module(name), folder), name))
+    except ImportError:
+        path = shutil.which(name)
+    if path is None:
+        raise PlatformError(f"the build needs {name}, which is not installed: pip install {name}")
+    return path
+
+
+def run(*command: str) -> None:
+    if status := subprocess.run(command).returncode:
+        raise ExecError(f"{Path(command[0]).name} failed (exit code {status}); the lines above say why")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        check_torch()
+        parallel = jobs(os.environ)
+        cmake, ninja = program("cmake", "CMAKE_BIN_DIR"), program("ninja", "BIN_DIR")
+        folder = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
+        configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", *cmake_options(os.environ)]
+
+        # CMake remembers the compilers it found. So that the environment always means what it says, it starts afresh
+        # whenever that has changed; otherwise only what was edited is compiled again.
+        variables = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDACXX", "CUDAFLAGS", "PATH")
+        inputs = "\n".join([*configure, *(f"{name}={os.environ.get(name, '')}" for name in variables)])
+        stamp = folder / "configured-with.txt"
+        fresh = not stamp.exists() or stamp.read_text() != inputs
+        stamp.unlink(missing_ok=True)
+        run(*configure, *(["--fresh"] if fresh else []))
+        stamp.write_text(inputs)
+        run(cmake, "--build", str(folder), *parallel)
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / target.name, target)
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("vblora._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,30 @@
+"""VB-LoRA for PyTorch: low-rank adapters mixed from one vector bank, with kernels of our own.
+
+>>> model = vblora.inject(model, vblora.VBLoRAConfig(r=4, num_vectors=256, vector_length=64))
+>>> optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
+"""
+
+from .bank import VectorBank
+from .checkpoint import load, save
+from .config import VBLoRAConfig
+from .injection import count_parameters, disabled, eject, inject, merge, parameter_groups, unmerge
+from .layers import VBLinear
+from .ops import build_info
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "VBLinear",
+    "VBLoRAConfig",
+    "VectorBank",
+    "build_info",
+    "count_parameters",
+    "disabled",
+    "eject",
+    "inject",
+    "load",
+    "merge",
+    "parameter_groups",
+    "save",
+    "unmerge",
+]

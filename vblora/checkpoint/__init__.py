@@ -1,0 +1,5 @@
+"""Adapters on disk."""
+
+from .native import load, save
+
+__all__ = ["load", "save"]

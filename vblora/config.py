@@ -1,0 +1,116 @@
+"""What a user chooses, in PEFT's field names."""
+
+import re
+from dataclasses import asdict, dataclass, fields
+
+# Fields that PEFT writes beside a method's own and that say nothing about the adapter itself.
+PEFT_METADATA = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+    }
+)
+
+
+@dataclass
+class VBLoRAConfig:
+    """A VB-LoRA adapter (arXiv 2405.15179). Names and defaults are those of PEFT's ``VBLoRAConfig``.
+
+    Args:
+        r: rank of each layer's update.
+        num_vectors: h, vectors in the bank.
+        vector_length: b, elements of a bank vector; must divide ``in_features`` and ``out_features`` of each target.
+        topk: k, bank vectors mixed into a sub-vector. The paper and we recommend 2.
+        target_modules: layers to adapt. A list matches a module's name or its ending after a dot, a string is a regular
+            expression for the whole name, ``"all-linear"`` means all but the output layer. None takes the default of the
+            model's architecture.
+        exclude_modules: layers to leave out, a list or a regular expression as above.
+        layers_to_transform: only layers of these indices (with ``target_modules`` a list or ``"all-linear"``).
+        layers_pattern: name of the list that these indices count, such as ``"layers"`` or ``"h"``.
+        fan_in_fan_out: for PEFT's files only: how a target stores its weight is seen from its type.
+        vblora_dropout: probability of dropping an element of the update's input while training.
+        bias: biases to train: ``"none"``, ``"all"`` of the model, or ``"vblora_only"`` of the targets.
+        modules_to_save: other modules to train in full and to save, such as a classification head.
+        init_vector_bank_bound: the bank starts uniform in ``[-bound, bound]``.
+        init_logits_std: logits start normal with this standard deviation.
+
+    Raises:
+        ValueError: a value out of range, named.
+        TypeError: a value of the wrong type, named.
+    """
+
+    r: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    vblora_dropout: float = 0.0
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("r", "num_vectors", "vector_length", "topk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"`{name}` is {value!r}, but must be an integer.")
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        if self.topk > self.num_vectors:
+            raise ValueError(f"`topk` is {self.topk}, but must be at most `num_vectors`, {self.num_vectors}.")
+        if not 0.0 <= self.vblora_dropout < 1.0:
+            raise ValueError(f"`vblora_dropout` is {self.vblora_dropout}, but must be at least 0 and below 1.")
+        if not self.init_vector_bank_bound > 0:
+            raise ValueError(f"`init_vector_bank_bound` is {self.init_vector_bank_bound}, but must be above 0.")
+        if not self.init_logits_std >= 0:
+            raise ValueError(f"`init_logits_std` is {self.init_logits_std}, but must be at least 0.")
+        if self.bias not in ("none", "all", "vblora_only"):
+            raise ValueError(f'`bias` is {self.bias!r}; allowed are "none", "all" and "vblora_only".')
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                setattr(self, name, sorted(value))
+            elif value is not None and not isinstance(value, (list, str)):
+                raise TypeError(f"`{name}` is {value!r}, but must be a list of strings or a string.")
+            elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
+                raise TypeError(f"`{name}` is {value!r}, but must hold strings only.")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"`modules_to_save` is {self.modules_to_save!r}, but must be a list of names.")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"`{name}` is {value!r}, which is no regular expression: {error}.") from None
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` was given, but not `layers_to_transform`, whose indices it is about.")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            if self.target_modules != "all-linear":
+                raise ValueError("`layers_to_transform` needs `target_modules` as a list; put the indices into the regex.")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "VBLoRAConfig":
+        """The config that ``values`` describe.
+
+        Raises:
+            ValueError: a field that we do not know, which may change what the adapter means.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known - PEFT_METADATA)
+        if unknown:
+            raise ValueError(f"unknown config field `{unknown[0]}`; known are {', '.join(sorted(known))}.")
+        return cls(**{name: value for name, value in values.items() if name in known})

@@ -1,0 +1,163 @@
+"""Which layers of a model a config means."""
+
+import difflib
+import re
+
+from torch import nn
+
+from .config import VBLoRAConfig
+from .layers import AdaptedLinear, is_conv1d
+
+# Layers that are adapted unless told otherwise, by a transformers config's `model_type`; PEFT's choices where it has one.
+_DEFAULT_TARGETS = {
+    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "bert": ["query", "value"],
+    "bloom": ["query_key_value"],
+    "deberta": ["in_proj"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    "distilbert": ["q_lin", "v_lin"],
+    "electra": ["query", "value"],
+    "gemma": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "gemma3_text": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_bigcode": ["c_attn"],
+    "gpt_neo": ["q_proj", "v_proj"],
+    "gpt_neox": ["query_key_value"],
+    "gptj": ["q_proj", "v_proj"],
+    "llama": ["q_proj", "v_proj"],
+    "llama4": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
+    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "qwen2": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "roberta": ["query", "value"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+    "xlm-roberta": ["query", "value"],
+}
+# A sequence classifier's output layer, by convention.
+_CLASSIFIER_HEADS = ("score", "classifier")
+
+
+def find_targets(model: nn.Module, config: VBLoRAConfig) -> dict[nn.Module, list[str]]:
+    """The layers to adapt and all their names: a layer that a model uses in two places has two.
+
+    Raises:
+        ValueError: nothing matches, or the model's architecture has no default targets.
+        TypeError: a match that is no linear layer.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    everything = _is_all_linear(config.target_modules)
+    wanted = _wanted_names(model, modules, config)
+    targets: dict[nn.Module, list[str]] = {}
+    for name in wanted:
+        module = modules[name]
+        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+            if isinstance(module, AdaptedLinear):
+                raise ValueError(f"`target_modules` matches `{name}`, which is adapted already. Eject it first.")
+            raise TypeError(
+                f"`target_modules` matches `{name}`, a {type(module).__name__}; "
+                "allowed are nn.Linear and transformers' Conv1D. Narrow the match, or name it in `exclude_modules`."
+            )
+        parent = modules[name.rpartition(".")[0]]
+        if isinstance(parent, nn.MultiheadAttention):
+            if everything:
+                continue
+            raise TypeError(
+                f"`target_modules` matches `{name}`, but nn.MultiheadAttention reads that layer's weight and never "
+                "calls it, so an update there would have no effect. Name it in `exclude_modules`."
+            )
+        targets.setdefault(module, []).append(name)
+    if not targets:
+        raise ValueError(_nothing_matches(modules, config))
+    return targets
+
+
+def matches(name: str, wanted: list[str] | str) -> bool:
+    """Whether a module's name is meant: by a list's entry, or an ending after a dot; by a regular expression, in full."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == entry or name.endswith("." + entry) for entry in wanted)
+
+
+def _is_all_linear(target_modules: list[str] | str | None) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+
+
+def _wanted_names(model: nn.Module, modules: dict[str, nn.Module], config: VBLoRAConfig) -> list[str]:
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = _default_targets(model)
+    excluded = config.exclude_modules or []
+    saved = config.modules_to_save or []
+    if _is_all_linear(wanted):
+        heads = _output_layers(model)
+        names = [
+            name for name, module in modules.items() if _is_linear(module) and not any(module is head for head in heads)
+        ]
+    else:
+        names = [name for name in modules if name and matches(name, wanted)]
+    return [
+        name
+        for name in names
+        if name
+        and not matches(name, excluded)
+        and not any(matches(part, saved) for part in _with_parents(name))
+        and _in_layers(name, config)
+    ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+def _in_layers(name: str, config: VBLoRAConfig) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    patterns = config.layers_pattern or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # The first index is the layer's; later ones count something within it, such as experts.
+        found = re.match(rf"(?:.*?\.)??{pattern}\.(\d+)\.", name)
+        if found:
+            return int(found.group(1)) in wanted
+    return False
+
+
+def _default_targets(model: nn.Module) -> list[str]:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in _DEFAULT_TARGETS:
+        known = ", ".join(sorted(_DEFAULT_TARGETS))
+        raise ValueError(
+            f"`target_modules` is None, and there is no default for a model of type {model_type!r} (there is for {known}). "
+            'Give names of layers, or "all-linear".'
+        )
+    return _DEFAULT_TARGETS[model_type]
+
+
+def _output_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that turn hidden states into scores: of tokens, or of a sequence classifier's classes."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is not None:
+        return [output]
+    if not hasattr(model, "config"):
+        return []
+    heads = [getattr(model, name) for name in _CLASSIFIER_HEADS if isinstance(getattr(model, name, None), nn.Module)]
+    return [module for head in heads for module in head.modules()]
+
+
+def _nothing_matches(modules: dict[str, nn.Module], config: VBLoRAConfig) -> str:
+    wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
+    endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and _is_linear(module)})
+    near = [match for entry in wanted for match in difflib.get_close_matches(entry.rpartition(".")[2], endings)]
+    hint = f"Nearest names: {', '.join(dict.fromkeys(near))}." if near else f"Linear layers: {', '.join(endings) or 'none'}."
+    return f"`target_modules` is {config.target_modules!r}, which matches no layer of this model. {hint}"
