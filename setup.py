@@ -33,7 +33,7 @@ def check_torch() -> None:
     try:
         found = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        raise PlatformError(f"vblora builds against {needed}, and no torch is installed here: pip install torch") from None
+        raise PlatformError(f"vblora builds against {needed}, and there is no torch here: pip install torch") from None
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TORCH:
         raise PlatformError(f"vblora needs {needed}, but torch {found} is installed here: pip install --upgrade torch")
 

@@ -4,6 +4,7 @@
 >>> optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
 """
 
+from . import ops, reference
 from .bank import VectorBank
 from .checkpoint import load, save
 from .config import VBLoRAConfig
@@ -24,7 +25,9 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "ops",
     "parameter_groups",
+    "reference",
     "save",
     "unmerge",
 ]

@@ -95,9 +95,9 @@ class VBLoRAConfig:
                     raise ValueError(f"`{name}` is {value!r}, which is no regular expression: {error}.") from None
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` was given, but not `layers_to_transform`, whose indices it is about.")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            if self.target_modules != "all-linear":
-                raise ValueError("`layers_to_transform` needs `target_modules` as a list; put the indices into the regex.")
+        by_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if self.layers_to_transform is not None and by_regex:
+            raise ValueError("`layers_to_transform` needs `target_modules` as a list; put the indices into the regex.")
 
     def to_dict(self) -> dict:
         return asdict(self)

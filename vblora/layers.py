@@ -27,7 +27,7 @@ def widths(layer: nn.Module) -> tuple[int, int]:
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """What a linear layer computes in there, given tensors of ``dtype``."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return dtype
 
@@ -186,7 +186,9 @@ class VBLinear(AdaptedLinear):
         if base_layer is None and (in_features is None or out_features is None):
             raise ValueError("Give `in_features` and `out_features`, or a `base_layer` to adapt.")
         if bank is not None and (num_vectors is not None or vector_length is not None):
-            raise ValueError("`num_vectors` and `vector_length` are of a new bank, but `bank` was given. Give one of the two.")
+            raise ValueError(
+                "`num_vectors` and `vector_length` are of a new bank, but `bank` was given. Give one of the two."
+            )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"`dropout` is {dropout}, but must be at least 0 and below 1.")
         if base_layer is None:

@@ -43,7 +43,9 @@ def _(logits: Tensor, bank: Tensor, candidates: Tensor | None, k: int, out_dtype
     _check_matrix("admixture", "logits", logits, logits.device)
     _check_matrix("admixture", "bank", bank, logits.device)
     _check_floating("admixture", "logits", logits.dtype)
-    _check(bank.dtype == logits.dtype, "admixture", "bank", f"is {bank.dtype}, but must be {logits.dtype} as logits is.")
+    _check(
+        bank.dtype == logits.dtype, "admixture", "bank", f"is {bank.dtype}, but must be {logits.dtype} as logits is."
+    )
     out_dtype = out_dtype or bank.dtype
     _check_floating("admixture", "out_dtype", out_dtype)
     rows, columns = logits.shape

@@ -104,7 +104,9 @@ def admixture_backward(
     _check_matrix("weights", weights, (dtype,), tuple(indices.shape))
     num_rows, k = indices.shape
     num_vectors, length = bank.shape
-    _require(grad_subvectors is not None or grad_weights is not None, "grad_subvectors and grad_weights cannot both be None")
+    _require(
+        grad_subvectors is not None or grad_weights is not None, "grad_subvectors and grad_weights cannot both be None"
+    )
     if grad_subvectors is not None:
         _check_matrix("grad_subvectors", grad_subvectors, FLOAT_DTYPES, (num_rows, length))
     if grad_weights is not None:
@@ -199,12 +201,18 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None = None) -> None:
+def _check_matrix(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None = None
+) -> None:
     _require(tensor.dim() == 2, f"{name} must have two dimensions, got shape {tuple(tensor.shape)}")
-    _require(shape is None or tuple(tensor.shape) == shape, f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    _require(
+        shape is None or tuple(tensor.shape) == shape, f"{name} must have shape {shape}, got {tuple(tensor.shape)}"
+    )
     allowed = " or ".join(str(dtype) for dtype in dtypes)
     _require(tensor.dtype in dtypes, f"{name} must be {allowed}, got {tensor.dtype}")
 
 
 def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
-    _require(out_dtype is None or out_dtype in FLOAT_DTYPES, f"out_dtype must be one of {FLOAT_DTYPES}, got {out_dtype}")
+    _require(
+        out_dtype is None or out_dtype in FLOAT_DTYPES, f"out_dtype must be one of {FLOAT_DTYPES}, got {out_dtype}"
+    )

@@ -159,5 +159,9 @@ def _nothing_matches(modules: dict[str, nn.Module], config: VBLoRAConfig) -> str
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and _is_linear(module)})
     near = [match for entry in wanted for match in difflib.get_close_matches(entry.rpartition(".")[2], endings)]
-    hint = f"Nearest names: {', '.join(dict.fromkeys(near))}." if near else f"Linear layers: {', '.join(endings) or 'none'}."
+    hint = (
+        f"Nearest names: {', '.join(dict.fromkeys(near))}."
+        if near
+        else f"Linear layers: {', '.join(endings) or 'none'}."
+    )
     return f"`target_modules` is {config.target_modules!r}, which matches no layer of this model. {hint}"

@@ -92,6 +92,10 @@ class Adapter(nn.Module):
     def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
         """The factors of all targets in one go, or of target ``index`` alone, in ``dtype``."""
 
+    def forward(self, x: object, *_args, **_kwargs) -> object:
+        """``x``: an ``nn.Sequential`` that was injected calls the adapter, one of its modules now, as its last layer."""
+        return x
+
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Hands out this forward's factors."""
         for slot, factors in zip(self.slots, self._all_factors(dtype), strict=True):

@@ -1,0 +1,50 @@
+import dataclasses
+
+import peft
+import pytest
+
+import vblora
+from vblora.config import PEFT_METADATA
+
+
+def test_names_and_defaults_are_pefts():
+    ours = {field.name: field.default for field in dataclasses.fields(vblora.VBLoRAConfig)}
+    theirs = peft.VBLoRAConfig()
+    for name, default in ours.items():
+        assert getattr(theirs, name) == default, name
+    left_out = set(vars(theirs)) - set(ours) - PEFT_METADATA
+    assert left_out == {"save_only_topk_weights"}  # a choice made when saving
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"r": 0}, ValueError, "`r` is 0"),
+        ({"r": 2.0}, TypeError, "`r` is 2.0"),
+        ({"topk": True}, TypeError, "`topk` is True"),
+        ({"topk": 9, "num_vectors": 8}, ValueError, "`topk` is 9.*8"),
+        ({"vblora_dropout": 1.0}, ValueError, "vblora_dropout"),
+        ({"vblora_dropout": -0.1}, ValueError, "vblora_dropout"),
+        ({"init_vector_bank_bound": 0.0}, ValueError, "init_vector_bank_bound"),
+        ({"init_logits_std": float("nan")}, ValueError, "init_logits_std"),
+        ({"bias": "some"}, ValueError, "vblora_only"),
+        ({"target_modules": 3}, TypeError, "target_modules"),
+        ({"target_modules": [3]}, TypeError, "target_modules"),
+        ({"target_modules": "(q"}, ValueError, "no regular expression"),
+        ({"modules_to_save": "classifier"}, TypeError, "modules_to_save"),
+        ({"layers_pattern": "h"}, ValueError, "layers_to_transform"),
+        ({"layers_to_transform": 1, "target_modules": ".*q"}, ValueError, "layers_to_transform"),
+    ],
+)
+def test_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        vblora.VBLoRAConfig(**arguments)
+
+
+def test_round_trip():
+    config = vblora.VBLoRAConfig(r=3, target_modules={"b", "a"}, bias="all")
+    assert config.target_modules == ["a", "b"]
+    assert vblora.VBLoRAConfig.from_dict(config.to_dict()) == config
+    assert vblora.VBLoRAConfig.from_dict({"peft_type": "VBLORA", "task_type": "SEQ_CLS", "r": 3}).r == 3
+    with pytest.raises(ValueError, match="`rank`"):
+        vblora.VBLoRAConfig.from_dict({"rank": 3})

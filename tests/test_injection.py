@@ -1,0 +1,339 @@
+"""Putting an adapter into a model and taking it out, merging, disabling, and what trains."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import vblora
+from tests.small_models import Block, Net, bert, gpt2, llama, relative_error
+
+SIZES = {"r": 2, "num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 1.0}
+NET_CONFIG = vblora.VBLoRAConfig(target_modules=["up", "down"], **SIZES)
+
+
+def snapshot(model: nn.Module) -> dict:
+    """All that `inject` may change, to see that it did not."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {
+        "state": state,
+        "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+        "modules": [(name, type(module)) for name, module in model.named_modules()],
+        "hooks": (len(model._forward_pre_hooks), len(model._forward_hooks)),
+        "attributes": sorted(vars(model)),
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict) -> None:
+    after = snapshot(model)
+    assert before.pop("state").keys() == after["state"].keys()
+    state = after.pop("state")
+    assert after == before
+    return state
+
+
+def same_state(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def train_a_little(model: nn.Module, **inputs) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+
+
+BERT_INPUTS = {"input_ids": torch.randint(3, 50, (3, 9)), "labels": torch.tensor([0, 1, 0])}
+
+
+def test_wraps_targets_and_freezes_the_rest():
+    net = Net(blocks=2)
+    assert vblora.inject(net, NET_CONFIG) is net
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {"vblora.logits", "vblora.bank.vectors"}
+    assert [t.name for t in net.vblora.targets] == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    assert net.vblora.num_subvectors == 2 * 2 * 2 * (16 + 32) // 8
+    assert not isinstance(net.embed, vblora.layers.AdaptedLinear)
+    assert "AdaptedLinear" in repr(net)
+
+
+def test_eject_restores_everything():
+    torch.manual_seed(0)
+    model = bert()
+    model.bert.embeddings.requires_grad_(False)
+    before, state = snapshot(model), copy.deepcopy(model.state_dict())
+    config = vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES)
+    vblora.inject(model, config)
+    train_a_little(model, **BERT_INPUTS)
+    assert not torch.equal(model.classifier.weight, state["classifier.weight"])
+    assert vblora.eject(model) is model
+    assert same_state(assert_unchanged(model, before), state)
+    vblora.inject(model, config)  # and again
+
+
+def test_eject_after_moving_and_casting():
+    model = Net(blocks=1)
+    weight = model.blocks[0].up.weight.detach().clone()
+    vblora.inject(model, vblora.VBLoRAConfig(target_modules=["up", "down"], modules_to_save=["head"], **SIZES))
+    vblora.eject(model.double())
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    assert torch.equal(model.blocks[0].up.weight, weight.double())
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "error", "message"),
+    [
+        (lambda: Net(blocks=1), {"target_modules": ["nope"]}, ValueError, "matches no layer"),
+        (lambda: Net(blocks=1), {"target_modules": ["upp"]}, ValueError, "Nearest names: up"),
+        (lambda: Net(blocks=1), {"target_modules": None}, ValueError, "no default"),
+        (
+            lambda: Net(blocks=1),
+            {"target_modules": ["up", "head"]},
+            ValueError,
+            r"`vector_length` is 8.*head \(16 -> 3\)",
+        ),
+        (lambda: Net(blocks=1), {"target_modules": ["blocks"]}, TypeError, "`blocks`, a ModuleList"),
+        (bert, {"target_modules": ["word_embeddings"]}, TypeError, "Embedding"),
+        (bert, {"modules_to_save": ["clasifier"]}, ValueError, "`clasifier`"),
+        (
+            lambda: nn.TransformerEncoderLayer(16, 2, 32),
+            {"target_modules": ["out_proj"]},
+            TypeError,
+            "MultiheadAttention",
+        ),
+    ],
+)
+def test_a_refusal_changes_nothing(model, config, error, message):
+    model = model()
+    before, state = snapshot(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        vblora.inject(model, vblora.VBLoRAConfig(**SIZES | config))
+    assert same_state(assert_unchanged(model, before), state)
+
+
+def test_refuses_a_second_adapter_and_a_taken_name():
+    net = vblora.inject(Net(blocks=1), NET_CONFIG)
+    with pytest.raises(ValueError, match="already"):
+        vblora.inject(net, NET_CONFIG)
+    taken = Net(blocks=1)
+    taken.vblora = 3
+    with pytest.raises(ValueError, match="`vblora`"):
+        vblora.inject(taken, NET_CONFIG)
+    with pytest.raises(TypeError, match="config"):
+        vblora.inject(Net(blocks=1), {"r": 4})
+
+
+@pytest.mark.parametrize("function", [vblora.eject, vblora.merge, vblora.unmerge, vblora.parameter_groups])
+def test_without_an_adapter(function):
+    with pytest.raises(ValueError, match="inject"):
+        function(Net(blocks=1))
+
+
+def test_attention_projections_that_are_never_called_are_left_out():
+    layer = vblora.inject(
+        nn.TransformerEncoderLayer(16, 2, 32), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES)
+    )
+    assert [t.name for t in layer.vblora.targets] == ["linear1", "linear2"]
+
+
+def test_all_linear_leaves_out_the_output_layer():
+    for make, head in ((bert, "classifier"), (llama, "lm_head"), (gpt2, "lm_head")):
+        model = vblora.inject(make(), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES))
+        names = {t.name for t in model.vblora.targets}
+        assert head not in names and len(names) >= 8
+
+
+def test_a_bank_can_be_shared_between_models():
+    bank = vblora.VectorBank(16, 8)
+    one, other = (vblora.inject(Net(blocks=1), NET_CONFIG, bank=bank) for _ in range(2))
+    assert one.vblora.bank is other.vblora.bank is bank
+    with pytest.raises(ValueError, match="`bank` has 15"):
+        vblora.inject(Net(blocks=1), NET_CONFIG, bank=vblora.VectorBank(15, 8))
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "vblora_only"])
+def test_bias(bias):
+    model = vblora.inject(bert(), vblora.VBLoRAConfig(bias=bias, **SIZES))
+    biases = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    everywhere = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    of_targets = {f"{t.name}.base_layer.bias" for t in model.vblora.targets}
+    assert biases == {"none": set(), "all": everywhere, "vblora_only": of_targets}[bias]
+    x = BERT_INPUTS["input_ids"]
+    with vblora.disabled(model), torch.no_grad():
+        base = model(x).logits
+    train_a_little(model, **BERT_INPUTS)
+    with vblora.disabled(model), torch.no_grad():
+        assert torch.equal(model(x).logits, base)
+
+
+def test_what_is_tied_stays_tied():
+    model = llama(tie_word_embeddings=True)
+    config = vblora.VBLoRAConfig(modules_to_save=["embed_tokens", "lm_head"], **SIZES)
+    vblora.inject(model, config)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.requires_grad
+    vblora.eject(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_merging_leaves_a_tied_weight_alone():
+    torch.manual_seed(0)
+    model = llama(tie_word_embeddings=True, vocab_size=64).eval()
+    ids = torch.randint(3, 50, (2, 7))
+    vblora.inject(model, vblora.VBLoRAConfig(target_modules=["lm_head"], **SIZES))
+    expected = model(ids).logits
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    vblora.merge(model)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert relative_error(model(ids).logits, expected) < 1e-5
+    vblora.unmerge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("make", [bert, llama, gpt2])
+def test_merge_and_unmerge(make):
+    torch.manual_seed(0)
+    model = vblora.inject(make().eval(), vblora.VBLoRAConfig(**SIZES))
+    ids = torch.randint(3, 50, (2, 7))
+    before, state = model(ids).logits, copy.deepcopy(model.state_dict())
+    vblora.merge(model)
+    assert not same_state(dict(model.state_dict()), state)
+    assert relative_error(model(ids).logits, before) < 1e-5
+    with pytest.raises(ValueError, match="merged already"):
+        vblora.merge(model)
+    vblora.unmerge(model)
+    assert same_state(dict(model.state_dict()), state)
+    assert torch.equal(model(ids).logits, before)
+    vblora.unmerge(model)  # nothing to do
+
+
+def test_merge_rounds_once():
+    torch.manual_seed(0)
+    net = vblora.inject(Net(blocks=1).bfloat16(), NET_CONFIG)
+    layer = net.blocks[0].up
+    A, B = layer.slot.factors(torch.float32)
+    expected = (layer.weight.double() + (B.T @ A).double()).bfloat16()
+    vblora.merge(net)
+    assert (layer.weight != expected).float().mean() < 0.01  # float32 sums, now and then on the other side of a tie
+
+
+def test_a_released_merge_is_final():
+    torch.manual_seed(0)
+    model = vblora.inject(bert().eval(), vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
+    train_a_little(model, **BERT_INPUTS)
+    x = BERT_INPUTS["input_ids"]
+    before = model(x).logits
+    vblora.merge(model, release=True)
+    assert relative_error(model(x).logits, before) < 1e-5
+    with pytest.raises(ValueError, match="release"):
+        vblora.unmerge(model)
+    with pytest.raises(ValueError, match="release"), vblora.disabled(model):
+        pass
+    vblora.eject(model)
+    assert not any("vblora" in name for name, _ in model.named_modules())
+    assert relative_error(model(x).logits, before) < 1e-5
+
+
+def test_a_broken_adapter_is_not_merged():
+    net = vblora.inject(Net(blocks=2), NET_CONFIG)
+    state = copy.deepcopy(net.blocks.state_dict())
+    with torch.no_grad():
+        net.vblora.logits[-1] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        vblora.merge(net)
+    assert same_state(dict(net.blocks.state_dict()), state)
+    assert not any(layer.merged for layer in net.modules() if isinstance(layer, vblora.layers.AdaptedLinear))
+
+
+def test_an_integer_weight_is_not_merged():
+    net = vblora.inject(Net(blocks=1), NET_CONFIG)
+    net.blocks[0].down.base_layer.weight = nn.Parameter(torch.ones(16, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"blocks\.0\.down.*int8"):
+        vblora.merge(net)
+    assert not net.blocks[0].up.merged
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_is_the_base_model(merged):
+    torch.manual_seed(0)
+    base = bert().eval()
+    x = BERT_INPUTS["input_ids"]
+    expected = base(x).logits
+    model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES))
+    train_a_little(model, **BERT_INPUTS)
+    if merged:
+        vblora.merge(model)
+    before = model(x).logits
+    with vblora.disabled(model) as same:
+        assert same is model
+        assert torch.equal(model(x).logits, expected)
+        with vblora.disabled(model):
+            assert torch.equal(model(x).logits, expected)
+        assert torch.equal(model(x).logits, expected)
+    assert torch.equal(model(x).logits, before)
+    with pytest.raises(KeyError), vblora.disabled(model):
+        raise KeyError
+    assert torch.equal(model(x).logits, before)
+
+
+def test_a_disabled_adapter_gets_no_gradient():
+    net = vblora.inject(Net(blocks=1), NET_CONFIG)
+    x = torch.randn(2, 16, requires_grad=True)
+    with vblora.disabled(net):
+        net(x).sum().backward()
+    assert net.vblora.logits.grad is None and x.grad is not None
+
+
+def test_parameter_groups():
+    model = vblora.inject(bert(), vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
+    groups = {group["name"]: group for group in vblora.parameter_groups(model)}
+    assert groups["bank"]["params"] == [model.vblora.bank.vectors] and groups["bank"]["lr"] == 1e-3
+    assert groups["logits"]["params"] == [model.vblora.logits] and groups["logits"]["lr"] == 1e-2
+    assert groups["logits"]["weight_decay"] == 0
+    assert set(groups["other"]["params"]) == set(model.classifier.parameters())
+    torch.optim.AdamW(vblora.parameter_groups(model, lr_bank=1.0, lr_logits=2.0, lr_other=3.0))
+    model.vblora.bank.requires_grad_(False)
+    assert [group["name"] for group in vblora.parameter_groups(model)] == ["logits", "other"]
+
+
+def test_count_parameters():
+    model = vblora.inject(bert(), vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
+    head = sum(p.numel() for p in model.classifier.parameters())
+    rows = 4 * 2 * (32 + 32) // 8  # two layers' query and value, r = 2
+    assert vblora.count_parameters(model) == (16 * 8 + rows * 16 + head, 16 * 8 + rows * 2 * 5 // 4 + head)
+
+
+def test_a_sequential_can_be_injected():
+    net, x = nn.Sequential(Block(16), nn.Tanh(), Block(16)), torch.randn(3, 16)
+    expected = net(x)
+    vblora.inject(net, NET_CONFIG)
+    assert not torch.equal(net(x), expected)
+    with vblora.disabled(net):
+        assert torch.equal(net(x), expected)
+
+
+def test_a_layer_in_two_places_is_adapted_once():
+    net = Net(blocks=2)
+    net.blocks[1].up = net.blocks[0].up
+    vblora.inject(net, NET_CONFIG)
+    assert net.blocks[1].up is net.blocks[0].up
+    assert isinstance(net.blocks[0].up, vblora.layers.AdaptedLinear)
+    assert len(net.vblora.targets) == 3
+    vblora.eject(net)
+    assert net.blocks[1].up is net.blocks[0].up and type(net.blocks[0].up) is nn.Linear
+
+
+def test_injects_on_the_meta_device():
+    with torch.device("meta"):
+        net = Net(blocks=2)
+    vblora.inject(net, NET_CONFIG)
+    assert net.vblora.logits.is_meta and net.vblora.bank.vectors.is_meta
+    assert net(torch.randn(2, 16, device="meta")).is_meta
+
+
+def test_a_layer_on_another_device_gets_its_factors_moved():
+    net = vblora.inject(Net(blocks=1), NET_CONFIG)
+    net.blocks[0].up.base_layer.to("meta")
+    moved = net.blocks[0].up(torch.randn(2, 16, device="meta"))
+    assert moved.is_meta and moved.shape == (2, 32)

@@ -1,0 +1,142 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import vblora
+from tests.small_models import ComposedRows, relative_error
+
+
+def explicit(layer: vblora.VBLinear, x: torch.Tensor) -> torch.Tensor:
+    """The layer's formula, from the oracle's sub-vectors."""
+    adapter = layer.adapter
+    subvectors, _, _ = vblora.reference.admixture(adapter.logits, adapter.bank.vectors, None, adapter.topk)
+    rows = adapter.r * layer.in_features // adapter.bank.vector_length
+    A, B = subvectors[:rows].reshape(adapter.r, -1), subvectors[rows:].reshape(adapter.r, -1)
+    return layer.base_layer(x) + x @ A.T @ B
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (12,), (0, 12), (2, 0, 12)])
+def test_is_the_formula(shape):
+    layer = vblora.VBLinear(12, 20, r=3, num_vectors=10, vector_length=4)
+    nn.init.normal_(layer.adapter.bank.vectors)
+    x = torch.randn(shape)
+    assert layer(x).shape == (*shape[:-1], 20)
+    assert torch.allclose(layer(x), explicit(layer, x), atol=1e-5)
+
+
+def test_gradients_are_the_formulas():
+    layer = vblora.VBLinear(12, 20, r=3, num_vectors=10, vector_length=4).double()
+    nn.init.normal_(layer.adapter.bank.vectors)
+    x = torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
+    wanted = (x, layer.adapter.logits, layer.adapter.bank.vectors)
+    ours = torch.autograd.grad(layer(x).square().sum(), wanted)
+    theirs = torch.autograd.grad(explicit(layer, x).square().sum(), wanted)
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative_error(one, other) < 1e-12
+
+
+def test_only_the_adapter_trains():
+    layer = vblora.VBLinear(8, 8)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
+        "adapter.logits",
+        "adapter.bank.vectors",
+    }
+    layer(torch.randn(2, 8)).sum().backward()
+    assert layer.base_layer.weight.grad is None and layer.adapter.logits.grad is not None
+
+
+def test_wraps_a_layer_and_keeps_it():
+    base = nn.Linear(8, 16)
+    layer = vblora.VBLinear(base_layer=base, num_vectors=4, vector_length=8)
+    assert layer.base_layer is base and layer.weight is base.weight and layer.bias is base.bias
+    assert (layer.in_features, layer.out_features) == (8, 16)
+
+
+def test_default_vector_length_divides_both_widths():
+    assert vblora.VBLinear(768, 3072).adapter.bank.vector_length == 256
+    assert vblora.VBLinear(12, 20).adapter.bank.vector_length == 4
+
+
+def test_layers_share_a_bank():
+    bank = vblora.VectorBank(16, 4)
+    net = nn.Sequential(vblora.VBLinear(8, 12, bank=bank), vblora.VBLinear(12, 4, bank=bank, r=2))
+    net(torch.randn(3, 8)).sum().backward()
+    assert sum(p is bank.vectors for p in net.parameters()) == 1
+    assert bank.vectors.grad.any()
+    twin = copy.deepcopy(net)
+    assert twin[0].adapter.bank is twin[1].adapter.bank is not bank
+    fresh = nn.Sequential(
+        vblora.VBLinear(8, 12, bank=(other := vblora.VectorBank(16, 4))), vblora.VBLinear(12, 4, bank=other, r=2)
+    )
+    fresh.load_state_dict(net.state_dict())
+    x = torch.randn(3, 8)
+    assert torch.equal(fresh(x), net(x))
+    groups = {group["name"]: group["params"] for group in vblora.parameter_groups(net)}
+    assert groups["bank"] == [bank.vectors] and len(groups["logits"]) == 2
+
+
+def test_dropout_is_on_the_update_while_training():
+    layer = vblora.VBLinear(64, 8, dropout=0.5)
+    nn.init.normal_(layer.adapter.bank.vectors)
+    x = torch.randn(4, 64)
+    torch.manual_seed(1)
+    one = layer(x)
+    assert not torch.equal(one, layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    assert torch.allclose(layer(x), explicit(layer, x), atol=1e-5)
+
+
+def test_evaluation_composes_once():
+    layer, x = vblora.VBLinear(8, 8), torch.randn(2, 8)
+    with torch.no_grad(), ComposedRows() as composed:
+        layer(x), layer(x)
+    assert composed.calls == 1
+
+
+def test_compiles_in_one_graph():
+    torch._dynamo.reset()
+    layer, x = vblora.VBLinear(8, 8), torch.randn(2, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({}, ValueError, "in_features"),
+        ({"in_features": 8}, ValueError, "out_features"),
+        ({"base_layer": nn.Linear(8, 8), "in_features": 8}, ValueError, "in_features"),
+        ({"base_layer": nn.Linear(8, 8), "dtype": torch.float64}, ValueError, "dtype"),
+        ({"base_layer": nn.Embedding(8, 8)}, TypeError, "base_layer"),
+        (
+            {"in_features": 8, "out_features": 8, "bank": vblora.VectorBank(4, 8), "num_vectors": 4},
+            ValueError,
+            "num_vectors",
+        ),
+        ({"in_features": 8, "out_features": 12, "vector_length": 8}, ValueError, "vector_length.*would do: 1, 2, 4"),
+        ({"in_features": 8, "out_features": 8, "num_vectors": 2, "topk": 3}, ValueError, "topk"),
+        ({"in_features": 8, "out_features": 8, "r": 0}, ValueError, "`r`"),
+        ({"in_features": 8, "out_features": 8, "dropout": 1.0}, ValueError, "dropout"),
+        ({"in_features": 8, "out_features": 8, "num_vectors": -1}, ValueError, "num_vectors"),
+    ],
+)
+def test_refuses(arguments, error, name):
+    with pytest.raises(error, match=name):
+        vblora.VBLinear(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"num_vectors": 0}, {"vector_length": 0}, {"init_bound": 0.0}, {"init_bound": float("nan")}]
+)
+def test_bank_refuses(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        vblora.VectorBank(**{"num_vectors": 4, "vector_length": 4} | arguments)
+
+
+def test_bank_starts_within_its_bound():
+    vectors = vblora.VectorBank(200, 50, init_bound=0.02).vectors
+    assert vectors.abs().max() <= 0.02
+    assert abs(vectors.std().item() - 0.02 / 3**0.5) < 5e-4
