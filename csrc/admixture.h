@@ -42,7 +42,7 @@ struct AdmixtureBackward {
   Type grad_type;       // of grad_subvectors
   const void* grad_subvectors;  // (rows, length)
   const void* grad_weights;     // (rows, k), of the weights' type
-  const int32_t* indices;       // (rows, k)
+  const int32_t* indices;       // (rows, k): of each row distinct, as an Admixture's are
   const void* weights;          // (rows, k)
   const void* bank;             // (vectors, length)
   const void* candidates;       // (rows, columns), or null

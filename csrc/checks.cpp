@@ -2,10 +2,11 @@
 
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
 #include <limits>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 
@@ -33,6 +34,12 @@ const char* dtype_name(ScalarType type) {
   }
 }
 
+std::string device_name(const torch::stable::Device& device) {
+  if (device.type() == DeviceType::CPU) return "the CPU";
+  const std::string kind = device.type() == DeviceType::CUDA ? "cuda:" : "device ";
+  return kind + std::to_string(device.index());
+}
+
 std::string shape(const Tensor& tensor) {
   std::string text = "(";
   for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
@@ -46,11 +53,16 @@ struct Arguments {
 
   template <class... Parts>
   void check(bool holds, const char* name, const Parts&... parts) const {
-    STD_TORCH_CHECK(holds, "vblora::", op, ": `", name, "` ", parts...);
+    if (holds) return;
+    std::ostringstream message;
+    message << "vblora::" << op << ": `" << name << "` ";
+    (message << ... << parts);
+    throw std::runtime_error(message.str());  // torch hands it on as it is
   }
 
   void matrix(const char* name, const Tensor& tensor) const {
-    check(tensor.device() == device, name, "is on another device than the first argument; move it there.");
+    check(tensor.device() == device, name, "is on ", device_name(tensor.device()), ", but must be on ",
+          device_name(device), " as the first argument is.");
     check(tensor.dim() == 2, name, "must have 2 dimensions, but has shape ", shape(tensor), ".");
   }
   void sizes(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, const char* why) const {

@@ -1,4 +1,4 @@
-// Arithmetic that must give the same bits on every backend and instruction set: conversions, exp, and the order of a row's
+// Arithmetic that gives the same bits on every backend and instruction set (in float64, but for the library's exp): conversions, exp, and the order of a row's
 // entries. Everything here is `static`: the CPU kernels compile it once an instruction set, and a function with linkage would
 // leave the choice among those copies to the linker.
 #pragma once
@@ -56,14 +56,14 @@ static VBLORA_BOTH inline To load(bf16 x) {
 }
 template <class To>
 static VBLORA_BOTH inline To load(f16 x) {
-  // Exponent and mantissa moved into a float's place are too small by 2^112 (the biases' difference): one exact product
-  // mends that, denormals included. Infinities and NaN get float's exponent instead.
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  const float scaled = bits_as<float>(magnitude) * 0x1p112f;
-  const uint32_t special = magnitude | 0x7f800000u;
-  const uint32_t finite = bits_as<uint32_t>(scaled);
+  const uint32_t magnitude = x.bits & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  return static_cast<To>(bits_as<float>((magnitude >= 0x0f800000u ? special : finite) | sign));
+  const uint32_t normal = (magnitude << 13) + 0x38000000u;  // the exponents' biases differ by 112
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;
+  // A denormal is a count of 2^-24, which float holds as a normal number: exact even where denormals are flushed to zero.
+  const uint32_t denormal = bits_as<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t finite = magnitude < 0x0400u ? denormal : normal;
+  return static_cast<To>(bits_as<float>((magnitude >= 0x7c00u ? special : finite) | sign));
 }
 
 static VBLORA_BOTH inline void store(float* to, float x) { *to = x; }
@@ -116,7 +116,7 @@ static VBLORA_BOTH inline float exponential(float x) {
   const float second = bits_as<float>(static_cast<uint32_t>(127 + exponent - half) << 23);
   return p * first * second;
 }
-static VBLORA_BOTH inline double exponential(double x) { return exp(x); }
+static VBLORA_BOTH inline double exponential(double x) { return exp(x); }  // the library's: float64 is for checking
 
 // Whether entry (x, vector, column) of a row comes before entry (y, ...) : larger first, NaN largest as in torch.topk, ties
 // to the lowest bank vector, then to the lowest column.

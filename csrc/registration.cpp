@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(vblora, m) {
       " -> (Tensor subvectors, Tensor indices, Tensor weights)");
   m.def(
       "admixture_backward(Tensor? grad_subvectors, Tensor? grad_weights, Tensor indices, Tensor weights, Tensor bank,"
-      " Tensor? candidates, int num_candidates, bool need_logits, bool need_bank)"
+      " Tensor? candidates, SymInt num_candidates, bool need_logits, bool need_bank)"
       " -> (Tensor grad_logits, Tensor grad_bank)");
   m.def("compose(Tensor bank, Tensor indices, Tensor weights, ScalarType? out_dtype=None) -> Tensor");
 }

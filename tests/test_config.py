@@ -1,5 +1,7 @@
 import dataclasses
+import json
 
+import numpy as np
 import peft
 import pytest
 
@@ -27,6 +29,9 @@ def test_names_and_defaults_are_pefts():
         ({"vblora_dropout": -0.1}, ValueError, "vblora_dropout"),
         ({"init_vector_bank_bound": 0.0}, ValueError, "init_vector_bank_bound"),
         ({"init_logits_std": float("nan")}, ValueError, "init_logits_std"),
+        ({"vblora_dropout": "0.1"}, TypeError, "vblora_dropout"),
+        ({"layers_to_transform": "1"}, TypeError, "layers_to_transform"),
+        ({"layers_to_transform": [1.0]}, TypeError, "layers_to_transform"),
         ({"bias": "some"}, ValueError, "vblora_only"),
         ({"target_modules": 3}, TypeError, "target_modules"),
         ({"target_modules": [3]}, TypeError, "target_modules"),
@@ -45,6 +50,8 @@ def test_round_trip():
     config = vblora.VBLoRAConfig(r=3, target_modules={"b", "a"}, bias="all")
     assert config.target_modules == ["a", "b"]
     assert vblora.VBLoRAConfig.from_dict(config.to_dict()) == config
+    config = vblora.VBLoRAConfig(layers_to_transform=range(2), init_logits_std=np.float32(0.5), target_modules=("a",))
+    assert vblora.VBLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert vblora.VBLoRAConfig.from_dict({"peft_type": "VBLORA", "task_type": "SEQ_CLS", "r": 3}).r == 3
     with pytest.raises(ValueError, match="`rank`"):
         vblora.VBLoRAConfig.from_dict({"rank": 3})

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vblora
-from tests.small_models import Block, Net, bert, gpt2, llama, relative_error
+from tests.small_models import Block, ComposedRows, Net, bert, gpt2, llama, relative_error
 
 SIZES = {"r": 2, "num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 1.0}
 NET_CONFIG = vblora.VBLoRAConfig(target_modules=["up", "down"], **SIZES)
@@ -130,11 +130,24 @@ def test_without_an_adapter(function):
         function(Net(blocks=1))
 
 
-def test_attention_projections_that_are_never_called_are_left_out():
-    layer = vblora.inject(
-        nn.TransformerEncoderLayer(16, 2, 32), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES)
-    )
-    assert [t.name for t in layer.vblora.targets] == ["linear1", "linear2"]
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.attention(x, x, x)[0]))
+
+
+def test_layers_that_are_read_but_not_called_are_left_out():
+    """MultiheadAttention never calls its projection; TransformerEncoderLayer's fast path none of its layers."""
+    model = vblora.inject(Attention(), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES))
+    assert [t.name for t in model.vblora.targets] == ["head"]
+    for name in ("encoder.linear1", "attention.out_proj"):
+        with pytest.raises(TypeError, match=name):
+            vblora.inject(Attention(), vblora.VBLoRAConfig(target_modules=[name], **SIZES))
 
 
 def test_all_linear_leaves_out_the_output_layer():
@@ -240,7 +253,7 @@ def test_a_broken_adapter_is_not_merged():
     state = copy.deepcopy(net.blocks.state_dict())
     with torch.no_grad():
         net.vblora.logits[-1] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="would not be finite"):
         vblora.merge(net)
     assert same_state(dict(net.blocks.state_dict()), state)
     assert not any(layer.merged for layer in net.modules() if isinstance(layer, vblora.layers.AdaptedLinear))
@@ -322,6 +335,171 @@ def test_a_layer_in_two_places_is_adapted_once():
     assert len(net.vblora.targets) == 3
     vblora.eject(net)
     assert net.blocks[1].up is net.blocks[0].up and type(net.blocks[0].up) is nn.Linear
+
+
+class Wrapper(nn.Module):
+    """As DDP stands around a model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_everything_works_through_a_wrapper(tmp_path):
+    torch.manual_seed(0)
+    base = bert().eval()
+    x = BERT_INPUTS["input_ids"]
+    expected = base(x).logits
+    model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES))
+    train_a_little(model, **BERT_INPUTS)
+    wrapper = Wrapper(model)
+    before = wrapper(x).logits
+    with vblora.disabled(wrapper):
+        assert torch.equal(wrapper(x).logits, expected)
+    vblora.save(wrapper, tmp_path)
+    assert torch.equal(vblora.load(copy.deepcopy(base), tmp_path)(x).logits, before)
+    assert vblora.count_parameters(wrapper) == vblora.count_parameters(model)
+    vblora.eject(wrapper)
+    assert torch.equal(wrapper(x).logits, expected)
+
+
+def test_what_is_refused_while_disabled(tmp_path):
+    model = vblora.inject(bert().eval(), vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
+    train_a_little(model, **BERT_INPUTS)
+    before, count = model(BERT_INPUTS["input_ids"]).logits, vblora.count_parameters(model)
+    with vblora.disabled(model):
+        for refused in (vblora.merge, vblora.unmerge, vblora.eject, vblora.parameter_groups):
+            with pytest.raises(ValueError, match="disabled"):
+                refused(model)
+        vblora.save(model, tmp_path)  # what was trained, not what stands there now
+        with pytest.raises(ValueError, match="disabled"):
+            vblora.load(model, tmp_path)
+        assert vblora.count_parameters(model).stored == count.stored
+    assert torch.equal(model(BERT_INPUTS["input_ids"]).logits, before)
+    vblora.eject(model)
+    assert torch.equal(vblora.load(model, tmp_path)(BERT_INPUTS["input_ids"]).logits, before)
+
+
+def test_a_failure_while_copying_changes_nothing(monkeypatch):
+    model = bert()
+    before, state = snapshot(model), copy.deepcopy(model.state_dict())
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(torch.Tensor, "clone", fails)
+    with pytest.raises(MemoryError):
+        vblora.inject(model, vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
+    monkeypatch.undo()
+    assert same_state(assert_unchanged(model, before), state)
+
+
+def test_an_integer_parameter_can_be_saved_beside():
+    model = bert()
+    model.classifier.table = nn.Parameter(torch.arange(3), requires_grad=False)
+    vblora.inject(model, vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
+    assert not model.classifier.table.requires_grad
+
+
+def test_a_module_under_two_names_is_copied_once():
+    model = Net(blocks=1)
+    model.alias = model.head
+    before, state = snapshot(model), copy.deepcopy(model.state_dict())
+    config = vblora.VBLoRAConfig(target_modules=["up", "down"], modules_to_save=["head", "alias"], **SIZES)
+    vblora.inject(model, config)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    vblora.eject(model)
+    assert same_state(assert_unchanged(model, before), state)
+
+
+def test_the_config_is_the_models_own():
+    config = vblora.VBLoRAConfig(target_modules=["up", "down"], **SIZES)
+    net = vblora.inject(Net(blocks=1), config)
+    config.r = 7
+    assert vblora.injection.injection_of(net).config.r == 2
+    config.r = 0
+    with pytest.raises(ValueError, match="`r` is 0"):
+        vblora.inject(Net(blocks=1), config)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.ModuleList([Block(16)]), "ModuleList, which is never called"),
+        (lambda: torch.compile(Net(blocks=1)), "compiled"),
+    ],
+)
+def test_refuses_what_it_cannot_serve(make, message):
+    with pytest.raises(TypeError, match=message):
+        vblora.inject(make(), NET_CONFIG)
+
+
+def test_refuses_a_model_that_holds_an_adapter():
+    outer = Wrapper(vblora.inject(Net(blocks=1), NET_CONFIG))
+    with pytest.raises(ValueError, match="already"):
+        vblora.inject(outer, vblora.VBLoRAConfig(target_modules="all-linear", **SIZES))
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_merge_that_overflows_is_refused(release):
+    net = vblora.inject(Net(blocks=2).half(), NET_CONFIG)
+    with torch.no_grad():
+        net.vblora.bank.vectors.mul_(1e4)
+    state = copy.deepcopy(net.blocks.state_dict())
+    with pytest.raises(ValueError, match="float16"):
+        vblora.merge(net, release=release)
+    assert same_state(dict(net.blocks.state_dict()), state)
+
+
+def test_a_parametrized_weight_is_not_merged():
+    net = Net(blocks=1)
+    nn.utils.parametrizations.weight_norm(net.blocks[0].down)
+    vblora.inject(net, NET_CONFIG)
+    with pytest.raises(TypeError, match=r"blocks\.0\.down.*computed"):
+        vblora.merge(net, release=True)
+    assert not net.blocks[0].up.merged
+
+
+def test_merging_in_inference_mode_leaves_a_model_that_trains():
+    net = vblora.inject(Net(blocks=1), NET_CONFIG)
+    with torch.inference_mode():
+        vblora.merge(net)
+    x = torch.randn(2, 16, requires_grad=True)
+    net(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_merged_and_disabled_models_compose_nothing():
+    net, x = vblora.inject(Net(blocks=1), NET_CONFIG), torch.randn(2, 16)
+    with ComposedRows() as composed, vblora.disabled(net):
+        net(x)
+    assert composed.calls == 0
+    vblora.merge(net)
+    with ComposedRows() as composed:
+        net(x)
+    assert composed.calls == 0
+
+
+def test_weights_can_be_tied_through_an_adapted_layer():
+    model = llama(tie_word_embeddings=True)
+    vblora.inject(model, vblora.VBLoRAConfig(target_modules=["lm_head"], **SIZES | {"vector_length": 2}))
+    model.tie_weights()
+    assert model.lm_head.base_layer.weight is model.model.embed_tokens.weight
+
+
+def test_factors_are_composed_in_the_widest_dtype():
+    net = Net(blocks=1)
+    net.blocks[0].up.bfloat16()
+    vblora.inject(net, NET_CONFIG)
+    seen = []
+    net.embed.register_forward_hook(lambda *_: seen.append(net.vblora.slots[0].handed.factors.A.dtype))
+    with pytest.raises(RuntimeError):
+        net(torch.randn(2, 16))  # such a model casts between its layers; this one does not
+    assert seen == [torch.float32]
 
 
 def test_injects_on_the_meta_device():

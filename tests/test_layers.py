@@ -121,6 +121,9 @@ def test_compiles_in_one_graph():
         ({"in_features": 8, "out_features": 8, "r": 0}, ValueError, "`r`"),
         ({"in_features": 8, "out_features": 8, "dropout": 1.0}, ValueError, "dropout"),
         ({"in_features": 8, "out_features": 8, "num_vectors": -1}, ValueError, "num_vectors"),
+        ({"in_features": 8, "out_features": 8, "num_vectors": 0}, ValueError, "num_vectors"),
+        ({"in_features": 8, "out_features": 8, "r": 2.5}, TypeError, "`r`"),
+        ({"in_features": 8, "out_features": 8, "bank": torch.ones(4, 8)}, TypeError, "bank"),
     ],
 )
 def test_refuses(arguments, error, name):

@@ -8,9 +8,11 @@ from . import ops, reference
 from .bank import VectorBank
 from .checkpoint import load, save
 from .config import VBLoRAConfig
-from .injection import count_parameters, disabled, eject, inject, merge, parameter_groups, unmerge
+from .injection import disabled, eject, inject
 from .layers import VBLinear
+from .merging import merge, unmerge
 from .ops import build_info
+from .parameters import count_parameters, parameter_groups
 
 __version__ = build_info()["version"]
 

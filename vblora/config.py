@@ -1,7 +1,10 @@
 """What a user chooses, in PEFT's field names."""
 
+import numbers
 import re
 from dataclasses import asdict, dataclass, fields
+
+from .bank import check_count
 
 # Fields that PEFT writes beside a method's own and that say nothing about the adapter itself.
 PEFT_METADATA = frozenset(
@@ -61,11 +64,12 @@ class VBLoRAConfig:
 
     def __post_init__(self) -> None:
         for name in ("r", "num_vectors", "vector_length", "topk"):
+            check_count(name, getattr(self, name))
+        for name in ("vblora_dropout", "init_vector_bank_bound", "init_logits_std"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"`{name}` is {value!r}, but must be an integer.")
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise TypeError(f"`{name}` is {value!r}, but must be a number.")
+            setattr(self, name, float(value))
         if self.topk > self.num_vectors:
             raise ValueError(f"`topk` is {self.topk}, but must be at most `num_vectors`, {self.num_vectors}.")
         if not 0.0 <= self.vblora_dropout < 1.0:
@@ -78,12 +82,10 @@ class VBLoRAConfig:
             raise ValueError(f'`bias` is {self.bias!r}; allowed are "none", "all" and "vblora_only".')
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             value = getattr(self, name)
-            if isinstance(value, (set, tuple)):
-                setattr(self, name, sorted(value))
-            elif value is not None and not isinstance(value, (list, str)):
+            if isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value):
+                setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+            elif value is not None and not isinstance(value, str):
                 raise TypeError(f"`{name}` is {value!r}, but must be a list of strings or a string.")
-            elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
-                raise TypeError(f"`{name}` is {value!r}, but must hold strings only.")
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"`modules_to_save` is {self.modules_to_save!r}, but must be a list of names.")
         for name in ("target_modules", "exclude_modules"):
@@ -95,7 +97,13 @@ class VBLoRAConfig:
                     raise ValueError(f"`{name}` is {value!r}, which is no regular expression: {error}.") from None
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` was given, but not `layers_to_transform`, whose indices it is about.")
-        by_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        layers = self.layers_to_transform
+        if layers is not None:
+            indices = list(layers) if isinstance(layers, (list, tuple, set, range)) else [layers]
+            if not all(type(index) is int for index in indices):
+                raise TypeError(f"`layers_to_transform` is {layers!r}, but must be an integer or a list of them.")
+            self.layers_to_transform = layers if isinstance(layers, int) else indices
+        by_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         if self.layers_to_transform is not None and by_regex:
             raise ValueError("`layers_to_transform` needs `target_modules` as a list; put the indices into the regex.")
 

@@ -1,16 +1,18 @@
-"""An adapter for a whole model: putting it in, taking it out, and what trains."""
+"""An adapter for a whole model: putting it in, switching it off, taking it out."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .adapters import Adapter, Target, VBLoRAAdapter
 from .bank import VectorBank
 from .config import VBLoRAConfig
-from .layers import AdaptedLinear, Replaced, compute_dtype, widths
+from .layers import AdaptedLinear, Replaced, adapted_layers, compute_dtype, widths
 from .targets import find_targets, matches
 
 ADAPTER_NAME = "vblora"  # of the adapter among an injected model's modules
@@ -20,35 +22,63 @@ class Injection:
     """What is remembered of an injected model: to run it, to save it, and to undo it."""
 
     def __init__(self, model: nn.Module, config: VBLoRAConfig, adapter: Adapter) -> None:
+        self.model = model
         self.config = config
         self.adapter = adapter
         self.layers: list[AdaptedLinear] = []  # in the order of the adapter's targets
         self.names: list[list[str]] = []  # of each layer; it has several if the model uses it in several places
         self.replaced: dict[str, Replaced] = {}  # what trains beside the adapter, by its name in the model
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.hooks: list[RemovableHandle] = []
+
+    def register_hooks(self) -> None:
         self.hooks = [
-            model.register_forward_pre_hook(self._begin_forward),
-            model.register_forward_hook(self._end_forward, always_call=True),
+            self.model.register_forward_pre_hook(self._begin_forward),
+            self.model.register_forward_hook(self._end_forward, always_call=True),
         ]
 
     def _begin_forward(self, _model: nn.Module, _args: tuple) -> None:
-        first = self.layers[0].weight
-        self.adapter.begin_forward(compute_dtype(first.device, first.dtype))
+        if not any(layer.active for layer in self.layers):
+            return
+        self.adapter.begin_forward(compute_dtype(self.layers[0].weight.device, self._layers_dtype()))
+
+    def _layers_dtype(self) -> torch.dtype:
+        """The widest among the layers' dtypes. Remembered, but not in a graph, which would be another one then."""
+        remember = not torch.compiler.is_compiling()
+        dtype = self.adapter.compute_dtype if remember else None
+        if dtype is None:
+            dtype = functools.reduce(torch.promote_types, [layer.weight.dtype for layer in self.layers])
+            if remember:
+                self.adapter.compute_dtype = dtype
+        return dtype
 
     def _end_forward(self, _model: nn.Module, _args: tuple, _output: object) -> None:
         self.adapter.end_forward()
 
 
+def injections(model: nn.Module) -> list[Injection]:
+    """The records of a model and of all within it."""
+    return [module._vblora_injection for module in model.modules() if hasattr(module, "_vblora_injection")]
+
+
 def injection_of(model: nn.Module) -> Injection:
-    """The record of an injected model.
+    """The one record of an injected model, which may be wrapped in another (DDP, torch.compile).
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: there is none, or there are several.
     """
-    record = getattr(model, "_vblora_injection", None)
-    if record is None:
+    records = injections(model)
+    if not records:
         raise ValueError("`model` has no adapter: call vblora.inject(model, config) first.")
-    return record
+    if len(records) > 1:
+        raise ValueError(f"`model` holds {len(records)} models with an adapter each. Pass one of those.")
+    return records[0]
+
+
+def refuse_if_disabled(layers: list[AdaptedLinear]) -> None:
+    """For what would read or write the base model's tensors in the place of the adapted model's."""
+    if not all(layer.enabled for layer in layers):
+        raise ValueError("the adapter of `model` is disabled. Leave the block of `with vblora.disabled(model)` first.")
 
 
 def inject(model: nn.Module, config: VBLoRAConfig, *, bank: VectorBank | None = None) -> nn.Module:
@@ -63,13 +93,16 @@ def inject(model: nn.Module, config: VBLoRAConfig, *, bank: VectorBank | None = 
         config: what to adapt, and how.
         bank: a bank to share with other adapters, instead of a new one. Its size must be the config's.
 
+    Cast the base model before, not after: bank and logits are float32 then, and casting logits changes which vectors are
+    chosen.
+
     Returns:
         The same model.
 
     Raises:
         ValueError: the model is adapted already, nothing matches, a width that ``vector_length`` does not divide, or a
             ``bank`` of another size.
-        TypeError: a match that is no linear layer.
+        TypeError: a match that is no linear layer, or a model that cannot be called.
 
     Example::
 
@@ -78,111 +111,71 @@ def inject(model: nn.Module, config: VBLoRAConfig, *, bank: VectorBank | None = 
     """
     if not isinstance(config, VBLoRAConfig):
         raise TypeError(f"`config` is a {type(config).__name__}; it must be a vblora.VBLoRAConfig.")
-    if getattr(model, "_vblora_injection", None) is not None:
-        raise ValueError("`model` has an adapter already. Take it out with vblora.eject(model) first.")
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+        raise TypeError(f"`model` is a {type(model).__name__}, which is never called. Inject the model that holds it.")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("`model` is a compiled one. Inject the model first, then call torch.compile.")
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise ValueError("`model` has adapted layers already. Take them out with vblora.eject(model) first.")
     if hasattr(model, ADAPTER_NAME):
         raise ValueError(f"`model` has an attribute `{ADAPTER_NAME}` of its own, where the adapter would go.")
+    config = dataclasses.replace(config)  # checked again, and out of reach of what its owner does to it
     found = find_targets(model, config)
     saved = _find_saved(model, config)
     targets = [Target(names[0], *widths(layer)) for layer, names in found.items()]
     adapter = _new_adapter(config, targets, bank, next(iter(found)).weight.device)
-
     record = Injection(model, config, adapter)
-    trained_beside = _trained_beside(model, config, list(found), saved)
-    model.requires_grad_(False)
-    copies: dict[torch.Tensor, torch.Tensor] = {}  # what is tied stays tied
-    for full_name, (module, name) in trained_beside.items():
-        tensor = getattr(module, name)
-        if tensor not in copies:
-            copy = tensor.detach().clone()
-            copies[tensor] = nn.Parameter(copy) if isinstance(tensor, nn.Parameter) else copy
-        record.replaced[full_name] = Replaced(module, name, copies[tensor])
+    stand_ins = _stand_ins(model, config, list(found), saved)
     for slot, (layer, names) in zip(adapter.slots, found.items(), strict=True):
-        wrapper = AdaptedLinear(layer, slot, config.vblora_dropout)
-        record.layers.append(wrapper)
+        record.layers.append(AdaptedLinear(layer, slot, config.vblora_dropout))
         record.names.append(names)
+
+    # All is checked and made: from here on the model changes.
+    model.requires_grad_(False)
+    for full_name, (module, name, stand_in) in stand_ins.items():
+        record.replaced[full_name] = Replaced(module, name, stand_in)
+    for layer, names in zip(record.layers, record.names, strict=True):
         for name in names:
-            _set_module(model, name, wrapper)
+            _set_module(model, name, layer)
     model.add_module(ADAPTER_NAME, adapter)
     model._vblora_injection = record
+    record.register_hooks()
     return model
 
 
 def eject(model: nn.Module) -> nn.Module:
-    """Takes the adapter out of a model, which is then as it was before :func:`inject`, bit for bit.
+    """Takes the adapter out of a model, whose parameters are then those from before :func:`inject`, bit for bit.
 
-    After ``merge(model, release=True)`` it is the merged model instead, with trained biases and ``modules_to_save``.
+    After ``merge(model, release=True)`` it is the merged model instead, with trained biases and ``modules_to_save``. Buffers
+    that forwards update, such as BatchNorm's statistics, stay as they are, but for those within ``modules_to_save``.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, it is disabled, or some layers only were merged with ``release=True``.
     """
     record = injection_of(model)
-    if not any(_is_released(layer) for layer in record.layers):
+    refuse_if_disabled(record.layers)
+    released = [layer.released for layer in record.layers]
+    if any(released) and not all(released):
+        raise ValueError("some layers of `model` are merged for good and some are not. Merge the others first.")
+    if not any(released):
         for layer in record.layers:
             layer.unmerge()
         for replaced in record.replaced.values():
             replaced.swap()
     for layer, names in zip(record.layers, record.names, strict=True):
         for name in names:
-            _set_module(model, name, layer.base_layer)
+            _set_module(record.model, name, layer.base_layer)
     for hook in record.hooks:
         hook.remove()
-    delattr(model, ADAPTER_NAME)
-    del model._vblora_injection
-    model.requires_grad_(False)
-    for name in record.trainable:
-        model.get_parameter(name).requires_grad_(True)
-    return model
-
-
-def merge(model: nn.Module, *, release: bool = False) -> nn.Module:
-    """Adds each layer's update to its weight, so that the model runs at the base model's speed.
-
-    The sum is formed in float32 (float64 for a float64 weight) and rounded once to the weight's dtype. Each merged layer gets
-    a weight of its own: one that is tied to another layer's leaves that layer alone.
-
-    Args:
-        model: an injected model, or any module that holds :class:`VBLinear` layers.
-        release: keep nothing of the old weights. By default they are kept beside the merged ones, so that :func:`unmerge`
-            brings them back bit for bit; that costs the memory of the targets' weights once more. A released merge
-            cannot be undone; follow it with :func:`eject` for a plain model.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: no adapted layers, one that is merged already, or an update with an infinite or NaN element. Nothing
-            is merged then.
-        TypeError: a base weight that is not floating point.
-    """
-    layers = _adapted_layers(model)
-    for name, layer in layers:
-        if layer.merged:
-            raise ValueError(f"layer `{name}` is merged already. Call vblora.unmerge(model) first.")
-        if not layer.weight.is_floating_point():
-            raise TypeError(f"layer `{name}` has a weight of {layer.weight.dtype}, which cannot be merged into.")
-        if not layer.delta_weight().isfinite().all():
-            raise ValueError(f"the update of layer `{name}` is not finite: its adapter is broken. Nothing was merged.")
-    for _, layer in layers:
-        layer.merge(release)
-    return model
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Brings back the weights that :func:`merge` set aside, bit for bit. A model that is not merged is left as it is.
-
-    Raises:
-        ValueError: the weights were released.
-    """
-    layers = _adapted_layers(model)
-    for name, layer in layers:
-        if _is_released(layer):
-            raise ValueError(f"layer `{name}` was merged with release=True, which kept nothing to go back to.")
-    for _, layer in layers:
-        layer.unmerge()
+    delattr(record.model, ADAPTER_NAME)
+    del record.model._vblora_injection
+    record.model.requires_grad_(False)
+    for name, parameter in record.model.named_parameters():
+        if name in record.trainable:
+            parameter.requires_grad_(True)
     return model
 
 
@@ -190,17 +183,18 @@ def unmerge(model: nn.Module) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the model is the base model: no updates, merged or not, and the base's own biases and ``modules_to_save``.
 
+    Do not copy or pickle the model within it: the copy would stay disabled.
+
     Raises:
         ValueError: no adapted layers, or weights that were merged with ``release=True``.
     """
-    layers = [layer for _, layer in _adapted_layers(model)]
-    if any(_is_released(layer) for layer in layers):
+    layers = [layer for _, layer in adapted_layers(model)]
+    if any(layer.released for layer in layers):
         raise ValueError("`model` was merged with release=True: its base weights are gone.")
-    record = getattr(model, "_vblora_injection", None)
     active = [layer for layer in layers if layer.enabled]
     swapped = [layer.unmerged for layer in active if layer.unmerged is not None]
-    if record is not None and active:  # not again where it is disabled already
-        swapped += record.replaced.values()
+    if active:  # not again where it is disabled already
+        swapped += [replaced for record in injections(model) for replaced in record.replaced.values()]
     for layer in active:
         layer.enabled = False
     for replaced in swapped:
@@ -212,75 +206,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             replaced.swap()
         for layer in active:
             layer.enabled = True
-
-
-def parameter_groups(
-    model: nn.Module, *, lr_bank: float = 1e-3, lr_logits: float = 1e-2, lr_other: float = 1e-3
-) -> list[dict]:
-    """Trainable parameters as optimizer groups, with the paper's learning rates for bank and logits (its appendix B).
-
-    Logits get ``weight_decay=0``: decay moves all of a row's logits, those included that were never selected.
-
-    Args:
-        model: an injected model, or any module that holds :class:`VBLinear` layers.
-        lr_bank, lr_logits: learning rates of the vector bank and of the logits.
-        lr_other: learning rate of everything else that trains: biases, ``modules_to_save``.
-
-    Returns:
-        Groups named ``bank``, ``logits`` and ``other``, without those that would be empty.
-    """
-    adapters = _adapters(model)
-    bank = {adapter.bank.vectors: None for adapter in adapters}
-    logits = {adapter.logits: None for adapter in adapters}
-    other = [parameter for parameter in model.parameters() if parameter not in bank and parameter not in logits]
-    groups = [
-        {"name": "bank", "params": list(bank), "lr": lr_bank},
-        {"name": "logits", "params": list(logits), "lr": lr_logits, "weight_decay": 0.0},
-        {"name": "other", "params": other, "lr": lr_other},
-    ]
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    return [group for group in groups if group["params"]]
-
-
-class ParameterCount(NamedTuple):
-    trainable: int  # elements that an optimizer updates
-    stored: int  # float32 values' worth that a trained adapter comes down to
-
-
-def count_parameters(model: nn.Module) -> ParameterCount:
-    """Trainable parameters, and what is left to store of them after training.
-
-    Stored are the bank, k weights and k bank indices a sub-vector (an index counts as the fraction of a float32 that its
-    smallest integer type takes: 1/4 up to 256 vectors, 1/2 up to 32,768, else 1), and all else that trains.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adapters = _adapters(model)
-    banks = {adapter.bank.vectors: None for adapter in adapters}
-    own = {*banks, *(adapter.logits for adapter in adapters)}
-    stored = sum(bank.numel() for bank in banks) + sum(p.numel() for p in parameters if p not in own)
-    for adapter in adapters:
-        index = 0.25 if adapter.bank.num_vectors <= 256 else 0.5 if adapter.bank.num_vectors <= 32768 else 1.0
-        stored += round(adapter.num_subvectors * adapter.topk * (1 + index))
-    return ParameterCount(sum(parameter.numel() for parameter in parameters), stored)
-
-
-def _adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
-    if not layers:
-        raise ValueError("`model` has no adapted layers: call vblora.inject(model, config) first.")
-    return layers
-
-
-def _adapters(model: nn.Module) -> list[VBLoRAAdapter]:
-    adapters = [module for module in model.modules() if isinstance(module, VBLoRAAdapter)]
-    if not adapters:
-        raise ValueError("`model` has no adapter: call vblora.inject(model, config) first.")
-    return adapters
-
-
-def _is_released(layer: AdaptedLinear) -> bool:
-    return layer.merged and layer.unmerged is None
 
 
 def _new_adapter(
@@ -298,7 +223,7 @@ def _new_adapter(
 
 
 def _find_saved(model: nn.Module, config: VBLoRAConfig) -> list[str]:
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     saved = []
     for entry in config.modules_to_save or []:
         matching = [name for name in names if matches(name, [entry])]
@@ -308,22 +233,32 @@ def _find_saved(model: nn.Module, config: VBLoRAConfig) -> list[str]:
     return saved
 
 
-def _trained_beside(
+def _stand_ins(
     model: nn.Module, config: VBLoRAConfig, targets: list[nn.Module], saved: list[str]
-) -> dict[str, tuple[nn.Module, str]]:
-    """Parameters and buffers that train beside the adapter, by their names in the model: whose, and called what there."""
-    found: dict[str, tuple[nn.Module, str]] = {}
+) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:
+    """Copies of what trains beside the adapter, by their names in the model: whose they are, and called what there."""
+    places: dict[tuple[nn.Module, str], str] = {}
     for root in saved:
         for prefix, module in model.get_submodule(root).named_modules(prefix=root):
             for name in (*module._parameters, *module._buffers):
                 if getattr(module, name) is not None:
-                    found[f"{prefix}.{name}"] = module, name
+                    places.setdefault((module, name), f"{prefix}.{name}")
     for prefix, module in model.named_modules():
-        if module._parameters.get("bias") is None:
-            continue
-        if config.bias == "all" or (config.bias == "vblora_only" and module in targets):
-            found[f"{prefix}.bias" if prefix else "bias"] = module, "bias"
-    return found
+        wanted = config.bias == "all" or (config.bias == "vblora_only" and module in targets)
+        if wanted and module._parameters.get("bias") is not None:
+            places.setdefault((module, "bias"), f"{prefix}.bias" if prefix else "bias")
+
+    copies: dict[torch.Tensor, torch.Tensor] = {}  # what is tied stays tied
+    stand_ins = {}
+    for (module, name), full_name in places.items():
+        tensor = getattr(module, name)
+        if tensor not in copies:
+            copy = tensor.detach().clone()
+            if isinstance(tensor, nn.Parameter):
+                copy = nn.Parameter(copy, requires_grad=copy.is_floating_point())
+            copies[tensor] = copy
+        stand_ins[full_name] = module, name, copies[tensor]
+    return stand_ins
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

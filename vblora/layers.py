@@ -33,22 +33,28 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 class Replaced:
-    """A parameter or buffer in whose place another one stands, until the two are swapped back."""
+    """A tensor of the base model in whose place a trained or merged one stands, until the two are swapped."""
 
     def __init__(self, module: nn.Module, name: str, stand_in: Tensor) -> None:
         self.module = module
         self.name = name
-        self.aside: Tensor = getattr(module, name)
+        self.swapped = False
+        self._aside: Tensor = getattr(module, name)
         setattr(module, name, stand_in)
+
+    @property
+    def stand_in(self) -> Tensor:
+        return self._aside if self.swapped else getattr(self.module, self.name)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Puts the one that stands aside in place, moved and cast to where the model went meanwhile, and that one aside."""
         current = getattr(self.module, self.name)
-        if (self.aside.device, self.aside.dtype) != (current.device, current.dtype):
-            self.aside.data = self.aside.data.to(current.device, current.dtype)
-        setattr(self.module, self.name, self.aside)
-        self.aside = current
+        if (self._aside.device, self._aside.dtype) != (current.device, current.dtype):
+            self._aside.data = self._aside.data.to(current.device, current.dtype)
+        setattr(self.module, self.name, self._aside)
+        self._aside = current
+        self.swapped = not self.swapped
 
 
 class AdaptedLinear(nn.Module):
@@ -62,7 +68,7 @@ class AdaptedLinear(nn.Module):
     Attributes:
         enabled: False leaves the update out.
         merged: True while the update is in ``base_layer.weight`` (see :func:`vblora.merge`).
-        unmerged: the weight without it, unless it was released.
+        unmerged: the weight without it and with it, unless the former was released.
     """
 
     def __init__(self, base_layer: nn.Module, slot: Slot, dropout: float = 0.0) -> None:
@@ -75,7 +81,7 @@ class AdaptedLinear(nn.Module):
         self.unmerged: Replaced | None = None
         self.train(base_layer.training)
 
-    # Models look at these on a layer that they do not call.
+    # Models look at these on a layer that they do not call, and tie weights through them.
     @property
     def weight(self) -> Tensor:
         return self.base_layer.weight
@@ -83,6 +89,12 @@ class AdaptedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def in_features(self) -> int:
@@ -94,7 +106,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled or self.merged:
+        if not self.active:
             return y
         dtype = compute_dtype(x.device, x.dtype)
         A, B = (factor.to(x.device, dtype) for factor in self.slot.factors(dtype))
@@ -106,17 +118,27 @@ class AdaptedLinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """The update as a matrix, laid out as ``base_layer.weight`` is, in at least float32."""
         weight = self.weight
-        A, B = self.slot.factors(torch.promote_types(weight.dtype, torch.float32))
+        # From the parameters as they are, not from a forward's factors.
+        A, B = self.slot.adapter.factors_of(self.slot.index, torch.promote_types(weight.dtype, torch.float32))
         return (A.T @ B if is_conv1d(self.base_layer) else B.T @ A).to(weight.device)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight with the update in it, rounded once to the weight's dtype."""
+        return self.delta_weight().add_(self.weight).to(self.weight.dtype)
+
     def merge(self, release: bool) -> None:
         """Puts the update into a new weight; the old one is kept for :meth:`unmerge`, or released."""
-        weight = self.weight
-        merged = self.delta_weight().add_(weight).to(weight.dtype)
-        replaced = Replaced(self.base_layer, "weight", nn.Parameter(merged, requires_grad=weight.requires_grad))
+        merged = nn.Parameter(self.merged_weight(), requires_grad=self.weight.requires_grad)
+        replaced = Replaced(self.base_layer, "weight", merged)
         self.unmerged = None if release else replaced
         self.merged = True
+
+    @property
+    def released(self) -> bool:
+        """Whether it was merged for good."""
+        return self.merged and self.unmerged is None
 
     def unmerge(self) -> None:
         if self.unmerged is not None:
@@ -124,9 +146,26 @@ class AdaptedLinear(nn.Module):
             self.unmerged = None
             self.merged = False
 
+    @property
+    def active(self) -> bool:
+        """Whether a forward adds the update."""
+        return self.enabled and not self.merged
+
     def extra_repr(self) -> str:
         state = "merged" if self.merged else "" if self.enabled else "disabled"
         return ", ".join(part for part in (f"dropout={self.dropout}" if self.dropout else "", state) if part)
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
+    """A model's adapted layers by their names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+    if not layers:
+        raise ValueError("`model` has no adapted layers: call vblora.inject(model, config) first.")
+    return layers
 
 
 class VBLinear(AdaptedLinear):
@@ -200,7 +239,9 @@ class VBLinear(AdaptedLinear):
             common = math.gcd(target.in_features, target.out_features)
             if vector_length is None:
                 vector_length = max(length for length in range(1, min(common, 256) + 1) if common % length == 0)
-            bank = VectorBank(num_vectors or 256, vector_length, device=base_layer.weight.device)
+            bank = VectorBank(
+                256 if num_vectors is None else num_vectors, vector_length, device=base_layer.weight.device
+            )
         adapter = VBLoRAAdapter([target], bank, r=r, topk=topk, init_logits_std=init_logits_std)
         super().__init__(base_layer, adapter.slots[0], dropout)
         self.base_layer.requires_grad_(False)

@@ -11,27 +11,39 @@ from . import _C  # registers the operators and their kernels
 build_info = _C.build_info
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CANDIDATES = (torch.int16, torch.int32)
+_INDICES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
-def _check(holds: bool, op: str, name: str, message: str) -> None:
-    torch._check(holds, lambda: f"vblora::{op}: `{name}` {message}")
+class _Arguments:
+    """Checks of an operator's arguments while tracing: the same as in ``csrc/checks.cpp``, where a kernel is behind it."""
 
+    def __init__(self, op: str, device: torch.device) -> None:
+        self.op = op
+        self.device = device
 
-def _check_matrix(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
-    _check(tensor.device == device, op, name, f"is on {tensor.device}, but must be on {device}.")
-    _check(tensor.dim() == 2, op, name, f"must have 2 dimensions, but has shape {tuple(tensor.shape)}.")
+    def check(self, holds: bool, name: str, message: str) -> None:
+        torch._check(holds, lambda: f"vblora::{self.op}: `{name}` {message}")
 
+    def matrix(self, name: str, tensor: Tensor) -> None:
+        self.check(tensor.device == self.device, name, f"is on {tensor.device}, but must be on {self.device}.")
+        self.check(tensor.dim() == 2, name, f"must have 2 dimensions, but has shape {tuple(tensor.shape)}.")
 
-def _check_floating(op: str, name: str, dtype: torch.dtype) -> None:
-    _check(dtype in _FLOATING, op, name, f"is {dtype}; allowed are float32, float64, bfloat16 and float16.")
+    def sizes(self, name: str, tensor: Tensor, rows: int, columns: int) -> None:
+        self.matrix(name, tensor)
+        wrong = f"has shape {tuple(tensor.shape)}, but must be {(rows, columns)}."
+        self.check(tensor.shape[0] == rows, name, wrong)
+        self.check(tensor.shape[1] == columns, name, wrong)
 
+    def dtype(self, name: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:
+        self.check(dtype in allowed, name, f"is {dtype}; allowed: {', '.join(map(str, allowed))}.")
 
-def _check_candidates(op: str, candidates: Tensor, rows: int, columns: int, device: torch.device) -> None:
-    _check_matrix(op, "candidates", candidates, device)
-    same = candidates.shape[0] == rows and candidates.shape[1] == columns
-    _check(same, op, "candidates", f"has shape {tuple(candidates.shape)}, but must be {(rows, columns)}.")
-    allowed = candidates.dtype in (torch.int16, torch.int32)
-    _check(allowed, op, "candidates", f"is {candidates.dtype}; allowed are int16 and int32.")
+    def columns(self, name: str, columns: int, candidates: Tensor | None, rows: int, vectors: int) -> None:
+        if candidates is not None:
+            self.sizes("candidates", candidates, rows, columns)
+            self.dtype("candidates", candidates.dtype, *_CANDIDATES)
+        else:
+            self.check(columns == vectors, name, f"means {columns} columns, but the bank has {vectors} vectors.")
 
 
 def _weight_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,21 +52,17 @@ def _weight_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.register_fake("vblora::admixture")
 def _(logits: Tensor, bank: Tensor, candidates: Tensor | None, k: int, out_dtype: torch.dtype | None = None):
-    _check_matrix("admixture", "logits", logits, logits.device)
-    _check_matrix("admixture", "bank", bank, logits.device)
-    _check_floating("admixture", "logits", logits.dtype)
-    _check(
-        bank.dtype == logits.dtype, "admixture", "bank", f"is {bank.dtype}, but must be {logits.dtype} as logits is."
-    )
+    arguments = _Arguments("admixture", logits.device)
+    arguments.matrix("logits", logits)
+    arguments.matrix("bank", bank)
+    arguments.dtype("logits", logits.dtype, *_FLOATING)
+    arguments.dtype("bank", bank.dtype, logits.dtype)
     out_dtype = out_dtype or bank.dtype
-    _check_floating("admixture", "out_dtype", out_dtype)
+    arguments.dtype("out_dtype", out_dtype, *_FLOATING)
     rows, columns = logits.shape
-    if candidates is not None:
-        _check_candidates("admixture", candidates, rows, columns, logits.device)
-    else:
-        square = columns == bank.shape[0]
-        _check(square, "admixture", "logits", f"has {columns} columns, but the bank has {bank.shape[0]} vectors.")
-    _check(1 <= k <= columns, "admixture", "k", f"is {k}, but must be between 1 and {columns}.")
+    arguments.columns("logits", columns, candidates, rows, bank.shape[0])
+    arguments.check(k >= 1, "k", f"is {k}, but must be at least 1.")
+    arguments.check(k <= columns, "k", f"is {k}, but must be at most {columns}, the columns of logits.")
     return (
         logits.new_empty((rows, bank.shape[1]), dtype=out_dtype),
         logits.new_empty((rows, k), dtype=torch.int32),
@@ -74,28 +82,42 @@ def _(
     need_logits: bool,
     need_bank: bool,
 ):
-    device = indices.device
-    given = {"grad_subvectors": grad_subvectors, "grad_weights": grad_weights}
-    for name, tensor in {"indices": indices, "weights": weights, "bank": bank, **given}.items():
-        if tensor is not None:
-            _check_matrix("admixture_backward", name, tensor, device)
-    if candidates is not None:
-        _check_candidates("admixture_backward", candidates, indices.shape[0], num_candidates, device)
+    arguments = _Arguments("admixture_backward", indices.device)
+    arguments.matrix("indices", indices)
+    arguments.dtype("indices", indices.dtype, torch.int32)
+    arguments.matrix("bank", bank)
+    arguments.dtype("bank", bank.dtype, *_FLOATING)
+    rows, k = indices.shape
+    vectors, length = bank.shape
+    arguments.sizes("weights", weights, rows, k)
+    arguments.dtype("weights", weights.dtype, _weight_dtype(bank.dtype))
+    given = grad_subvectors is not None or grad_weights is not None
+    arguments.check(given, "grad_subvectors", "and `grad_weights` are both None; give one.")
+    if grad_subvectors is not None:
+        arguments.sizes("grad_subvectors", grad_subvectors, rows, length)
+        arguments.dtype("grad_subvectors", grad_subvectors.dtype, *_FLOATING)
+    if grad_weights is not None:
+        arguments.sizes("grad_weights", grad_weights, rows, k)
+        arguments.dtype("grad_weights", grad_weights.dtype, weights.dtype)
+    arguments.columns("num_candidates", num_candidates, candidates, rows, vectors)
+    arguments.check(k <= num_candidates, "num_candidates", f"is {num_candidates}, but must be at least {k}.")
     return (
-        bank.new_empty((indices.shape[0], num_candidates) if need_logits else (0,)),
-        bank.new_empty(bank.shape if need_bank else (0,)),
+        bank.new_empty((rows, num_candidates) if need_logits else (0,)),
+        bank.new_empty((vectors, length) if need_bank else (0,)),
     )
 
 
 @torch.library.register_fake("vblora::compose")
 def _(bank: Tensor, indices: Tensor, weights: Tensor, out_dtype: torch.dtype | None = None):
-    for name, tensor in {"bank": bank, "indices": indices, "weights": weights}.items():
-        _check_matrix("compose", name, tensor, bank.device)
-    _check_floating("compose", "bank", bank.dtype)
-    same = indices.shape == weights.shape
-    _check(same, "compose", "weights", f"has shape {tuple(weights.shape)}, but must be {tuple(indices.shape)}.")
+    arguments = _Arguments("compose", bank.device)
+    arguments.matrix("bank", bank)
+    arguments.dtype("bank", bank.dtype, *_FLOATING)
+    arguments.matrix("indices", indices)
+    arguments.dtype("indices", indices.dtype, *_INDICES)
+    arguments.sizes("weights", weights, *indices.shape)
+    arguments.dtype("weights", weights.dtype, _weight_dtype(bank.dtype))
     out_dtype = out_dtype or bank.dtype
-    _check_floating("compose", "out_dtype", out_dtype)
+    arguments.dtype("out_dtype", out_dtype, *_FLOATING)
     return bank.new_empty((indices.shape[0], bank.shape[1]), dtype=out_dtype)
 
 

@@ -6,7 +6,7 @@ import re
 from torch import nn
 
 from .config import VBLoRAConfig
-from .layers import AdaptedLinear, is_conv1d
+from .layers import is_conv1d
 
 # Layers that are adapted unless told otherwise, by a transformers config's `model_type`; PEFT's choices where it has one.
 _DEFAULT_TARGETS = {
@@ -38,6 +38,13 @@ _DEFAULT_TARGETS = {
     "t5": ["q", "k", "v", "o", "wi", "wo"],
     "xlm-roberta": ["query", "value"],
 }
+# Layers whose weight the module around them reads, never calling the layer (always, or in evaluation): an update there would
+# have no effect. By the ending of that module's class name.
+_NEVER_CALLED = {
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2"),
+    "MambaMixer": ("dt_proj",),
+}
 # A sequence classifier's output layer, by convention.
 _CLASSIFIER_HEADS = ("score", "classifier")
 
@@ -56,19 +63,17 @@ def find_targets(model: nn.Module, config: VBLoRAConfig) -> dict[nn.Module, list
     for name in wanted:
         module = modules[name]
         if not (isinstance(module, nn.Linear) or is_conv1d(module)):
-            if isinstance(module, AdaptedLinear):
-                raise ValueError(f"`target_modules` matches `{name}`, which is adapted already. Eject it first.")
             raise TypeError(
                 f"`target_modules` matches `{name}`, a {type(module).__name__}; "
                 "allowed are nn.Linear and transformers' Conv1D. Narrow the match, or name it in `exclude_modules`."
             )
-        parent = modules[name.rpartition(".")[0]]
-        if isinstance(parent, nn.MultiheadAttention):
+        parent, child = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
+        if any(type(parent).__name__.endswith(c) and child in names for c, names in _NEVER_CALLED.items()):
             if everything:
                 continue
             raise TypeError(
-                f"`target_modules` matches `{name}`, but nn.MultiheadAttention reads that layer's weight and never "
-                "calls it, so an update there would have no effect. Name it in `exclude_modules`."
+                f"`target_modules` matches `{name}`, but {type(parent).__name__} reads that layer's weight and does not call "
+                "it, so an update there would have no effect. Name it in `exclude_modules`."
             )
         targets.setdefault(module, []).append(name)
     if not targets:

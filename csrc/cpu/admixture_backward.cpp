@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "../checks.h"
 #include "kernels.h"
@@ -41,10 +41,11 @@ std::tuple<Tensor, Tensor> admixture_backward(const std::optional<Tensor>& grad_
     const int64_t tiles = (problem.length + columns - 1) / columns;
     torch::stable::parallel_for(
         0, tiles, grain((problem.rows * problem.k + problem.vectors) * columns), [&](int64_t begin, int64_t end) {
-          std::vector<double> scratch(static_cast<size_t>(problem.vectors * columns));
+          const size_t size = problem.type == Type::f64 ? sizeof(double) : sizeof(float);
+          const std::unique_ptr<char[]> scratch(new char[static_cast<size_t>(problem.vectors * columns) * size]);
           for (int64_t tile = begin; tile < end; ++tile)
             kernels().backward_bank(problem, tile * columns, std::min((tile + 1) * columns, problem.length),
-                                    scratch.data());
+                                    scratch.get());
         });
   }
   return {call.grad_logits, call.grad_bank};

@@ -1,8 +1,8 @@
 #include "kernels.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdlib>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 
 namespace vblora::cpu {
@@ -29,15 +29,16 @@ const Kernels& choose() {
 #ifdef VBLORA_X86_ISAS
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) available[1] = &avx2::table;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     available[2] = &avx512::table;
 #endif
   const char* wanted = std::getenv("VBLORA_CPU_ISA");
   const Kernels* best = nullptr;
   for (const Kernels* kernels : available)
     if (kernels && (!wanted || std::string_view(wanted) == kernels->name)) best = kernels;
-  STD_TORCH_CHECK(best, "vblora: VBLORA_CPU_ISA is \"", wanted ? wanted : "",
-                  "\"; allowed are baseline, avx2 and avx512, where the machine has them. Unset it to take the best.");
+  if (!best)
+    throw std::runtime_error("vblora: VBLORA_CPU_ISA is \"" + std::string(wanted) +
+                             "\"; allowed are baseline, avx2 and avx512, where the machine has them. Unset it for the best.");
   return *best;
 }
 

@@ -72,6 +72,37 @@ def test_loads_over_an_adapter_of_the_same_config(tmp_path):
         vblora.load(different, tmp_path)
 
 
+def test_tied_tensors_are_saved(tmp_path):
+    choice = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    base, model = trained(lambda: llama(tie_word_embeddings=True), **choice)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    vblora.save(model, tmp_path)
+    loaded = vblora.load(copy.deepcopy(base), tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_loading_into_a_merged_or_a_meta_model_is_refused(tmp_path):
+    base, model = trained(bert)
+    vblora.save(model, tmp_path)
+    vblora.merge(model)
+    with pytest.raises(ValueError, match="unmerge"):
+        vblora.load(model, tmp_path)
+    with pytest.raises(ValueError, match="meta"):
+        vblora.load(copy.deepcopy(base).to("meta"), tmp_path)
+
+
+def test_loading_leaves_an_adapters_flags_and_the_random_state_alone(tmp_path):
+    base, model = trained(bert)
+    vblora.save(model, tmp_path)
+    model.vblora.bank.requires_grad_(False)
+    vblora.load(model, tmp_path)
+    assert model.vblora.logits.requires_grad and not model.vblora.bank.vectors.requires_grad
+    state = torch.get_rng_state()
+    vblora.load(copy.deepcopy(base), tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_config_is_in_pefts_names(tmp_path):
     vblora.save(trained(bert)[1], tmp_path)
     config = json.loads((tmp_path / native.CONFIG_FILE).read_text())

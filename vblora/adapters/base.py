@@ -4,6 +4,7 @@ The factors A and B of all layers depend on the adapter's parameters alone, neve
 whole model composes them once, before its first layer runs, and hands them out through one :class:`Slot` a layer.
 """
 
+import threading
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,28 +30,6 @@ class Target:
     out_features: int
 
 
-class Slot:
-    """Where a layer finds its factors.
-
-    A plain object and not a module: layers refer to the adapter through it without owning it, ``deepcopy`` and pickling keep
-    that tie, and ``torch.compile`` reuses the graph of one block for the next.
-    """
-
-    def __init__(self, adapter: "Adapter", index: int) -> None:
-        self.adapter = adapter
-        self.index = index
-        self.handed: Factors | None = None  # by the outermost forward that is under way
-
-    def factors(self, dtype: torch.dtype) -> Factors:
-        """This layer's factors, in ``dtype`` if they have to be composed for it alone."""
-        if self.handed is not None:
-            return self.handed
-        return self.adapter.factors_of(self.index, dtype)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "handed": None}  # a forward's own: it may have a history, which cannot be copied
-
-
 _optimizer_steps = 0
 
 
@@ -61,6 +40,42 @@ def _count_step(*_) -> None:
 
 # An optimizer may write through `.data`, and FSDP2 gathers into it: neither moves a tensor's version counter.
 register_optimizer_step_post_hook(_count_step)
+
+
+def _now() -> tuple[int, int]:
+    """What tells a forward apart from one in another thread, or one that a KeyboardInterrupt cut off before a step."""
+    return threading.get_ident(), _optimizer_steps
+
+
+class Handed(NamedTuple):
+    """A layer's factors of the outermost forward that is under way, and by what to tell that it still is."""
+
+    factors: Factors
+    thread: int
+    steps: int  # of optimizers, so far
+
+
+class Slot:
+    """Where a layer finds its factors.
+
+    A plain object and not a module: layers refer to the adapter through it without owning it, ``deepcopy`` and pickling keep
+    that tie, and ``torch.compile`` reuses the graph of one block for the next.
+    """
+
+    def __init__(self, adapter: "Adapter", index: int) -> None:
+        self.adapter = adapter
+        self.index = index
+        self.handed: Handed | None = None
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """This layer's factors, in ``dtype`` if they are not those of a whole forward."""
+        handed = self.handed
+        if handed is not None and (torch.compiler.is_compiling() or handed[1:] == _now()):
+            return handed.factors
+        return self.adapter.factors_of(self.index, dtype)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "handed": None}  # a forward's own: it may have a history, which cannot be copied
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -75,9 +90,9 @@ class Adapter(nn.Module):
     * With gradients, each outermost forward composes once (:meth:`begin_forward`), and shares with no other: several
       forwards may stand before their backwards. A layer that runs outside of one (recomputed by activation checkpointing, or
       called by itself) composes its own rows only.
-    * Without, factors are kept from forward to forward until a parameter changes: its version counter moves, an optimizer
-      steps, a state dict is loaded, or :meth:`invalidate` is called. The last is for writes through ``.data``, which nothing
-      else can see.
+    * Without, all layers' factors are kept from forward to forward until a parameter changes: its version counter moves, an
+      optimizer steps, the module is cast, moved or switched between training and evaluation, a state dict is loaded, or
+      :meth:`invalidate` is called. The last is for other writes through ``.data``, which nothing else can see.
     * While compiling or exporting, always, so that the composition is part of the graph.
     """
 
@@ -85,7 +100,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.targets = tuple(targets)
         self.slots = [Slot(self, index) for index in range(len(targets))]
-        self._kept: tuple[tuple, list[Factors]] | None = None
+        self.compute_dtype: torch.dtype | None = (
+            None  # of the layers, until something is cast: whoever knows them notes it
+        )
+        self._kept: _Kept | None = None
         self.register_load_state_dict_post_hook(_invalidate_after_load)
 
     @abstractmethod
@@ -98,8 +116,9 @@ class Adapter(nn.Module):
 
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Hands out this forward's factors."""
+        thread, steps = (0, 0) if torch.compiler.is_compiling() else _now()
         for slot, factors in zip(self.slots, self._all_factors(dtype), strict=True):
-            slot.handed = factors
+            slot.handed = Handed(factors, thread, steps)
 
     def end_forward(self) -> None:
         """Takes back what ``begin_forward`` handed out."""
@@ -113,11 +132,9 @@ class Adapter(nn.Module):
 
     def factors_of(self, index: int, dtype: torch.dtype) -> Factors:
         """The factors of one layer that runs outside of an outermost forward."""
-        if len(self.targets) == 1:
-            return self._all_factors(dtype)[0]
-        if not self._needs_composition() and self._kept is not None and self._kept[0] == self._key(dtype):
-            return self._kept[1][index]
-        return self._compose(dtype, index)[0]
+        if self._needs_composition():
+            return self._compose(dtype, index)[0]
+        return self._all_factors(dtype)[index]
 
     def _needs_composition(self) -> bool:
         if torch.compiler.is_compiling():
@@ -127,14 +144,17 @@ class Adapter(nn.Module):
     def _all_factors(self, dtype: torch.dtype) -> list[Factors]:
         if self._needs_composition():
             return self._compose(dtype)
-        key = self._key(dtype)
-        if key is None:
-            return self._compose(dtype)
-        if self._kept is None or self._kept[0] != key:
+        if self._kept is None or not self._kept.is_current(dtype, self._sources()):
+            sources = self._sources()
+            if not all(_is_plain(source) for source in sources):
+                return self._compose(dtype)
             # Outside of inference mode: its tensors could not be used where gradients are recorded.
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = key, self.compose(dtype)
-        return self._kept[1]
+                self._kept = _Kept(dtype, sources, self.compose(dtype))
+        return self._kept.factors
+
+    def _sources(self) -> list[Tensor]:
+        return [*self.parameters(), *self.buffers()]
 
     def _compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
         if torch.compiler.is_compiling():
@@ -144,15 +164,45 @@ class Adapter(nn.Module):
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             return self.compose(dtype, index)
 
-    def _key(self, dtype: torch.dtype) -> tuple | None:
-        """What kept factors were composed from, or None if that cannot be told from the tensors."""
-        sources = [*self.parameters(), *self.buffers()]
-        if any(type(source) not in (Tensor, nn.Parameter) or source.is_inference() for source in sources):
-            return None
-        return dtype, _optimizer_steps, *((id(source), source.data_ptr(), source._version) for source in sources)
+    def train(self, mode: bool = True) -> "Adapter":
+        self._kept = None  # where weights are averaged or swapped through `.data`, the mode is mostly switched, too
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "Adapter":
+        self.compute_dtype = None
+        self.invalidate()
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}  # composed anew by the copy
+
+
+class _Kept:
+    """Factors, and the very tensors that they were composed from, as those were."""
+
+    def __init__(self, dtype: torch.dtype, sources: list[Tensor], factors: list[Factors]) -> None:
+        self.factors = factors
+        self._made_from = dtype, _optimizer_steps, [(source.data_ptr(), source._version) for source in sources]
+        # Held, so that no other tensor gets their identity or their memory.
+        self._sources = [(source, source.detach()) for source in sources]
+
+    def is_current(self, dtype: torch.dtype, sources: list[Tensor]) -> bool:
+        return (
+            len(sources) == len(self._sources)
+            and all(now is then for now, (then, _) in zip(sources, self._sources, strict=True))
+            and self._made_from == (dtype, _optimizer_steps, [(s.data_ptr(), s._version) for s in sources])
+        )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's changes can be told from the tensor itself."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # a wrapper of torch.func's
+        return False
+    return True
 
 
 def _invalidate_after_load(adapter: Adapter, _incompatible_keys) -> None:

@@ -1,12 +1,13 @@
 """VB-LoRA: every sub-vector of every factor is a mixture from one vector bank (arXiv 2405.15179)."""
 
+import itertools
 import math
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  (registers torch.ops.vblora)
-from ..bank import VectorBank
+from ..bank import VectorBank, check_count
 from .base import Adapter, Factors, Target
 
 
@@ -22,7 +23,7 @@ class VBLoRAAdapter(Adapter):
         r: rank of the update.
         topk: k, bank vectors mixed into a sub-vector (eq. 2: top-k, softmax over them, weighted sum).
         init_logits_std: logits start normal with this standard deviation.
-        device, dtype: of the logits; as the bank unless told otherwise.
+        device, dtype: of the logits; the bank's unless told otherwise.
 
     Attributes:
         logits: ``(S, h)`` parameter.
@@ -46,10 +47,12 @@ class VBLoRAAdapter(Adapter):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(targets)
-        if r < 1:
-            raise ValueError(f"`r` is {r}, but must be at least 1.")
-        if not 1 <= topk <= bank.num_vectors:
-            raise ValueError(f"`topk` is {topk}, but must be between 1 and `num_vectors`, {bank.num_vectors}.")
+        if not isinstance(bank, VectorBank):
+            raise TypeError(f"`bank` is a {type(bank).__name__}, but must be a vblora.VectorBank.")
+        check_count("r", r)
+        check_count("topk", topk)
+        if topk > bank.num_vectors:
+            raise ValueError(f"`topk` is {topk}, but must be at most `num_vectors`, {bank.num_vectors}.")
         check_widths(self.targets, bank.vector_length)
         self.r = r
         self.topk = topk
@@ -59,7 +62,7 @@ class VBLoRAAdapter(Adapter):
         self._rows = [
             r * width // bank.vector_length for t in self.targets for width in (t.in_features, t.out_features)
         ]
-        self._starts = [sum(self._rows[: 2 * index]) for index in range(len(targets))]
+        self._starts = [0, *itertools.accumulate(self._rows)][::2]
         device = bank.vectors.device if device is None else device
         dtype = bank.vectors.dtype if dtype is None else dtype
         self.logits = nn.Parameter(torch.empty(sum(self._rows), bank.num_vectors, device=device, dtype=dtype))

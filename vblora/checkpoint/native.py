@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ..config import VBLoRAConfig
-from ..injection import Injection, eject, inject, injection_of
+from ..injection import Injection, eject, inject, injection_of, injections, refuse_if_disabled
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -32,42 +32,53 @@ def save(model: nn.Module, directory: str | os.PathLike) -> None:
     """
     record = injection_of(model)
     config = {"peft_type": "VBLORA", **record.config.to_dict()}
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    name = getattr(getattr(record.model, "config", None), "_name_or_path", None)
     config["base_model_name_or_path"] = name or None
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(record).items()}
     layout = [[target.name, target.in_features, target.out_features] for target in record.adapter.targets]
+    tensors, aliases = _untied(_tensors(record))
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    metadata = {"format": "pt", "targets": json.dumps(layout), "aliases": json.dumps(aliases)}
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TENSORS_FILE, to_safetensors(tensors, {"format": "pt", "targets": json.dumps(layout)}))
+    _write(folder / TENSORS_FILE, to_safetensors(tensors, metadata))
     _write(folder / CONFIG_FILE, json.dumps(config, indent=2).encode() + b"\n")
 
 
-def load(model: nn.Module, directory: str | os.PathLike, *, is_trainable: bool = False) -> nn.Module:
+def load(model: nn.Module, directory: str | os.PathLike, *, is_trainable: bool | None = None) -> nn.Module:
     """Puts a saved adapter into a model: into a base model as :func:`vblora.inject` does, or over the one it has.
 
     Everything in the folder is checked first; a model that it does not fit is left as it was.
 
     Args:
-        model: the base model, or a model with an adapter of the same config.
+        model: the base model, or a model with an adapter of the same config, whose tensors are then written over: those of a
+            bank that it shares, too.
         directory: what :func:`save` wrote.
-        is_trainable: whether the adapter's parameters shall require gradients.
+        is_trainable: whether the adapter's parameters shall require gradients. By default they do not, and those of an
+            adapter that is there stay as they are.
 
     Returns:
         The same model.
 
     Raises:
         FileNotFoundError: a file of the two is missing.
-        ValueError: a file is damaged, or does not fit the model; named.
+        ValueError: a file is damaged, or does not fit the model; named. Or the model is merged, disabled, or on the meta
+            device.
     """
     folder = Path(directory)
     config = _read_config(folder / CONFIG_FILE)
     tensors, layout = _read_tensors(folder / TENSORS_FILE)
-    has_adapter = getattr(model, "_vblora_injection", None) is not None
-    if has_adapter and injection_of(model).config != config:
-        raise ValueError(f"`model` has an adapter of another config than {folder / CONFIG_FILE}. Eject it first.")
-    if not has_adapter:
-        inject(model, config)
-    record = injection_of(model)
+    has_adapter = bool(injections(model))
+    if has_adapter:
+        record = injection_of(model)
+        refuse_if_disabled(record.layers)
+        if any(layer.merged for layer in record.layers):
+            raise ValueError("`model` is merged. Call vblora.unmerge(model) before loading another adapter into it.")
+        if record.config != config:
+            raise ValueError(f"`model` has an adapter of another config than {folder / CONFIG_FILE}. Eject it first.")
+    else:
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is written over
+            inject(model, config)
+        record = injection_of(model)
     try:
         _check_fit(record, layout, tensors, folder / TENSORS_FILE)
     except ValueError:
@@ -77,16 +88,27 @@ def load(model: nn.Module, directory: str | os.PathLike, *, is_trainable: bool =
     with torch.no_grad():
         for name, tensor in _tensors(record).items():
             tensor.copy_(tensors[name])
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(is_trainable)
+            trainable = False if is_trainable is None and not has_adapter else is_trainable
+            if isinstance(tensor, nn.Parameter) and trainable is not None:
+                tensor.requires_grad_(trainable and tensor.is_floating_point())
     record.adapter.invalidate()
     return model
 
 
 def _tensors(record: Injection) -> dict[str, Tensor]:
     """An adapter's tensors as they are, by their names in a file."""
-    beside = {_BESIDE + name: getattr(item.module, item.name) for name, item in record.replaced.items()}
+    beside = {_BESIDE + name: replaced.stand_in for name, replaced in record.replaced.items()}
     return {"bank.vectors": record.adapter.bank.vectors, "logits": record.adapter.logits, **beside}
+
+
+def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, under its first name, and what other names there are for it."""
+    first: dict[Tensor, str] = {}
+    aliases = {}
+    for name, tensor in tensors.items():
+        if first.setdefault(tensor, name) != name:
+            aliases[name] = first[tensor]
+    return {name: tensor for tensor, name in first.items()}, aliases
 
 
 def _read_config(path: Path) -> VBLoRAConfig:
@@ -107,9 +129,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], list]:
         raise FileNotFoundError(f"{path} is missing.")
     try:
         with safe_open(path, framework="pt") as file:
-            layout = json.loads((file.metadata() or {}).get("targets", "null"))
-            return {name: file.get_tensor(name) for name in file.keys()}, layout  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, json.JSONDecodeError) as error:
+            metadata = file.metadata() or {}
+            layout, aliases = (json.loads(metadata.get(key, "null")) for key in ("targets", "aliases"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            return tensors | {alias: tensors[name] for alias, name in (aliases or {}).items()}, layout
+    except (SafetensorError, json.JSONDecodeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from None
 
 
@@ -118,6 +142,10 @@ def _check_fit(record: Injection, layout: list, tensors: dict[str, Tensor], path
     if layout != own:
         raise ValueError(f"{path} is for other layers than the model's: {_first_difference(layout, own)}.")
     wanted = _tensors(record)
+    if any(tensor.is_meta for tensor in wanted.values()):
+        raise ValueError(
+            "`model` is on the meta device, where nothing can be loaded. Materialise it first, with `to_empty`."
+        )
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise ValueError(f"{path} {'lacks' if name in wanted else 'has an unknown'} tensor `{name}`.")
     for name, tensor in tensors.items():
@@ -138,14 +166,13 @@ def _first_difference(layout: object, own: list) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp keeps others out; a checkpoint is an ordinary file
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

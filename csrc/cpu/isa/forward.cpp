@@ -6,7 +6,7 @@
 namespace vblora::cpu {
 namespace {
 
-constexpr int64_t kBlock = 16;  // logits looked at together: few blocks hold any that are among the best so far
+constexpr int64_t kBlock = 32;  // logits looked at together: few blocks hold any that are among the best so far
 constexpr int64_t kWidth = 64;  // elements of a sub-vector accumulated at once, in registers
 
 template <class Acc>
@@ -47,11 +47,16 @@ void select(const Admixture& problem, int64_t row, Entry<accumulator_t<T>>* best
   int64_t column = 0;
   for (; column < k; ++column) offer(load<Acc>(logits[column]), column);
   for (; column + kBlock <= columns; column += kBlock) {
+    // "not below" rather than "above": NaN comes before all else, and a tie may go to a lower bank vector.
     const Acc least = best[k - 1].value;
-    int passed = 0;  // the comparison is false for NaN, and a tie may go to a lower bank vector
-    for (int64_t i = 0; i < kBlock; ++i) passed |= !(load<Acc>(logits[column + i]) < least);
-    if (passed)
-      for (int64_t i = 0; i < kBlock; ++i) offer(load<Acc>(logits[column + i]), column + i);
+    Acc values[kBlock];
+    int32_t passed = 0;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      values[i] = load<Acc>(logits[column + i]);
+      passed |= values[i] < least ? 0 : 1;
+    }
+    for (int64_t i = 0; passed && i < kBlock; ++i)
+      if (!(values[i] < best[k - 1].value)) offer(values[i], column + i);
   }
   for (; column < columns; ++column) offer(load<Acc>(logits[column]), column);
 }

@@ -1,0 +1,71 @@
+"""What trains, and what is left to store of it."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from .adapters import VBLoRAAdapter
+from .injection import injections, refuse_if_disabled
+from .layers import AdaptedLinear
+
+
+def parameter_groups(
+    model: nn.Module, *, lr_bank: float = 1e-3, lr_logits: float = 1e-2, lr_other: float = 1e-3
+) -> list[dict]:
+    """Trainable parameters as optimizer groups, with the paper's learning rates for bank and logits (its appendix B).
+
+    Logits get ``weight_decay=0``: decay moves all of a row's logits, those included that were never selected.
+
+    Args:
+        model: an injected model, or any module that holds :class:`VBLinear` layers.
+        lr_bank, lr_logits: learning rates of the vector bank and of the logits.
+        lr_other: learning rate of everything else that trains: biases, ``modules_to_save``.
+
+    Returns:
+        Groups named ``bank``, ``logits`` and ``other``, without those that would be empty.
+    """
+    adapters = _adapters(model)
+    refuse_if_disabled([module for module in model.modules() if isinstance(module, AdaptedLinear)])
+    bank = {adapter.bank.vectors: None for adapter in adapters}
+    logits = {adapter.logits: None for adapter in adapters}
+    other = [parameter for parameter in model.parameters() if parameter not in bank and parameter not in logits]
+    groups = [
+        {"name": "bank", "params": list(bank), "lr": lr_bank},
+        {"name": "logits", "params": list(logits), "lr": lr_logits, "weight_decay": 0.0},
+        {"name": "other", "params": other, "lr": lr_other},
+    ]
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    return [group for group in groups if group["params"]]
+
+
+class ParameterCount(NamedTuple):
+    trainable: int  # elements that an optimizer updates
+    stored: int  # float32 values' worth that a trained adapter comes down to
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Trainable parameters, and what is left to store of them after training.
+
+    Stored are the bank, k weights and k bank indices a sub-vector (an index counts as the fraction of a float32 that its
+    smallest integer type takes: 1/4 up to 256 vectors, 1/2 up to 32,768, else 1), and the biases and ``modules_to_save`` that
+    train beside them, frozen or not.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    adapters = _adapters(model)
+    banks = {adapter.bank.vectors: None for adapter in adapters}
+    beside = {replaced.stand_in: None for record in injections(model) for replaced in record.replaced.values()}
+    stored = sum(tensor.numel() for tensor in (*banks, *beside))
+    for adapter in adapters:
+        index = 0.25 if adapter.bank.num_vectors <= 256 else 0.5 if adapter.bank.num_vectors <= 32768 else 1.0
+        stored += round(adapter.num_subvectors * adapter.topk * (1 + index))
+    return ParameterCount(sum(p.numel() for p in model.parameters() if p.requires_grad), stored)
+
+
+def _adapters(model: nn.Module) -> list[VBLoRAAdapter]:
+    adapters = [module for module in model.modules() if isinstance(module, VBLoRAAdapter)]
+    if not adapters:
+        raise ValueError("`model` has no adapter: call vblora.inject(model, config) first.")
+    return adapters
