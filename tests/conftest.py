@@ -1,0 +1,55 @@
+"""What every test may ask for: a backend that runs the operators, and a seed that a failure prints."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import vblora
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where the operators run: `ops` has `admixture`, `admixture_backward` and `compose`; tensors belong on `device`."""
+
+    name: str
+    ops: Any
+    device: torch.device
+
+
+def _backends() -> dict[str, Backend]:
+    backends = {"cpu": Backend("cpu", torch.ops.vblora, torch.device("cpu"))}
+    if vblora.build_info()["cuda"] != "none" and torch.cuda.is_available():
+        backends["cuda"] = Backend("cuda", torch.ops.vblora, torch.device("cuda"))
+    return backends
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "backends(*names): run on these backends only; on all there are, if not given")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("backends")
+        backends = [backend for name, backend in _backends().items() if marker is None or name in marker.args]
+        metafunc.parametrize("backend", backends, ids=lambda backend: backend.name)
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Fresh random numbers in each run, and other ones in each test. Set the variable that a failure prints to repeat it."""
+    seed = request.config.stash.get(_SEED, None)
+    if seed is None:
+        seed = int(os.environ.get("VBLORA_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
+        request.config.stash[_SEED] = seed
+    print(f"VBLORA_TEST_SEED={seed}")
+    # The generator looks at 32 bits of a seed, so all that tells tests and runs apart has to be in those.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {request.node.nodeid}".encode()))
+
+
+_SEED = pytest.StashKey[int]()

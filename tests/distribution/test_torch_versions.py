@@ -1,0 +1,72 @@
+"""The same binary under every torch: `make test-torches` runs this file under the oldest supported torch and the newest.
+
+It needs torch and pytest alone. VBLORA_SITE names the folder that must hold the vblora that is imported: the one copy that
+all runs share.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import vblora
+from vblora import reference
+from vblora.ops import _C
+
+
+def test_it_is_the_shared_binary(capsys):
+    binary = Path(_C.__file__)
+    if site := os.environ.get("VBLORA_SITE"):
+        assert binary.is_relative_to(Path(site).resolve())
+    digest = hashlib.sha256(binary.read_bytes()).hexdigest()
+    info = vblora.build_info()
+    with capsys.disabled():
+        print(
+            f"\nvblora {info['version']}, _C {digest[:16]} built with torch {info['built_with_torch']} (CUDA {info['cuda']}),"
+            f" runs under torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
+        )
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 5, generator=generator)
+    bank = torch.randn(9, 16, generator=generator)
+    candidates = torch.stack([torch.randperm(9, generator=generator)[:5] for _ in range(6)]).to(torch.int32)
+    return logits.requires_grad_(), bank.requires_grad_(), candidates
+
+
+def test_forward_and_backward(problem):
+    logits, bank, candidates = problem
+    results = {}
+    for name, admixture in {"native": torch.ops.vblora.admixture, "reference": reference.admixture}.items():
+        subvectors, indices, weights = admixture(logits, bank, candidates, 2)
+        loss = subvectors.square().sum() + weights[:, 0].sum()
+        results[name] = (subvectors, indices, weights, *torch.autograd.grad(loss, (logits, bank)))
+    torch.testing.assert_close(results["native"], results["reference"])
+
+
+def test_admixture_backward(problem):
+    logits, bank, candidates = problem
+    subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, 3)
+    subvectors.sum().backward()
+    gradients = torch.ops.vblora.admixture_backward(
+        torch.ones_like(subvectors), None, indices, weights.detach(), bank.detach(), candidates, 5, True, True
+    )
+    torch.testing.assert_close(gradients, (logits.grad, bank.grad))
+
+
+def test_compose(problem):
+    logits, bank, candidates = (tensor.detach() for tensor in problem)
+    subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, 2)
+    vectors = candidates.gather(1, indices.long())
+    torch.testing.assert_close(torch.ops.vblora.compose(bank, vectors, weights), subvectors)
+    torch.testing.assert_close(reference.compose(bank, vectors, weights), subvectors)
+
+
+def test_a_bad_argument_is_named(problem):
+    logits, bank, candidates = problem
+    with pytest.raises(Exception, match="`k` is 6"):
+        torch.ops.vblora.admixture(logits, bank, candidates, 6)

@@ -1,0 +1,40 @@
+"""Prints the instruction set in use and a digest of all results for each case: `python -m ops.print_digests SEED`, in tests/."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+
+import torch
+
+import vblora
+
+from .cases import Case, bits, make_inputs, pairwise_cases
+
+
+def digest(tensors: tuple[torch.Tensor, ...]) -> str:
+    return hashlib.sha256(b"".join(bits(tensor).numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
+
+
+def main(seed: int) -> None:
+    print("instruction set", vblora.build_info()["cpu_instruction_set"], sep="\t")
+    generator = torch.Generator().manual_seed(seed)
+    many = Case(torch.float32, rows=3000, columns=64, length=130, k=4, candidates=torch.int16, vectors=5)
+    for case in (*pairwise_cases(), many):
+        inputs = make_inputs(case, generator, torch.device("cpu"))
+        given = tuple(tensor for tensor in vars(inputs).values() if tensor is not None)
+        forward = torch.ops.vblora.admixture(inputs.logits, inputs.bank, inputs.candidates, case.k, case.out_dtype)
+        _, indices, weights = forward
+        backward = torch.ops.vblora.admixture_backward(
+            inputs.grad_subvectors, inputs.grad_weights, indices, weights, inputs.bank, inputs.candidates, case.columns,
+            True, True,
+        )  # fmt: skip
+        some = torch.randint(len(inputs.bank), (case.rows, case.k), generator=generator)
+        composed = torch.ops.vblora.compose(inputs.bank, some, inputs.grad_weights, case.out_dtype)
+        results = {"inputs": given, "forward": forward, "backward": backward, "compose": (composed,)}
+        for name, tensors in results.items():
+            print(f"{case} {name}", digest(tensors), sep="\t")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
