@@ -1,5 +1,5 @@
-// The problems that a backend solves, as raw pointers and sizes: what the CPU and the CUDA kernels share. No torch here,
-// so that kernels compile without it. All arrays are dense and row-major.
+// The problems that a backend solves, as raw pointers and sizes: what the CPU and the CUDA kernels share. No torch
+// here, so that kernels compile without it. All arrays are dense and row-major.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@ namespace vblora {
 
 enum class Type : int8_t { f32, f64, bf16, f16, u8, i16, i32, i64 };
 
-// logits, candidates -> the k best of each row, their softmax weights, and the mixture of the bank vectors they stand for.
-// Weights, and all accumulation, are float32, or float64 when the inputs are.
+// logits, candidates -> the k best of each row, their softmax weights, and the mixture of the bank vectors they stand
+// for. Weights, and all accumulation, are float32, or float64 when the inputs are.
 struct Admixture {
   Type type;            // of logits and bank
   Type candidate_type;  // i16 or i32
@@ -37,9 +37,9 @@ struct Composition {
 
 // The gradients of an Admixture. Either incoming gradient may be null (zero), either outgoing one too (not wanted).
 struct AdmixtureBackward {
-  Type type;            // of bank, and of both outgoing gradients
-  Type candidate_type;  // i16 or i32
-  Type grad_type;       // of grad_subvectors
+  Type type;                    // of bank, and of both outgoing gradients
+  Type candidate_type;          // i16 or i32
+  Type grad_type;               // of grad_subvectors
   const void* grad_subvectors;  // (rows, length)
   const void* grad_weights;     // (rows, k), of the weights' type
   const int32_t* indices;       // (rows, k): of each row distinct, as an Admixture's are

@@ -67,8 +67,8 @@ struct Arguments {
   }
   void sizes(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, const char* why) const {
     matrix(name, tensor);
-    check(tensor.size(0) == rows && tensor.size(1) == columns, name, "has shape ", shape(tensor), ", but must be (", rows,
-          ", ", columns, "): ", why, ".");
+    check(tensor.size(0) == rows && tensor.size(1) == columns, name, "has shape ", shape(tensor), ", but must be (",
+          rows, ", ", columns, "): ", why, ".");
   }
   void dtype(const char* name, const Tensor& tensor, ScalarType wanted, const char* why) const {
     check(tensor.scalar_type() == wanted, name, "is ", dtype_name(tensor.scalar_type()), ", but must be ",
@@ -101,7 +101,8 @@ struct Arguments {
       case ScalarType::Int: return Type::i32;
       case ScalarType::Long: return Type::i64;
       default:
-        check(false, "indices", "is ", dtype_name(tensor.scalar_type()), "; allowed are uint8, int16, int32 and int64.");
+        check(false, "indices", "is ", dtype_name(tensor.scalar_type()),
+              "; allowed are uint8, int16, int32 and int64.");
         return Type::i32;
     }
   }
@@ -281,9 +282,7 @@ bool checked() {
 
 namespace {
 
-Tensor on_cpu(const Tensor& tensor) {
-  return torch::stable::to(tensor, torch::stable::Device(DeviceType::CPU));
-}
+Tensor on_cpu(const Tensor& tensor) { return torch::stable::to(tensor, torch::stable::Device(DeviceType::CPU)); }
 
 template <class T>
 void check_range(const Arguments& arguments, const char* name, const Tensor& tensor, int64_t end) {

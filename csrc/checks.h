@@ -1,5 +1,6 @@
-// From the operators' tensors to a backend's problem: every argument checked by name, made dense where it is not, and the
-// outputs allocated. The same for all backends; what is returned keeps the tensors alive that the problem points into.
+// From the operators' tensors to a backend's problem: every argument checked by name, made dense where it is not, and
+// the outputs allocated. The same for all backends; what is returned keeps the tensors alive that the problem points
+// into.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -44,7 +45,8 @@ AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& gr
                                                  const std::optional<Tensor>& candidates, int64_t num_candidates,
                                                  bool need_logits, bool need_bank);
 
-// VBLORA_CHECKED=1 in the environment: every call also looks at the values it was given (on the CPU; they are copied there).
+// VBLORA_CHECKED=1 in the environment: every call also looks at the values it was given (on the CPU; they are copied
+// there).
 bool checked();
 void check_values(const AdmixtureCall& call);
 void check_values(const CompositionCall& call);

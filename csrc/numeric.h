@@ -1,6 +1,6 @@
-// Arithmetic that gives the same bits on every backend and instruction set (in float64, but for the library's exp): conversions, exp, and the order of a row's
-// entries. Everything here is `static`: the CPU kernels compile it once an instruction set, and a function with linkage would
-// leave the choice among those copies to the linker.
+// Arithmetic that gives the same bits on every backend and instruction set (in float64, but for the library's exp):
+// conversions, exp, and the order of a row's entries. Everything here is `static`: the CPU kernels compile it once an
+// instruction set, and a function with linkage would leave the choice among those copies to the linker.
 #pragma once
 
 #include <math.h>
@@ -60,7 +60,8 @@ static VBLORA_BOTH inline To load(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t normal = (magnitude << 13) + 0x38000000u;  // the exponents' biases differ by 112
   const uint32_t special = (magnitude << 13) | 0x7f800000u;
-  // A denormal is a count of 2^-24, which float holds as a normal number: exact even where denormals are flushed to zero.
+  // A denormal is a count of 2^-24, which float holds as a normal number: exact even where denormals are flushed to
+  // zero.
   const uint32_t denormal = bits_as<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   const uint32_t finite = magnitude < 0x0400u ? denormal : normal;
   return static_cast<To>(bits_as<float>((magnitude >= 0x7c00u ? special : finite) | sign));
@@ -93,8 +94,9 @@ static VBLORA_BOTH inline void store(f16* to, double x) { store(to, static_cast<
 static VBLORA_BOTH inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 static VBLORA_BOTH inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
-// e^x for the differences of a softmax, x <= 0 or NaN. Ours, since libraries differ in the last bit and a checkpoint should
-// not: x = n ln2 + r with |r| <= ln2 / 2, a Taylor polynomial for e^r (its remainder is below 6e-9), 2^n in two exact steps.
+// e^x for the differences of a softmax, x <= 0 or NaN. Ours, since libraries differ in the last bit and a checkpoint
+// should not: x = n ln2 + r with |r| <= ln2 / 2, a Taylor polynomial for e^r (its remainder is below 6e-9), 2^n in two
+// exact steps.
 static VBLORA_BOTH inline float exponential(float x) {
   if (!(x >= -104.0f)) return x != x ? x : 0.0f;
   const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits
@@ -118,8 +120,8 @@ static VBLORA_BOTH inline float exponential(float x) {
 }
 static VBLORA_BOTH inline double exponential(double x) { return exp(x); }  // the library's: float64 is for checking
 
-// Whether entry (x, vector, column) of a row comes before entry (y, ...) : larger first, NaN largest as in torch.topk, ties
-// to the lowest bank vector, then to the lowest column.
+// Whether entry (x, vector, column) of a row comes before entry (y, ...) : larger first, NaN largest as in torch.topk,
+// ties to the lowest bank vector, then to the lowest column.
 template <class T>
 static VBLORA_BOTH inline bool comes_before(T x, int64_t x_vector, int64_t x_column, T y, int64_t y_vector,
                                             int64_t y_column) {

@@ -15,12 +15,11 @@ std::tuple<Tensor, Tensor, Tensor> admixture(const Tensor& logits, const Tensor&
   const AdmixtureCall call = prepare_admixture(logits, bank, candidates, k, out_dtype);
   if (checked()) check_values(call);
   const Admixture& problem = call.problem;
-  torch::stable::parallel_for(
-      0, problem.rows, grain(problem.columns + problem.k * problem.length),
-      [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(static_cast<size_t>(problem.k * kScratch));
-        kernels().admixture(problem, begin, end, scratch.data());
-      });
+  torch::stable::parallel_for(0, problem.rows, grain(problem.columns + problem.k * problem.length),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<double> scratch(static_cast<size_t>(problem.k * kScratch));
+                                kernels().admixture(problem, begin, end, scratch.data());
+                              });
   return {call.subvectors, call.indices, call.weights};
 }
 

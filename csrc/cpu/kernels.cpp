@@ -7,12 +7,12 @@
 
 namespace vblora::cpu {
 
-#define VBLORA_DECLARE(isa)                                                        \
-  namespace isa {                                                                  \
-  void admixture(const Admixture&, int64_t, int64_t, void*);                       \
-  void compose(const Composition&, int64_t, int64_t, void*);                       \
-  void backward_logits(const AdmixtureBackward&, int64_t, int64_t);                \
-  void backward_bank(const AdmixtureBackward&, int64_t, int64_t, void*);           \
+#define VBLORA_DECLARE(isa)                                                          \
+  namespace isa {                                                                    \
+  void admixture(const Admixture&, int64_t, int64_t, void*);                         \
+  void compose(const Composition&, int64_t, int64_t, void*);                         \
+  void backward_logits(const AdmixtureBackward&, int64_t, int64_t);                  \
+  void backward_bank(const AdmixtureBackward&, int64_t, int64_t, void*);             \
   constexpr Kernels table{#isa, admixture, compose, backward_logits, backward_bank}; \
   }
 
@@ -37,8 +37,9 @@ const Kernels& choose() {
   for (const Kernels* kernels : available)
     if (kernels && (!wanted || std::string_view(wanted) == kernels->name)) best = kernels;
   if (!best)
-    throw std::runtime_error("vblora: VBLORA_CPU_ISA is \"" + std::string(wanted) +
-                             "\"; allowed are baseline, avx2 and avx512, where the machine has them. Unset it for the best.");
+    throw std::runtime_error(
+        "vblora: VBLORA_CPU_ISA is \"" + std::string(wanted) +
+        "\"; allowed are baseline, avx2 and avx512, where the machine has them. Unset it for the best.");
   return *best;
 }
 

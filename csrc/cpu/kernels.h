@@ -1,5 +1,5 @@
-// The CPU kernels, compiled once an instruction set; the best that this machine has is chosen once, when first asked for.
-// VBLORA_CPU_ISA=baseline|avx2|avx512 overrides. Results have the same bits on each.
+// The CPU kernels, compiled once an instruction set; the best that this machine has is chosen once, when first asked
+// for. VBLORA_CPU_ISA=baseline|avx2|avx512 overrides. Results have the same bits on each.
 #pragma once
 
 #include "../admixture.h"

@@ -36,7 +36,8 @@ Acc grad_weight(const AdmixtureBackward& problem, int64_t row, int64_t j) {
   return grad;
 }
 
-// A row of grad_logits: the softmax Jacobian on the selected columns, zero on all others, each written once but for those k.
+// A row of grad_logits: the softmax Jacobian on the selected columns, zero on all others, each written once but for
+// those k.
 template <class T, class Grad>
 void logits_rows(const AdmixtureBackward& problem, int64_t begin, int64_t end) {
   using Acc = accumulator_t<T>;
@@ -62,8 +63,8 @@ void logits_rows(const AdmixtureBackward& problem, int64_t begin, int64_t end) {
   }
 }
 
-// Columns [begin, end) of grad_bank: every row's gradient, times each weight, added to the vector that it was mixed from.
-// Rows in ascending order, so that the sums are the same on any number of threads.
+// Columns [begin, end) of grad_bank: every row's gradient, times each weight, added to the vector that it was mixed
+// from. Rows in ascending order, so that the sums are the same on any number of threads.
 template <class T, class Grad>
 void bank_columns(const AdmixtureBackward& problem, int64_t begin, int64_t end, void* scratch) {
   using Acc = accumulator_t<T>;
@@ -96,7 +97,8 @@ void backward_bank(const AdmixtureBackward& problem, int64_t begin, int64_t end,
 
 void backward_logits(const AdmixtureBackward& problem, int64_t begin, int64_t end) {
   with_type(problem.type, [&](auto element) {
-    with_type(problem.grad_type, [&](auto grad) { logits_rows<decltype(element), decltype(grad)>(problem, begin, end); });
+    with_type(problem.grad_type,
+              [&](auto grad) { logits_rows<decltype(element), decltype(grad)>(problem, begin, end); });
   });
 }
 

@@ -1,5 +1,5 @@
-// Top-k, softmax and mixture. Compiled once an instruction set: no function of this file, nor any that it calls, may have
-// linkage, but for the two at its end. Loops over fixed widths are written for the compiler to vectorise.
+// Top-k, softmax and mixture. Compiled once an instruction set: no function of this file, nor any that it calls, may
+// have linkage, but for the two at its end. Loops over fixed widths are written for the compiler to vectorise.
 #include "../kernels.h"
 #include "rows.h"
 
@@ -81,7 +81,8 @@ void mix(const T* const* vectors, const Acc* weights, int64_t count, int64_t off
     default:
       for (int64_t i = 0; i < width; ++i) out[i] = 0;
       for (int64_t n = 0; n < count; ++n)
-        for (int64_t i = 0; i < width; ++i) out[i] = multiply_add(weights[n], load<Acc>(vectors[n][offset + i]), out[i]);
+        for (int64_t i = 0; i < width; ++i)
+          out[i] = multiply_add(weights[n], load<Acc>(vectors[n][offset + i]), out[i]);
   }
 }
 

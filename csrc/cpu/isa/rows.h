@@ -19,7 +19,8 @@ static inline int64_t index_at(const void* indices, Type type, int64_t i) {
 template <class Problem>
 static inline int64_t vector_of(const Problem& problem, int64_t row, int64_t column) {
   if (column < 0 || column >= problem.columns) return -1;
-  return problem.candidates ? index_at(problem.candidates, problem.candidate_type, row * problem.columns + column) : column;
+  return problem.candidates ? index_at(problem.candidates, problem.candidate_type, row * problem.columns + column)
+                            : column;
 }
 
 // Calls body with a value of the element type that `type` names.
