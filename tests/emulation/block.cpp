@@ -76,7 +76,8 @@ void Block::run(const Kernel& launched, uint3 block_index, Order order, uint64_t
   arrived_ = predicates_ = 0;
   warps_ready_ = ~0u >> (32 - num_warps);
 
-  // Exactly as large as was asked for, so that AddressSanitizer sees its end; no number, so that reading it unwritten shows.
+  // Exactly as large as was asked for, so that AddressSanitizer sees its end; no number, so that reading it unwritten
+  // shows.
 #ifdef __SANITIZE_ADDRESS__
   shared_storage_.reset(allocate(launched.shared_bytes));
 #else
@@ -164,8 +165,7 @@ void Block::finish() {
 
 Block::Barrier Block::barrier(bool predicate, const void* site) {
   current->site = site;
-  if (!arrived_)
-    barrier_site_ = site;
+  if (!arrived_) barrier_site_ = site;
   else if (site != barrier_site_)
     trace::same_line("divergent barrier", barrier_site_, site, "threads of one block wait at different barriers");
   current->value = 1;
@@ -195,7 +195,8 @@ uint64_t Block::collective(Collective operation, uint32_t mask, uint64_t value, 
   self.value = value;
   self.source = static_cast<uint8_t>(source);
   if (!(mask & bit)) {
-    report("divergent shuffle", site, "lane " + std::to_string(self.lane) + " is not in its own mask " + hexadecimal(mask));
+    report("divergent shuffle", site,
+           "lane " + std::to_string(self.lane) + " is not in its own mask " + hexadecimal(mask));
     mask |= bit;
   }
   int g = 0;
@@ -205,7 +206,8 @@ uint64_t Block::collective(Collective operation, uint32_t mask, uint64_t value, 
     group = {mask, 0, operation, site};
     ++warp.num_groups;
   } else if (group.operation != operation) {
-    report("divergent shuffle", site, "lanes of mask " + hexadecimal(mask) + " execute different operations", group.site);
+    report("divergent shuffle", site, "lanes of mask " + hexadecimal(mask) + " execute different operations",
+           group.site);
     fail("lanes of one mask execute different operations");
   } else if (group.site != site) {
     trace::same_line("divergent shuffle", group.site, site, "lanes of one mask are at different calls");
@@ -233,8 +235,8 @@ void Block::complete(Warp& warp, int g) {
   const auto reduce = [&](auto&& combine) {
     const uint32_t others = group.arrived & (group.arrived - 1);
     for (uint32_t left = others; left; left &= left - 1)
-      total = static_cast<uint32_t>(combine(static_cast<uint32_t>(total),
-                                            static_cast<uint32_t>(lanes[std::countr_zero(left)].value)));
+      total = static_cast<uint32_t>(
+          combine(static_cast<uint32_t>(total), static_cast<uint32_t>(lanes[std::countr_zero(left)].value)));
     each([&](Thread& lane) { lane.result = total; });
   };
   switch (group.operation) {
@@ -300,7 +302,8 @@ void Block::fail(std::string message) {
   const auto triple = [](uint3 at) {
     return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
   };
-  failure_ = std::string(kernel->name) + ", block " + triple(index) + ", thread " + triple(current->index) + ": " + message;
+  failure_ =
+      std::string(kernel->name) + ", block " + triple(index) + ", thread " + triple(current->index) + ": " + message;
   current->fiber.switch_to(host_);  // the fibers that wait are dropped as they are: kernels own nothing
   __builtin_unreachable();
 }

@@ -16,7 +16,18 @@ namespace vblora_emulation {
 enum class Order { ascending, descending, random };
 
 enum class Collective : uint8_t {
-  sync, shuffle, ballot, match, add, min_signed, max_signed, min_unsigned, max_unsigned, bit_and, bit_or, bit_xor
+  sync,
+  shuffle,
+  ballot,
+  match,
+  add,
+  min_signed,
+  max_signed,
+  min_unsigned,
+  max_unsigned,
+  bit_and,
+  bit_or,
+  bit_xor
 };
 
 class Block;

@@ -1,5 +1,5 @@
-// Included before CUDA sources (g++ -include), so that they compile, unmodified, for the CPU: NVIDIA's own headers for the
-// types, then what nvcc would have supplied. How a block runs is in block.h, what watches it in trace.h.
+// Included before CUDA sources (g++ -include), so that they compile, unmodified, for the CPU: NVIDIA's own headers for
+// the types, then what nvcc would have supplied. How a block runs is in block.h, what watches it in trace.h.
 #pragma once
 
 #define VBLORA_EMULATION
@@ -51,10 +51,11 @@
 
 namespace vblora_emulation {
 
-VBLORA_UNTRACED inline const uint3& thread_index() { return current->index; }
-VBLORA_UNTRACED inline const uint3& block_index() { return current->block->index; }
-VBLORA_UNTRACED inline const dim3& block_size() { return current->block->kernel->block; }
-VBLORA_UNTRACED inline const dim3& grid_size() { return current->block->kernel->grid; }
+// By value: reading a member is then no access that the kernel makes.
+VBLORA_UNTRACED inline uint3 thread_index() { return current->index; }
+VBLORA_UNTRACED inline uint3 block_index() { return current->block->index; }
+VBLORA_UNTRACED inline dim3 block_size() { return current->block->kernel->block; }
+VBLORA_UNTRACED inline dim3 grid_size() { return current->block->kernel->grid; }
 VBLORA_UNTRACED inline void* dynamic_shared() { return current->block->shared; }
 VBLORA_UNTRACED inline uint32_t lane() { return current->lane; }
 VBLORA_UNTRACED inline uint32_t lanes() { return current->block->warps[current->warp].started; }

@@ -4,12 +4,12 @@
 #include <stdint.h>
 
 #ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 
 #ifndef VBLORA_UCONTEXT
-// void vblora_emulation_switch(void** save, void* restore): a call as far as the compiler knows, so only the registers that
-// a callee must keep are saved.
+// void vblora_emulation_switch(void** save, void* restore): a call as far as the compiler knows, so only the registers
+// that a callee must keep are saved.
 extern "C" __attribute__((visibility("hidden"))) void vblora_emulation_switch(void** save, void* restore);
 #ifdef __x86_64__
 asm(R"(
@@ -88,6 +88,9 @@ void Fiber::prepare(char* stack, size_t stack_bytes, void (*entry)()) {
   this->stack = stack;
   this->stack_bytes = stack_bytes;
   fake_stack_ = nullptr;
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(stack, stack_bytes);  // the last fiber's frames were left as they were
+#endif
 #ifdef VBLORA_UCONTEXT
   getcontext(&context_);
   context_.uc_stack.ss_sp = stack;

@@ -1,5 +1,5 @@
-// Fibers: what a thread of a block is on the CPU. Switching costs a few nanoseconds, so that a block of a thousand threads
-// that shuffle and synchronise all the time can still be run by the thousand.
+// Fibers: what a thread of a block is on the CPU. Switching costs a few nanoseconds, so that a block of a thousand
+// threads that shuffle and synchronise all the time can still be run by the thousand.
 #pragma once
 
 #include <stddef.h>

@@ -1,8 +1,9 @@
-// The device functions that CUDA has built in, as far as kernels here use them or may come to. Included by cuda_emulation.h.
+// The device functions that CUDA has built in, as far as kernels here use them or may come to. Included by
+// cuda_emulation.h.
 #pragma once
 
-// Everything is inlined into the kernel, so that what the checkers see has the kernel's line; only what they must not look
-// into (an atomic's own accesses) is a function of its own.
+// Everything is inlined into the kernel, so that what the checkers see has the kernel's line; only what they must not
+// look into (an atomic's own accesses) is a function of its own.
 #define VBLORA_INTRINSIC __attribute__((always_inline)) inline
 #ifdef VBLORA_TRACE
 #define VBLORA_ATOMIC VBLORA_UNTRACED __attribute__((noinline))
@@ -100,11 +101,11 @@ VBLORA_INTRINSIC unsigned __match_all_sync(unsigned mask, T value, int* all) {
 // A thread may find itself alone at any time, and here it always does.
 VBLORA_INTRINSIC unsigned __activemask() { return 1u << vblora_emulation::lane(); }
 
-#define VBLORA_REDUCE(name, type, operation)                                                                   \
-  VBLORA_INTRINSIC type name(unsigned mask, type value) {                                                      \
-    using vblora_emulation::Collective;                                                                        \
-    return static_cast<type>(                                                                                  \
-        vblora_emulation::collective(Collective::operation, mask, vblora_emulation::to_word(value)));          \
+#define VBLORA_REDUCE(name, type, operation)                                                          \
+  VBLORA_INTRINSIC type name(unsigned mask, type value) {                                             \
+    using vblora_emulation::Collective;                                                               \
+    return static_cast<type>(                                                                         \
+        vblora_emulation::collective(Collective::operation, mask, vblora_emulation::to_word(value))); \
   }
 VBLORA_REDUCE(__reduce_add_sync, unsigned, add)
 VBLORA_REDUCE(__reduce_add_sync, int, add)
@@ -154,10 +155,10 @@ VBLORA_LOAD(__ldcg)
 VBLORA_LOAD(__ldcs)
 VBLORA_LOAD(__ldcv)
 VBLORA_LOAD(__ldlu)
-#define VBLORA_STORE(name)                                         \
-  template <class T>                                               \
+#define VBLORA_STORE(name)                                          \
+  template <class T>                                                \
   VBLORA_INTRINSIC void name(T* p, std::type_identity_t<T> value) { \
-    *p = value;                                                    \
+    *p = value;                                                     \
   }
 VBLORA_STORE(__stcg)
 VBLORA_STORE(__stcs)

@@ -1,5 +1,5 @@
-// Launches: every block of the grid, in the order and by the number of workers that a test has asked for; the log of launches
-// that tests look at; and the few functions of the CUDA runtime that launchers call.
+// Launches: every block of the grid, in the order and by the number of workers that a test has asked for; the log of
+// launches that tests look at; and the few functions of the CUDA runtime that launchers call.
 #include <dlfcn.h>
 
 #include <map>
@@ -39,8 +39,8 @@ void write_down(const Kernel& kernel) {
   const auto triple = [](dim3 size) {
     return "[" + std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + "]";
   };
-  launches += "{\"kernel\":\"" + std::string(kernel.name) + "\",\"grid\":" + triple(kernel.grid) + ",\"block\":" +
-              triple(kernel.block) + ",\"shared_bytes\":" + std::to_string(kernel.shared_bytes) + "}\n";
+  launches += "{\"kernel\":\"" + std::string(kernel.name) + "\",\"grid\":" + triple(kernel.grid) +
+              ",\"block\":" + triple(kernel.block) + ",\"shared_bytes\":" + std::to_string(kernel.shared_bytes) + "}\n";
 }
 
 // Which block is the i-th to run: ascending, descending, or by some odd permutation.

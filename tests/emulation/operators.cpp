@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> run_backward(const std::optional<Tensor>& grad_subvec
                                         const Tensor& weights, const Tensor& bank,
                                         const std::optional<Tensor>& candidates, int64_t num_candidates,
                                         bool need_logits, bool need_bank) {
-  const AdmixtureBackwardCall call = prepare_admixture_backward(
-      grad_subvectors, grad_weights, indices, weights, bank, candidates, num_candidates, need_logits, need_bank);
+  const AdmixtureBackwardCall call = prepare_admixture_backward(grad_subvectors, grad_weights, indices, weights, bank,
+                                                                candidates, num_candidates, need_logits, need_bank);
   if (checked()) check_values(call);
   const int64_t sizes[] = {static_cast<int64_t>(backward_workspace_bytes(call.problem))};
   const Tensor workspace = torch::stable::new_empty(bank, {sizes, 1}, ScalarType::Byte);
