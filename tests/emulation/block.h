@@ -46,8 +46,8 @@ struct Thread {
   int depth;
 };
 
-// The thread that is running, null in host code. Not a call, although in a library: kernels ask for it all the time.
-extern thread_local Thread* current __attribute__((tls_model("initial-exec")));
+// The thread that is running, null in host code.
+extern thread_local Thread* current;
 
 struct Warp {
   struct Group {  // lanes that wait for each other

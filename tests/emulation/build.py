@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import importlib
 import importlib.util
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,12 +64,25 @@ def build(target: str, root: Path = ROOT) -> Path:
     cmake, ninja = _tool("cmake", "CMAKE_BIN_DIR"), _tool("ninja", "BIN_DIR")
     includes = ";".join(map(str, cuda_include()))
     options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}", "-DVBLORA_CPU_ONLY=1"]
-    configure = [cmake, "-S", str(root), "-B", str(folder), "-G", "Ninja", *options, f"-DVBLORA_CUDA_INCLUDE={includes}"]
+    configure = [
+        cmake,
+        "-S",
+        str(root),
+        "-B",
+        str(folder),
+        "-G",
+        "Ninja",
+        *options,
+        f"-DVBLORA_CUDA_INCLUDE={includes}",
+    ]
     stamp = folder / "configured-with.txt"
-    if not stamp.exists() or stamp.read_text() != "\n".join(configure):
-        _run(*configure, "--fresh")
-        stamp.write_text("\n".join(configure))
-    _run(cmake, "--build", str(folder), "--target", target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # other test processes wait, and find it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not stamp.exists() or stamp.read_text() != "\n".join(configure):
+            _run(*configure, "--fresh")
+            stamp.write_text("\n".join(configure))
+        _run(cmake, "--build", str(folder), "--target", target)
     (built,) = (path for path in (folder / "tests" / "emulation").glob(f"{target}*") if path.suffix in ("", ".so"))
     return built
 
@@ -81,6 +96,24 @@ def load_operators(root: Path = ROOT) -> ctypes.CDLL:
     functions.vblora_emulation_set.argtypes = (ctypes.c_int, ctypes.c_uint64, ctypes.c_int)
     functions.vblora_emulation_launches.restype = ctypes.c_char_p
     return functions
+
+
+class Operators:
+    """`torch.ops.vblora_emulated`, each call in one of ORDERS; built when the first operator is asked for."""
+
+    def __init__(self, order: str):
+        self.order = order
+
+    def __getattr__(self, name: str) -> Callable:
+        load_operators()
+        operator = getattr(torch.ops.vblora_emulated, name)
+
+        @functools.wraps(operator)
+        def run(*arguments, **named):
+            with thread_order(self.order, seed=random.getrandbits(32)):
+                return operator(*arguments, **named)
+
+        return run
 
 
 @contextlib.contextmanager

@@ -71,7 +71,9 @@ class Report:
 
     def bytes_moved(self, launch: str, buffer: str) -> int:
         """By all sectors that the launch's instructions asked for, as if there were no cache."""
-        return sum(32 * cost.units for (name, place, _, _), cost in self.costs.items() if (name, place) == (launch, buffer))
+        return sum(
+            32 * cost.units for (name, place, _, _), cost in self.costs.items() if (name, place) == (launch, buffer)
+        )
 
 
 def _lines_at(program: Path, addresses: list[int]) -> dict[int, list[str]]:

@@ -19,7 +19,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <tuple>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -66,6 +66,16 @@ uint64_t collective(Collective operation, uint32_t mask, uint64_t value = 0, uin
 
 cudaError_t launch(const Kernel& kernel, const void* function);
 
+// As the compiler writes it, template arguments and all.
+template <auto function>
+const char* kernel_name() {
+  static const std::string name = [](std::string_view signature) {  // "... [with auto function = NAME]", or "NAME; ..."
+    signature.remove_prefix(signature.find("function = ") + 11);
+    return std::string(signature.substr(0, signature.find_last_of(']')));
+  }(__PRETTY_FUNCTION__);
+  return name.c_str();
+}
+
 template <class... Parameters>
 cudaError_t launch(const char* name, void (*function)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t, std::type_identity_t<Parameters>... arguments) {
@@ -82,8 +92,9 @@ cudaError_t launch(const char* name, void (*function)(Parameters...), dim3 grid,
 #define gridDim (::vblora_emulation::grid_size())
 #define warpSize 32
 
-#define VBLORA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::vblora_emulation::launch(#kernel, kernel, grid, block, shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
+#define VBLORA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                      \
+  ::vblora_emulation::launch(::vblora_emulation::kernel_name<kernel>(), kernel, grid, block, shared_bytes, \
+                             stream __VA_OPT__(, ) __VA_ARGS__)
 #define VBLORA_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::vblora_emulation::dynamic_shared())
 
 #include "intrinsics.h"

@@ -15,7 +15,7 @@ void admixture_backward(const vblora::AdmixtureBackward& problem, void* workspac
 }
 
 size_t backward_workspace_bytes(const vblora::AdmixtureBackward& problem) {
-  return vblora::cuda::admixture_backward_workspace_bytes(problem);
+  return vblora::cuda::backward_workspace_bytes(problem);
 }
 
 }  // namespace vblora_emulation

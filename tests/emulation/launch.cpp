@@ -1,7 +1,5 @@
 // Launches: every block of the grid, in the order and by the number of workers that a test has asked for; the log of
 // launches that tests look at; and the few functions of the CUDA runtime that launchers call.
-#include <dlfcn.h>
-
 #include <map>
 #include <mutex>
 #include <numeric>

@@ -40,8 +40,9 @@ def test_trace(case):
             found.setdefault(place.line, set()).add(finding.kind)
     for (_, _, place, _), cost in report.costs.items():
         if cost.units != cost.ideal:
-            found.setdefault(place.line, set()).add(f"units {cost.units // cost.instructions} of "
-                                                    f"{cost.ideal // cost.instructions}")
+            found.setdefault(place.line, set()).add(
+                f"units {cost.units // cost.instructions} of {cost.ideal // cost.instructions}"
+            )
     expected = {line: kinds - {"asan"} for line, kinds in expectations(case).items() if kinds != {"asan"}}
     assert found == expected, "\n".join(map(str, report.findings)) + report.output
 
