@@ -99,7 +99,6 @@ void Block::run(const Kernel& launched, uint3 block_index, Order order, uint64_t
     thread.number = static_cast<uint16_t>(t);
     thread.warp = static_cast<uint8_t>(t / 32);
     thread.lane = static_cast<uint8_t>(t % 32);
-    thread.depth = 0;
     thread.fiber.prepare(stacks_ + t * kStackStride, kStackBytes, &thread_main);
     if (++at.x == size.x) at.x = 0, ++at.y;
     if (at.y == size.y) at.y = 0, ++at.z;
@@ -164,11 +163,9 @@ void Block::finish() {
 }
 
 Block::Barrier Block::barrier(bool predicate, const void* site) {
-  current->site = site;
   if (!arrived_) barrier_site_ = site;
   else if (site != barrier_site_)
     trace::same_line("divergent barrier", barrier_site_, site, "threads of one block wait at different barriers");
-  current->value = 1;
   ++arrived_;
   predicates_ += predicate;
   if (arrived_ == live_) release_barrier();
@@ -191,9 +188,9 @@ uint64_t Block::collective(Collective operation, uint32_t mask, uint64_t value, 
   Thread& self = *current;
   Warp& warp = warps[self.warp];
   const uint32_t bit = 1u << self.lane;
-  self.site = site;
-  self.value = value;
-  self.source = static_cast<uint8_t>(source);
+  warp.values[self.lane] = value;
+  warp.sources[self.lane] = static_cast<uint8_t>(source);
+  warp.sites[self.lane] = site;
   if (!(mask & bit)) {
     report("divergent shuffle", site,
            "lane " + std::to_string(self.lane) + " is not in its own mask " + hexadecimal(mask));
@@ -215,51 +212,52 @@ uint64_t Block::collective(Collective operation, uint32_t mask, uint64_t value, 
   group.arrived |= bit;
   if (group.arrived == (mask & warp.live)) complete(warp, g);
   suspend();
-  return self.result;
+  return warp.results[self.lane];
 }
 
 // All that can come have come: everyone's result is made at once, so that a fast lane's next call finds no slot in use.
 void Block::complete(Warp& warp, int g) {
   const Warp::Group group = warp.groups[g];
   warp.groups[g] = warp.groups[--warp.num_groups];
-  Thread* lanes = &threads[32 * (&warp - warps)];
   if (group.mask != group.arrived)
     report("divergent shuffle", group.site,
            "the mask " + hexadecimal(group.mask) + " names lanes that have ended, or never were; there are " +
                hexadecimal(group.arrived));
 
   const auto each = [&](auto&& visit) {
-    for (uint32_t left = group.arrived; left; left &= left - 1) visit(lanes[std::countr_zero(left)]);
+    for (uint32_t left = group.arrived; left; left &= left - 1) visit(std::countr_zero(left));
   };
-  uint64_t total = lanes[std::countr_zero(group.arrived)].value;
+  const auto give_all = [&](uint64_t result) { each([&](int lane) { warp.results[lane] = result; }); };
   const auto reduce = [&](auto&& combine) {
-    const uint32_t others = group.arrived & (group.arrived - 1);
-    for (uint32_t left = others; left; left &= left - 1)
-      total = static_cast<uint32_t>(
-          combine(static_cast<uint32_t>(total), static_cast<uint32_t>(lanes[std::countr_zero(left)].value)));
-    each([&](Thread& lane) { lane.result = total; });
+    uint32_t total = static_cast<uint32_t>(warp.values[std::countr_zero(group.arrived)]);
+    for (uint32_t left = group.arrived & (group.arrived - 1); left; left &= left - 1)
+      total = static_cast<uint32_t>(combine(total, static_cast<uint32_t>(warp.values[std::countr_zero(left)])));
+    give_all(total);
   };
   switch (group.operation) {
     case Collective::sync: break;
     case Collective::shuffle:
-      each([&](Thread& lane) {
-        const bool takes_part = group.arrived >> lane.source & 1;
+      each([&](int lane) {
+        const int source = warp.sources[lane];
+        const bool takes_part = group.arrived >> source & 1;
         if (!takes_part)
-          report("divergent shuffle", lane.site,
-                 "lane " + std::to_string(lane.lane) + " reads from lane " + std::to_string(lane.source) +
+          report("divergent shuffle", warp.sites[lane],
+                 "lane " + std::to_string(lane) + " reads from lane " + std::to_string(source) +
                      ", which does not take part");
-        lane.result = takes_part ? lanes[lane.source].value : ~uint64_t{0};
+        warp.results[lane] = takes_part ? warp.values[source] : ~uint64_t{0};
       });
       break;
-    case Collective::ballot:
-      total = 0;
-      each([&](Thread& lane) { total |= uint64_t{lane.value != 0} << lane.lane; });
-      each([&](Thread& lane) { lane.result = total; });
+    case Collective::ballot: {
+      uint64_t ballot = 0;
+      each([&](int lane) { ballot |= uint64_t{warp.values[lane] != 0} << lane; });
+      give_all(ballot);
       break;
+    }
     case Collective::match:
-      each([&](Thread& lane) {
-        lane.result = 0;
-        each([&](Thread& other) { lane.result |= uint64_t{other.value == lane.value} << other.lane; });
+      each([&](int lane) {
+        uint64_t same = 0;
+        each([&](int other) { same |= uint64_t{warp.values[other] == warp.values[lane]} << other; });
+        warp.results[lane] = same;
       });
       break;
     case Collective::add: reduce([](uint32_t a, uint32_t b) { return a + b; }); break;
@@ -306,6 +304,12 @@ void Block::fail(std::string message) {
       std::string(kernel->name) + ", block " + triple(index) + ", thread " + triple(current->index) + ": " + message;
   current->fiber.switch_to(host_);  // the fibers that wait are dropped as they are: kernels own nothing
   __builtin_unreachable();
+}
+
+Block::Barrier barrier(bool predicate) { return current->block->barrier(predicate, __builtin_return_address(0)); }
+
+uint64_t collective(Collective operation, uint32_t mask, uint64_t value, uint32_t source) {
+  return current->block->collective(operation, mask, value, source, __builtin_return_address(0));
 }
 
 }  // namespace vblora_emulation

@@ -32,18 +32,13 @@ enum class Collective : uint8_t {
 
 class Block;
 
-struct Thread {
-  uint3 index;
+// In one cache line what every switch needs: there are a thousand of these, and they take turns at nanosecond's notice.
+struct alignas(64) Thread {
+  Fiber fiber;
   Block* block;
+  uint3 index;
   uint16_t number;  // in the block
   uint8_t warp, lane;
-  const void* site;  // the return address of the call in which it waits
-  uint64_t value, result;
-  uint8_t source;  // of a shuffle: a lane
-  Fiber fiber;
-  // The calls that it is in, for the trace build: return addresses.
-  uintptr_t calls[32];
-  int depth;
 };
 
 // The thread that is running, null in host code.
@@ -56,8 +51,12 @@ struct Warp {
     const void* site;  // of the first one to arrive
   };
   uint32_t started, live, ready;
-  Group groups[32];
   int num_groups;
+  Group groups[32];
+  // By lane: what a collective operation was given and gave, and the return address of its call.
+  uint64_t values[32], results[32];
+  uint8_t sources[32];  // of a shuffle: lanes
+  const void* sites[32];
 };
 
 struct Kernel {
@@ -119,5 +118,9 @@ class Block {
   char* stacks_ = nullptr;
   std::unique_ptr<char, decltype(&free)> shared_storage_{nullptr, &free};
 };
+
+// Of the running thread. Out of line, so that their return addresses say where in the kernel it is.
+Block::Barrier barrier(bool predicate);
+uint64_t collective(Collective operation, uint32_t mask, uint64_t value = 0, uint32_t source = 0);
 
 }  // namespace vblora_emulation

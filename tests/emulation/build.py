@@ -59,7 +59,7 @@ def _run(*command: str) -> None:
 
 @functools.cache
 def build(target: str, root: Path = ROOT) -> Path:
-    """Build one target of tests/emulation/CMakeLists.txt, from the sources under `root`; what has not changed is kept."""
+    """Build one target of tests/emulation/CMakeLists.txt from the sources under `root`, as far as they have changed."""
     folder = root / "build" / "emulation"
     cmake, ninja = _tool("cmake", "CMAKE_BIN_DIR"), _tool("ninja", "BIN_DIR")
     includes = ";".join(map(str, cuda_include()))
@@ -118,7 +118,7 @@ class Operators:
 
 @contextlib.contextmanager
 def thread_order(order: str, seed: int = 0, workers: int = 0) -> Iterator[None]:
-    """In which order threads and blocks run, as far as nothing makes them wait; and how many blocks at once (0: all cores)."""
+    """In which order threads and blocks run where nothing makes them wait, and how many blocks at once (0: all cores)."""
     functions = load_operators()
     functions.vblora_emulation_set(ORDERS.index(order), seed, workers)
     try:

@@ -19,7 +19,6 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -60,28 +59,22 @@ VBLORA_UNTRACED inline void* dynamic_shared() { return current->block->shared; }
 VBLORA_UNTRACED inline uint32_t lane() { return current->lane; }
 VBLORA_UNTRACED inline uint32_t lanes() { return current->block->warps[current->warp].started; }
 
-// Out of line, so that their return addresses say where in the kernel a thread is.
-Block::Barrier barrier(bool predicate);
-uint64_t collective(Collective operation, uint32_t mask, uint64_t value = 0, uint32_t source = 0);
-
 cudaError_t launch(const Kernel& kernel, const void* function);
 
 // As the compiler writes it, template arguments and all.
 template <auto function>
-const char* kernel_name() {
-  static const std::string name = [](std::string_view signature) {  // "... [with auto function = NAME]", or "NAME; ..."
-    signature.remove_prefix(signature.find("function = ") + 11);
-    return std::string(signature.substr(0, signature.find_last_of(']')));
-  }(__PRETTY_FUNCTION__);
-  return name.c_str();
+std::string kernel_name() {
+  std::string signature = __PRETTY_FUNCTION__;  // "... [with auto function = NAME; ...]"
+  signature = signature.substr(signature.find("function = ") + 11);
+  return signature.substr(0, signature.find_first_of(";]"));
 }
 
 template <class... Parameters>
-cudaError_t launch(const char* name, void (*function)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+cudaError_t launch(const std::string& name, void (*function)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t, std::type_identity_t<Parameters>... arguments) {
   const auto call = [&]() VBLORA_UNTRACED { function(arguments...); };
   const auto body = [](const void* call_) VBLORA_UNTRACED { (*static_cast<const decltype(call)*>(call_))(); };
-  return launch({name, body, &call, grid, block, shared_bytes}, reinterpret_cast<const void*>(function));
+  return launch({name.c_str(), body, &call, grid, block, shared_bytes}, reinterpret_cast<const void*>(function));
 }
 
 }  // namespace vblora_emulation

@@ -78,11 +78,10 @@ constexpr int kReturnWord = 11;
 #endif
 
 namespace vblora_emulation {
-namespace {
 
-thread_local Fiber* running = nullptr;
-
-}  // namespace
+#ifdef __SANITIZE_ADDRESS__
+static thread_local Fiber* running = nullptr;
+#endif
 
 void Fiber::prepare(char* stack, size_t stack_bytes, void (*entry)()) {
   this->stack = stack;
@@ -123,8 +122,8 @@ void Fiber::switch_to(Fiber& to) {
     stack = static_cast<char*>(lowest);
   }
   __sanitizer_start_switch_fiber(&fake_stack_, to.stack, to.stack_bytes);
-#endif
   running = &to;
+#endif
 #ifdef VBLORA_UCONTEXT
   swapcontext(&context_, &to.context_);
 #else

@@ -202,7 +202,8 @@ VBLORA_INTRINSIC int __ffs(int a) { return a ? std::countr_zero(static_cast<unsi
 VBLORA_INTRINSIC int __ffsll(long long a) { return a ? std::countr_zero(static_cast<unsigned long long>(a)) + 1 : 0; }
 VBLORA_INTRINSIC unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 VBLORA_INTRINSIC unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+  __extension__ typedef unsigned __int128 Wide;
+  return static_cast<unsigned long long>(static_cast<Wide>(a) * b >> 64);
 }
 VBLORA_INTRINSIC unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>(((uint64_t{high} << 32 | low) << (shift & 31)) >> 32);

@@ -93,12 +93,6 @@ void run_blocks(const Kernel& kernel) {
 
 }  // namespace
 
-Block::Barrier barrier(bool predicate) { return current->block->barrier(predicate, __builtin_return_address(0)); }
-
-uint64_t collective(Collective operation, uint32_t mask, uint64_t value, uint32_t source) {
-  return current->block->collective(operation, mask, value, source, __builtin_return_address(0));
-}
-
 cudaError_t launch(const Kernel& kernel, const void* function) {
   {
     const std::lock_guard lock(mutex);

@@ -39,6 +39,13 @@ struct Use {
   uint64_t written = 0;        // at least once
 };
 
+// The calls that a thread is in, innermost last: return addresses.
+struct Calls {
+  static constexpr int kMost = 32;
+  uintptr_t addresses[kMost];
+  int depth;
+};
+
 struct Finding {
   std::string message;
   uint64_t count = 0;
@@ -53,6 +60,7 @@ struct State {
   std::map<std::vector<uintptr_t>, Site> numbers;
   std::vector<std::vector<uintptr_t>> sites{{}};  // return addresses, innermost first
   uint32_t block = 0, first_block = 1;            // of all, and the current launch's first
+  Calls calls[Block::kMaxThreads];
   Races races;
   Traffic traffic;
 } state;
@@ -60,9 +68,9 @@ struct State {
 int current_launch() { return static_cast<int>(state.launches.size()) - 1; }
 
 Site site_at(const void* pc) {
-  const Thread& thread = *current;
+  const Calls& calls = state.calls[current->number];
   uint64_t hash = reinterpret_cast<uintptr_t>(pc);
-  for (int d = 0; d < thread.depth; ++d) hash = hash * 0x9e3779b97f4a7c15u + thread.calls[d];
+  for (int d = 0; d < calls.depth; ++d) hash = hash * 0x9e3779b97f4a7c15u + calls.addresses[d];
   static struct {
     uint64_t hash;
     Site site;
@@ -70,8 +78,8 @@ Site site_at(const void* pc) {
   auto& cached = cache[(hash * 0x9e3779b97f4a7c15u) >> 52];
   if (cached.hash == hash && cached.site) return cached.site;
   std::vector<uintptr_t> frames = {reinterpret_cast<uintptr_t>(pc)};
-  frames.insert(frames.end(), std::make_reverse_iterator(thread.calls + thread.depth),
-                std::make_reverse_iterator(thread.calls + 0));
+  frames.insert(frames.end(), std::reverse_iterator(calls.addresses + calls.depth),
+                std::reverse_iterator(calls.addresses + 0));
   const auto [at, is_new] = state.numbers.try_emplace(frames, static_cast<Site>(state.sites.size()));
   if (is_new) {
     if (state.sites.size() > 0xffff) current->block->fail("the trace build knows 65535 places at most");
@@ -168,6 +176,17 @@ void access(const void* pointer, size_t bytes, Access kind, const void* pc, bool
   block.fail("access far from any buffer");
 }
 
+void enter(const void* pc) {
+  Calls& calls = state.calls[current->number];
+  if (calls.depth == Calls::kMost) current->block->fail("calls deeper than the trace build keeps");
+  calls.addresses[calls.depth++] = reinterpret_cast<uintptr_t>(pc);
+}
+
+void leave() {
+  Calls& calls = state.calls[current->number];
+  if (calls.depth) --calls.depth;
+}
+
 // Before another launch, or at the end: what was written by the last one.
 void close_launch() {
   for (size_t b = 0; b < state.buffers.size(); ++b) {
@@ -190,6 +209,7 @@ void launch(const char* kernel) {
 
 void begin(const Block&) {
   ++state.block;
+  for (Calls& calls : state.calls) calls.depth = 0;
   state.races.begin_block();
 }
 
@@ -254,9 +274,10 @@ void add_buffer(const char* name, void* address, size_t bytes, Contents contents
 
 bool report(const char* kind, const void* site, const std::string& message, const void* other_site) {
   // Other threads' calls are not this one's: only the innermost place of each is told.
-  const int depth = std::exchange(current->depth, 0);
+  int& calls = state.calls[current->number].depth;
+  const int depth = std::exchange(calls, 0);
   found(kind, site_at(site), message, other_site ? site_at(other_site) : 0);
-  current->depth = depth;
+  calls = depth;
   return true;
 }
 
@@ -345,13 +366,10 @@ using vblora_emulation::trace::access;
 extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void* pc) {
-  if (!current) return;
-  constexpr int most = sizeof(current->calls) / sizeof(current->calls[0]);
-  if (current->depth == most) current->block->fail("calls deeper than the trace build keeps");
-  current->calls[current->depth++] = reinterpret_cast<uintptr_t>(pc);
+  if (current) vblora_emulation::trace::enter(pc);
 }
 void __tsan_func_exit() {
-  if (current && current->depth) --current->depth;
+  if (current) vblora_emulation::trace::leave();
 }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
