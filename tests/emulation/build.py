@@ -118,7 +118,7 @@ class Operators:
 
 @contextlib.contextmanager
 def thread_order(order: str, seed: int = 0, workers: int = 0) -> Iterator[None]:
-    """In which order threads and blocks run where nothing makes them wait, and how many blocks at once (0: all cores)."""
+    """In which order threads and blocks run where nothing makes them wait; how many blocks at once (0: all cores)."""
     functions = load_operators()
     functions.vblora_emulation_set(ORDERS.index(order), seed, workers)
     try:

@@ -34,8 +34,7 @@ struct Options {
     static const std::map<std::string, Type> types = {{"f32", Type::f32}, {"f64", Type::f64}, {"bf16", Type::bf16},
                                                       {"f16", Type::f16}, {"u8", Type::u8},   {"i16", Type::i16},
                                                       {"i32", Type::i32}, {"i64", Type::i64}};
-    const auto at = given.find(name);
-    return at == given.end() ? otherwise : types.at(at->second);
+    return has(name) ? types.at(given.at(name)) : otherwise;
   }
   bool has(const char* name) const { return given.count(name) && given.at(name) != "none"; }
 };
