@@ -85,13 +85,16 @@ struct Problems {
   void* numbers(const char* name, Type of, int64_t count) {
     return input(name, of, count, [&] { return std::normal_distribution<double>()(random); });
   }
-  // Without repetition within a row, as top-k gives them and the layer's candidates are.
+  // Without repetition within a row, as top-k gives them and the layer's candidates are. popular=N: but for the first
+  // of each row, which is one of the N first.
   void* choices(const char* name, Type of, int64_t count, int64_t a_row, int64_t out_of) {
     std::vector<int64_t> all(static_cast<size_t>(out_of));
     std::iota(all.begin(), all.end(), 0);
+    const int64_t popular = options.number("popular", 0);
     int64_t i = 0;
     return input(name, of, count, [&] {
       const int64_t place = i++ % a_row % out_of;
+      if (popular && place == 0) return static_cast<double>(random() % static_cast<uint64_t>(popular));
       std::swap(all[place], all[std::uniform_int_distribution<int64_t>(place, out_of - 1)(random)]);
       return static_cast<double>(all[place]);
     });

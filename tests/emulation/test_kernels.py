@@ -41,6 +41,14 @@ def problems(op: str, count: int) -> list[str]:
 
 
 PROBLEMS = problems("admixture", 24) + problems("compose", 12) + problems("admixture_backward", 24)
+PROBLEMS += [  # ways through the kernels that these sizes leave out
+    "admixture rows=3 columns=9000 length=8 k=2",
+    "admixture rows=2 columns=9000 length=8 k=33 type=bf16",
+    "admixture_backward rows=3 columns=9000 length=8 k=33",  # more columns than owners fit in shared memory
+    "admixture_backward rows=1500 columns=300 length=17 k=2 popular=1",  # a vector that most rows choose
+    "admixture_backward rows=3000 columns=300 length=24 k=2 popular=2 out=bf16",
+    "admixture_backward rows=2500 columns=5000 length=16 k=2 popular=2 need_logits=0",  # several vectors a bucket
+]
 
 
 # Of these, every byte is to be written exactly once. (Not of weights: for a large k they are normalised in place.)
