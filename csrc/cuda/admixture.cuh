@@ -20,7 +20,9 @@
 
 namespace vblora::cuda {
 
-constexpr int kSelected = 8;               // the most entries that are selected in one pass
+// The most entries that are selected in one pass.
+template <class T>
+constexpr int kSelected = sizeof(T) < 8 ? 8 : 4;
 constexpr int64_t kColumnsOfAWarp = 1024;  // rows longer than that get a whole block
 
 // Logits as integers in the order of comes_before: -inf least, NaN (of any sign) largest, both zeros the same. No logit
@@ -189,7 +191,7 @@ __device__ __forceinline__ Entry<key_t<T>> select(const Admixture& problem, int6
 
 // k <= K. `warps` of a block work on a row: one, or all of them.
 template <class T, int K>
-__global__ void __launch_bounds__(kThreads, kBlocks) admixture_kernel(const Admixture problem, int warps) {
+static __global__ void __launch_bounds__(kThreads, kBlocks) admixture_kernel(const Admixture problem, int warps) {
   using Acc = accumulator_t<T>;
   using Key = key_t<T>;
   __shared__ __align__(16) unsigned char meeting[sizeof(Entry<Key>) * kWarps * K];
@@ -212,23 +214,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks) admixture_kernel(const Admi
 
   const int32_t vector =
       lane < k && mine.vector < problem.vectors ? mine.vector : -1;  // negative ones are out of range too
-  int32_t vectors[K];
-  Acc weights[K];
-#pragma unroll
-  for (int j = 0; j < K; ++j) {
-    vectors[j] = __shfl_sync(kAllLanes, vector, j);
-    weights[j] = __shfl_sync(kAllLanes, weight, j);
-  }
-  mix<K, T>(problem.bank, problem.length, vectors, weights, problem.subvectors, problem.out_type, row,
+  mix<K, T>(problem.bank, problem.length, Entries<K, Acc>(vector, weight), problem.subvectors, problem.out_type, row,
             static_cast<int>(threadIdx.x % (32 * warps)), 32 * warps);
 }
 
 // Any k. A block a row; indices and weights of a row serve as its memory.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks) admixture_any_k_kernel(const Admixture problem) {
+static __global__ void __launch_bounds__(kThreads, kBlocks) admixture_any_k_kernel(const Admixture problem) {
   using Acc = accumulator_t<T>;
   using Key = key_t<T>;
-  __shared__ __align__(16) unsigned char meetings[2][sizeof(Entry<Key>) * kWarps * kSelected];
+  __shared__ __align__(16) unsigned char meetings[2][sizeof(Entry<Key>) * kWarps * kSelected<T>];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t row = blockIdx.x, k = problem.k;
   int32_t* indices = problem.indices + row * k;
@@ -236,10 +231,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) admixture_any_k_kernel(cons
 
   Entry<Key> last{static_cast<Key>(~Key{0}), INT32_MIN, -1};  // before all others
   int pass = 0;  // two meetings in turn, so that none is overwritten before all warps have left it
-  for (int64_t done = 0; done < k; done += kSelected, pass ^= 1) {
-    const int count = static_cast<int>(k - done < kSelected ? k - done : kSelected);
+  for (int64_t done = 0; done < k; done += kSelected<T>, pass ^= 1) {
+    const int count = static_cast<int>(k - done < kSelected<T> ? k - done : kSelected<T>);
     const Entry<Key> mine =
-        select<T, kSelected, true>(problem, row, count, kWarps, last, reinterpret_cast<Entry<Key>*>(meetings[pass]));
+        select<T, kSelected<T>, true>(problem, row, count, kWarps, last, reinterpret_cast<Entry<Key>*>(meetings[pass]));
     if (warp == 0 && lane < count) {
       indices[done + lane] = mine.column;
       weights[done + lane] = logit_of(mine.key);
@@ -273,7 +268,7 @@ inline void launch_admixture(const Admixture& problem, cudaStream_t stream) {
   const unsigned grid = grid_size(problem.rows, kWarps / warps, "rows");
   dispatch(problem.type, [&](auto element) {
     using T = decltype(element);
-    if (problem.k > kSelected)
+    if (problem.k > kSelected<T>)
       return VBLORA_LAUNCH_OR_THROW((admixture_any_k_kernel<T>), grid_size(problem.rows, 1, "rows"), kThreads, 0,
                                     stream, problem);
     if constexpr (sizeof(T) < 8) {  // float64 is there for precision, not for speed: one kernel is enough
@@ -284,7 +279,7 @@ inline void launch_admixture(const Admixture& problem, cudaStream_t stream) {
       if (problem.k <= 4)
         return VBLORA_LAUNCH_OR_THROW((admixture_kernel<T, 4>), grid, kThreads, 0, stream, problem, warps);
     }
-    VBLORA_LAUNCH_OR_THROW((admixture_kernel<T, kSelected>), grid, kThreads, 0, stream, problem, warps);
+    VBLORA_LAUNCH_OR_THROW((admixture_kernel<T, kSelected<T>>), grid, kThreads, 0, stream, problem, warps);
   });
 }
 

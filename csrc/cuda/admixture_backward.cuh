@@ -358,7 +358,7 @@ __device__ __forceinline__ void sort_range(const AdmixtureBackward& problem, con
 
 // Grad: of grad_subvectors; void where k > kFewEntries, a block a row.
 template <class T, class Grad>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+static __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_rows_kernel(const AdmixtureBackward problem, const BackwardWorkspace workspace) {
   using Acc = accumulator_t<T>;
   VBLORA_DYNAMIC_SHARED(unsigned char, memory);
@@ -517,7 +517,7 @@ __device__ __forceinline__ void add_entries(const AdmixtureBackward& problem, co
 
 // A warp a vector and 512 bytes of it; blockIdx.y says which.
 template <class Grad, class Acc>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+static __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_bank_kernel(const AdmixtureBackward problem, const BackwardWorkspace workspace) {
   const int lane = threadIdx.x % 32;
   const int64_t vector = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
@@ -602,7 +602,7 @@ __device__ __forceinline__ void add_popular(const AdmixtureBackward& problem, co
 
 // A block 32 bytes of the bank (blockIdx.x says which), and every kPopularBlocks-th of the popular vectors.
 template <class Grad, class Acc>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+static __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_popular_kernel(const AdmixtureBackward problem, const BackwardWorkspace workspace) {
   __shared__ unsigned popular[kWarps];
   __shared__ Acc shared[kWarps * kPopularLanes * 16 / sizeof(Grad)];

@@ -9,7 +9,7 @@
 
 namespace vblora::cuda {
 
-// Entries of a row that are held in registers.
+// Entries of a row up to which there is a kernel of their own.
 template <class T>
 constexpr int kComposed = sizeof(T) < 8 ? 8 : 4;
 
@@ -20,7 +20,7 @@ __device__ __forceinline__ int32_t composed_vector(const Composition& problem, i
 
 // k <= K
 template <class T, int K>
-__global__ void __launch_bounds__(kThreads, kBlocks) compose_kernel(const Composition problem) {
+static __global__ void __launch_bounds__(kThreads, kBlocks) compose_kernel(const Composition problem) {
   using Acc = accumulator_t<T>;
   const int lane = threadIdx.x % 32;
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
@@ -32,18 +32,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) compose_kernel(const Compos
     vector = composed_vector(problem, row * k + lane);
     weight = __ldg(static_cast<const Acc*>(problem.weights) + row * k + lane);
   }
-  int32_t vectors[K];
-  Acc weights[K];
-#pragma unroll
-  for (int j = 0; j < K; ++j) {
-    vectors[j] = __shfl_sync(kAllLanes, vector, j);
-    weights[j] = __shfl_sync(kAllLanes, weight, j);
-  }
-  mix<K, T>(problem.bank, problem.length, vectors, weights, problem.subvectors, problem.out_type, row, lane, 32);
+  mix<K, T>(problem.bank, problem.length, Entries<K, Acc>(vector, weight), problem.subvectors, problem.out_type, row,
+            lane, 32);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks) compose_any_k_kernel(const Composition problem) {
+static __global__ void __launch_bounds__(kThreads, kBlocks) compose_any_k_kernel(const Composition problem) {
   using Acc = accumulator_t<T>;
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (row >= problem.rows) return;
