@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+import vblora  # noqa: F401 (its operators)
+
 ROOT = Path(__file__).parents[2]
 ORDERS = ("ascending", "descending", "random")
 
@@ -92,6 +94,12 @@ def load_operators(root: Path = ROOT) -> ctypes.CDLL:
     """Make ``torch.ops.vblora_emulated`` (once in a process: torch keeps the first registration)."""
     library = build("vblora_emulated", root)
     torch.ops.load_library(library)
+    for name in (
+        "admixture",
+        "admixture_backward",
+        "compose",
+    ):  # what tensors without data are told is the same for all
+        torch.library.register_fake(f"vblora_emulated::{name}", getattr(torch.ops.vblora, name))
     functions = ctypes.CDLL(str(library))  # the same library again, for what is not an operator
     functions.vblora_emulation_set.argtypes = (ctypes.c_int, ctypes.c_uint64, ctypes.c_int)
     functions.vblora_emulation_launches.restype = ctypes.c_char_p
