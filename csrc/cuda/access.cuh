@@ -56,7 +56,7 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* from) {
 template <int N, class T>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, N>& pack) {
   using Bits = typename Word<N* static_cast<int>(sizeof(T))>::type;
-  *reinterpret_cast<Bits*>(to) = bits_as<Bits>(pack);
+  __stwb(reinterpret_cast<Bits*>(to), bits_as<Bits>(pack));  // an assignment may be split into smaller ones
 }
 
 __device__ __forceinline__ bool is_aligned(const void* address, int bytes) {

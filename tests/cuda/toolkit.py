@@ -1,4 +1,4 @@
-"""NVIDIA's compiler and disassembler: from a CUDA toolkit, or else from their packages on PyPI. No GPU is needed for either.
+"""NVIDIA's compiler and disassembler: from a CUDA toolkit, or else from their packages on PyPI. Neither needs a GPU.
 
 pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl  # the compiler
 pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump                                         # the disassembler
@@ -124,8 +124,8 @@ def compile_kernels(unit: str) -> Compiled:
         source.write_text(f'#include "cuda/{unit}.cuh"\nauto* launcher = &vblora::cuda::launch_{unit};\n')
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()]
         output = run(
-            tool("nvcc"), *FLAGS, *targets, "--threads", os.cpu_count() or 1, "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra",
-            "-I", ROOT / "csrc", "--keep", "--keep-dir", folder,
+            tool("nvcc"), *FLAGS, *targets, "--threads", os.cpu_count() or 1, "-Xptxas", "-v",
+            "-Xcompiler", "-Wall,-Wextra", "-I", ROOT / "csrc", "--keep", "--keep-dir", folder,
             "-c", source, "-o", folder / f"{unit}.o",
         )  # fmt: skip
         for path in folder.iterdir():
