@@ -1,0 +1,47 @@
+// How kernels are launched. A launcher goes through these macros, so that the same source also runs on the CPU: there,
+// tests/emulation supplies them (and with them all that nvcc would).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifndef VBLORA_EMULATION
+// Launches a kernel and says how that went. A template's name goes in parentheses: (kernel<float, 2>).
+#define VBLORA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  (kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__), cudaGetLastError())
+// Declares the block's dynamic shared memory as an array of `type`.
+#define VBLORA_DYNAMIC_SHARED(type, name)                       \
+  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+  type* const name = reinterpret_cast<type*>(name##_bytes)
+#endif
+
+// The same, and an exception that names the kernel if it could not be launched.
+#define VBLORA_LAUNCH_OR_THROW(kernel, ...) ::vblora::cuda::check(VBLORA_LAUNCH(kernel, __VA_ARGS__), #kernel)
+
+namespace vblora::cuda {
+
+constexpr int kThreads = 256;  // of every block here
+constexpr int kWarps = kThreads / 32;
+// Blocks that shall fit on a multiprocessor: 64 registers a thread, and at least half of the threads that any GPU can
+// hold.
+constexpr int kBlocks = 4;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+inline void check(cudaError_t error, const char* kernel) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("vblora: CUDA could not launch ") + kernel + ": " + cudaGetErrorString(error) +
+                             " (" + cudaGetErrorName(error) + ")");
+}
+
+// Blocks that `count` items fill, at so many a block.
+inline unsigned grid_size(int64_t count, int64_t a_block, const char* what) {
+  const int64_t blocks = (count + a_block - 1) / a_block;
+  if (blocks > INT32_MAX)
+    throw std::runtime_error("vblora: " + std::to_string(count) + " " + what + " are more than a CUDA grid can hold");
+  return static_cast<unsigned>(blocks);
+}
+
+}  // namespace vblora::cuda

@@ -1,0 +1,1 @@
+"""Running and checking the CUDA kernels on the CPU: see README.md."""

@@ -1,0 +1,15 @@
+// The launchers of csrc/cuda, callable from code that is not compiled like CUDA.
+#pragma once
+
+#include <stddef.h>
+
+#include "admixture.h"
+
+namespace vblora_emulation {
+
+void admixture(const vblora::Admixture& problem);
+void compose(const vblora::Composition& problem);
+void admixture_backward(const vblora::AdmixtureBackward& problem, void* workspace);
+size_t backward_workspace_bytes(const vblora::AdmixtureBackward& problem);
+
+}  // namespace vblora_emulation

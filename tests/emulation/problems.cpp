@@ -1,0 +1,185 @@
+// Runs the kernels of one operator on a random problem, with every buffer watched, and prints what the checker found.
+//   problems_trace admixture rows=64 columns=128 vectors=2048 length=256 k=2 type=f32 candidates=i16 out=bf16 seed=1
+#include <stdio.h>
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "buffers.h"
+#include "kernels.h"
+#include "numeric.h"
+
+extern "C" void vblora_emulation_set(int order, uint64_t seed, int workers);
+extern "C" const char* vblora_emulation_launches();
+
+namespace {
+
+using namespace vblora;
+using vblora_emulation::allocate_buffer;
+using vblora_emulation::trace::Contents;
+
+struct Options {
+  std::map<std::string, std::string> given;
+
+  int64_t number(const char* name, int64_t otherwise) const {
+    const auto at = given.find(name);
+    return at == given.end() ? otherwise : std::stoll(at->second);
+  }
+  Type type(const char* name, Type otherwise) const {
+    static const std::map<std::string, Type> types = {{"f32", Type::f32}, {"f64", Type::f64}, {"bf16", Type::bf16},
+                                                      {"f16", Type::f16}, {"u8", Type::u8},   {"i16", Type::i16},
+                                                      {"i32", Type::i32}, {"i64", Type::i64}};
+    return has(name) ? types.at(given.at(name)) : otherwise;
+  }
+  bool has(const char* name) const { return given.count(name) && given.at(name) != "none"; }
+};
+
+size_t bytes_of(Type type) {
+  switch (type) {
+    case Type::u8: return 1;
+    case Type::bf16:
+    case Type::f16:
+    case Type::i16: return 2;
+    case Type::f32:
+    case Type::i32: return 4;
+    default: return 8;
+  }
+}
+
+void set(void* array, Type type, int64_t i, double value) {
+  switch (type) {
+    case Type::f32: static_cast<float*>(array)[i] = static_cast<float>(value); break;
+    case Type::f64: static_cast<double*>(array)[i] = value; break;
+    case Type::bf16: store(static_cast<bf16*>(array) + i, static_cast<float>(value)); break;
+    case Type::f16: store(static_cast<f16*>(array) + i, static_cast<float>(value)); break;
+    case Type::u8: static_cast<uint8_t*>(array)[i] = static_cast<uint8_t>(value); break;
+    case Type::i16: static_cast<int16_t*>(array)[i] = static_cast<int16_t>(value); break;
+    case Type::i32: static_cast<int32_t*>(array)[i] = static_cast<int32_t>(value); break;
+    case Type::i64: static_cast<int64_t*>(array)[i] = static_cast<int64_t>(value); break;
+  }
+}
+
+struct Problems {
+  Options options;
+  std::mt19937_64 random{static_cast<uint64_t>(options.number("seed", 0))};
+  int64_t rows = options.number("rows", 64), columns = options.number("columns", 128),
+          vectors = options.number("vectors", options.has("candidates") ? 2048 : columns),
+          length = options.number("length", 256), k = options.number("k", 2);
+  Type type = options.type("type", Type::f32), out_type = options.type("out", type),
+       candidate_type = options.type("candidates", Type::i32), weight_type = type == Type::f64 ? Type::f64 : Type::f32;
+
+  void* output(const char* name, Type of, int64_t count) {
+    return allocate_buffer(name, static_cast<size_t>(count) * bytes_of(of), Contents::output);
+  }
+  template <class Draw>
+  void* input(const char* name, Type of, int64_t count, Draw&& draw) {
+    void* array = allocate_buffer(name, static_cast<size_t>(count) * bytes_of(of), Contents::input);
+    for (int64_t i = 0; i < count; ++i) set(array, of, i, draw());
+    return array;
+  }
+  void* numbers(const char* name, Type of, int64_t count) {
+    return input(name, of, count, [&] { return std::normal_distribution<double>()(random); });
+  }
+  // Without repetition within a row, as top-k gives them and the layer's candidates are. popular=N: but for the first
+  // of each row, which is one of the N first.
+  void* choices(const char* name, Type of, int64_t count, int64_t a_row, int64_t out_of) {
+    std::vector<int64_t> all(static_cast<size_t>(out_of));
+    std::iota(all.begin(), all.end(), 0);
+    const int64_t popular = options.number("popular", 0);
+    int64_t i = 0;
+    return input(name, of, count, [&] {
+      const int64_t place = i++ % a_row % out_of;
+      if (popular && place == 0) return static_cast<double>(random() % static_cast<uint64_t>(popular));
+      std::swap(all[place], all[std::uniform_int_distribution<int64_t>(place, out_of - 1)(random)]);
+      return static_cast<double>(all[place]);
+    });
+  }
+  void* candidates() {
+    return options.has("candidates") ? choices("candidates", candidate_type, rows * columns, columns, vectors)
+                                     : nullptr;
+  }
+
+  void admixture() {
+    vblora_emulation::admixture({.type = type,
+                                 .candidate_type = candidate_type,
+                                 .out_type = out_type,
+                                 .logits = numbers("logits", type, rows * columns),
+                                 .bank = numbers("bank", type, vectors * length),
+                                 .candidates = candidates(),
+                                 .subvectors = output("subvectors", out_type, rows * length),
+                                 .indices = static_cast<int32_t*>(output("indices", Type::i32, rows * k)),
+                                 .weights = output("weights", weight_type, rows * k),
+                                 .rows = rows,
+                                 .columns = columns,
+                                 .vectors = vectors,
+                                 .length = length,
+                                 .k = k});
+  }
+  void compose() {
+    const Type index_type = options.type("indices", Type::i32);
+    vblora_emulation::compose({.type = type,
+                               .index_type = index_type,
+                               .out_type = out_type,
+                               .bank = numbers("bank", type, vectors * length),
+                               .indices = choices("indices", index_type, rows * k, k, vectors),
+                               .weights = numbers("weights", weight_type, rows * k),
+                               .subvectors = output("subvectors", out_type, rows * length),
+                               .rows = rows,
+                               .vectors = vectors,
+                               .length = length,
+                               .k = k});
+  }
+  void admixture_backward() {
+    const Type grad_type = options.type("out", type);
+    const bool need_logits = options.number("need_logits", 1), need_bank = options.number("need_bank", 1);
+    AdmixtureBackward problem = {
+        .type = type,
+        .candidate_type = candidate_type,
+        .grad_type = grad_type,
+        .grad_subvectors =
+            options.number("grad_subvectors", 1) ? numbers("grad_subvectors", grad_type, rows * length) : nullptr,
+        .grad_weights = options.number("grad_weights", 0) ? numbers("grad_weights", weight_type, rows * k) : nullptr,
+        .indices = static_cast<int32_t*>(choices("indices", Type::i32, rows * k, k, columns)),
+        .weights = numbers("weights", weight_type, rows * k),
+        .bank = numbers("bank", type, vectors * length),
+        .candidates = candidates(),
+        .grad_logits = need_logits ? output("grad_logits", type, rows * columns) : nullptr,
+        .grad_bank = need_bank ? output("grad_bank", type, vectors * length) : nullptr,
+        .rows = rows,
+        .columns = columns,
+        .vectors = vectors,
+        .length = length,
+        .k = k};
+    const int64_t bytes = static_cast<int64_t>(vblora_emulation::backward_workspace_bytes(problem));
+    vblora_emulation::admixture_backward(problem, output("workspace", Type::u8, bytes));
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string op = argc > 1 ? argv[1] : "";
+  Options options;
+  for (int i = 2; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const size_t equals = argument.find('=');
+    options.given[argument.substr(0, equals)] = argument.substr(equals + 1);
+  }
+  vblora_emulation_set(static_cast<int>(options.number("order", 0)), static_cast<uint64_t>(options.number("seed", 0)),
+                       1);
+  Problems problems{options};
+  try {
+    if (op == "admixture") problems.admixture();
+    else if (op == "compose") problems.compose();
+    else if (op == "admixture_backward") problems.admixture_backward();
+    else throw std::runtime_error("no operator of this name: " + op);
+  } catch (const std::exception& error) {
+    fprintf(stderr, "%s\n", error.what());
+  }
+  fputs(vblora_emulation::trace::findings().c_str(), stdout);
+}

@@ -1,0 +1,137 @@
+"""The operators' kernels under the checkers: no finding at any size, and how much memory they move."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+
+import pytest
+
+from . import build, checker
+
+TYPES = ("f32", "f64", "bf16", "f16")
+
+
+def problems(op: str, count: int) -> list[str]:
+    """Sizes around those at which kernels change their ways, in combinations that are the same in each run."""
+    draw = random.Random(f"2405 {op}")
+    lines = []
+    for _ in range(count):
+        rows, length = draw.choice((1, 7, 33, 257)), draw.choice((1, 3, 8, 17, 64, 256))
+        columns = draw.choice((1, 2, 17, 128, 300, 2048))
+        k = min(columns, draw.choice((1, 2, 3, 4, 5, 8, 9, 33, 300)))
+        candidates = draw.choice(("none", "i16", "i32"))
+        vectors = columns if candidates == "none" else draw.choice((1, 100, 2048))
+        options = {"rows": rows, "columns": columns, "length": length, "k": k, "candidates": candidates}
+        options |= {
+            "vectors": vectors,
+            "type": draw.choice(TYPES),
+            "out": draw.choice(TYPES),
+            "seed": draw.randrange(1000),
+        }
+        if op == "compose":
+            options["indices"] = draw.choice(("u8", "i16", "i32", "i64"))
+        if op == "admixture_backward":
+            grads = draw.choice(((1, 0), (0, 1), (1, 1)))
+            needs = draw.choice(((1, 1), (1, 1), (1, 0), (0, 1)))
+            names = ("grad_subvectors", "grad_weights", "need_logits", "need_bank")
+            options |= dict(zip(names, grads + needs, strict=True))
+        lines.append(" ".join([op, *(f"{name}={value}" for name, value in options.items())]))
+    return lines
+
+
+PROBLEMS = problems("admixture", 24) + problems("compose", 12) + problems("admixture_backward", 24)
+PROBLEMS += [  # ways through the kernels that these sizes leave out
+    "admixture rows=3 columns=9000 length=8 k=2",
+    "admixture rows=2 columns=9000 length=8 k=33 type=bf16",
+    "admixture_backward rows=3 columns=9000 length=8 k=33",  # more columns than owners fit in shared memory
+    "admixture_backward rows=1500 columns=300 length=17 k=2 popular=1",  # a vector that most rows choose
+    "admixture_backward rows=3000 columns=300 length=24 k=2 popular=2 out=bf16",
+    "admixture_backward rows=2500 columns=5000 length=16 k=2 popular=2 need_logits=0",  # several vectors a bucket
+]
+
+
+# Of these, every byte is to be written exactly once. (Not of weights: for a large k they are normalised in place.)
+OUTPUTS = {
+    "admixture": ("subvectors", "indices"),
+    "compose": ("subvectors",),
+    "admixture_backward": ("grad_logits", "grad_bank"),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_nothing_is_found(problem):
+    op, *options = problem.split()
+    report = checker.run(build.build("problems_trace"), op, *options)
+    assert not report.findings, "\n".join(map(str, report.findings))
+    assert not report.output
+    for name in OUTPUTS[op]:
+        if name in report.sizes:
+            assert report.writes[name] == {1: report.sizes[name]}, name
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_no_address_is_out_of_bounds(problem):
+    process = subprocess.run(
+        [build.build("problems_asan"), *problem.split()],
+        env={"ASAN_OPTIONS": "detect_leaks=0"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert not process.stderr
+
+
+# Traffic, for a slice of Llama-2-7B's adapter: the sectors moved if nothing were ever found in a cache. The floor is
+# what has to move at least: inputs and outputs once, but bank vectors once for each block that mixes them.
+
+SLICE = ("rows=1024", "vectors=2048", "length=256", "k=2", "out=bf16")
+COMPACT, DENSE = ("columns=128", "candidates=i16"), ("columns=2048",)
+
+
+def traffic(op: str, *options: str) -> tuple[checker.Report, dict[str, int], float]:
+    """The report, the bytes that were moved by buffer, and their sum as a multiple of the floor."""
+    report = checker.run(build.build("problems_trace"), op, *SLICE, *options)
+    moved = {name: sum(report.bytes_moved(launch, name) for launch in set(report.launches)) for name in report.sizes}
+    floor = 0
+    for name, size in report.sizes.items():
+        if name == "bank":
+            floor += sum(use.read_by_block for (_, buffer), use in report.uses.items() if buffer == "bank")
+        elif name == "candidates" and op == "admixture_backward":
+            floor += 2 * 2 * 1024  # of those that were selected
+        elif name != "workspace":
+            floor += size
+    return report, moved, sum(moved.values()) / floor
+
+
+def scattered(report: checker.Report, moved: dict[str, int]) -> dict[str, float]:
+    """Places that move many more sectors than they need to, if they move more than a hundredth of all there are."""
+    least = sum(moved.values()) / 32 / 100
+    return {
+        f"{buffer} {kind} at {place}": cost.ratio
+        for (_, buffer, place, kind), cost in report.costs.items()
+        if buffer != "shared" and cost.ratio > 1.05 and cost.units > least
+    }
+
+
+@pytest.mark.parametrize("options", [COMPACT, DENSE], ids=["candidates", "dense"])
+def test_traffic_of_admixture(options):
+    report, moved, multiple = traffic("admixture", *options)
+    assert len(report.launches) == 1
+    assert not scattered(report, moved)
+    assert multiple <= 1.10
+
+
+def test_traffic_of_compose():
+    report, moved, multiple = traffic("compose")
+    assert len(report.launches) == 1
+    assert not scattered(report, moved)
+    assert multiple <= 1.10
+
+
+# Besides the floor: the gradients of the sub-vectors once more, sorted entries, and counters that stay in the L2 cache.
+@pytest.mark.parametrize(("options", "most"), [(COMPACT, 2.2), (DENSE, 1.5)], ids=["candidates", "dense"])
+def test_traffic_of_admixture_backward(options, most):
+    report, _, multiple = traffic("admixture_backward", *options)
+    assert len(report.launches) <= 3
+    assert multiple <= most

@@ -1,0 +1,65 @@
+"""The execution layer itself: built-in functions, thread orders, kernels that hang, the log of launches."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+
+from . import build
+
+
+@pytest.mark.parametrize("switch", ["assembly", "ucontext"])
+def test_built_in_functions(switch):
+    process = subprocess.run([build.build(f"layer_{switch}")], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert not process.stdout
+
+
+def call_everything(rows: int, columns: int, length: int, k: int, candidates: bool, order: str, seed: int = 0):
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, columns, generator=generator)
+    bank = torch.randn(columns, length, generator=generator)
+    grad = torch.randn(rows, length, generator=generator)
+    chosen = (
+        torch.randint(-1, columns + 1, (rows, columns), generator=generator, dtype=torch.int16) if candidates else None
+    )
+    ops = torch.ops.vblora_emulated
+    with build.thread_order(order, seed):
+        subvectors, indices, weights = ops.admixture(logits, bank, chosen, k)
+        grads = ops.admixture_backward(grad, None, indices, weights, bank, chosen, columns, True, True)
+        return subvectors, indices, weights, *grads, ops.compose(bank, indices, weights)
+
+
+@pytest.mark.parametrize("candidates", [False, True])
+@pytest.mark.parametrize("size", [(33, 17, 8, 2), (257, 300, 64, 5), (9, 2048, 17, 1), (40, 128, 256, 33)], ids=str)
+def test_order_of_threads_does_not_matter(size, candidates):
+    build.load_operators()
+    expected = call_everything(*size, candidates, "ascending")
+    for order, seed in (("descending", 0), ("random", 1), ("random", 2)):
+        for found, wanted in zip(call_everything(*size, candidates, order, seed), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_launches_are_counted():
+    build.load_operators()
+    build.launches()
+    call_everything(100, 128, 64, 2, True, "ascending")
+    names = [launch.kernel for launch in build.launches()]
+    assert all(name.startswith("vblora::cuda::") for name in names)
+    assert sum("admixture" in name for name in names) == 1
+    assert sum("backward" in name for name in names) <= 3
+    assert sum("compose" in name for name in names) == 1
+    assert build.launches() == []
+
+
+def test_a_failure_names_the_kernel_and_the_thread():
+    process = subprocess.run(
+        [build.build("faults_asan"), "shuffle_before_barrier_under_divergence"], capture_output=True, text=True
+    )
+    assert "shuffle_before_barrier_under_divergence, block (0, 0, 0), thread (" in process.stderr
+    assert (
+        "deadlock: 32 threads wait at __syncthreads; lanes 0x0000ffff of warp 0 wait for all of mask 0xffffffff"
+        in process.stderr
+    )
