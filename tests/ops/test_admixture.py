@@ -103,8 +103,9 @@ def test_equals_the_oracle(backend, case, generator):
     assert indices.is_contiguous()
     assert torch.equal(indices.cpu(), expected_indices)
     computed_in = reference.accumulation_dtype(case.dtype)
-    assert_close(weights, expected_weights, computed_in)
-    assert_close(subvectors, expected_subvectors, case.out_dtype or case.dtype, computed_in, magnitude)
+    growth = max(1, case.k / 256)  # the softmax's sum takes k roundings, which show in all weights
+    assert_close(weights, expected_weights, computed_in, magnitude=growth * expected_weights)
+    assert_close(subvectors, expected_subvectors, case.out_dtype or case.dtype, computed_in, growth * magnitude)
 
 
 @pytest.mark.parametrize(
