@@ -88,8 +88,8 @@ def test_instructions(unit, arch):
     for name, opcodes in found.items():
         assert "EXIT" in opcodes, name
         assert not [o for o in opcodes if re.match("LDL|STL", o)], f"{name} uses local memory"
-        # Integers in shared memory may be changed atomically, as one kernel does. Nothing in global memory is, and nothing
-        # by trying until it works, as those float atomics are that the hardware lacks.
+        # One kernel changes integers in shared memory atomically. Nothing in global memory is, nor anything by trying
+        # until it works, as those float atomics are that the hardware lacks.
         atomics = {o for o in opcodes if re.match("ATOM|RED(?!UX)|CAS", o)}
         assert not [o for o in atomics if not re.match(r"ATOMS\.MAX(\.S32)?$", o)], f"{name}: {atomics}"
         assert not atomics or name.endswith("void>"), f"{name}: {atomics}"
