@@ -15,7 +15,7 @@ BUILD_REQUIRES = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pypr
 NATIVE := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test suite test-torches demo lint format clean
+.PHONY: test suite test-torches test-cuda demo lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
@@ -32,6 +32,10 @@ test-torches: .venv-test/ready .venv-newest/ready
 	for python in .venv-test/bin/python .venv-newest/bin/python; do \
 	  VBLORA_SITE=build/torches PYTHONPATH=build/torches $$python -P -m pytest --noconftest --import-mode=importlib \
 	    -p no:cacheprovider -q tests/distribution/test_torch_versions.py || exit 1; done
+
+# The CUDA kernels, run on the CPU under checkers, and what the compiler makes of them. Needs a CUDA toolkit; not in CI yet.
+test-cuda: .venv-test/ready
+	.venv-test/bin/python -m pytest tests/emulation tests/cuda
 
 demo: .venv-demo/ready
 	HF_HUB_OFFLINE=1 .venv-demo/bin/python $(DEMO)
