@@ -66,6 +66,13 @@ def test_compose(problem):
     torch.testing.assert_close(reference.compose(bank, vectors, weights), subvectors)
 
 
+@pytest.mark.parametrize("operator", ["admixture", "admixture_backward", "compose"])
+def test_a_cuda_build_has_cuda_operators(operator):
+    # Under a torch without CUDA, too: it is one binary.
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"vblora::{operator}", "CUDA")
+    assert registered == (vblora.build_info()["cuda"] != "none")
+
+
 def test_a_bad_argument_is_named(problem):
     logits, bank, candidates = problem
     with pytest.raises(Exception, match="`k` is 6"):

@@ -6,12 +6,8 @@ import re
 
 import pytest
 
-from . import toolkit
+from . import occupancy, toolkit
 from .toolkit import Kernel
-
-THREADS = 256  # of each block: kThreads in launch.cuh
-# What the launchers ask for in dynamic shared memory at most: the keys of a range that is sorted.
-DYNAMIC_SHARED = {"backward_rows_kernel": 2048 * 8}
 
 UNITS = pytest.mark.parametrize("unit", toolkit.translation_units())
 
@@ -34,37 +30,25 @@ def test_no_local_memory(unit):
 
 
 @pytest.fixture(scope="module")
-def occupancy(tmp_path_factory):
-    """Threads that a multiprocessor holds of a kernel, as a share of those that it can hold."""
-    program = tmp_path_factory.mktemp("occupancy") / "occupancy"
-    source = toolkit.ROOT / "tests" / "cuda" / "occupancy.cpp"
-    toolkit.run("g++", "-I", toolkit.include(), "-o", program, source)
-
-    def ask(kernel: Kernel) -> float:
-        arguments = kernel.arch, THREADS, kernel.registers, kernel.shared, DYNAMIC_SHARED.get(kernel.name, 0)
-        blocks, most = map(int, toolkit.run("sh", "-c", f"echo {' '.join(map(str, arguments))} | {program}").split())
-        return blocks * THREADS / most
-
-    return ask
+def share(tmp_path_factory):
+    return occupancy.calculator(tmp_path_factory.mktemp("occupancy"))
 
 
 @UNITS
-def test_occupancy(unit, occupancy):
-    assert [f"{k}: {share:.0%}" for k in kernels(unit) if (share := occupancy(k)) < 0.5] == []
+def test_occupancy(unit, share):
+    assert [f"{k}: {share(k):.0%}" for k in kernels(unit) if share(k) < 0.5] == []
 
 
-def test_occupancy_is_reckoned_as_nvidia_documents_it(occupancy):
+def test_occupancy_is_reckoned_as_nvidia_documents_it(share):
     def kernel(arch: int, registers: int, shared: int = 0) -> Kernel:
         return Kernel("any", "any", arch, registers, 0, 0, shared)
 
-    assert occupancy(kernel(80, 32)) == 1
-    assert occupancy(kernel(80, 64)) == 0.5  # 65536 registers are 1024 threads of 64, of 2048
-    assert occupancy(kernel(75, 64)) == 1  # of 1024
-    assert occupancy(kernel(86, 64)) == pytest.approx(1024 / 1536)
-    assert occupancy(kernel(90, 65)) == 0.375  # registers come in eights: 72
-    assert occupancy(kernel(86, 32, 33 * 1024)) == pytest.approx(
-        2 * 256 / 1536
-    )  # 100 KiB, of which each block takes 34
+    assert share(kernel(80, 32)) == 1
+    assert share(kernel(80, 64)) == 0.5  # 65536 registers are 1024 threads of 64, of 2048
+    assert share(kernel(75, 64)) == 1  # of 1024
+    assert share(kernel(86, 64)) == pytest.approx(1024 / 1536)
+    assert share(kernel(90, 65)) == 0.375  # registers come in eights: 72
+    assert share(kernel(86, 32, 33 * 1024)) == pytest.approx(2 * 256 / 1536)  # each block takes 34 of 100 KiB
 
 
 # Architectures to disassemble: the oldest, one in the middle, the newest.
