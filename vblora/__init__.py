@@ -6,7 +6,8 @@
 
 from . import ops, reference
 from .bank import VectorBank
-from .checkpoint import load, save
+from .candidates import grow, stats
+from .checkpoint import load, pack_optimizer, save, unpack_optimizer
 from .config import VBLoRAConfig
 from .injection import disabled, eject, inject
 from .layers import VBLinear
@@ -24,12 +25,16 @@ __all__ = [
     "count_parameters",
     "disabled",
     "eject",
+    "grow",
     "inject",
     "load",
     "merge",
     "ops",
+    "pack_optimizer",
     "parameter_groups",
     "reference",
     "save",
+    "stats",
     "unmerge",
+    "unpack_optimizer",
 ]

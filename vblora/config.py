@@ -41,6 +41,12 @@ class VBLoRAConfig:
         modules_to_save: other modules to train in full and to save, such as a classification head.
         init_vector_bank_bound: the bank starts uniform in ``[-bound, bound]``.
         init_logits_std: logits start normal with this standard deviation.
+        num_candidates: M, bank vectors that a sub-vector may choose from while it trains: those of its M largest initial logits.
+            Training is the same as with all of them until a row has used its candidates up, which
+            :func:`vblora.stats` counts; it takes M / h of the memory. None, or as many as ``num_vectors``, is the paper's
+            dense form.
+        seed: of the initial logits, a signed 64-bit integer. None takes one from torch's generator, which
+            ``torch.manual_seed`` sets; an adapter remembers which.
 
     Raises:
         ValueError: a value out of range, named.
@@ -61,6 +67,8 @@ class VBLoRAConfig:
     modules_to_save: list[str] | None = None
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
+    num_candidates: int | None = 128
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("r", "num_vectors", "vector_length", "topk"):
@@ -72,6 +80,15 @@ class VBLoRAConfig:
             setattr(self, name, float(value))
         if self.topk > self.num_vectors:
             raise ValueError(f"`topk` is {self.topk}, but must be at most `num_vectors`, {self.num_vectors}.")
+        if self.num_candidates is not None:
+            check_count("num_candidates", self.num_candidates)
+            if self.num_candidates < self.topk:
+                raise ValueError(f"`num_candidates` is {self.num_candidates}, but must be at least `topk`, {self.topk}.")
+        if self.seed is not None:
+            if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+                raise TypeError(f"`seed` is {self.seed!r}, but must be an integer.")
+            if not -(2**63) <= self.seed < 2**63:
+                raise ValueError(f"`seed` is {self.seed}, but must be a signed 64-bit integer.")
         if not 0.0 <= self.vblora_dropout < 1.0:
             raise ValueError(f"`vblora_dropout` is {self.vblora_dropout}, but must be at least 0 and below 1.")
         if not self.init_vector_bank_bound > 0:

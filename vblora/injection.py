@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapters import Adapter, Target, VBLoRAAdapter
+from .adapters import Target, VBLoRAAdapter
+from .adapters.vblora import Deployed, Trained, check_widths
 from .bank import VectorBank
 from .config import VBLoRAConfig
 from .layers import AdaptedLinear, Replaced, adapted_layers, compute_dtype, widths
@@ -21,7 +23,7 @@ ADAPTER_NAME = "vblora"  # of the adapter among an injected model's modules
 class Injection:
     """What is remembered of an injected model: to run it, to save it, and to undo it."""
 
-    def __init__(self, model: nn.Module, config: VBLoRAConfig, adapter: Adapter) -> None:
+    def __init__(self, model: nn.Module, config: VBLoRAConfig, adapter: VBLoRAAdapter) -> None:
         self.model = model
         self.config = config
         self.adapter = adapter
@@ -81,17 +83,26 @@ def refuse_if_disabled(layers: list[AdaptedLinear]) -> None:
         raise ValueError("the adapter of `model` is disabled. Leave the block of `with vblora.disabled(model)` first.")
 
 
-def inject(model: nn.Module, config: VBLoRAConfig, *, bank: VectorBank | None = None) -> nn.Module:
+def inject(
+    model: nn.Module,
+    config: VBLoRAConfig,
+    *,
+    bank: VectorBank | str | os.PathLike | None = None,
+    freeze_bank: bool = False,
+) -> nn.Module:
     """Adapts a model in place: wraps its target layers, freezes everything else, and adds one adapter for all of them.
 
-    The adapter becomes the module ``model.vblora``, whose parameters ``logits`` ``(S, h)`` and ``bank.vectors`` ``(h, b)``
+    The adapter becomes the module ``model.vblora``, whose parameters ``logits`` ``(S, M)`` and ``bank.vectors`` ``(h, b)``
     train; so do copies of the biases and ``modules_to_save`` that the config names. The originals come back with
     :func:`eject`, and for as long as the adapter is :func:`disabled`. Nothing is changed if anything is refused.
 
     Args:
         model: any module. For a Hugging Face model the config may leave ``target_modules`` to its architecture's default.
         config: what to adapt, and how.
-        bank: a bank to share with other adapters, instead of a new one. Its size must be the config's.
+        bank: a bank to share with other adapters, or the path of its file (:meth:`VectorBank.save`), instead of a new one. Its
+            size must be the config's.
+        freeze_bank: leave the bank as it is; the logits alone train. An adapter whose bank is still its file's is saved
+            without it.
 
     Cast the base model before, not after: bank and logits are float32 then, and casting logits changes which vectors are
     chosen.
@@ -103,44 +114,92 @@ def inject(model: nn.Module, config: VBLoRAConfig, *, bank: VectorBank | None = 
         ValueError: the model is adapted already, nothing matches, a width that ``vector_length`` does not divide, or a
             ``bank`` of another size.
         TypeError: a match that is no linear layer, or a model that cannot be called.
+        FileNotFoundError: there is no such file of a bank.
 
     Example::
 
         model = vblora.inject(model, vblora.VBLoRAConfig(r=4, num_vectors=256, vector_length=64))
         optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
     """
-    if not isinstance(config, VBLoRAConfig):
-        raise TypeError(f"`config` is a {type(config).__name__}; it must be a vblora.VBLoRAConfig.")
-    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
-        raise TypeError(f"`model` is a {type(model).__name__}, which is never called. Inject the model that holds it.")
-    if hasattr(model, "_orig_mod"):
-        raise TypeError("`model` is a compiled one. Inject the model first, then call torch.compile.")
-    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
-        raise ValueError("`model` has adapted layers already. Take them out with vblora.eject(model) first.")
-    if hasattr(model, ADAPTER_NAME):
-        raise ValueError(f"`model` has an attribute `{ADAPTER_NAME}` of its own, where the adapter would go.")
-    config = dataclasses.replace(config)  # checked again, and out of reach of what its owner does to it
-    found = find_targets(model, config)
-    saved = _find_saved(model, config)
-    targets = [Target(names[0], *widths(layer)) for layer, names in found.items()]
-    adapter = _new_adapter(config, targets, bank, next(iter(found)).weight.device)
-    record = Injection(model, config, adapter)
-    stand_ins = _stand_ins(model, config, list(found), saved)
-    for slot, (layer, names) in zip(adapter.slots, found.items(), strict=True):
-        record.layers.append(AdaptedLinear(layer, slot, config.vblora_dropout))
-        record.names.append(names)
+    plan = Plan(model, config)
+    config = plan.config
+    size = (config.num_vectors, config.vector_length)
+    if bank is None:
+        bank = VectorBank(*size, config.init_vector_bank_bound, device=plan.device)
+    elif not isinstance(bank, VectorBank):
+        bank = VectorBank.from_file(bank, device=plan.device)
+    if (bank.num_vectors, bank.vector_length) != size:
+        raise ValueError(
+            f"`bank` has {bank.num_vectors} vectors of length {bank.vector_length}, "
+            f"but the config says `num_vectors`={size[0]}, `vector_length`={size[1]}."
+        )
+    return plan.carry_out(plan.new_adapter(bank), freeze_bank=freeze_bank)
 
-    # All is checked and made: from here on the model changes.
-    model.requires_grad_(False)
-    for full_name, (module, name, stand_in) in stand_ins.items():
-        record.replaced[full_name] = Replaced(module, name, stand_in)
-    for layer, names in zip(record.layers, record.names, strict=True):
-        for name in names:
-            _set_module(model, name, layer)
-    model.add_module(ADAPTER_NAME, adapter)
-    model._vblora_injection = record
-    record.register_hooks()
-    return model
+
+class Plan:
+    """An injection that has been checked and not been made.
+
+    Attributes:
+        config: the config, out of reach of what its owner does to it.
+        targets: the layers, as an adapter sees them.
+        stand_ins: copies of what trains beside the adapter, by their names in the model.
+        device: of the first layer's weight.
+    """
+
+    def __init__(self, model: nn.Module, config: VBLoRAConfig) -> None:
+        if not isinstance(config, VBLoRAConfig):
+            raise TypeError(f"`config` is a {type(config).__name__}; it must be a vblora.VBLoRAConfig.")
+        if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+            raise TypeError(f"`model` is a {type(model).__name__}, which is never called. Inject the model that holds it.")
+        if hasattr(model, "_orig_mod"):
+            raise TypeError("`model` is a compiled one. Inject the model first, then call torch.compile.")
+        if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+            raise ValueError("`model` has adapted layers already. Take them out with vblora.eject(model) first.")
+        if hasattr(model, ADAPTER_NAME):
+            raise ValueError(f"`model` has an attribute `{ADAPTER_NAME}` of its own, where the adapter would go.")
+        self.model = model
+        self.config = dataclasses.replace(config)  # checked again
+        self._found = find_targets(model, self.config)
+        saved = _find_saved(model, self.config)
+        self.targets = tuple(Target(names[0], *widths(layer)) for layer, names in self._found.items())
+        check_widths(self.targets, self.config.vector_length)
+        self.stand_ins = _stand_ins(model, self.config, list(self._found), saved)
+        self.device = next(iter(self._found)).weight.device
+
+    def new_adapter(self, bank: VectorBank, rows: Trained | Deployed | None = None) -> VBLoRAAdapter:
+        """An adapter for the targets, with ``rows`` that a file holds, or drawn ones."""
+        config = self.config
+        return VBLoRAAdapter(
+            list(self.targets),
+            bank,
+            r=config.r,
+            topk=config.topk,
+            num_candidates=config.num_candidates,
+            init_logits_std=config.init_logits_std,
+            seed=config.seed,
+            rows=rows,
+        )
+
+    def carry_out(self, adapter: VBLoRAAdapter, *, freeze_bank: bool = False) -> nn.Module:
+        """Changes the model, and returns it."""
+        model = self.model
+        record = Injection(model, self.config, adapter)
+        for slot, (layer, names) in zip(adapter.slots, self._found.items(), strict=True):
+            record.layers.append(AdaptedLinear(layer, slot, self.config.vblora_dropout))
+            record.names.append(names)
+        # All is checked and made: from here on the model changes.
+        model.requires_grad_(False)
+        for full_name, (module, name, stand_in) in self.stand_ins.items():
+            record.replaced[full_name] = Replaced(module, name, stand_in)
+        for layer, names in zip(record.layers, record.names, strict=True):
+            for name in names:
+                _set_module(model, name, layer)
+        if freeze_bank:
+            adapter.bank.requires_grad_(False)
+        model.add_module(ADAPTER_NAME, adapter)
+        model._vblora_injection = record
+        record.register_hooks()
+        return model
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -206,20 +265,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             replaced.swap()
         for layer in active:
             layer.enabled = True
-
-
-def _new_adapter(
-    config: VBLoRAConfig, targets: list[Target], bank: VectorBank | None, device: torch.device
-) -> VBLoRAAdapter:
-    size = (config.num_vectors, config.vector_length)
-    if bank is None:
-        bank = VectorBank(*size, config.init_vector_bank_bound, device=device)
-    elif (bank.num_vectors, bank.vector_length) != size:
-        raise ValueError(
-            f"`bank` has {bank.num_vectors} vectors of length {bank.vector_length}, "
-            f"but the config says `num_vectors`={size[0]}, `vector_length`={size[1]}."
-        )
-    return VBLoRAAdapter(targets, bank, r=config.r, topk=config.topk, init_logits_std=config.init_logits_std)
 
 
 def _find_saved(model: nn.Module, config: VBLoRAConfig) -> list[str]:

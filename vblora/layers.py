@@ -172,7 +172,7 @@ class VBLinear(AdaptedLinear):
     """A linear layer with a VB-LoRA adapter of its own, for models that are written by hand.
 
     Like ``nn.Linear(in_features, out_features)``, or around a layer that is there: ``VBLinear(base_layer=layer)``. The base
-    layer is frozen; what trains is ``adapter.bank.vectors`` ``(h, b)`` and ``adapter.logits`` ``(S, h)``. Give several
+    layer is frozen; what trains is ``adapter.bank.vectors`` ``(h, b)`` and ``adapter.logits`` ``(S, M)``. Give several
     layers the same ``bank`` to share it: like any tied parameter it is then trained once and found under each. A whole model
     is better served by :func:`vblora.inject`, which composes the factors of all layers in one go.
 
@@ -184,8 +184,10 @@ class VBLinear(AdaptedLinear):
         bank: the vector bank. Without it a new one is made from ``num_vectors`` and ``vector_length``.
         num_vectors, vector_length: h and b of a new bank. ``vector_length`` must divide both widths; by default it is the
             largest such length up to 256.
+        num_candidates: M, bank vectors that a sub-vector may choose from while it trains (:class:`VBLoRAConfig`).
         dropout: probability of dropping an element of the update's input while training.
         init_logits_std: logits start normal with this standard deviation.
+        seed: of that draw; from torch's generator if None.
         device, dtype: of a new ``nn.Linear``. Adapter parameters go to the layer's device and are float32.
 
     Raises:
@@ -213,8 +215,10 @@ class VBLinear(AdaptedLinear):
         bank: VectorBank | None = None,
         num_vectors: int | None = None,
         vector_length: int | None = None,
+        num_candidates: int | None = 128,
         dropout: float = 0.0,
         init_logits_std: float = 0.1,
+        seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -242,7 +246,15 @@ class VBLinear(AdaptedLinear):
             bank = VectorBank(
                 256 if num_vectors is None else num_vectors, vector_length, device=base_layer.weight.device
             )
-        adapter = VBLoRAAdapter([target], bank, r=r, topk=topk, init_logits_std=init_logits_std)
+        adapter = VBLoRAAdapter(
+            [target],
+            bank,
+            r=r,
+            topk=topk,
+            num_candidates=num_candidates,
+            init_logits_std=init_logits_std,
+            seed=seed,
+        )
         super().__init__(base_layer, adapter.slots[0], dropout)
         self.base_layer.requires_grad_(False)
         self.adapter = adapter

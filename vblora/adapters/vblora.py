@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,29 +12,63 @@ from ..bank import VectorBank, check_count
 from .base import Adapter, Factors, Target
 
 
+class Trained(NamedTuple):
+    """What an adapter's sub-vectors are mixed by while it trains.
+
+    ``logits`` ``(S, M)``; ``candidates`` ``(S, M)``, the bank vectors that their columns stand for, or None: all in order;
+    ``exhausted`` ``(S,)``, which rows have used their candidates up, or None where there are none or no ``seed`` that drew them.
+    """
+
+    logits: Tensor
+    candidates: Tensor | None = None
+    exhausted: Tensor | None = None
+    seed: int | None = None
+
+
+class Deployed(NamedTuple):
+    """What is left of it for inference: the bank vectors of each sub-vector, best first, and their weights, both ``(S, k)``."""
+
+    indices: Tensor
+    weights: Tensor
+
+
 class VBLoRAAdapter(Adapter):
     """One VB-LoRA adapter of one model: a bank and a row of logits a sub-vector, whatever the number of layers.
 
     Rows stand in the order of the targets, for each first those of its A, rank by rank, then those of its B: the ``r`` ranks
     of ``in_features / b`` and of ``out_features / b`` sub-vectors. A rank of either factor is thus contiguous.
 
+    A row holds the M largest of its h initial logits, in descending order, with the bank vectors that they are of. A logit
+    that never was among a row's top k has no gradient and no optimizer state, so it still is what it was, and the
+    next one to be selected is the largest of those: training is the same as with all h until a row has used its M up.
+
     Args:
         targets: the layers.
         bank: the vector bank ``V``, ``(h, b)``. The adapter owns it, unless several adapters were given the same one.
         r: rank of the update.
         topk: k, bank vectors mixed into a sub-vector (eq. 2: top-k, softmax over them, weighted sum).
+        num_candidates: M. None, or h and more, is the paper's dense form.
         init_logits_std: logits start normal with this standard deviation.
+        seed: of that draw, which is the same on every device; from torch's generator if None.
+        rows: what a file holds, instead of a draw.
         device, dtype: of the logits; the bank's unless told otherwise.
 
     Attributes:
-        logits: ``(S, h)`` parameter.
-        candidates: ``(S, M)`` bank vectors that the columns of the logits stand for, or None: all of them in order.
+        logits: ``(S, M)`` parameter. None in an adapter that was loaded from its deployed form, which has
+        indices, weights: buffers ``(S, k)`` in its place.
+        candidates: ``(S, M)`` buffer: the bank vectors that the columns of the logits stand for. None: all of them in order.
+        exhausted: ``(S,)`` buffer: rows that may have parted from what they would be with all h. None where M = h.
+        seed: what the logits were drawn with, or None if that is not known.
 
     Raises:
-        ValueError: ``r`` or ``topk`` out of range, or a target whose width ``b`` does not divide.
+        ValueError: ``r``, ``topk`` or ``num_candidates`` out of range, or a target whose width ``b`` does not divide.
     """
 
+    logits: Tensor | None
     candidates: Tensor | None
+    exhausted: Tensor | None
+    indices: Tensor | None
+    weights: Tensor | None
 
     def __init__(
         self,
@@ -42,7 +77,10 @@ class VBLoRAAdapter(Adapter):
         *,
         r: int = 4,
         topk: int = 2,
+        num_candidates: int | None = 128,
         init_logits_std: float = 0.1,
+        seed: int | None = None,
+        rows: Trained | Deployed | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -53,44 +91,157 @@ class VBLoRAAdapter(Adapter):
         check_count("topk", topk)
         if topk > bank.num_vectors:
             raise ValueError(f"`topk` is {topk}, but must be at most `num_vectors`, {bank.num_vectors}.")
+        if num_candidates is not None and num_candidates < topk:
+            raise ValueError(f"`num_candidates` is {num_candidates}, but must be at least `topk`, {topk}.")
         check_widths(self.targets, bank.vector_length)
         self.r = r
         self.topk = topk
         self.init_logits_std = init_logits_std
         self.bank = bank
-        # Rows of each factor in turn: A and B of the first target, of the second, ...
-        self._rows = [
-            r * width // bank.vector_length for t in self.targets for width in (t.in_features, t.out_features)
-        ]
+        self._rows = rows_of_factors(self.targets, r, bank.vector_length)
         self._starts = [0, *itertools.accumulate(self._rows)][::2]
-        device = bank.vectors.device if device is None else device
-        dtype = bank.vectors.dtype if dtype is None else dtype
-        self.logits = nn.Parameter(torch.empty(sum(self._rows), bank.num_vectors, device=device, dtype=dtype))
-        self.register_buffer("candidates", None)
-        self.reset_parameters()
+        if rows is None:
+            dense = num_candidates is None or num_candidates >= bank.num_vectors
+            rows = draw_rows(
+                self.num_subvectors,
+                bank.num_vectors,
+                None if dense else num_candidates,
+                seed=draw_seed() if seed is None else seed,
+                std=init_logits_std,
+                device=bank.vectors.device if device is None else device,
+                dtype=bank.vectors.dtype if dtype is None else dtype,
+            )
+        trained = rows if isinstance(rows, Trained) else Trained(None)
+        deployed = rows if isinstance(rows, Deployed) else Deployed(None, None)
+        self.seed = trained.seed
+        self.register_parameter("logits", None if trained.logits is None else nn.Parameter(trained.logits))
+        self.register_buffer("candidates", trained.candidates)
+        self.register_buffer("exhausted", trained.exhausted)
+        self.register_buffer("indices", deployed.indices)
+        self.register_buffer("weights", deployed.weights)
 
     @property
     def num_subvectors(self) -> int:
         """S, the sub-vectors of all factors."""
-        return self.logits.shape[0]
+        return sum(self._rows)
 
+    @property
+    def rows(self) -> Trained | Deployed:
+        """What the sub-vectors are mixed by."""
+        if self.logits is None:
+            return Deployed(self.indices, self.weights)
+        return Trained(self.logits, self.candidates, self.exhausted, self.seed)
+
+    @torch.no_grad()
+    def initial(self, num_candidates: int | None = None) -> Trained:
+        """The rows as they were drawn; or, of each, the ``num_candidates`` largest in descending order.
+
+        Raises:
+            ValueError: they were not drawn here, or it is not known by which seed.
+        """
+        if self.logits is None or self.seed is None:
+            raise ValueError(
+                "the adapter's initial logits are not known: it was loaded from a file that holds no seed "
+                "(a deployed form, or PEFT's)."
+            )
+        if num_candidates is None and self.candidates is not None:
+            num_candidates = self.logits.shape[1]
+        return draw_rows(
+            self.num_subvectors,
+            self.bank.num_vectors,
+            num_candidates,
+            seed=self.seed,
+            std=self.init_logits_std,
+            device=self.logits.device,
+            dtype=self.logits.dtype,
+        )
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the logits anew, as the paper does. The bank, which may be shared, is left alone."""
-        nn.init.normal_(self.logits, std=self.init_logits_std)
+        """Draws the logits anew from their seed. The bank, which may be shared, is left alone."""
+        drawn = self.initial()
+        self.logits.copy_(drawn.logits)
+        if drawn.candidates is not None:
+            self.candidates.copy_(drawn.candidates)
+            self.exhausted.zero_()
 
     def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
-        logits, candidates, rows = self.logits, self.candidates, self._rows
+        rows = self._rows
+        start, count = 0, self.num_subvectors
         if index is not None:
             rows = rows[2 * index : 2 * index + 2]
-            logits = logits.narrow(0, self._starts[index], sum(rows))
-            candidates = candidates.narrow(0, self._starts[index], sum(rows)) if candidates is not None else None
-        subvectors, _, _ = torch.ops.vblora.admixture(logits, self.bank.vectors, candidates, self.topk, dtype)
+            start, count = self._starts[index], sum(rows)
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or index is None else tensor.narrow(0, start, count)
+
+        if self.logits is None:
+            subvectors = torch.ops.vblora.compose(self.bank.vectors, part(self.indices), part(self.weights), dtype)
+        else:
+            logits = part(self.logits)
+            subvectors, columns, _ = torch.ops.vblora.admixture(
+                logits, self.bank.vectors, part(self.candidates), self.topk, dtype
+            )
+            if self.exhausted is not None and logits.requires_grad and torch.is_grad_enabled():
+                _note_exhausted(part(self.exhausted), logits.detach(), columns)
         # One split for all: its backward is one concatenation, that of a slice is a whole tensor of zeros.
         parts = subvectors.split_with_sizes(rows)
         return [Factors(a.view(self.r, -1), b.view(self.r, -1)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
 
+    def get_extra_state(self) -> Tensor:
+        """The seed, so that a state dict that brings logits along brings what they were drawn with."""
+        return torch.tensor([self.seed is not None, self.seed or 0], dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        known, seed = state.tolist()
+        self.seed = seed if known else None
+
     def extra_repr(self) -> str:
-        return f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}, targets={len(self.targets)}"
+        candidates = "" if self.candidates is None else f", num_candidates={self.candidates.shape[1]}"
+        return f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}, targets={len(self.targets)}"
+
+
+def _note_exhausted(exhausted: Tensor, logits: Tensor, columns: Tensor) -> None:
+    """Marks the rows whose k-th selected logit is no longer above their last candidate's: from there on, one that is no
+    candidate might have been selected. The last one decays with the rest, so nothing that is compared with goes stale."""
+    selected = logits.gather(1, columns[:, -1:].long())
+    exhausted.logical_or_((selected <= logits[:, -1:]).squeeze(1))
+
+
+def draw_rows(
+    num_rows: int,
+    num_vectors: int,
+    num_candidates: int | None,
+    *,
+    seed: int,
+    std: float,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Trained:
+    """Initial rows: all ``num_vectors`` logits of each, in order; or the ``num_candidates`` largest, in descending order."""
+    columns = num_vectors if num_candidates is None else num_candidates
+    logits = torch.empty(num_rows, columns, device=device, dtype=dtype)
+    candidates = exhausted = None
+    if num_candidates is not None:
+        candidates = torch.empty(logits.shape, device=device, dtype=candidate_dtype(num_vectors))
+        exhausted = torch.zeros(num_rows, device=device, dtype=torch.bool)
+    torch.ops.vblora.draw_logits_(logits, candidates, num_vectors, seed, std)
+    return Trained(logits, candidates, exhausted, seed)
+
+
+def draw_seed() -> int:
+    """A seed from torch's own generator."""
+    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+
+
+def candidate_dtype(num_vectors: int) -> torch.dtype:
+    """The smallest that holds each vector's index."""
+    return torch.int16 if num_vectors <= 2**15 else torch.int32
+
+
+def rows_of_factors(targets: tuple[Target, ...], r: int, vector_length: int) -> list[int]:
+    """Rows of each factor in turn: A and B of the first target, of the second, ..."""
+    return [r * width // vector_length for t in targets for width in (t.in_features, t.out_features)]
 
 
 def check_widths(targets: tuple[Target, ...], vector_length: int) -> None:

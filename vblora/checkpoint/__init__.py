@@ -1,5 +1,6 @@
-"""Adapters on disk."""
+"""Adapters as files."""
 
-from .native import load, save
+from .folder import load, save
+from .optimizer import pack_optimizer, unpack_optimizer
 
-__all__ = ["load", "save"]
+__all__ = ["load", "pack_optimizer", "save", "unpack_optimizer"]

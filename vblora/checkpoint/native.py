@@ -1,104 +1,173 @@
-"""An adapter as a folder: ``adapter_config.json`` in PEFT's field names, ``adapter_model.safetensors`` with its tensors."""
+"""Our own format, in two forms.
 
-import json
-import os
-import secrets
-from pathlib import Path
+============  =========================================================================================
+form          tensors beside the bank's (``bank.vectors``, ``bank.scales``) and those that trained beside
+============  =========================================================================================
+``deploy``    ``indices`` (bits, packed) and ``weights`` ``(S, k)``
+``resume``    ``logits.lengths`` ``(S,)`` and ``logits.values``: of each row what training touched, the rest is drawn again;
+              or ``logits`` ``(S, M)`` and ``candidates`` where no seed is known. ``exhausted`` (bits, packed)
+============  =========================================================================================
+
+Everything else is JSON, in one key of the file's metadata. The same JSON stands in ``adapter_config.json``, for people: two
+files cannot be replaced at once, so one of them says all.
+"""
+
+from dataclasses import replace
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..adapters import Target
+from ..adapters.vblora import Deployed, Trained, candidate_dtype
+from ..bank import BankFile, VectorBank, decode_vectors, encode_vectors
 from ..config import VBLoRAConfig
-from ..injection import Injection, eject, inject, injection_of, injections, refuse_if_disabled
+from .contents import Contents, check_tensor
+from .packing import pack_bits, pack_prefixes, unpack_bits, unpack_prefixes
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
-_BESIDE = "beside."  # names of tensors that train beside the adapter come after this
+METADATA = "vblora"  # the key
+VERSION = 1
+_BANK, _BESIDE = "bank.", "beside."
 
 
-def save(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Writes a model's adapter, all that is needed to run it and to train it further, into a folder.
-
-    Each file is written under a temporary name, synced and renamed, so that no reader ever sees half of one.
-
-    Args:
-        model: an injected model.
-        directory: made if it is not there.
+def encode(
+    contents: Contents, form: str, *, bank_dtype: torch.dtype | None = None, bank_file: BankFile | None = None
+) -> tuple[dict, dict[str, Tensor]]:
+    """The description and the tensors of ``contents``; those of a bank that stands in ``bank_file`` stay there.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: a resume form of what does not train, or with a rounded bank.
     """
-    record = injection_of(model)
-    config = {"peft_type": "VBLORA", **record.config.to_dict()}
-    name = getattr(getattr(record.model, "config", None), "_name_or_path", None)
-    config["base_model_name_or_path"] = name or None
-    layout = [[target.name, target.in_features, target.out_features] for target in record.adapter.targets]
-    tensors, aliases = _untied(_tensors(record))
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    metadata = {"format": "pt", "targets": json.dumps(layout), "aliases": json.dumps(aliases)}
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TENSORS_FILE, to_safetensors(tensors, metadata))
-    _write(folder / CONFIG_FILE, json.dumps(config, indent=2).encode() + b"\n")
-
-
-def load(model: nn.Module, directory: str | os.PathLike, *, is_trainable: bool | None = None) -> nn.Module:
-    """Puts a saved adapter into a model: into a base model as :func:`vblora.inject` does, or over the one it has.
-
-    Everything in the folder is checked first; a model that it does not fit is left as it was.
-
-    Args:
-        model: the base model, or a model with an adapter of the same config, whose tensors are then written over: those of a
-            bank that it shares, too.
-        directory: what :func:`save` wrote.
-        is_trainable: whether the adapter's parameters shall require gradients. By default they do not, and those of an
-            adapter that is there stay as they are.
-
-    Returns:
-        The same model.
-
-    Raises:
-        FileNotFoundError: a file of the two is missing.
-        ValueError: a file is damaged, or does not fit the model; named. Or the model is merged, disabled, or on the meta
-            device.
-    """
-    folder = Path(directory)
-    config = _read_config(folder / CONFIG_FILE)
-    tensors, layout = _read_tensors(folder / TENSORS_FILE)
-    has_adapter = bool(injections(model))
-    if has_adapter:
-        record = injection_of(model)
-        refuse_if_disabled(record.layers)
-        if any(layer.merged for layer in record.layers):
-            raise ValueError("`model` is merged. Call vblora.unmerge(model) before loading another adapter into it.")
-        if record.config != config:
-            raise ValueError(f"`model` has an adapter of another config than {folder / CONFIG_FILE}. Eject it first.")
+    config, rows = contents.config, contents.rows
+    if form == "resume":
+        if isinstance(rows, Deployed):
+            raise ValueError('`form` is "resume", but the adapter is a deployed one, without logits to go on with.')
+        if bank_dtype is not None:
+            raise ValueError(f'`bank_dtype` is {bank_dtype}, but `form` "resume" keeps the bank as it is.')
+        tensors = _encode_trained(contents, rows)
     else:
-        with torch.random.fork_rng(devices=[]):  # what is drawn here is written over
-            inject(model, config)
-        record = injection_of(model)
+        deployed = contents.deployed()
+        tensors = {
+            "indices": pack_bits(deployed.indices, _bits(config.num_vectors)),
+            "weights": deployed.weights,
+        }
+    beside, aliases = _untied(contents.beside)
+    tensors |= {_BESIDE + name: tensor for name, tensor in beside.items()}
+    if bank_file is None:
+        tensors |= {_BANK + name: tensor for name, tensor in encode_vectors(contents.bank, bank_dtype).items()}
+    description = {
+        "format": "vblora",
+        "version": VERSION,
+        "form": form,
+        "config": config.to_dict(),
+        "targets": [[t.name, t.in_features, t.out_features] for t in contents.targets],
+        "aliases": aliases,
+        "bank_file": None if bank_file is None else {"name": bank_file.name, "sha256": bank_file.sha256},
+    }
+    return description, tensors
+
+
+def decode(description: dict, tensors: dict[str, Tensor], bank: VectorBank | None) -> Contents:
+    """What :func:`encode` was given. ``bank``: the one that the description names by its hash, if it names one.
+
+    Raises:
+        ValueError: it is of a version that is not known, something is missing or too much, or ``bank`` is another one.
+    """
+    if description.get("version") != VERSION:
+        raise ValueError(f"it is of version {description.get('version')}; this vblora reads version {VERSION}.")
     try:
-        _check_fit(record, layout, tensors, folder / TENSORS_FILE)
-    except ValueError:
-        if not has_adapter:
-            eject(model)
-        raise
-    with torch.no_grad():
-        for name, tensor in _tensors(record).items():
-            tensor.copy_(tensors[name])
-            trainable = False if is_trainable is None and not has_adapter else is_trainable
-            if isinstance(tensor, nn.Parameter) and trainable is not None:
-                tensor.requires_grad_(trainable and tensor.is_floating_point())
-    record.adapter.invalidate()
-    return model
+        config = VBLoRAConfig.from_dict(description["config"])
+        targets = tuple(Target(str(name), int(width), int(out)) for name, width, out in description["targets"])
+        form, aliases, bank_file = description["form"], dict(description["aliases"]), description["bank_file"]
+        hash_of_bank = None if bank_file is None else (str(bank_file["name"]), str(bank_file["sha256"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its description is not what it should be: {error!r}.") from None
+    if form not in ("resume", "deploy"):
+        raise ValueError(f"it is of form {form!r}; known are 'resume' and 'deploy'.")
+    tensors = dict(tensors)
+    banks = {name.removeprefix(_BANK): tensors.pop(name) for name in list(tensors) if name.startswith(_BANK)}
+    beside = {name.removeprefix(_BESIDE): tensors.pop(name) for name in list(tensors) if name.startswith(_BESIDE)}
+    if missing := sorted(set(aliases.values()) - beside.keys()):
+        raise ValueError(f"it lacks tensor `{missing[0]}`.")
+    beside |= {alias: beside[name] for alias, name in aliases.items()}
+    vectors = _bank_of(hash_of_bank, banks, bank)
+    contents = Contents(config, targets, vectors, Deployed(torch.empty(0), torch.empty(0)), beside)
+    contents.check_layout()
+    rows = _decode_trained(contents, tensors) if form == "resume" else _decode_deployed(contents, tensors)
+    if form == "deploy":
+        contents = replace(contents, bank=vectors.float())
+    for name in tensors:
+        raise ValueError(f"it has an unknown tensor `{name}`.")
+    return replace(contents, rows=rows)
 
 
-def _tensors(record: Injection) -> dict[str, Tensor]:
-    """An adapter's tensors as they are, by their names in a file."""
-    beside = {_BESIDE + name: replaced.stand_in for name, replaced in record.replaced.items()}
-    return {"bank.vectors": record.adapter.bank.vectors, "logits": record.adapter.logits, **beside}
+def _encode_trained(contents: Contents, rows: Trained) -> dict[str, Tensor]:
+    tensors = {}
+    if rows.seed is None:
+        tensors["logits"] = rows.logits
+        if rows.candidates is not None:
+            tensors["candidates"] = rows.candidates
+    else:
+        initial = contents.initial(rows.seed)
+        values = rows.logits if contents.has_candidates else rows.logits.gather(1, initial.candidates.long())
+        tensors["logits.lengths"], tensors["logits.values"] = pack_prefixes(values, initial.logits)
+    if rows.exhausted is not None:
+        tensors["exhausted"] = pack_bits(rows.exhausted, 1)
+    return tensors
+
+
+def _decode_trained(contents: Contents, tensors: dict[str, Tensor]) -> Trained:
+    seed = contents.config.seed
+    exhausted = None
+    if "exhausted" in tensors:
+        exhausted = unpack_bits(tensors.pop("exhausted"), 1, contents.num_rows).bool()
+    if seed is None:
+        return Trained(_take(tensors, "logits"), tensors.pop("candidates", None), exhausted)
+    lengths, values = _take(tensors, "logits.lengths"), _take(tensors, "logits.values")
+    check_tensor("logits.lengths", lengths, (contents.num_rows,), floating=False)  # before so many rows are drawn
+    initial = contents.initial(seed)
+    logits = unpack_prefixes(lengths, values, initial.logits)
+    if contents.has_candidates:
+        return Trained(logits, initial.candidates, initial.exhausted if exhausted is None else exhausted, seed)
+    return Trained(torch.empty_like(logits).scatter_(1, initial.candidates.long(), logits), seed=seed)
+
+
+def _decode_deployed(contents: Contents, tensors: dict[str, Tensor]) -> Deployed:
+    config = contents.config
+    indices = unpack_bits(
+        _take(tensors, "indices"), _bits(config.num_vectors), contents.num_rows * config.topk
+    ).view(-1, config.topk)
+    return Deployed(indices.to(candidate_dtype(config.num_vectors)), _take(tensors, "weights"))
+
+
+def _bank_of(file: tuple[str, str] | None, tensors: dict[str, Tensor], bank: VectorBank | None) -> Tensor:
+    if file is None:
+        if bank is not None:
+            raise ValueError("it has a bank of its own, but `bank` was given. Leave that out.")
+        if not tensors:
+            raise ValueError("it lacks its vector bank, tensor `bank.vectors`.")
+        return decode_vectors(tensors)
+    if tensors:
+        raise ValueError("it has a bank of its own, and names a file of one.")
+    name, sha256 = file
+    if bank is None:
+        raise ValueError(f"its vector bank is in a file of its own, `{name}`, SHA-256 {sha256}. Pass that as `bank`.")
+    if bank.file is None or bank.file.sha256 != sha256:
+        given = "was not read from a file" if bank.file is None else f"is {bank.file.name}, SHA-256 {bank.file.sha256}"
+        raise ValueError(f"its vector bank is `{name}`, SHA-256 {sha256}, but `bank` {given}.")
+    if not bank.unchanged():
+        raise ValueError(f"`bank` is not what its file, {bank.file.name}, holds any more.")
+    return bank.vectors.detach().cpu()
+
+
+def _take(tensors: dict[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"it lacks tensor `{name}`.")
+    return tensors.pop(name)
+
+
+def _bits(num_vectors: int) -> int:
+    """Of an index of a bank vector."""
+    return max(1, (num_vectors - 1).bit_length())
 
 
 def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -109,70 +178,3 @@ def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         if first.setdefault(tensor, name) != name:
             aliases[name] = first[tensor]
     return {name: tensor for tensor, name in first.items()}, aliases
-
-
-def _read_config(path: Path) -> VBLoRAConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from None
-    if not isinstance(values, dict) or values.get("peft_type") != "VBLORA":
-        raise ValueError(f'{path} is not of a VB-LoRA adapter: it must say "peft_type": "VBLORA".')
-    try:
-        return VBLoRAConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], list]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            layout, aliases = (json.loads(metadata.get(key, "null")) for key in ("targets", "aliases"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            return tensors | {alias: tensors[name] for alias, name in (aliases or {}).items()}, layout
-    except (SafetensorError, json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from None
-
-
-def _check_fit(record: Injection, layout: list, tensors: dict[str, Tensor], path: Path) -> None:
-    own = [[target.name, target.in_features, target.out_features] for target in record.adapter.targets]
-    if layout != own:
-        raise ValueError(f"{path} is for other layers than the model's: {_first_difference(layout, own)}.")
-    wanted = _tensors(record)
-    if any(tensor.is_meta for tensor in wanted.values()):
-        raise ValueError(
-            "`model` is on the meta device, where nothing can be loaded. Materialise it first, with `to_empty`."
-        )
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        raise ValueError(f"{path} {'lacks' if name in wanted else 'has an unknown'} tensor `{name}`.")
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{path}: `{name}` is {tuple(tensor.shape)}, but must be {tuple(wanted[name].shape)}.")
-        if tensor.is_floating_point() != wanted[name].is_floating_point():
-            raise ValueError(f"{path}: `{name}` is {tensor.dtype}, but must be like {wanted[name].dtype}.")
-        if name == "bank.vectors" and not tensor.isfinite().all():
-            raise ValueError(f"{path}: `{name}` holds an infinite or NaN element.")
-        if name == "logits" and tensor.isnan().any():
-            raise ValueError(f"{path}: `{name}` holds NaN.")
-
-
-def _first_difference(layout: object, own: list) -> str:
-    if not isinstance(layout, list) or len(layout) != len(own):
-        return f"it lists {len(layout) if isinstance(layout, list) else 'no'} layers, the model has {len(own)}"
-    return next(f"{theirs} there, {ours} here" for theirs, ours in zip(layout, own, strict=True) if theirs != ours)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

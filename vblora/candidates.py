@@ -1,0 +1,99 @@
+"""Candidates while training: how many rows have used theirs up, and giving them more."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .adapters import VBLoRAAdapter
+from .bank import check_count
+from .injection import injections
+
+
+class Stats(NamedTuple):
+    """Of one adapter.
+
+    Attributes:
+        num_subvectors: S, its rows.
+        num_vectors: h.
+        num_candidates: M, logits of a row; h where it is dense.
+        exhausted: rows that may have parted from dense training: they have had so many candidates among their best that a
+            bank vector which is none of them might have come next. Once counted, a row stays counted.
+    """
+
+    num_subvectors: int
+    num_vectors: int
+    num_candidates: int
+    exhausted: int
+
+
+def stats(model: nn.Module) -> Stats:
+    """Counts a model's exhausted rows. Waits for the device, which training itself never does.
+
+    Raises:
+        ValueError: the model has no adapter, several, or one without logits.
+    """
+    adapter = _trained_adapter(model)
+    exhausted = 0 if adapter.exhausted is None else int(adapter.exhausted.sum())
+    return Stats(adapter.num_subvectors, adapter.bank.num_vectors, adapter.logits.shape[1], exhausted)
+
+
+@torch.no_grad()
+def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer) -> None:
+    """Gives each row of an adapter more candidates: the next best of its initial logits.
+
+    Without weight decay on the logits, and with no row exhausted so far, training goes on exactly as it would have with so many
+    candidates from the start: logits, gradients and optimizer state of the new ones are what they would be.
+
+    Args:
+        model: an injected model, or a :class:`VBLinear`.
+        num_candidates: M from now on; more than now, at most h.
+        optimizers: those that train the logits. What they keep per element of them is extended with zeros, in place.
+
+    Raises:
+        ValueError: it has no candidates or no seed to draw more by, or ``num_candidates`` is out of range.
+    """
+    adapter = _trained_adapter(model)
+    check_count("num_candidates", num_candidates)
+    if adapter.candidates is None:
+        raise ValueError("the adapter has no candidates: its rows choose from the whole bank already.")
+    rows, columns = adapter.logits.shape
+    if not columns < num_candidates <= adapter.bank.num_vectors:
+        raise ValueError(
+            f"`num_candidates` is {num_candidates}, but must be more than the {columns} that there are, and at most "
+            f"`num_vectors`, {adapter.bank.num_vectors}."
+        )
+    drawn = adapter.initial(num_candidates)
+    if not torch.equal(drawn.candidates[:, :columns], adapter.candidates):
+        raise ValueError("the adapter's candidates are not those that its seed draws, so the next best are not known.")
+
+    def extended(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.new_zeros(rows, num_candidates - columns)], 1)
+
+    for optimizer in optimizers:
+        state = optimizer.state.get(adapter.logits, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == adapter.logits.shape:
+                state[name] = extended(value)
+    if adapter.logits.grad is not None:
+        gradient, adapter.logits.grad = extended(adapter.logits.grad), None
+    else:
+        gradient = None
+    drawn.logits[:, :columns] = adapter.logits
+    adapter.logits.data = drawn.logits
+    adapter.logits.grad = gradient
+    adapter.candidates = drawn.candidates
+    adapter.invalidate()
+    for record in injections(model):
+        record.config.num_candidates = num_candidates
+
+
+def _trained_adapter(model: nn.Module) -> VBLoRAAdapter:
+    adapters = {module: None for module in model.modules() if isinstance(module, VBLoRAAdapter)}
+    if len(adapters) != 1:
+        raise ValueError(f"`model` has {len(adapters) or 'no'} adapters; pass one that has one.")
+    (adapter,) = adapters
+    if adapter.logits is None:
+        raise ValueError("the adapter is a deployed one, which has no logits and no candidates.")
+    return adapter

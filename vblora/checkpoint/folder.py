@@ -1,0 +1,279 @@
+"""An adapter as a folder: ``adapter_config.json``, ``adapter_model.safetensors``, and a few lines for people in ``README.md``."""
+
+import json
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..adapters.vblora import Trained
+from ..bank import BankFile, VectorBank
+from ..files import read_tensors, write_file, write_tensors
+from ..injection import Injection, Plan, injection_of, injections, refuse_if_disabled
+from . import native
+from .contents import Contents
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+FORMS = ("resume", "deploy")
+
+
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    form: str | None = None,
+    bank_dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a model's adapter into a folder.
+
+    Each file is written under a temporary name, synced and renamed: whoever is killed meanwhile leaves the old folder or the new
+    one. A bank that came from a file and still is what that holds is not written again, but named by the file's SHA-256.
+
+    Args:
+        model: an injected model.
+        directory: made if it is not there.
+        form: ``"resume"`` is all that it takes to go on training exactly: the seed of the logits, and of each row what training
+            touched. ``"deploy"`` is what inference takes: k bank vectors and their weights a sub-vector; outputs have the same
+            bits. None: the first for an adapter that has logits, the second for one that was loaded without.
+        bank_dtype: of the bank in a deploy form, to make it smaller: ``torch.bfloat16``, ``torch.float16``, or ``torch.int8``
+            with a scale a vector. None keeps it exactly.
+
+    Raises:
+        ValueError: the model has no adapter, or one that cannot be written so.
+    """
+    record = injection_of(model)
+    if form not in (None, *FORMS):
+        raise ValueError(f"`form` is {form!r}; allowed are {', '.join(map(repr, FORMS))}.")
+    contents = contents_of(record)
+    if form is None:
+        form = "resume" if isinstance(contents.rows, Trained) else "deploy"
+    bank = record.adapter.bank
+    name = getattr(getattr(record.model, "config", None), "_name_or_path", None)
+    write(
+        contents,
+        directory,
+        form=form,
+        bank_dtype=bank_dtype,
+        bank_file=bank.file if bank_dtype is None and bank.unchanged() else None,
+        base_model=name or None,
+    )
+
+
+def load(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    bank: VectorBank | str | os.PathLike | None = None,
+    is_trainable: bool | None = None,
+    train_kept: bool = False,
+) -> nn.Module:
+    """Puts a saved adapter into a model: into a base model as :func:`vblora.inject` does, or over the one it has.
+
+    Everything in the folder is checked first; a model that it does not fit is left as it was.
+
+    Args:
+        model: the base model, or a model with an adapter of the same config and form, whose tensors are then written over:
+            those of a bank that it shares, too.
+        directory: what :func:`save` wrote.
+        bank: the bank of an adapter that was saved without: its file, or what :meth:`VectorBank.from_file` made of that, to be
+            shared by several adapters. It stays frozen.
+        is_trainable: whether the adapter's parameters shall require gradients. By default they do not, and those of an
+            adapter that is there stay as they are.
+        train_kept: let a deploy form train, with the k vectors that are left of each row as its only candidates.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or does not fit the model; named. Or the bank is missing or another one, the form is one
+            that cannot train, or the model is merged, disabled, or on the meta device.
+    """
+    if injections(model):
+        record = injection_of(model)
+        refuse_if_disabled(record.layers)
+        if any(layer.merged for layer in record.layers):
+            raise ValueError("`model` is merged. Call vblora.unmerge(model) before loading another adapter into it.")
+    path = Path(directory) / TENSORS_FILE
+    if bank is not None and not isinstance(bank, VectorBank):
+        bank = VectorBank.from_file(bank)
+    contents, shares_bank = read(directory, bank, record.adapter.bank if injections(model) else None)
+    if train_kept:
+        contents = contents.kept()
+    if is_trainable and not isinstance(contents.rows, Trained):
+        raise ValueError(
+            f'{path} holds a deployed adapter: k weights a sub-vector, and no logits to train. Save with form="resume" to '
+            "go on exactly, or load with train_kept=True to train with the k vectors that were kept as the only candidates."
+        )
+    try:
+        if injections(model):
+            _write_over(record, contents, is_trainable)
+        else:
+            _put_in(model, contents, bank if shares_bank else None, bool(is_trainable))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return model
+
+
+def write(
+    contents: Contents,
+    directory: str | os.PathLike,
+    *,
+    form: str,
+    bank_dtype: torch.dtype | None = None,
+    bank_file: BankFile | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Writes a folder. Everything that can be refused is refused before the first file."""
+    description, tensors = native.encode(contents, form, bank_dtype=bank_dtype, bank_file=bank_file)
+    description["base_model_name_or_path"] = base_model
+    text = json.dumps(description)
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The tensors' file says all, so it alone decides whether the folder is the old one or the new one.
+    write_tensors(folder / TENSORS_FILE, tensors, {native.METADATA: text})
+    write_file(folder / CONFIG_FILE, json.dumps(_for_people(description), indent=2).encode() + b"\n")
+    if not (folder / "README.md").exists():
+        write_file(folder / "README.md", _card(description).encode())
+
+
+def read(
+    directory: str | os.PathLike, bank: VectorBank | None = None, present: VectorBank | None = None
+) -> tuple[Contents, bool]:
+    """The checked contents of a folder, and whether its bank is in a file of its own.
+
+    Args:
+        bank: that bank, if it is.
+        present: what serves as well, if it should be needed and ``bank`` is None.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    path = Path(directory) / TENSORS_FILE
+    tensors, metadata = read_tensors(path)
+    try:
+        description = json.loads(metadata[native.METADATA])
+        if bank is None and present is not None and present.file is not None and description.get("bank_file"):
+            bank = present
+        contents = native.decode(description, tensors, bank)
+        contents.check()
+    except KeyError:
+        raise ValueError(f"{path} is no adapter of vblora's.") from None
+    except ValueError as error:  # JSON's too
+        raise ValueError(f"{path}: {error}") from None
+    _warn_if_edited(Path(directory) / CONFIG_FILE, description)
+    return contents, description["bank_file"] is not None
+
+
+def contents_of(record: Injection) -> Contents:
+    """What a model's adapter comes down to."""
+    adapter, config = record.adapter, record.config
+    rows = type(adapter.rows)(*(x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in adapter.rows))
+    if isinstance(rows, Trained):
+        columns = config.num_candidates if rows.candidates is None else rows.logits.shape[1]
+        config = replace(config, seed=rows.seed, num_candidates=columns)
+    beside = {name: replaced.stand_in.detach() for name, replaced in record.replaced.items()}
+    return Contents(config, adapter.targets, adapter.bank.vectors.detach().cpu(), rows, beside)
+
+
+def _put_in(model: nn.Module, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
+    plan = Plan(model, contents.config)
+    contents = contents.in_order(plan.targets)
+    _check_beside(contents, plan_beside := {name: stand_in for name, (_, _, stand_in) in plan.stand_ins.items()})
+    if plan.device.type == "meta":
+        raise ValueError(
+            "`model` is on the meta device, where nothing can be loaded. Materialise it first, with `to_empty`."
+        )
+    frozen = bank is not None
+    if bank is None:
+        bank = VectorBank(*contents.bank.shape, plan.config.init_vector_bank_bound, device="meta")
+        bank.vectors = nn.Parameter(contents.bank.to(plan.device))
+    rows = contents.rows
+    rows = type(rows)(*(x.to(plan.device) if isinstance(x, torch.Tensor) else x for x in rows))
+    adapter = plan.new_adapter(bank, rows)
+    with torch.no_grad():
+        for name, stand_in in plan_beside.items():
+            stand_in.copy_(contents.beside[name])
+            stand_in.requires_grad_(is_trainable and stand_in.is_floating_point() and stand_in.requires_grad)
+    adapter.requires_grad_(is_trainable)
+    plan.carry_out(adapter, freeze_bank=frozen)
+
+
+def _write_over(record: Injection, contents: Contents, is_trainable: bool | None) -> None:
+    adapter = record.adapter
+    own = contents_of(record)
+    unlike = {"seed": None, "num_candidates": None}
+    if replace(own.config, **unlike) != replace(contents.config, **unlike):
+        raise ValueError("`model` has an adapter of another config. Eject it first.")
+    contents = contents.in_order(adapter.targets)
+    _check_beside(contents, own.beside)
+    for name, theirs, ours in zip(type(own.rows)._fields, contents.rows, own.rows, strict=False):
+        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (theirs, ours)]
+        if type(own.rows) is not type(contents.rows) or shapes[0] != shapes[1]:
+            raise ValueError(f"`model` has an adapter with other `{name}`. Eject it first.")
+    if any(parameter.is_meta for parameter in adapter.parameters()):
+        raise ValueError(
+            "`model` is on the meta device, where nothing can be loaded. Materialise it first, with `to_empty`."
+        )
+    with torch.no_grad():
+        for ours, theirs in zip(adapter.rows, contents.rows, strict=True):
+            if isinstance(ours, torch.Tensor):
+                ours.copy_(theirs)
+        if isinstance(contents.rows, Trained):
+            adapter.seed = contents.rows.seed
+        if not adapter.bank.unchanged():
+            adapter.bank.vectors.copy_(contents.bank)
+        stand_ins = [replaced.stand_in for replaced in record.replaced.values()]
+        for stand_in, name in zip(stand_ins, record.replaced, strict=True):
+            stand_in.copy_(contents.beside[name])
+    if is_trainable is not None:
+        for tensor in (*adapter.parameters(), *stand_ins):
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(is_trainable and tensor.is_floating_point())
+    adapter.invalidate()
+
+
+def _check_beside(contents: Contents, wanted: dict[str, torch.Tensor]) -> None:
+    for name in sorted(wanted.keys() ^ contents.beside.keys()):
+        raise ValueError(f"it {'lacks' if name in wanted else 'has an unknown'} tensor `{name}`.")
+    for name, tensor in contents.beside.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"`{name}` is {tuple(tensor.shape)}, but must be {tuple(wanted[name].shape)}.")
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(f"`{name}` is {tensor.dtype}, but must be like {wanted[name].dtype}.")
+
+
+def _for_people(description: dict) -> dict:
+    """The description in one level, as PEFT's files have it."""
+    return {name: value for name, value in description.items() if name != "config"} | description["config"]
+
+
+def _warn_if_edited(path: Path, description: dict) -> None:
+    try:
+        same = json.loads(path.read_text(encoding="utf-8")) == _for_people(description)
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        warnings.warn(
+            f"{path} is not what {TENSORS_FILE} was saved with (it was edited, or a save was cut off). "
+            f"What {TENSORS_FILE} says is what counts.",
+            stacklevel=4,
+        )
+
+
+def _card(description: dict) -> str:
+    config = description["config"]
+    base = description["base_model_name_or_path"]
+    return f"""---
+library_name: vblora
+{f"base_model: {base}" if base else ""}
+---
+A VB-LoRA adapter (arXiv 2405.15179) of {base or "a model"}: r={config["r"]}, {config["num_vectors"]} bank vectors of length
+{config["vector_length"]}, k={config["topk"]}, {len(description["targets"])} layers. Put it into the model with
+
+    vblora.load(model, "<this folder>")
+"""

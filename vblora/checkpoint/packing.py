@@ -1,0 +1,75 @@
+"""Rows that are stored as the part of them that training touched, and small integers as few bits."""
+
+import torch
+from torch import Tensor
+
+_ROWS = 4096  # at a time, so that nothing as large as all logits is ever made beside them
+
+
+def pack_prefixes(values: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What it takes to restore ``values`` ``(S, M)``, to the bit: of each row all up to the last element that is not ``initial``.
+
+    Args:
+        values: any floating-point dtype.
+        initial: what they were, ``(S, M)``; zeros if None.
+
+    Returns:
+        lengths: ``(S,)`` int32.
+        values: those of all rows, one after the other.
+    """
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
+    places = torch.arange(1, values.shape[1] + 1, dtype=torch.int32, device=values.device)
+    lengths, parts = [], []
+    for start in range(0, len(values), _ROWS):
+        rows = values[start : start + _ROWS].contiguous()
+        was = torch.zeros_like(rows) if initial is None else initial[start : start + _ROWS].contiguous()
+        touched = rows.view(bits) != was.view(bits)
+        length = (touched * places).amax(1) if values.shape[1] else rows.new_zeros(len(rows), dtype=torch.int32)
+        lengths.append(length)
+        parts.append(rows[places <= length[:, None]])
+    if not lengths:
+        return torch.zeros(0, dtype=torch.int32), values.new_zeros(0)
+    return torch.cat(lengths), torch.cat(parts)
+
+
+def unpack_prefixes(lengths: Tensor, values: Tensor, initial: Tensor) -> Tensor:
+    """The ``(S, M)`` that :func:`pack_prefixes` was given. ``initial`` is written to and returned.
+
+    Raises:
+        ValueError: lengths that do not fit ``initial`` or ``values``.
+    """
+    rows, columns = initial.shape
+    if lengths.shape != (rows,) or lengths.is_floating_point():
+        raise ValueError(f"the lengths are {lengths.dtype} {tuple(lengths.shape)}, but must be {rows} integers.")
+    lengths = lengths.long()
+    if rows and not 0 <= int(lengths.min()) <= int(lengths.max()) <= columns:
+        raise ValueError(f"a row of {columns} has a length of {int(lengths.min())} or {int(lengths.max())}.")
+    if values.shape != (int(lengths.sum()),) or values.dtype != initial.dtype:
+        raise ValueError(
+            f"the values are {values.dtype} {tuple(values.shape)}, but must be {int(lengths.sum())} of {initial.dtype}."
+        )
+    places = torch.arange(columns, device=initial.device)
+    for start, (length, part) in enumerate(
+        zip(lengths.split(_ROWS), values.split([int(part.sum()) for part in lengths.split(_ROWS)]), strict=True)
+    ):
+        initial[start * _ROWS : (start + 1) * _ROWS][places < length[:, None]] = part
+    return initial
+
+
+def pack_bits(integers: Tensor, bits: int) -> Tensor:
+    """Integers from 0 to 2^bits - 1 as bytes, uint8: ``bits`` bits each, low bits first, the last byte filled up with zeros."""
+    single = integers.flatten().long()[:, None] >> torch.arange(bits) & 1
+    single = torch.nn.functional.pad(single.flatten(), (0, -single.numel() % 8))
+    return (single.view(-1, 8) << torch.arange(8)).sum(1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The ``count`` integers, int64, that :func:`pack_bits` was given.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if packed.dtype != torch.uint8 or packed.shape != (-(-count * bits // 8),):
+        raise ValueError(f"{count} integers of {bits} bits are not {packed.dtype} {tuple(packed.shape)}.")
+    single = (packed.long()[:, None] >> torch.arange(8) & 1).flatten()[: count * bits]
+    return (single.view(count, bits) << torch.arange(bits)).sum(1)

@@ -1,0 +1,54 @@
+"""Files that are never seen half-written, and safetensors that are read with care."""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, syncs it, and renames it: whoever is killed meanwhile leaves the old one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """The same bytes for the same content, as long as there is at most one key of metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, to_safetensors(tensors, metadata))
+
+
+def read_tensors(
+    path: Path, wanted: Callable[[str], bool] = lambda _name: True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (it is no dict)
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from None
