@@ -98,6 +98,7 @@ def load_operators(root: Path = ROOT) -> ctypes.CDLL:
         "admixture",
         "admixture_backward",
         "compose",
+        "draw_logits_",
     ):  # what tensors without data are told is the same for all
         torch.library.register_fake(f"vblora_emulated::{name}", getattr(torch.ops.vblora, name))
     functions = ctypes.CDLL(str(library))  # the same library again, for what is not an operator

@@ -44,6 +44,13 @@ std::tuple<Tensor, Tensor> run_backward(const std::optional<Tensor>& grad_subvec
   return {call.grad_logits, call.grad_bank};
 }
 
+void run_draw(const Tensor& logits, const std::optional<Tensor>& candidates, int64_t num_vectors, int64_t seed,
+              double std) {
+  DrawCall call = prepare_draw(logits, candidates, num_vectors, seed, std);
+  draw(call.problem);
+  call.write_back();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(vblora_emulated, m) {
@@ -55,12 +62,14 @@ STABLE_TORCH_LIBRARY(vblora_emulated, m) {
       " Tensor? candidates, int num_candidates, bool need_logits, bool need_bank)"
       " -> (Tensor grad_logits, Tensor grad_bank)");
   m.def("compose(Tensor bank, Tensor indices, Tensor weights, ScalarType? out_dtype=None) -> Tensor");
+  m.def("draw_logits_(Tensor(a!) logits, Tensor(b!)? candidates, int num_vectors, int seed, float std) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vblora_emulated, CPU, m) {
   m.impl("admixture", TORCH_BOX(&run_admixture));
   m.impl("admixture_backward", TORCH_BOX(&run_backward));
   m.impl("compose", TORCH_BOX(&run_compose));
+  m.impl("draw_logits_", TORCH_BOX(&run_draw));
 }
 
 }  // namespace vblora_emulation
