@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import vblora
+from emulation import build
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Where the operators run: `ops` has `admixture`, `admixture_backward` and `compose`; tensors belong on `device`."""
+    """Where the operators run: `ops` has all operators of `torch.ops.vblora`; tensors belong on `device`."""
 
     name: str
     ops: Any
@@ -24,6 +25,9 @@ class Backend:
 
 def _backends() -> dict[str, Backend]:
     backends = {"cpu": Backend("cpu", torch.ops.vblora, torch.device("cpu"))}
+    for order in build.ORDERS:  # the CUDA kernels, run on the CPU, with a block's threads in this order
+        name = f"cuda-emulated-{order}"
+        backends[name] = Backend(name, build.Operators(order), torch.device("cpu"))
     if vblora.build_info()["cuda"] != "none" and torch.cuda.is_available():
         backends["cuda"] = Backend("cuda", torch.ops.vblora, torch.device("cuda"))
     return backends

@@ -7,9 +7,7 @@ import ctypes
 import fcntl
 import functools
 import importlib
-import importlib.util
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -21,27 +19,10 @@ from pathlib import Path
 import torch
 
 import vblora  # noqa: F401 (its operators)
+from machine_code import toolkit
 
 ROOT = Path(__file__).parents[2]
 ORDERS = ("ascending", "descending", "random")
-
-
-def cuda_include() -> list[Path]:
-    """Folders with NVIDIA's headers: a CUDA toolkit's, or else those of its packages from PyPI."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    if nvcc := shutil.which("nvcc"):
-        homes.insert(1, str(Path(nvcc).resolve().parents[1]))
-    folders = [Path(home, "include") for home in homes if home]
-    if packages := importlib.util.find_spec("nvidia"):
-        for package in packages.submodule_search_locations or ():
-            folders += sorted(Path(package).glob("cu[0-9]*/include"), reverse=True)  # all in one folder since CUDA 13
-    for folder in folders:
-        if (folder / "cuda_runtime.h").exists() and (folder / "cuda_fp16.h").exists():
-            return [folder, folder / "cccl"]
-    raise FileNotFoundError(
-        f"NVIDIA's headers (cuda_runtime.h, cuda_fp16.h) are in none of {', '.join(map(str, folders))}. "
-        "Install a CUDA toolkit, or: pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
-    )
 
 
 def _tool(name: str, folder: str) -> str:
@@ -64,19 +45,10 @@ def build(target: str, root: Path = ROOT) -> Path:
     """Build one target of tests/emulation/CMakeLists.txt from the sources under `root`, as far as they have changed."""
     folder = root / "build" / "emulation"
     cmake, ninja = _tool("cmake", "CMAKE_BIN_DIR"), _tool("ninja", "BIN_DIR")
-    includes = ";".join(map(str, cuda_include()))
+    includes = f"{toolkit.include()};{toolkit.include() / 'cccl'}"
     options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}", "-DVBLORA_CPU_ONLY=1"]
-    configure = [
-        cmake,
-        "-S",
-        str(root),
-        "-B",
-        str(folder),
-        "-G",
-        "Ninja",
-        *options,
-        f"-DVBLORA_CUDA_INCLUDE={includes}",
-    ]
+    options.append(f"-DVBLORA_CUDA_INCLUDE={includes}")
+    configure = [cmake, "-S", str(root), "-B", str(folder), "-G", "Ninja", *options]
     stamp = folder / "configured-with.txt"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:  # other test processes wait, and find it done
@@ -93,14 +65,12 @@ def build(target: str, root: Path = ROOT) -> Path:
 def load_operators(root: Path = ROOT) -> ctypes.CDLL:
     """Make ``torch.ops.vblora_emulated`` (once in a process: torch keeps the first registration)."""
     library = build("vblora_emulated", root)
+    for name in ("admixture", "admixture_backward", "compose", "draw_logits_"):
+        # Schemas, and what tensors without data are told, are the same for all backends.
+        operator = getattr(torch.ops.vblora, name)
+        torch.library.define(f"vblora_emulated::{name}", str(operator.default._schema).removeprefix(f"vblora::{name}"))
+        torch.library.register_fake(f"vblora_emulated::{name}", operator)
     torch.ops.load_library(library)
-    for name in (
-        "admixture",
-        "admixture_backward",
-        "compose",
-        "draw_logits_",
-    ):  # what tensors without data are told is the same for all
-        torch.library.register_fake(f"vblora_emulated::{name}", getattr(torch.ops.vblora, name))
     functions = ctypes.CDLL(str(library))  # the same library again, for what is not an operator
     functions.vblora_emulation_set.argtypes = (ctypes.c_int, ctypes.c_uint64, ctypes.c_int)
     functions.vblora_emulation_launches.restype = ctypes.c_char_p

@@ -178,12 +178,12 @@ def test_many_ties(backend, dtype, columns, generator):
     values = torch.tensor([-INF, -1.0, -0.0, 0.0, 1.0, INF, NAN, math.copysign(NAN, -1.0)])
     rows = []
     for kinds in ([1, 4], [2, 3], [0, 1], [4, 5], [6, 7, 1], [0, 5, 6], [0], [5], [7, 6], range(8)):
-        choice = torch.randint(len(kinds), (10, columns), generator=generator)
+        choice = torch.randint(len(kinds), (4, columns), generator=generator)
         rows.append(values[torch.tensor(list(kinds))[choice]])
     logits = torch.cat(rows).to(dtype)
     bank = torch.randn(columns, 3, generator=generator).to(dtype)
     for candidates in (None, torch.randint(-1, columns + 1, logits.shape, generator=generator, dtype=torch.int16)):
-        for k in sorted({1, min(2, columns), min(5, columns), columns}):
+        for k in sorted({1, min(2, columns), min(5, columns), min(40, columns)}):
             expected = reference.admixture(logits, bank, candidates, k, torch.float32)
             there = [x if x is None else x.to(backend.device) for x in (logits, bank, candidates)]
             subvectors, indices, weights = run(backend, *there, k, torch.float32)
@@ -192,7 +192,7 @@ def test_many_ties(backend, dtype, columns, generator):
             torch.testing.assert_close(subvectors.cpu(), expected[0], equal_nan=True, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("k", [1, 3, 8, 40, 300])
+@pytest.mark.parametrize("k", [1, 3, 8, 100])
 def test_the_best_may_be_anywhere(backend, k):
     # Rows that ascend, that descend, and that hold one peak at each place: no path through a row may miss a column.
     columns = 300
@@ -207,9 +207,9 @@ def test_the_best_may_be_anywhere(backend, k):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 2, 4, 9, 130])
 def test_permuted_candidates_give_the_bits_of_the_dense_form(backend, dtype, k, generator):
-    inputs = make_inputs(Case(dtype, rows=50, columns=130, length=21, k=k), generator, backend.device)
+    inputs = make_inputs(Case(dtype, rows=20, columns=130, length=21, k=k), generator, backend.device)
     logits = (inputs.logits * 4).round() if k > 1 else inputs.logits  # with ties
-    order = torch.rand(50, 130, generator=generator).argsort(1).to(backend.device)
+    order = torch.rand(20, 130, generator=generator).argsort(1).to(backend.device)
     dense = run(backend, logits, inputs.bank, k=k)
     for candidate_dtype in (torch.int16, torch.int32):
         candidates = order.to(candidate_dtype)

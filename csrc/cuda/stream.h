@@ -1,10 +1,12 @@
-// Where an operator's launches go: the device of its first tensor, and the stream that is current there.
+// Where an operator's launches go: the device of its first tensor, and the stream that is current there. On the CPU
+// there is neither; tests/emulation has its own.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifndef VBLORA_EMULATION
 namespace vblora::cuda {
 
 class CurrentStream {
@@ -21,3 +23,4 @@ class CurrentStream {
 };
 
 }  // namespace vblora::cuda
+#endif

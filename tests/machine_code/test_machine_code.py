@@ -6,12 +6,8 @@ import re
 
 import pytest
 
-from . import toolkit
+from . import occupancy, toolkit
 from .toolkit import Kernel
-
-THREADS = 256  # of each block: kThreads in launch.cuh
-# What the launchers ask for in dynamic shared memory at most: the keys of a range that is sorted.
-DYNAMIC_SHARED = {"backward_rows_kernel": 2048 * 8}
 
 UNITS = pytest.mark.parametrize("unit", toolkit.translation_units())
 
@@ -25,7 +21,7 @@ def test_compiles_for_every_architecture_without_warnings(unit):
     assert toolkit.compile_kernels(unit).warnings == ()
     instances = {arch: {k.instance for k in kernels(unit) if k.arch == arch} for arch in toolkit.architectures()}
     assert len(set(map(frozenset, instances.values()))) == 1
-    assert all(len(found) >= 10 for found in instances.values())
+    assert all(len(found) >= 8 for found in instances.values())
 
 
 @UNITS
@@ -34,37 +30,25 @@ def test_no_local_memory(unit):
 
 
 @pytest.fixture(scope="module")
-def occupancy(tmp_path_factory):
-    """Threads that a multiprocessor holds of a kernel, as a share of those that it can hold."""
-    program = tmp_path_factory.mktemp("occupancy") / "occupancy"
-    source = toolkit.ROOT / "tests" / "cuda" / "occupancy.cpp"
-    toolkit.run("g++", "-I", toolkit.include(), "-o", program, source)
-
-    def ask(kernel: Kernel) -> float:
-        arguments = kernel.arch, THREADS, kernel.registers, kernel.shared, DYNAMIC_SHARED.get(kernel.name, 0)
-        blocks, most = map(int, toolkit.run("sh", "-c", f"echo {' '.join(map(str, arguments))} | {program}").split())
-        return blocks * THREADS / most
-
-    return ask
+def share(tmp_path_factory):
+    return occupancy.calculator(tmp_path_factory.mktemp("occupancy"))
 
 
 @UNITS
-def test_occupancy(unit, occupancy):
-    assert [f"{k}: {share:.0%}" for k in kernels(unit) if (share := occupancy(k)) < 0.5] == []
+def test_occupancy(unit, share):
+    assert [f"{k}: {share(k):.0%}" for k in kernels(unit) if share(k) < 0.5] == []
 
 
-def test_occupancy_is_reckoned_as_nvidia_documents_it(occupancy):
+def test_occupancy_is_reckoned_as_nvidia_documents_it(share):
     def kernel(arch: int, registers: int, shared: int = 0) -> Kernel:
         return Kernel("any", "any", arch, registers, 0, 0, shared)
 
-    assert occupancy(kernel(80, 32)) == 1
-    assert occupancy(kernel(80, 64)) == 0.5  # 65536 registers are 1024 threads of 64, of 2048
-    assert occupancy(kernel(75, 64)) == 1  # of 1024
-    assert occupancy(kernel(86, 64)) == pytest.approx(1024 / 1536)
-    assert occupancy(kernel(90, 65)) == 0.375  # registers come in eights: 72
-    assert occupancy(kernel(86, 32, 33 * 1024)) == pytest.approx(
-        2 * 256 / 1536
-    )  # 100 KiB, of which each block takes 34
+    assert share(kernel(80, 32)) == 1
+    assert share(kernel(80, 64)) == 0.5  # 65536 registers are 1024 threads of 64, of 2048
+    assert share(kernel(75, 64)) == 1  # of 1024
+    assert share(kernel(86, 64)) == pytest.approx(1024 / 1536)
+    assert share(kernel(90, 65)) == 0.375  # registers come in eights: 72
+    assert share(kernel(86, 32, 33 * 1024)) == pytest.approx(2 * 256 / 1536)  # each block takes 34 of 100 KiB
 
 
 # Architectures to disassemble: the oldest, one in the middle, the newest.
@@ -88,11 +72,12 @@ def test_instructions(unit, arch):
     for name, opcodes in found.items():
         assert "EXIT" in opcodes, name
         assert not [o for o in opcodes if re.match("LDL|STL", o)], f"{name} uses local memory"
-        # One kernel changes integers in shared memory atomically. Nothing in global memory is, nor anything by trying
+        # Two kernels change integers in shared memory atomically. Nothing in global memory is, nor anything by trying
         # until it works, as those float atomics are that the hardware lacks.
         atomics = {o for o in opcodes if re.match("ATOM|RED(?!UX)|CAS", o)}
-        assert not [o for o in atomics if not re.match(r"ATOMS\.MAX(\.S32)?$", o)], f"{name}: {atomics}"
-        assert not atomics or name.endswith("void>"), f"{name}: {atomics}"
+        allowed = r"ATOMS\.(ADD|POPC\.INC\.32)$" if name.startswith("draw_largest") else r"ATOMS\.MAX(\.S32)?$"
+        assert not [o for o in atomics if not re.match(allowed, o)], f"{name}: {atomics}"
+        assert not atomics or name.startswith("draw_largest") or name.endswith("void>"), f"{name}: {atomics}"
 
 
 @DISASSEMBLED
@@ -103,6 +88,8 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(unit, arch):
     for name, opcodes in instructions(unit, arch).items():
         if "any_k" in name or "void" in name or "double" in name:
             continue  # the general paths read element by element, and 16 bytes of float64 may be fewer of another type
+        if name.startswith("draw"):
+            continue  # which reads nothing, and writes less than it computes
         assert any(re.match(r"LDG\.E\.128", o) for o in opcodes), (
             f"{name} reads {sorted(o for o in opcodes if 'LDG' in o)}"
         )

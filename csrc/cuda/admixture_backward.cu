@@ -1,7 +1,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../../checks.h"
+#include "../checks.h"
 #include "admixture_backward.cuh"
 #include "stream.h"
 

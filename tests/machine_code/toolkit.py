@@ -1,7 +1,5 @@
-"""NVIDIA's compiler and disassembler: from a CUDA toolkit, or else from their packages on PyPI. Neither needs a GPU.
-
-pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl  # the compiler
-pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump                                         # the disassembler
+"""NVIDIA's compiler, headers and disassembler: from a CUDA toolkit, or else from their packages on PyPI, which the test extra
+names. None of them needs a GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ def _homes() -> list[Path]:
 
 @functools.cache
 def tool(name: str) -> Path:
-    """`nvcc`, `nvdisasm` or `cuobjdump`."""
+    """`nvcc` or `nvdisasm`."""
     homes = _homes()
     for home in homes:
         if (path := home / "bin" / name).exists():
@@ -52,7 +50,10 @@ def include() -> Path:
     for home in _homes():
         if (home / "include" / "cuda_occupancy.h").exists():
             return home / "include"
-    raise FileNotFoundError("no cuda_occupancy.h beside any nvcc: pip install nvidia-cuda-runtime")
+    raise FileNotFoundError(
+        f"cuda_occupancy.h is in no `include` folder of {', '.join(map(str, _homes()))}. "
+        "Install a CUDA toolkit, or what the test extra names: pip install 'vblora[test]'"
+    )
 
 
 def run(*command: object) -> str:
@@ -114,7 +115,7 @@ def compile_kernels(unit: str) -> Compiled:
     for path in (*sources(), Path(__file__)):
         digest.update(path.name.encode() + path.read_bytes())
     digest.update(f"{tool('nvcc')} {version()} {architectures()}".encode())
-    folder = ROOT / "build" / "cuda-static" / f"{unit}-{digest.hexdigest()[:16]}"
+    folder = ROOT / "build" / "machine-code" / f"{unit}-{digest.hexdigest()[:16]}"
     log = folder / "log.txt"
     if not log.exists():
         for old in folder.parent.glob(f"{unit}-*"):
