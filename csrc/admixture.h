@@ -51,4 +51,15 @@ struct AdmixtureBackward {
   int64_t rows, columns, vectors, length, k;
 };
 
+// The random numbers that logits begin with (random.h): all of a row's, or the largest of them and where they stood.
+struct Draw {
+  Type type;            // of logits
+  Type candidate_type;  // i16 or i32
+  void* logits;         // (rows, columns)
+  void* candidates;     // (rows, columns), or null: columns is vectors
+  int64_t rows, columns, vectors;
+  uint64_t seed;
+  double std;
+};
+
 }  // namespace vblora

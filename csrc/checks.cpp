@@ -275,6 +275,71 @@ AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& gr
   return call;
 }
 
+namespace {
+
+// To be done before an operator overwrites an argument, for what torch knows of changes in place: leaves that require
+// gradients and elements that share memory are refused, gradients end here, and versions are counted.
+void overwrite(Tensor tensor) { torch::stable::zero_(tensor); }
+
+Tensor dense_to_write(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : allocate(tensor, tensor.size(0), tensor.size(1), tensor.scalar_type());
+}
+
+void copy_back(Tensor to, const Tensor& from) {
+  if (!to.is_contiguous()) torch::stable::copy_(to, from);
+}
+
+}  // namespace
+
+DrawCall prepare_draw(const Tensor& logits, const std::optional<Tensor>& candidates, int64_t num_vectors, int64_t seed,
+                      double std) {
+  const Arguments arguments{"draw_logits_", logits.device()};
+  arguments.matrix("logits", logits);
+  const Type type = arguments.floating("logits", logits.scalar_type());
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  constexpr int64_t most = std::numeric_limits<int32_t>::max(), most_of_int16 = 1 << 15;
+  arguments.check(num_vectors >= 0 && num_vectors <= most, "num_vectors", "is ", num_vectors,
+                  ", but must be between 0 and ", most, ".");
+  Type candidate_type = Type::i32;
+  if (candidates) {
+    arguments.sizes("candidates", *candidates, rows, columns, "the shape of logits");
+    candidate_type = arguments.candidate(*candidates);
+    arguments.check(candidate_type == Type::i32 || num_vectors <= most_of_int16, "candidates",
+                    "is int16, which counts up to ", most_of_int16, " vectors, but num_vectors is ", num_vectors,
+                    "; make it int32.");
+    arguments.check(columns <= num_vectors, "logits", "has ", columns, " columns, but there are only ", num_vectors,
+                    " vectors to be candidates.");
+  } else {
+    arguments.check(columns == num_vectors, "logits", "has ", columns, " columns, but num_vectors is ", num_vectors,
+                    ": without candidates there must be one column a vector.");
+  }
+  arguments.check(std >= 0 && std <= std::numeric_limits<double>::max(), "std", "is ", std,
+                  ", but must be finite and not negative.");
+
+  overwrite(logits);
+  if (candidates) overwrite(*candidates);
+  DrawCall call{{},
+                dense_to_write(logits),
+                candidates ? std::optional(dense_to_write(*candidates)) : std::nullopt,
+                logits,
+                candidates};
+  call.problem = {.type = type,
+                  .candidate_type = candidate_type,
+                  .logits = call.logits.mutable_data_ptr(),
+                  .candidates = call.candidates ? call.candidates->mutable_data_ptr() : nullptr,
+                  .rows = rows,
+                  .columns = columns,
+                  .vectors = num_vectors,
+                  .seed = static_cast<uint64_t>(seed),
+                  .std = std};
+  return call;
+}
+
+void DrawCall::write_back() {
+  copy_back(given_logits, logits);
+  if (candidates) copy_back(*given_candidates, *candidates);
+}
+
 bool checked() {
   const char* value = std::getenv("VBLORA_CHECKED");
   return value && *value && std::string_view(value) != "0";

@@ -45,6 +45,18 @@ AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& gr
                                                  const std::optional<Tensor>& candidates, int64_t num_candidates,
                                                  bool need_logits, bool need_bank);
 
+struct DrawCall {
+  Draw problem;
+  Tensor logits;  // what the problem writes: the caller's own, or dense stand-ins for them
+  std::optional<Tensor> candidates;
+  Tensor given_logits;
+  std::optional<Tensor> given_candidates;
+
+  void write_back();  // from the stand-ins, if there are any
+};
+DrawCall prepare_draw(const Tensor& logits, const std::optional<Tensor>& candidates, int64_t num_vectors, int64_t seed,
+                      double std);
+
 // VBLORA_CHECKED=1 in the environment: every call also looks at the values it was given (on the CPU; they are copied
 // there).
 bool checked();

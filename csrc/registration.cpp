@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(vblora, m) {
       " Tensor? candidates, SymInt num_candidates, bool need_logits, bool need_bank)"
       " -> (Tensor grad_logits, Tensor grad_bank)");
   m.def("compose(Tensor bank, Tensor indices, Tensor weights, ScalarType? out_dtype=None) -> Tensor");
+  m.def("draw_logits_(Tensor(a!) logits, Tensor(b!)? candidates, SymInt num_vectors, int seed, float std) -> ()");
 }
 
 PYBIND11_MODULE(_C, m) {

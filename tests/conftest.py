@@ -16,7 +16,7 @@ from emulation import build
 
 @dataclass(frozen=True)
 class Backend:
-    """Where the operators run: `ops` has `admixture`, `admixture_backward` and `compose`; tensors belong on `device`."""
+    """Where the operators run: `ops` has all operators of `torch.ops.vblora`; tensors belong on `device`."""
 
     name: str
     ops: Any

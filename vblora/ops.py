@@ -3,6 +3,8 @@
 The schemas are in ``csrc/registration.cpp``, what the operators compute is spelled out in :mod:`vblora.reference`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,6 +121,26 @@ def _(bank: Tensor, indices: Tensor, weights: Tensor, out_dtype: torch.dtype | N
     out_dtype = out_dtype or bank.dtype
     arguments.dtype("out_dtype", out_dtype, *_FLOATING)
     return bank.new_empty((indices.shape[0], bank.shape[1]), dtype=out_dtype)
+
+
+@torch.library.register_fake("vblora::draw_logits_")
+def _(logits: Tensor, candidates: Tensor | None, num_vectors: int, seed: int, std: float) -> None:
+    arguments = _Arguments("draw_logits_", logits.device)
+    arguments.matrix("logits", logits)
+    arguments.dtype("logits", logits.dtype, *_FLOATING)
+    rows, columns = logits.shape
+    arguments.check(num_vectors >= 0, "num_vectors", f"is {num_vectors}, but must not be negative.")
+    most = torch.iinfo(torch.int32).max
+    arguments.check(num_vectors <= most, "num_vectors", f"is {num_vectors}, but must be at most {most}.")
+    if candidates is not None:
+        arguments.sizes("candidates", candidates, rows, columns)
+        arguments.dtype("candidates", candidates.dtype, *_CANDIDATES)
+        fits = candidates.dtype != torch.int16 or num_vectors <= torch.iinfo(torch.int16).max + 1
+        arguments.check(fits, "candidates", f"is int16, too small for {num_vectors} vectors; make it int32.")
+        arguments.check(columns <= num_vectors, "logits", f"has {columns} columns for {num_vectors} vectors.")
+    else:
+        arguments.check(columns == num_vectors, "logits", f"has {columns} columns for {num_vectors} vectors.")
+    arguments.check(0 <= std < math.inf, "std", f"is {std}, but must be finite and not negative.")
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

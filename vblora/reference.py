@@ -8,6 +8,8 @@ Symbols, as everywhere: a sub-vector is one row; S rows, M logits a row, k of th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -161,6 +163,139 @@ def compose(bank: Tensor, indices: Tensor, weights: Tensor, out_dtype: torch.dty
     _check_matrix("weights", weights, (accumulation_dtype(bank.dtype),), tuple(indices.shape))
     _check_out_dtype(out_dtype)
     return _mix(bank, indices.long(), weights).to(out_dtype or bank.dtype)
+
+
+def draw_logits_(logits: Tensor, candidates: Tensor | None, num_vectors: int, seed: int, std: float) -> None:
+    """The logits that an adapter begins with: normals, in place, each a function of seed, row and bank vector alone.
+
+    The word of a row and a bank vector is `philox`'s (`draw_words`), its number is `standard_normal` of it times `std`, rounded
+    to the 24 bits of float32 and then to the logits' dtype. With candidates only the M largest of a row's h numbers are kept, in
+    which `admixture` finds the same best ones as among all h. (All h are held here; the operator does without.)
+
+    Args:
+        logits: (S, M), float32, float64, bfloat16 or float16; written to. All numbers of a row without candidates, where
+            M = h, in the order of the bank vectors; the M largest in descending order with candidates.
+        candidates: (S, M), int16 (for h <= 32768) or int32; written to: the bank vectors that the M numbers belong to. Equal
+            words, of which a bank vector's number is an increasing function, go to the lowest bank vector first.
+        num_vectors: h >= M.
+        seed: any integer of 64 bits, signed.
+        std: of the numbers; finite, at least 0.
+
+    Raises:
+        ValueError: a shape, a dtype or a value is not as above; the message names the argument.
+    """
+    _check_matrix("logits", logits, FLOAT_DTYPES)
+    num_rows, num_columns = logits.shape
+    _require(0 <= num_vectors < 2**31, f"num_vectors must be between 0 and 2^31 - 1, got {num_vectors}")
+    if candidates is None:
+        _require(num_columns == num_vectors, f"logits must have num_vectors={num_vectors} columns when there are no "
+                 f"candidates, got {num_columns}")  # fmt: skip
+    else:
+        _check_matrix("candidates", candidates, CANDIDATE_DTYPES, tuple(logits.shape))
+        _require(
+            num_vectors <= torch.iinfo(candidates.dtype).max + 1, f"candidates must be int32 for {num_vectors} vectors"
+        )
+        _require(
+            num_columns <= num_vectors, f"logits must have at most num_vectors={num_vectors} columns, got {num_columns}"
+        )
+    _require(0 <= std < math.inf, f"std must be finite and not negative, got {std}")
+
+    words = draw_words(num_rows, num_vectors, seed)
+    if candidates is not None:
+        words, order = words.sort(dim=1, descending=True, stable=True)
+        words = words[:, :num_columns]
+        candidates.copy_(order[:, :num_columns])
+    logits.copy_(_round_to_24_bits(standard_normal(words) * std).to(accumulation_dtype(logits.dtype)))
+
+
+def draw_words(num_rows: int, num_columns: int, seed: int) -> Tensor:
+    """(rows, columns), int64: the 32-bit word of each place. The counter of four neighbouring columns is
+    `(column // 4, row % 2^32, row // 2^32, stream)`, with stream 0 for logits; a column's word is the one at `column % 4`."""
+    quarters = torch.arange(-(-num_columns // 4))
+    rows = torch.arange(num_rows)[:, None]
+    counter = torch.broadcast_tensors(quarters, rows & _LOW, rows >> 32, torch.zeros((), dtype=torch.int64))
+    return philox(seed, torch.stack(counter, dim=-1)).flatten(1)[:, :num_columns]
+
+
+def philox(key: int, counter: Tensor) -> Tensor:
+    """Philox 4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011).
+
+    Args:
+        key: 64 bits, signed or not; the low half is the first word of the key.
+        counter: (..., 4), int64: words of 32 bits.
+
+    Returns:
+        (..., 4), int64: words of 32 bits.
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key & _LOW, key >> 32 & _LOW
+    for _ in range(10):
+        high0, low0 = _product(0xD2511F53, c0)
+        high1, low1 = _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def standard_normal(words: Tensor) -> Tensor:
+    """The quantile of the standard normal distribution at `(word + 0.5) / 2^32`, strictly increasing in the word.
+
+    By PPND16 of Wichura's AS 241 (Applied Statistics 37, 1988), without its third formula, for probabilities below e^-25. Each
+    operation is one that IEEE 754 rounds exactly, so that there is one right answer, to the last bit.
+
+    Args:
+        words: int64, 0 to 2^32 - 1.
+
+    Returns:
+        float64, of the same shape.
+    """
+    q = (words.double() - 2.0**31 + 0.5) * 2.0**-32  # the probability less one half, exactly
+    central = q * _polynomial(_CENTRAL_ABOVE, 0.180625 - q * q) / _polynomial(_CENTRAL_BELOW, 0.180625 - q * q)
+    t = torch.sqrt(-_logarithm(0.5 - q.abs())) - 1.6
+    tail = _polynomial(_TAIL_ABOVE, t) / _polynomial(_TAIL_BELOW, t)
+    return torch.where(q.abs() <= 0.425, central, torch.where(q < 0, -tail, tail))
+
+
+_LOW = 2**32 - 1
+_CENTRAL_ABOVE = (2.5090809287301226727e3, 3.3430575583588128105e4, 6.7265770927008700853e4, 4.5921953931549871457e4,
+                  1.3731693765509461125e4, 1.9715909503065514427e3, 1.3314166789178437745e2, 3.3871328727963666080)  # fmt: skip
+_CENTRAL_BELOW = (5.2264952788528545610e3, 2.8729085735721942674e4, 3.9307895800092710610e4, 2.1213794301586595867e4,
+                  5.3941960214247511077e3, 6.8718700749205790830e2, 4.2313330701600911252e1, 1.0)  # fmt: skip
+_TAIL_ABOVE = (7.74545014278341407640e-4, 2.27238449892691845833e-2, 2.41780725177450611770e-1, 1.27045825245236838258,
+               3.64784832476320460504, 5.76949722146069140550, 4.63033784615654529590, 1.42343711074968357734)  # fmt: skip
+_TAIL_BELOW = (1.05075007164441684324e-9, 5.47593808499534494600e-4, 1.51986665636164571966e-2, 1.48103976427480074590e-1,
+               6.89767334985100004550e-1, 1.67638483018380384940, 2.05319162663775882187, 1.0)  # fmt: skip
+_ARTANH = tuple(2.0 / n for n in range(19, 0, -2))  # of 2 artanh(s) / s in s^2
+
+
+def _product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """The two 32-bit words of a product of two, high and low, in steps that fit in 63 bits."""
+    upper, lower = constant * (word >> 16), constant * (word & 0xFFFF)
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _LOW
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """The highest power first. No operation that could be fused."""
+    value = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + coefficient
+    return value
+
+
+def _logarithm(x: Tensor) -> Tensor:
+    """ln x = e ln 2 + 2 artanh((m - 1) / (m + 1)) of x = 2^e m with m from sqrt(1/2) to sqrt(2); x normal, greater than 0."""
+    sqrt_half = 0x3FE6A09E667F3BCD
+    bits = x.view(torch.int64) + (0x3FF0000000000000 - sqrt_half)
+    exponent = ((bits >> 52) - 1023).double()
+    m = ((bits & (2**52 - 1)) + sqrt_half).view(torch.float64)
+    s = (m - 1.0) / (m + 1.0)
+    return exponent * math.log(2) + s * _polynomial(_ARTANH, s * s)
+
+
+def _round_to_24_bits(x: Tensor) -> Tensor:
+    """float64 to as many bits as float32 has, to nearest even: what a conversion does, but for numbers outside its range."""
+    bits = x.view(torch.int64)
+    return ((bits + 0x0FFFFFFF + (bits >> 29 & 1)) & ~0x1FFFFFFF).view(torch.float64)
 
 
 def _best_columns(logits: Tensor, candidates: Tensor | None, k: int) -> Tensor:

@@ -8,6 +8,10 @@ namespace vblora::cpu {
 
 constexpr int64_t kScratch = 5;  // doubles that a row's entry needs: value, vector, column, address, weight
 
+constexpr int64_t kDrawn = 256;  // words of a row that are drawn at once
+// Candidates of a row that are kept until they are sorted: enough that this is rarely more than once.
+[[maybe_unused]] static inline int64_t draw_keys(int64_t columns) { return 2 * columns + kDrawn; }
+
 struct Kernels {
   const char* name;
   // Rows [begin, end) of the problem. scratch: k * kScratch doubles.
@@ -16,6 +20,8 @@ struct Kernels {
   void (*backward_logits)(const AdmixtureBackward&, int64_t begin, int64_t end);
   // Columns [begin, end) of grad_bank. scratch: (vectors, end - begin) accumulators.
   void (*backward_bank)(const AdmixtureBackward&, int64_t begin, int64_t end, void* scratch);
+  // Rows [begin, end) of the problem. scratch: 2 * draw_keys(columns) integers.
+  void (*draw)(const Draw&, int64_t begin, int64_t end, uint64_t* scratch);
 };
 
 const Kernels& kernels();

@@ -66,7 +66,16 @@ def test_compose(problem):
     torch.testing.assert_close(reference.compose(bank, vectors, weights), subvectors)
 
 
-@pytest.mark.parametrize("operator", ["admixture", "admixture_backward", "compose"])
+def test_draw_logits():
+    drawn = {}
+    for name, draw in {"native": torch.ops.vblora.draw_logits_, "reference": reference.draw_logits_}.items():
+        drawn[name] = torch.empty(6, 20), torch.empty(6, 20, dtype=torch.int16)
+        draw(*drawn[name], 500, -7, 0.02)
+        assert drawn[name][0]._version == 1
+    assert all(map(torch.equal, drawn["native"], drawn["reference"]))
+
+
+@pytest.mark.parametrize("operator", ["admixture", "admixture_backward", "compose", "draw_logits_"])
 def test_a_cuda_build_has_cuda_operators(operator):
     # Under a torch without CUDA, too: it is one binary.
     registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"vblora::{operator}", "CUDA")

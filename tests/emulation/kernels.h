@@ -7,6 +7,7 @@
 
 namespace vblora_emulation {
 
+void draw(const vblora::Draw& problem);
 void admixture(const vblora::Admixture& problem);
 void compose(const vblora::Composition& problem);
 void admixture_backward(const vblora::AdmixtureBackward& problem, void* workspace);

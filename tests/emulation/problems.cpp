@@ -134,6 +134,18 @@ struct Problems {
                                .length = length,
                                .k = k});
   }
+  void draw() {
+    vblora_emulation::draw(
+        {.type = type,
+         .candidate_type = candidate_type,
+         .logits = output("logits", type, rows * columns),
+         .candidates = options.has("candidates") ? output("candidates", candidate_type, rows * columns) : nullptr,
+         .rows = rows,
+         .columns = columns,
+         .vectors = vectors,
+         .seed = static_cast<uint64_t>(options.number("seed", 0)),
+         .std = 0.02});
+  }
   void admixture_backward() {
     const Type grad_type = options.type("out", type);
     const bool need_logits = options.number("need_logits", 1), need_bank = options.number("need_bank", 1);
@@ -176,6 +188,7 @@ int main(int argc, char** argv) {
   try {
     if (op == "admixture") problems.admixture();
     else if (op == "compose") problems.compose();
+    else if (op == "draw") problems.draw();
     else if (op == "admixture_backward") problems.admixture_backward();
     else throw std::runtime_error("no operator of this name: " + op);
   } catch (const std::exception& error) {

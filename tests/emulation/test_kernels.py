@@ -49,6 +49,16 @@ PROBLEMS += [  # ways through the kernels that these sizes leave out
     "admixture_backward rows=3000 columns=300 length=24 k=2 popular=2 out=bf16",
     "admixture_backward rows=2500 columns=5000 length=16 k=2 popular=2 need_logits=0",  # several vectors a bucket
 ]
+PROBLEMS += [
+    *(f"draw rows=3 columns={columns} type={type}" for columns in (1, 257, 2048) for type in TYPES),
+    "draw rows=7 columns=1 vectors=1 candidates=i16",
+    "draw rows=7 columns=1 vectors=255 candidates=i32 type=f64",
+    "draw rows=33 columns=128 vectors=2048 candidates=i16",
+    "draw rows=3 columns=300 vectors=300 candidates=i16 type=bf16",
+    "draw rows=3 columns=1024 vectors=1025 candidates=i32 type=f16",
+    "draw rows=2 columns=2999 vectors=5000 candidates=i16",  # in three rounds
+    "draw rows=1 columns=3 vectors=700000 candidates=i32",  # more words alike in their first 8 bits than can be sorted
+]
 
 
 # Of these, every byte is to be written exactly once. (Not of weights: for a large k they are normalised in place.)
@@ -56,6 +66,7 @@ OUTPUTS = {
     "admixture": ("subvectors", "indices"),
     "compose": ("subvectors",),
     "admixture_backward": ("grad_logits", "grad_bank"),
+    "draw": ("logits", "candidates"),
 }
 
 

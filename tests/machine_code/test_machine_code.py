@@ -21,7 +21,7 @@ def test_compiles_for_every_architecture_without_warnings(unit):
     assert toolkit.compile_kernels(unit).warnings == ()
     instances = {arch: {k.instance for k in kernels(unit) if k.arch == arch} for arch in toolkit.architectures()}
     assert len(set(map(frozenset, instances.values()))) == 1
-    assert all(len(found) >= 10 for found in instances.values())
+    assert all(len(found) >= 8 for found in instances.values())
 
 
 @UNITS
@@ -72,11 +72,12 @@ def test_instructions(unit, arch):
     for name, opcodes in found.items():
         assert "EXIT" in opcodes, name
         assert not [o for o in opcodes if re.match("LDL|STL", o)], f"{name} uses local memory"
-        # One kernel changes integers in shared memory atomically. Nothing in global memory is, nor anything by trying
+        # Two kernels change integers in shared memory atomically. Nothing in global memory is, nor anything by trying
         # until it works, as those float atomics are that the hardware lacks.
         atomics = {o for o in opcodes if re.match("ATOM|RED(?!UX)|CAS", o)}
-        assert not [o for o in atomics if not re.match(r"ATOMS\.MAX(\.S32)?$", o)], f"{name}: {atomics}"
-        assert not atomics or name.endswith("void>"), f"{name}: {atomics}"
+        allowed = r"ATOMS\.(ADD|POPC\.INC\.32)$" if name.startswith("draw_largest") else r"ATOMS\.MAX(\.S32)?$"
+        assert not [o for o in atomics if not re.match(allowed, o)], f"{name}: {atomics}"
+        assert not atomics or name.startswith("draw_largest") or name.endswith("void>"), f"{name}: {atomics}"
 
 
 @DISASSEMBLED
@@ -87,6 +88,8 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(unit, arch):
     for name, opcodes in instructions(unit, arch).items():
         if "any_k" in name or "void" in name or "double" in name:
             continue  # the general paths read element by element, and 16 bytes of float64 may be fewer of another type
+        if name.startswith("draw"):
+            continue  # which reads nothing, and writes less than it computes
         assert any(re.match(r"LDG\.E\.128", o) for o in opcodes), (
             f"{name} reads {sorted(o for o in opcodes if 'LDG' in o)}"
         )

@@ -32,6 +32,12 @@ def main(seed: int) -> None:
         some = torch.randint(len(inputs.bank), (case.rows, case.k), generator=generator)
         composed = torch.ops.vblora.compose(inputs.bank, some, inputs.grad_weights, case.out_dtype)
         results = {"inputs": given, "forward": forward, "backward": backward, "compose": (composed,)}
+        drawn = [torch.empty_like(inputs.logits)]
+        torch.ops.vblora.draw_logits_(drawn[0], None, case.columns, seed, 0.02)
+        if inputs.candidates is not None:
+            drawn += [torch.empty_like(inputs.logits), torch.empty_like(inputs.candidates)]
+            torch.ops.vblora.draw_logits_(*drawn[1:], 3 * case.columns, seed, 0.02)
+        results["draw_logits_"] = tuple(drawn)
         for name, tensors in results.items():
             print(f"{case} {name}", digest(tensors), sep="\t")
 

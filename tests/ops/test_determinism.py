@@ -84,6 +84,24 @@ def test_rows_do_not_depend_on_each_other(backend, generator):
 
 
 @pytest.mark.backends("cpu")
+@pytest.mark.usefixtures("_threads_restored")
+@pytest.mark.parametrize("columns", [None, 20], ids=["dense", "candidates"])
+def test_draws_over_numbers_of_threads(backend, columns):
+    def draw() -> list[torch.Tensor]:
+        logits = torch.empty(5003, columns or 300)
+        candidates = None if columns is None else torch.empty_like(logits, dtype=torch.int16)
+        backend.ops.draw_logits_(logits, candidates, 300, 11, 1.0)
+        return [logits] if candidates is None else [logits, candidates]
+
+    torch.set_num_threads(1)
+    alone = draw()
+    for threads in (2, 3, 5, 16):
+        torch.set_num_threads(threads)
+        for result, want in zip(draw(), alone, strict=True):
+            assert_same_bits(result, want)
+
+
+@pytest.mark.backends("cpu")
 def test_called_from_several_threads_at_once(backend, generator):
     cases = [CASES[3], Case(torch.float32, rows=500, columns=64, length=64, k=2)] * 3
     inputs = [make_inputs(case, generator, backend.device) for case in cases]

@@ -1,0 +1,121 @@
+// Normals by place, and the largest of a row's. Compiled once an instruction set, as forward.cpp is and under the same
+// rule; hence a sort of its own.
+#include "../../random.h"
+#include "../kernels.h"
+#include "rows.h"
+
+namespace vblora::cpu {
+namespace {
+
+// The words of columns [column, column + kDrawn) of a row; column is a multiple of 4.
+void draw_run(uint64_t seed, int64_t row, int64_t column, uint32_t* words) {
+  for (int64_t i = 0; i < kDrawn / 4; ++i) {
+    const Words drawn = draw_words(seed, Stream::logits, row, column / 4 + i);
+    for (int64_t j = 0; j < 4; ++j) words[4 * i + j] = drawn.word[j];
+  }
+}
+
+template <class T>
+void draw_all(const Draw& problem, int64_t row) {
+  T* logits = static_cast<T*>(problem.logits) + row * problem.columns;
+  uint32_t words[kDrawn];
+  double normals[kDrawn];
+  for (int64_t column = 0; column < problem.columns; column += kDrawn) {
+    draw_run(problem.seed, row, column, words);
+    for (int64_t i = 0; i < kDrawn; ++i) normals[i] = draw_normal(words[i], problem.std);
+    const int64_t count = problem.columns - column < kDrawn ? problem.columns - column : kDrawn;
+    for (int64_t i = 0; i < count; ++i) store(logits + column + i, normals[i]);
+  }
+}
+
+// Sorts keys in descending order, by merging runs to and fro. Returns where they end up: `keys` or `other`.
+uint64_t* sort_keys(uint64_t* keys, uint64_t* other, int64_t count) {
+  for (int64_t run = 1; run < count; run *= 2) {
+    for (int64_t begin = 0; begin < count; begin += 2 * run) {
+      const int64_t middle = begin + run < count ? begin + run : count,
+                    end = middle + run < count ? middle + run : count;
+      int64_t left = begin, right = middle, to = begin;
+      while (left < middle && right < end) {
+        const bool first = keys[left] > keys[right];
+        other[to++] = first ? keys[left] : keys[right];
+        left += first;
+        right += !first;
+      }
+      while (left < middle) other[to++] = keys[left++];
+      while (right < end) other[to++] = keys[right++];
+    }
+    uint64_t* merged = other;
+    other = keys;
+    keys = merged;
+  }
+  return keys;
+}
+
+// A word that most likely at least `wanted` of a row's reach: on average, four standard deviations more do.
+uint32_t likely_threshold(int64_t wanted, int64_t vectors) {
+  const double expected = static_cast<double>(wanted) + 4.0 * sqrt(static_cast<double>(wanted)) + 8.0;
+  const double share = expected / static_cast<double>(vectors);
+  return share < 1.0 ? static_cast<uint32_t>((1.0 - share) * 0x1p32) : 0;
+}
+
+// The largest words of a row in descending order, then by column in ascending order: as keys of the word and, below it,
+// the column's complement. `keys` and `other` have room for draw_keys(columns). Words below the threshold are not
+// looked at, unless it turns out to be too high.
+const uint64_t* select(const Draw& problem, int64_t row, uint32_t threshold, uint64_t* keys, uint64_t* other) {
+  uint32_t words[kDrawn];
+  int64_t found = 0;
+  for (int64_t column = 0; column < problem.vectors; column += kDrawn) {
+    if (found + kDrawn > draw_keys(problem.columns)) {  // no room: the best so far are enough
+      uint64_t* sorted = sort_keys(keys, other, found);
+      other = sorted == keys ? other : keys;
+      keys = sorted;
+      found = problem.columns;
+      threshold = static_cast<uint32_t>(keys[found - 1] >> 32);
+    }
+    draw_run(problem.seed, row, column, words);
+    const int64_t count = problem.vectors - column < kDrawn ? problem.vectors - column : kDrawn;
+    for (int64_t i = 0; i < count; ++i) {
+      keys[found] = uint64_t{words[i]} << 32 | static_cast<uint32_t>(~(column + i));
+      found += words[i] >= threshold;
+    }
+  }
+  if (found < problem.columns) return select(problem, row, 0, keys, other);
+  return sort_keys(keys, other, found);
+}
+
+template <class T, class Index>
+void draw_largest(const Draw& problem, int64_t begin, int64_t end, uint64_t* scratch) {
+  const int64_t columns = problem.columns;
+  const uint32_t threshold = likely_threshold(columns, problem.vectors);
+  for (int64_t row = begin; columns > 0 && row < end; ++row) {
+    const uint64_t* keys = select(problem, row, threshold, scratch, scratch + draw_keys(columns));
+    T* logits = static_cast<T*>(problem.logits) + row * columns;
+    Index* candidates = static_cast<Index*>(problem.candidates) + row * columns;
+    for (int64_t i = 0; i < columns; ++i) {
+      store(logits + i, draw_normal(static_cast<uint32_t>(keys[i] >> 32), problem.std));
+      candidates[i] = static_cast<Index>(~static_cast<uint32_t>(keys[i]));
+    }
+  }
+}
+
+}  // namespace
+
+namespace VBLORA_ISA {
+
+void draw(const Draw& problem, int64_t begin, int64_t end, uint64_t* scratch);
+
+void draw(const Draw& problem, int64_t begin, int64_t end, uint64_t* scratch) {
+  with_type(problem.type, [&](auto element) {
+    using T = decltype(element);
+    if (!problem.candidates) {
+      for (int64_t row = begin; row < end; ++row) draw_all<T>(problem, row);
+    } else if (problem.candidate_type == Type::i16) {
+      draw_largest<T, int16_t>(problem, begin, end, scratch);
+    } else {
+      draw_largest<T, int32_t>(problem, begin, end, scratch);
+    }
+  });
+}
+
+}  // namespace VBLORA_ISA
+}  // namespace vblora::cpu
