@@ -36,7 +36,7 @@ static VBLORA_BOTH inline Words draw_words(uint64_t seed, Stream stream, int64_t
                         static_cast<uint32_t>(stream)}});
 }
 
-// ln x of a normal x > 0, to 2e-16 of the result where x < 0.1: x = 2^e m with m from sqrt(1/2) to sqrt(2), and
+// ln x of a normal x > 0, to 3e-16 of the result where x < 0.1: x = 2^e m with m from sqrt(1/2) to sqrt(2), and
 // ln m = 2 artanh(s) with s = (m - 1) / (m + 1), |s| < 0.172; the first term of its series left out is below 1e-17.
 static VBLORA_BOTH inline double logarithm(double x) {
   constexpr uint64_t sqrt_half = 0x3fe6a09e667f3bcdu, mantissa = 0x000fffffffffffffu;
