@@ -63,7 +63,7 @@ static VBLORA_BOTH inline double logarithm(double x) {
 // exactly, in a fixed order; no fused ones, so nothing here may be compiled with contraction (CMakeLists.txt).
 //
 // Strictly increasing in the word: neighbouring quantiles are at least 2^-32 sqrt(2 pi) = 5.8e-10 apart and the error
-// is some 1e-15. So words can be compared in place of normals.
+// is below 3e-15. So words can be compared in place of normals.
 static VBLORA_BOTH inline double standard_normal(uint32_t word) {
   // The probability less one half, exactly; through int32, which every instruction set converts.
   const double q = (static_cast<double>(static_cast<int32_t>(word ^ 0x80000000u)) + 0.5) * 0x1p-32;
