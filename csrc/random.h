@@ -36,7 +36,7 @@ static VBLORA_BOTH inline Words draw_words(uint64_t seed, Stream stream, int64_t
                         static_cast<uint32_t>(stream)}});
 }
 
-// ln x of a normal x > 0, to 2e-16 of the result where x < 0.1: x = 2^e m with m from sqrt(1/2) to sqrt(2), and
+// ln x of a normal x > 0, to 3e-16 of the result where x < 0.1: x = 2^e m with m from sqrt(1/2) to sqrt(2), and
 // ln m = 2 artanh(s) with s = (m - 1) / (m + 1), |s| < 0.172; the first term of its series left out is below 1e-17.
 static VBLORA_BOTH inline double logarithm(double x) {
   constexpr uint64_t sqrt_half = 0x3fe6a09e667f3bcdu, mantissa = 0x000fffffffffffffu;
@@ -63,7 +63,7 @@ static VBLORA_BOTH inline double logarithm(double x) {
 // exactly, in a fixed order; no fused ones, so nothing here may be compiled with contraction (CMakeLists.txt).
 //
 // Strictly increasing in the word: neighbouring quantiles are at least 2^-32 sqrt(2 pi) = 5.8e-10 apart and the error
-// is some 1e-15. So words can be compared in place of normals.
+// is below 3e-15. So words can be compared in place of normals.
 static VBLORA_BOTH inline double standard_normal(uint32_t word) {
   // The probability less one half, exactly; through int32, which every instruction set converts.
   const double q = (static_cast<double>(static_cast<int32_t>(word ^ 0x80000000u)) + 0.5) * 0x1p-32;
