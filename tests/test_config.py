@@ -12,6 +12,7 @@ from vblora.config import PEFT_METADATA
 def test_names_and_defaults_are_pefts():
     ours = {field.name: field.default for field in dataclasses.fields(vblora.VBLoRAConfig)}
     theirs = peft.VBLoRAConfig()
+    assert (ours.pop("num_candidates"), ours.pop("seed")) == (128, None)  # which PEFT does not have
     for name, default in ours.items():
         assert getattr(theirs, name) == default, name
     left_out = set(vars(theirs)) - set(ours) - PEFT_METADATA
@@ -25,6 +26,11 @@ def test_names_and_defaults_are_pefts():
         ({"r": 2.0}, TypeError, "`r` is 2.0"),
         ({"topk": True}, TypeError, "`topk` is True"),
         ({"topk": 9, "num_vectors": 8}, ValueError, "`topk` is 9.*8"),
+        ({"num_candidates": 0}, ValueError, "`num_candidates` is 0"),
+        ({"num_candidates": 1.5}, TypeError, "`num_candidates` is 1.5"),
+        ({"num_candidates": 2, "topk": 3}, ValueError, "`num_candidates` is 2.*`topk`, 3"),
+        ({"seed": 2**63}, ValueError, "`seed` is 9223372036854775808"),
+        ({"seed": "0"}, TypeError, "`seed` is '0'"),
         ({"vblora_dropout": 1.0}, ValueError, "vblora_dropout"),
         ({"vblora_dropout": -0.1}, ValueError, "vblora_dropout"),
         ({"init_vector_bank_bound": 0.0}, ValueError, "init_vector_bank_bound"),

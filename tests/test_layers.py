@@ -11,7 +11,9 @@ from tests.small_models import ComposedRows, relative_error
 def explicit(layer: vblora.VBLinear, x: torch.Tensor) -> torch.Tensor:
     """The layer's formula, from the oracle's sub-vectors."""
     adapter = layer.adapter
-    subvectors, _, _ = vblora.reference.admixture(adapter.logits, adapter.bank.vectors, None, adapter.topk)
+    subvectors, _, _ = vblora.reference.admixture(
+        adapter.logits, adapter.bank.vectors, adapter.candidates, adapter.topk
+    )
     rows = adapter.r * layer.in_features // adapter.bank.vector_length
     A, B = subvectors[:rows].reshape(adapter.r, -1), subvectors[rows:].reshape(adapter.r, -1)
     return layer.base_layer(x) + x @ A.T @ B

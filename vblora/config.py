@@ -83,7 +83,9 @@ class VBLoRAConfig:
         if self.num_candidates is not None:
             check_count("num_candidates", self.num_candidates)
             if self.num_candidates < self.topk:
-                raise ValueError(f"`num_candidates` is {self.num_candidates}, but must be at least `topk`, {self.topk}.")
+                raise ValueError(
+                    f"`num_candidates` is {self.num_candidates}, but must be at least `topk`, {self.topk}."
+                )
         if self.seed is not None:
             if not isinstance(self.seed, int) or isinstance(self.seed, bool):
                 raise TypeError(f"`seed` is {self.seed!r}, but must be an integer.")

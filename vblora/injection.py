@@ -150,7 +150,9 @@ class Plan:
         if not isinstance(config, VBLoRAConfig):
             raise TypeError(f"`config` is a {type(config).__name__}; it must be a vblora.VBLoRAConfig.")
         if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
-            raise TypeError(f"`model` is a {type(model).__name__}, which is never called. Inject the model that holds it.")
+            raise TypeError(
+                f"`model` is a {type(model).__name__}, which is never called. Inject the model that holds it."
+            )
         if hasattr(model, "_orig_mod"):
             raise TypeError("`model` is a compiled one. Inject the model first, then call torch.compile.")
         if any(isinstance(module, AdaptedLinear) for module in model.modules()):

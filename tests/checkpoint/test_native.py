@@ -7,16 +7,18 @@ import torch
 
 import vblora
 from tests.small_models import bert, gpt2, llama
-from vblora.checkpoint import native
+from vblora import files
+from vblora.checkpoint import folder, native
 
 SIZES = {"r": 2, "num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 1.0}
 IDS = torch.randint(3, 50, (2, 7))
 
 
 def trained(make, **choice):
+    choice = SIZES | choice
     torch.manual_seed(0)
     base = make().eval()
-    model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(**SIZES, **choice))
+    model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(**choice))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -32,7 +34,11 @@ def test_round_trip(make, choice, tmp_path):
     loaded = vblora.load(copy.deepcopy(base), tmp_path / "a" / "b")
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {native.CONFIG_FILE, native.TENSORS_FILE}
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {
+        folder.CONFIG_FILE,
+        folder.TENSORS_FILE,
+        "README.md",
+    }
     vblora.eject(loaded)
     assert torch.equal(loaded(IDS).logits, base(IDS).logits)
 
@@ -51,8 +57,8 @@ def test_a_merged_model_saves_the_same(tmp_path):
     vblora.save(model, tmp_path / "before")
     vblora.merge(model)
     vblora.save(model, tmp_path / "after")
-    configs = [(tmp_path / name / native.CONFIG_FILE).read_bytes() for name in ("before", "after")]
-    tensors = [safetensors.torch.load_file(tmp_path / name / native.TENSORS_FILE) for name in ("before", "after")]
+    configs = [(tmp_path / name / folder.CONFIG_FILE).read_bytes() for name in ("before", "after")]
+    tensors = [safetensors.torch.load_file(tmp_path / name / folder.TENSORS_FILE) for name in ("before", "after")]
     assert configs[0] == configs[1]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
@@ -105,12 +111,13 @@ def test_loading_leaves_an_adapters_flags_and_the_random_state_alone(tmp_path):
 
 def test_config_is_in_pefts_names(tmp_path):
     vblora.save(trained(bert)[1], tmp_path)
-    config = json.loads((tmp_path / native.CONFIG_FILE).read_text())
-    assert config["peft_type"] == "VBLORA" and config["num_vectors"] == 16 and config["r"] == 2
+    config = json.loads((tmp_path / folder.CONFIG_FILE).read_text())
+    assert config["format"] == "vblora" and config["num_vectors"] == 16 and config["r"] == 2
+    assert "peft_type" not in config  # PEFT would take the folder for its own, and load nothing from it
 
 
-def change_tensors(folder, change):
-    path = folder / native.TENSORS_FILE
+def change_tensors(directory, change):
+    path = directory / folder.TENSORS_FILE
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = safetensors.torch.load_file(path)
@@ -118,52 +125,90 @@ def change_tensors(folder, change):
     safetensors.torch.save_file(tensors, path, metadata)
 
 
-def change_config(folder, **values):
-    path = folder / native.CONFIG_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def change_description(directory, **values):
+    path = directory / folder.TENSORS_FILE
+    with safetensors.safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()[native.METADATA])
+    config = {name: values.pop(name) for name in list(values) if name not in description}
+    description |= values
+    description["config"] |= config
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, {native.METADATA: json.dumps(description)})
+
+
+def tensors(**changes):
+    return lambda d: change_tensors(d, lambda t: t.update({name: change(t[name]) for name, change in changes.items()}))
 
 
 DAMAGES = {
-    "no tensors": (lambda d: (d / native.TENSORS_FILE).unlink(), FileNotFoundError, "adapter_model.safetensors"),
-    "no config": (lambda d: (d / native.CONFIG_FILE).unlink(), FileNotFoundError, "adapter_config.json"),
+    "no tensors": (lambda d: (d / folder.TENSORS_FILE).unlink(), FileNotFoundError, "adapter_model.safetensors"),
     "cut short": (
-        lambda d: (d / native.TENSORS_FILE).write_bytes((d / native.TENSORS_FILE).read_bytes()[:-9]),
+        lambda d: (d / folder.TENSORS_FILE).write_bytes((d / folder.TENSORS_FILE).read_bytes()[:-9]),
         ValueError,
         "damaged",
     ),
-    "empty": (lambda d: (d / native.TENSORS_FILE).write_bytes(b""), ValueError, "damaged"),
-    "no JSON": (lambda d: (d / native.CONFIG_FILE).write_text("{"), ValueError, "no JSON"),
-    "another method": (lambda d: change_config(d, peft_type="LORA"), ValueError, "VBLORA"),
-    "unknown field": (lambda d: change_config(d, scale=3), ValueError, "`scale`"),
-    "value out of range": (lambda d: change_config(d, r=0), ValueError, "`r` is 0"),
+    "empty": (lambda d: (d / folder.TENSORS_FILE).write_bytes(b""), ValueError, "damaged"),
+    "of somebody else": (
+        lambda d: safetensors.torch.save_file({"weight": torch.ones(1)}, d / folder.TENSORS_FILE),
+        ValueError,
+        "no adapter of vblora's",
+    ),
+    "another version": (lambda d: change_description(d, version=2), ValueError, "version 2"),
+    "another form": (lambda d: change_description(d, form="x"), ValueError, "form 'x'"),
+    "unknown field": (lambda d: change_description(d, scale=3), ValueError, "`scale`"),
+    "value out of range": (lambda d: change_description(d, r=0), ValueError, "`r` is 0"),
     "no bank": (
         lambda d: change_tensors(d, lambda t: t.pop("bank.vectors")),
         ValueError,
-        "lacks tensor `bank.vectors`",
+        "lacks its vector bank, tensor `bank.vectors`",
     ),
     "extra tensor": (
         lambda d: change_tensors(d, lambda t: t.update(x=torch.ones(1))),
         ValueError,
         "unknown tensor `x`",
     ),
-    "wrong shape": (
-        lambda d: change_tensors(d, lambda t: t.update(logits=t["logits"][1:].clone())),
+    "NaN": (tensors(**{"bank.vectors": lambda t: t.fill_(float("nan"))}), ValueError, "NaN"),
+    "a bank of integers": (tensors(**{"bank.vectors": lambda t: t.int()}), ValueError, "int32"),
+    "a bank without scales": (tensors(**{"bank.vectors": lambda t: t.to(torch.int8)}), ValueError, "scales"),
+    "fewer layers": (
+        lambda d: change_description(d, target_modules=["key"]),
         ValueError,
-        "`logits` is",
+        "the model adapts .*key., it does not",
     ),
-    "wrong dtype": (lambda d: change_tensors(d, lambda t: t.update(logits=t["logits"].int())), ValueError, "int32"),
-    "NaN": (lambda d: change_tensors(d, lambda t: t["bank.vectors"].fill_(float("nan"))), ValueError, "NaN"),
-    "fewer layers": (lambda d: change_config(d, target_modules=["key"]), ValueError, "lists 4 layers, the model has 2"),
-    "other layers": (lambda d: change_config(d, target_modules=["query", "key"]), ValueError, "value.*key"),
-    "other sizes": (lambda d: change_config(d, vector_length=4), ValueError, "is \\("),
+    "other sizes": (lambda d: change_description(d, vector_length=4), ValueError, "is \\("),
+    "no layers": (lambda d: change_description(d, targets=[]), ValueError, "no layer"),
+    "a layer of no width": (lambda d: change_description(d, targets=[["x", 0, 8]]), ValueError, "0 -> 8"),
+    "huge layers": (lambda d: change_description(d, targets=[["x", 8 << 40, 8]]), ValueError, "integers of|must be"),
+    "no description": (lambda d: change_description(d, targets=7), ValueError, "description"),
 }
+RESUME = {
+    "lengths missing": (lambda d: change_tensors(d, lambda t: t.pop("logits.lengths")), ValueError, "logits.lengths"),
+    "lengths wrong": (tensors(**{"logits.lengths": lambda t: (t - 1).relu()}), ValueError, "values are"),
+    "lengths too large": (tensors(**{"logits.lengths": lambda t: t + 1000}), ValueError, "length of"),
+    "lengths negative": (tensors(**{"logits.lengths": lambda t: t - 1000}), ValueError, "length of"),
+    "values too few": (tensors(**{"logits.values": lambda t: t[1:].clone()}), ValueError, "values"),
+    "values of another type": (tensors(**{"logits.values": lambda t: t.double()}), ValueError, "float64"),
+    "logits NaN": (tensors(**{"logits.values": lambda t: t * float("nan")}), ValueError, "`logits` holds NaN"),
+    "exhausted": (tensors(exhausted=lambda t: t[1:].clone()), ValueError, "integers of 1 bits"),
+}
+DEPLOY = {
+    "weights missing": (lambda d: change_tensors(d, lambda t: t.pop("weights")), ValueError, "lacks tensor `weights`"),
+    "weights of another shape": (tensors(weights=lambda t: t[1:].clone()), ValueError, "`weights` is"),
+    "weights infinite": (tensors(weights=lambda t: t / 0), ValueError, "infinite"),
+    "weights integer": (tensors(weights=lambda t: t.int()), ValueError, "floating-point"),
+    "indices too few": (tensors(indices=lambda t: t[1:].clone()), ValueError, "integers of 5 bits"),
+    "indices out of range": (tensors(indices=lambda t: t.fill_(255)), ValueError, "`indices` holds 31"),
+}
+ALL_DAMAGES = [
+    *(("resume", name) for name in DAMAGES | RESUME),
+    *(("deploy", name) for name in DAMAGES | DEPLOY),
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_bad_folder_is_refused_and_changes_nothing(damage, tmp_path):
-    harm, error, message = DAMAGES[damage]
-    base, model = trained(bert)
-    vblora.save(model, tmp_path)
+@pytest.mark.parametrize(("form", "damage"), ALL_DAMAGES)
+def test_a_bad_folder_is_refused_and_changes_nothing(form, damage, tmp_path):
+    harm, error, message = (DAMAGES | RESUME | DEPLOY)[damage]
+    base, model = trained(bert, num_vectors=17, num_candidates=8)
+    vblora.save(model, tmp_path, form=form)
     harm(tmp_path)
     target = copy.deepcopy(base)
     with pytest.raises(error, match=message):
@@ -183,7 +228,7 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(native.os, "replace", fails)
+    monkeypatch.setattr(files.os, "replace", fails)
     with pytest.raises(OSError, match="disk full"):
         vblora.save(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

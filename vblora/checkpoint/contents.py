@@ -39,9 +39,7 @@ class Contents:
         config = self.config
         columns = config.num_candidates if self.has_candidates else config.num_vectors
         dtype = self.bank.dtype
-        return draw_rows(
-            self.num_rows, config.num_vectors, columns, seed=seed, std=config.init_logits_std, dtype=dtype
-        )
+        return draw_rows(self.num_rows, config.num_vectors, columns, seed=seed, std=config.init_logits_std, dtype=dtype)
 
     def check_layout(self) -> None:
         """Refuses layers and a bank that do not go together.
@@ -149,6 +147,4 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, floating:
 def _check_range(name: str, indices: Tensor, num_vectors: int) -> None:
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < num_vectors:
         outside = indices[(indices < 0) | (indices >= num_vectors)]
-        raise ValueError(
-            f"`{name}` holds {int(outside[0])}, but there are only bank vectors 0 to {num_vectors - 1}."
-        )
+        raise ValueError(f"`{name}` holds {int(outside[0])}, but there are only bank vectors 0 to {num_vectors - 1}.")

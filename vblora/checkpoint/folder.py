@@ -176,7 +176,10 @@ def contents_of(record: Injection) -> Contents:
     if isinstance(rows, Trained):
         columns = config.num_candidates if rows.candidates is None else rows.logits.shape[1]
         config = replace(config, seed=rows.seed, num_candidates=columns)
-    beside = {name: replaced.stand_in.detach() for name, replaced in record.replaced.items()}
+    copies = {}  # what is tied stays one tensor
+    for replaced in record.replaced.values():
+        copies.setdefault(replaced.stand_in, replaced.stand_in.detach().cpu())
+    beside = {name: copies[replaced.stand_in] for name, replaced in record.replaced.items()}
     return Contents(config, adapter.targets, adapter.bank.vectors.detach().cpu(), rows, beside)
 
 

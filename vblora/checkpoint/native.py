@@ -133,9 +133,9 @@ def _decode_trained(contents: Contents, tensors: dict[str, Tensor]) -> Trained:
 
 def _decode_deployed(contents: Contents, tensors: dict[str, Tensor]) -> Deployed:
     config = contents.config
-    indices = unpack_bits(
-        _take(tensors, "indices"), _bits(config.num_vectors), contents.num_rows * config.topk
-    ).view(-1, config.topk)
+    indices = unpack_bits(_take(tensors, "indices"), _bits(config.num_vectors), contents.num_rows * config.topk).view(
+        -1, config.topk
+    )
     return Deployed(indices.to(candidate_dtype(config.num_vectors)), _take(tensors, "weights"))
 
 
