@@ -89,6 +89,32 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer) -> None:
         record.config.num_candidates = num_candidates
 
 
+def moves_untouched(model: nn.Module, optimizer: Optimizer) -> str | None:
+    """Why an optimizer moves logits that have no gradient and never had one, other than by a factor that all of them share;
+    or None, if it does not, or is none that is known.
+
+    Decoupled weight decay is such a factor. Coupled decay is not: it enters the moments, so a logit's history decides.
+    """
+    adapters = [module for module in model.modules() if isinstance(module, VBLoRAAdapter)]
+    logits = {adapter.logits for adapter in adapters if adapter.logits is not None}
+    kinds = [kind.__name__ for kind in type(optimizer).__mro__]
+    for group in optimizer.param_groups:
+        if not logits.intersection(group["params"]):
+            continue
+        for kind in kinds:
+            if kind in _NOT_ELEMENTWISE:
+                return f"{kinds[0]} scales a logit's update by other logits."
+        decay = group.get("weight_decay", 0)
+        coupled = not group.get("decoupled_weight_decay", False) and any(kind in _COUPLED for kind in kinds)
+        if decay and coupled and "AdamW" not in kinds:
+            return f"{kinds[0]} adds `weight_decay`={decay} to the logits' gradients."
+    return None
+
+
+_COUPLED = frozenset({"Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD"})
+_NOT_ELEMENTWISE = frozenset({"Adafactor", "LBFGS", "LAMB", "Lamb", "LARS", "Muon", "Shampoo", "SOAP"})
+
+
 def _trained_adapter(model: nn.Module) -> VBLoRAAdapter:
     adapters = {module: None for module in model.modules() if isinstance(module, VBLoRAAdapter)}
     if len(adapters) != 1:

@@ -65,7 +65,7 @@ def test_trains_measures_saves_and_reloads(finetune, tiny_model, table, tmp_path
     assert results["trainable"] == 16 * 16 + 16 * subvectors + head
     assert results["stored"] == 16 * 16 + round(subvectors * 2 * 1.25) + head
     assert results["file_bytes"] == sum(path.stat().st_size for path in out.glob("adapter_*"))
-    assert results["file_bytes"] >= 4 * results["trainable"]
+    assert results["file_bytes"] < 4 * results["trainable"]  # of each row, what training touched
     for figure in ("trainable", "stored"):
         assert f"{results[figure]:,}" in printed
 

@@ -72,6 +72,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--topk", type=_at_least(1), default=2, metavar="N", help="bank vectors mixed into a sub-vector (%(default)s)"
     )
     group.add_argument(
+        "--num-candidates",
+        type=_candidates,
+        default=128,
+        metavar="N",
+        help="bank vectors that a sub-vector may choose from while training, or all (%(default)s)",
+    )
+    group.add_argument(
+        "--bank",
+        type=Path,
+        metavar="FILE",
+        help="train the logits alone, on a bank from this file, which stays as it is",
+    )
+    group.add_argument(
         "--target-modules",
         type=_names,
         default=["all-linear"],
@@ -221,6 +234,10 @@ def _number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Ca
 
 def _at_least(minimum: int) -> Callable[[str], float]:
     return _number(int, f"a whole number, at least {minimum}", lambda value: value >= minimum)
+
+
+def _candidates(text: str) -> int | None:
+    return None if text == "all" else int(_number(int, "a whole number, at least 1, or all", lambda x: x >= 1)(text))
 
 
 def _names(text: str) -> list[str]:

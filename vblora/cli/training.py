@@ -25,6 +25,7 @@ from transformers.trainer_utils import PredictionOutput
 import vblora
 
 from ..injection import injection_of
+from ..integrations.transformers import CandidatesCallback
 from ..layers import widths
 from ..targets import find_targets
 from .baseline import frozen_accuracy
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:  # the Trainer wants a folder; nothing is kept in it
         settings = _training_arguments(arguments, scratch, len(train))
         trainer = _Trainer(model, settings, collate, train, optimizers=_optimizer(arguments, model, len(train)))
+        trainer.add_callback(CandidatesCallback())
         _train(arguments, task, trainer)
         try:
             after = trainer.predict(held_out, metric_key_prefix="eval")
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
                 fresh.to(settings.device)
                 how = {"epochs": arguments.epochs, "bfloat16": settings.bf16, "seed": arguments.seed}
                 frozen = frozen_accuracy(fresh, _head(fresh), train, held_out, collate, **how)
-            vblora.load(fresh, arguments.output)
+            vblora.load(fresh, arguments.output, bank=arguments.bank)
             again = _Trainer(fresh, settings, collate).predict(held_out, metric_key_prefix="eval")
         except KeyboardInterrupt:
             raise CommandError(f"interrupted; the trained adapter is in {arguments.output}.", 130) from None
@@ -211,6 +213,7 @@ def _inject(arguments: argparse.Namespace, model: nn.Module) -> None:
             r=arguments.r,
             num_vectors=arguments.num_vectors,
             topk=arguments.topk,
+            num_candidates=arguments.num_candidates,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             modules_to_save=_head(model),
         )
@@ -219,7 +222,9 @@ def _inject(arguments: argparse.Namespace, model: nn.Module) -> None:
         else:
             common = math.gcd(*(width for layer in find_targets(model, config) for width in widths(layer)))
             config.vector_length = max(b for b in range(1, min(common, _MAX_VECTOR_LENGTH) + 1) if common % b == 0)
-        vblora.inject(model, config)
+        vblora.inject(model, config, bank=arguments.bank, freeze_bank=arguments.bank is not None)
+    except FileNotFoundError as error:
+        raise CommandError(f"--bank: {error}") from None
     except (TypeError, ValueError) as error:
         raise CommandError(f"the adapter does not fit {type(model).__name__}: {error}") from None
 

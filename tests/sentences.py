@@ -1,0 +1,35 @@
+"""A real encoder and real sentences, both from packages: enough to train on in seconds."""
+
+import copy
+import functools
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from vblora.cli import data, demo
+
+
+@functools.cache
+def batches(count: int = 32, size: int = 4, max_length: int = 16) -> list[dict[str, Tensor]]:
+    """Snippets of film reviews with their labels."""
+    rows = data.read_rows(demo.find_data(), demo.COLUMNS, "--data", demo.LABELS)
+    rows = data.sample_rows(rows, count * size, 0)
+    tokenizer = AutoTokenizer.from_pretrained(demo.find_model())
+    inputs = tokenizer([row.text for row in rows], truncation=True, max_length=max_length, padding="max_length")
+    labels = torch.tensor([demo.LABELS.index(row.label) for row in rows])
+    tensors = {name: torch.tensor(inputs[name]) for name in ("input_ids", "attention_mask")} | {"labels": labels}
+    return [{name: tensor[i : i + size] for name, tensor in tensors.items()} for i in range(0, count * size, size)]
+
+
+@functools.cache
+def _encoder(layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(
+        demo.find_model(), num_labels=2, num_hidden_layers=layers, hidden_dropout_prob=0.0, dtype=torch.float32
+    )
+
+
+def encoder(layers: int = 2) -> nn.Module:
+    """The first layers of all-MiniLM-L6-v2, with a head for two labels: the same each time."""
+    return copy.deepcopy(_encoder(layers))

@@ -1,0 +1,1 @@
+"""vblora with other libraries. Each module needs the one that it is named after."""
