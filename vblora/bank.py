@@ -124,9 +124,9 @@ def encode_vectors(vectors: Tensor, dtype: torch.dtype | None = None) -> dict[st
     if dtype is None:
         return {"vectors": vectors}
     if dtype == torch.int8:
-        largest = vectors.float().abs().amax(1)
-        steps = torch.where(largest > 0, vectors.float() / largest[:, None] * 127, 0)
-        return {"vectors": steps.round().to(torch.int8), "scales": largest / 127}
+        scales = vectors.float().abs().amax(1) / 127
+        steps = vectors.float() / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        return {"vectors": steps.round().clamp(-127, 127).to(torch.int8), "scales": scales}
     if dtype not in _DTYPES:
         allowed = ", ".join(map(str, (*_DTYPES, torch.int8)))
         raise ValueError(f"`bank_dtype` is {dtype}; allowed are {allowed}.")

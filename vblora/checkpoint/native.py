@@ -93,8 +93,10 @@ def decode(description: dict, tensors: dict[str, Tensor], bank: VectorBank | Non
     contents = Contents(config, targets, vectors, Deployed(torch.empty(0), torch.empty(0)), beside)
     contents.check_layout()
     rows = _decode_trained(contents, tensors) if form == "resume" else _decode_deployed(contents, tensors)
-    if form == "deploy":
+    if form == "deploy" and vectors.dtype != torch.float64:
         contents = replace(contents, bank=vectors.float())
+        if rows.weights.is_floating_point():
+            rows = rows._replace(weights=rows.weights.float())
     for name in tensors:
         raise ValueError(f"it has an unknown tensor `{name}`.")
     return replace(contents, rows=rows)
@@ -108,7 +110,7 @@ def _encode_trained(contents: Contents, rows: Trained) -> dict[str, Tensor]:
             tensors["candidates"] = rows.candidates
     else:
         initial = contents.initial(rows.seed)
-        values = rows.logits if contents.has_candidates else rows.logits.gather(1, initial.candidates.long())
+        values = rows.logits if rows.candidates is not None else rows.logits.gather(1, initial.candidates.long())
         tensors["logits.lengths"], tensors["logits.values"] = pack_prefixes(values, initial.logits)
     if rows.exhausted is not None:
         tensors["exhausted"] = pack_bits(rows.exhausted, 1)
