@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def test_trains_measures_saves_and_reloads(finetune, tiny_model, table, tmp_path
 
     assert load_results(out)["labels"] == ["fresh", "rotten"]
     assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "finetune.json",
@@ -90,6 +92,31 @@ def test_the_baseline_changes_nothing_else(finetune, table, tmp_path):
     assert finetune("--data", table, "--no-baseline", output=tmp_path / "without") == 0
     assert finetune("--data", table, output=tmp_path / "with") == 0
     assert_same_tensors(tmp_path / "without", tmp_path / "with")
+
+
+def test_exhausted_candidates_are_said_once(finetune, table, tmp_path):
+    with pytest.warns(UserWarning, match=r"rows have used up their 2 candidates.*`num_candidates=4`") as caught:
+        assert finetune("--data", table, "--epochs", "3", "--num-candidates", "2", "--no-baseline") == 0
+    assert len([w for w in caught if "candidates" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        options = ("--num-candidates", "all", "--no-baseline", "--overwrite")
+        assert finetune("--data", table, *options) == 0
+
+
+def test_a_bank_of_another_task_is_used_as_it_is(finetune, tiny_model, table, tmp_path, capsys):
+    bank = tmp_path / "bank.safetensors"
+    vblora.VectorBank(16, 16).save(bank)
+    before = bank.read_bytes()
+    assert finetune("--data", table, "--bank", bank, "--no-baseline") == 0
+    assert bank.read_bytes() == before
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert not [name for name in stored if name.startswith("bank")]
+    capsys.readouterr()
+    assert finetune("--data", table, "--bank", tmp_path / "nowhere", output=tmp_path / "b") != 0
+    assert "--bank: " in capsys.readouterr().err
+    assert finetune("--data", table, "--bank", bank, "--num-vectors", "8", output=tmp_path / "c") != 0
+    assert "`bank` has 16 vectors" in capsys.readouterr().err
 
 
 def test_pairs_a_second_file_and_another_model(finetune, tiny_model, tmp_path):

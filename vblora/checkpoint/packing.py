@@ -14,21 +14,22 @@ def pack_prefixes(values: Tensor, initial: Tensor | None = None) -> tuple[Tensor
         initial: what they were, ``(S, M)``; zeros if None.
 
     Returns:
-        lengths: ``(S,)`` int32.
+        lengths: ``(S,)`` int16, or int32 where M needs it.
         values: those of all rows, one after the other.
     """
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
-    places = torch.arange(1, values.shape[1] + 1, dtype=torch.int32, device=values.device)
+    small = torch.int16 if values.shape[1] < 2**15 else torch.int32
+    places = torch.arange(1, values.shape[1] + 1, dtype=small, device=values.device)
     lengths, parts = [], []
     for start in range(0, len(values), _ROWS):
         rows = values[start : start + _ROWS].contiguous()
         was = torch.zeros_like(rows) if initial is None else initial[start : start + _ROWS].contiguous()
         touched = rows.view(bits) != was.view(bits)
-        length = (touched * places).amax(1) if values.shape[1] else rows.new_zeros(len(rows), dtype=torch.int32)
+        length = (touched * places).amax(1) if values.shape[1] else rows.new_zeros(len(rows), dtype=small)
         lengths.append(length)
         parts.append(rows[places <= length[:, None]])
     if not lengths:
-        return torch.zeros(0, dtype=torch.int32), values.new_zeros(0)
+        return torch.zeros(0, dtype=small), values.new_zeros(0)
     return torch.cat(lengths), torch.cat(parts)
 
 
