@@ -2,7 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -10,23 +11,36 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, syncs it, and renames it: whoever is killed meanwhile leaves the old one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name for whoever writes the file within; it is synced and renamed afterwards.
+
+    Whoever is killed meanwhile, or fails, leaves the old file.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)  # the new name, too
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, syncs it, and renames it: whoever is killed meanwhile leaves the old one."""
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        file.write(data)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

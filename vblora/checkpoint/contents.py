@@ -1,11 +1,13 @@
 """What a folder with an adapter says, whichever format it is in. Formats are read into it and written from it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..adapters import Target
+from ..adapters.base import Factors
 from ..adapters.vblora import Deployed, Trained, candidate_dtype, check_widths, draw_rows, rows_of_factors
 from ..config import VBLoRAConfig
 
@@ -128,6 +130,23 @@ class Contents:
         _, columns, weights = torch.ops.vblora.admixture(logits, self.bank, candidates, self.config.topk)
         indices = columns if candidates is None else candidates.gather(1, columns.long())
         return Deployed(indices.to(candidate_dtype(self.config.num_vectors)), weights)
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Target, Factors]]:
+        """Each layer's factors, composed when they are asked for: A ``(r, in_features)`` and B ``(r, out_features)``.
+
+        Raises:
+            ValueError: a sub-vector is not finite.
+        """
+        deployed = self.deployed()
+        sizes = rows_of_factors(self.targets, self.config.r, self.config.vector_length)
+        start = 0
+        for target, *size in zip(self.targets, sizes[::2], sizes[1::2], strict=True):
+            rows = slice(start, start := start + sum(size))
+            subvectors = torch.ops.vblora.compose(self.bank, deployed.indices[rows], deployed.weights[rows], dtype)
+            if not subvectors.isfinite().all():
+                raise ValueError(f"the update of layer `{target.name}` is not finite.")
+            A, B = subvectors.split(size)
+            yield target, Factors(A.view(self.config.r, -1), B.view(self.config.r, -1))
 
     def kept(self) -> "Contents":
         """A deployed form made trainable: with the k vectors of each row as its only candidates."""

@@ -1,9 +1,13 @@
-"""An adapter as a folder: ``adapter_config.json``, ``adapter_model.safetensors``, and a few lines for people in ``README.md``."""
+"""An adapter as a folder: ``adapter_config.json``, ``adapter_model.safetensors``, and a few lines for people in ``README.md``.
+
+Ours and PEFT's have these names. The metadata of the tensors' file tells them apart.
+"""
 
 import json
 import os
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,12 +17,22 @@ from ..adapters.vblora import Trained
 from ..bank import BankFile, VectorBank
 from ..files import read_tensors, write_file, write_tensors
 from ..injection import Injection, Plan, injection_of, injections, refuse_if_disabled
-from . import native
+from ..layers import is_conv1d
+from . import lora, native, peft
 from .contents import Contents
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
-FORMS = ("resume", "deploy")
+FORMS = (*native.FORMS, *peft.FORMS, *lora.FORMS)
+# Ways to name layers and modules: what they come down to is compared by name.
+_NAMING = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+)
 
 
 def save(
@@ -39,6 +53,8 @@ def save(
         form: ``"resume"`` is all that it takes to go on training exactly: the seed of the logits, and of each row what training
             touched. ``"deploy"`` is what inference takes: k bank vectors and their weights a sub-vector; outputs have the same
             bits. None: the first for an adapter that has logits, the second for one that was loaded without.
+            For others: ``"peft"``, all logits, on which PEFT can train; ``"peft-topk"``, what PEFT's inference takes;
+            ``"lora"``, the same update as a plain LoRA, for PEFT and for servers. A shared bank is written into these.
         bank_dtype: of the bank in a deploy form, to make it smaller: ``torch.bfloat16``, ``torch.float16``, or ``torch.int8``
             with a scale a vector. None keeps it exactly.
 
@@ -128,17 +144,30 @@ def write(
     bank_file: BankFile | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Writes a folder. Everything that can be refused is refused before the first file."""
-    description, tensors = native.encode(contents, form, bank_dtype=bank_dtype, bank_file=bank_file)
-    description["base_model_name_or_path"] = base_model
-    text = json.dumps(description)
+    """Writes a folder, with a bank that stands in ``bank_file`` named by its hash where the format has a place for that.
+
+    Everything that can be refused is refused before the first file.
+    """
+    if form in native.FORMS:
+        description, tensors = native.encode(contents, form, bank_dtype=bank_dtype, bank_file=bank_file)
+        description["base_model_name_or_path"] = base_model
+        # The tensors' file says all, so it alone decides whether the folder is the old one or the new one.
+        metadata = {native.METADATA: json.dumps(description)}
+        description = _for_people(description)
+    else:
+        if bank_dtype is not None:
+            raise ValueError(
+                f'`bank_dtype` is {bank_dtype}, but only `form` "deploy" may round the bank, not "{form}".'
+            )
+        encode = lora.encode if form in lora.FORMS else partial(peft.encode, form=form)
+        description, tensors = encode(contents, base_model=base_model)
+        metadata = {"format": "pt"}  # as PEFT's has it
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    # The tensors' file says all, so it alone decides whether the folder is the old one or the new one.
-    write_tensors(folder / TENSORS_FILE, tensors, {native.METADATA: text})
-    write_file(folder / CONFIG_FILE, json.dumps(_for_people(description), indent=2).encode() + b"\n")
+    write_tensors(folder / TENSORS_FILE, tensors, metadata)
+    write_file(folder / CONFIG_FILE, json.dumps(description, indent=2).encode() + b"\n")
     if not (folder / "README.md").exists():
-        write_file(folder / "README.md", _card(description).encode())
+        write_file(folder / "README.md", _card(contents, form, base_model).encode())
 
 
 def read(
@@ -154,24 +183,56 @@ def read(
         FileNotFoundError, ValueError: as :func:`load`.
     """
     path = Path(directory) / TENSORS_FILE
+    _check_files(path)
     tensors, metadata = read_tensors(path)
+    if native.METADATA not in metadata:
+        return _read_peft(path, tensors, bank), False
     try:
         description = json.loads(metadata[native.METADATA])
         if bank is None and present is not None and present.file is not None and description.get("bank_file"):
             bank = present
         contents = native.decode(description, tensors, bank)
         contents.check()
-    except KeyError:
-        raise ValueError(f"{path} is no adapter of vblora's.") from None
     except ValueError as error:  # JSON's too
         raise ValueError(f"{path}: {error}") from None
     _warn_if_edited(Path(directory) / CONFIG_FILE, description)
     return contents, description["bank_file"] is not None
 
 
+def _read_peft(path: Path, tensors: dict[str, torch.Tensor], bank: VectorBank | None) -> Contents:
+    description = peft.read_config(path.with_name(CONFIG_FILE))
+    try:
+        if bank is not None:
+            raise ValueError("it has a bank of its own, but `bank` was given. Leave that out.")
+        contents = peft.decode(description, tensors)
+        contents.check()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return contents
+
+
+def _check_files(path: Path) -> None:
+    """Says where the adapter may be, if it is not there."""
+    if path.is_file():
+        return
+    folder = path.parent
+    if (folder / "adapter_model.bin").exists():
+        raise ValueError(
+            f"{folder / 'adapter_model.bin'} is a pickle, which may run any code and is not read. Let PEFT load and save it "
+            "again, which writes safetensors: PeftModel.from_pretrained(model, folder).save_pretrained(folder)."
+        )
+    inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+    if inner:  # PEFT writes an adapter that is not called "default" into a folder of its name
+        raise FileNotFoundError(
+            f"{path} is missing. There are adapters in its sub-folders {', '.join(inner)}: pass one of those."
+        )
+
+
 def contents_of(record: Injection) -> Contents:
     """What a model's adapter comes down to."""
-    adapter, config = record.adapter, record.config
+    adapter = record.adapter
+    transposed = any(is_conv1d(layer.base_layer) for layer in record.layers)
+    config = replace(record.config, fan_in_fan_out=transposed)  # whatever the user says: it is seen
     rows = type(adapter.rows)(*(x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in adapter.rows))
     if isinstance(rows, Trained):
         columns = config.num_candidates if rows.candidates is None else rows.logits.shape[1]
@@ -186,7 +247,7 @@ def contents_of(record: Injection) -> Contents:
 def _put_in(model: nn.Module, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
     plan = Plan(model, contents.config)
     contents = contents.in_order(plan.targets)
-    _check_beside(contents, plan_beside := {name: stand_in for name, (_, _, stand_in) in plan.stand_ins.items()})
+    _check_beside(contents, plan.stand_ins)
     if plan.device.type == "meta":
         raise ValueError(
             "`model` is on the meta device, where nothing can be loaded. Materialise it first, with `to_empty`."
@@ -199,8 +260,9 @@ def _put_in(model: nn.Module, contents: Contents, bank: VectorBank | None, is_tr
     rows = type(rows)(*(x.to(plan.device) if isinstance(x, torch.Tensor) else x for x in rows))
     adapter = plan.new_adapter(bank, rows)
     with torch.no_grad():
-        for name, stand_in in plan_beside.items():
-            stand_in.copy_(contents.beside[name])
+        for name, (_, _, stand_in) in plan.stand_ins.items():
+            if name in contents.beside:
+                stand_in.copy_(contents.beside[name])
             stand_in.requires_grad_(is_trainable and stand_in.is_floating_point() and stand_in.requires_grad)
     adapter.requires_grad_(is_trainable)
     plan.carry_out(adapter, freeze_bank=frozen)
@@ -209,11 +271,11 @@ def _put_in(model: nn.Module, contents: Contents, bank: VectorBank | None, is_tr
 def _write_over(record: Injection, contents: Contents, is_trainable: bool | None) -> None:
     adapter = record.adapter
     own = contents_of(record)
-    unlike = {"seed": None, "num_candidates": None}
+    unlike = dict.fromkeys(("seed", "num_candidates", *_NAMING)) | {"fan_in_fan_out": False}
     if replace(own.config, **unlike) != replace(contents.config, **unlike):
         raise ValueError("`model` has an adapter of another config. Eject it first.")
     contents = contents.in_order(adapter.targets)
-    _check_beside(contents, own.beside)
+    _check_beside(contents, {name: (r.module, r.name, r.stand_in) for name, r in record.replaced.items()})
     for name, theirs, ours in zip(type(own.rows)._fields, contents.rows, own.rows, strict=False):
         shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (theirs, ours)]
         if type(own.rows) is not type(contents.rows) or shapes[0] != shapes[1]:
@@ -232,7 +294,8 @@ def _write_over(record: Injection, contents: Contents, is_trainable: bool | None
             adapter.bank.vectors.copy_(contents.bank)
         stand_ins = [replaced.stand_in for replaced in record.replaced.values()]
         for stand_in, name in zip(stand_ins, record.replaced, strict=True):
-            stand_in.copy_(contents.beside[name])
+            if name in contents.beside:
+                stand_in.copy_(contents.beside[name])
     if is_trainable is not None:
         for tensor in (*adapter.parameters(), *stand_ins):
             if isinstance(tensor, nn.Parameter):
@@ -240,8 +303,11 @@ def _write_over(record: Injection, contents: Contents, is_trainable: bool | None
     adapter.invalidate()
 
 
-def _check_beside(contents: Contents, wanted: dict[str, torch.Tensor]) -> None:
-    for name in sorted(wanted.keys() ^ contents.beside.keys()):
+def _check_beside(contents: Contents, places: dict[str, tuple[nn.Module, str, torch.Tensor]]) -> None:
+    """``places``: whose they are in the model, called what there, and the tensors to be written over."""
+    needless = {name for name, (module, own, _) in places.items() if own in module._non_persistent_buffers_set}
+    wanted = {name: stand_in for name, (_, _, stand_in) in places.items()}
+    for name in sorted((wanted.keys() ^ contents.beside.keys()) - (needless - contents.beside.keys())):
         raise ValueError(f"it {'lacks' if name in wanted else 'has an unknown'} tensor `{name}`.")
     for name, tensor in contents.beside.items():
         if tensor.shape != wanted[name].shape:
@@ -268,15 +334,19 @@ def _warn_if_edited(path: Path, description: dict) -> None:
         )
 
 
-def _card(description: dict) -> str:
-    config = description["config"]
-    base = description["base_model_name_or_path"]
+def _card(contents: Contents, form: str, base_model: str | None) -> str:
+    config = contents.config
+    base = base_model or "a model"
+    if form in lora.FORMS:
+        what, how = f"a LoRA of rank {config.r}", "model = peft.PeftModel.from_pretrained(model, "
+    else:
+        what = f"r={config.r}, {config.num_vectors} bank vectors of length {config.vector_length}, k={config.topk}"
+        how = "vblora.load(model, "
     return f"""---
-library_name: vblora
-{f"base_model: {base}" if base else ""}
+library_name: {"vblora" if form in native.FORMS else "peft"}
+{f"base_model: {base_model}" if base_model else ""}
 ---
-A VB-LoRA adapter (arXiv 2405.15179) of {base or "a model"}: r={config["r"]}, {config["num_vectors"]} bank vectors of length
-{config["vector_length"]}, k={config["topk"]}, {len(description["targets"])} layers. Put it into the model with
+A VB-LoRA adapter (arXiv 2405.15179) of {base}: {what}, {len(contents.targets)} layers. Put it into the model with
 
-    vblora.load(model, "<this folder>")
+    {how}"<this folder>")
 """

@@ -24,6 +24,7 @@ from ..config import VBLoRAConfig
 from .contents import Contents, check_tensor
 from .packing import pack_bits, pack_prefixes, unpack_bits, unpack_prefixes
 
+FORMS = ("resume", "deploy")
 METADATA = "vblora"  # the key
 VERSION = 1
 _BANK, _BESIDE = "bank.", "beside."
@@ -81,7 +82,7 @@ def decode(description: dict, tensors: dict[str, Tensor], bank: VectorBank | Non
         hash_of_bank = None if bank_file is None else (str(bank_file["name"]), str(bank_file["sha256"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"its description is not what it should be: {error!r}.") from None
-    if form not in ("resume", "deploy"):
+    if form not in FORMS:
         raise ValueError(f"it is of form {form!r}; known are 'resume' and 'deploy'.")
     tensors = dict(tensors)
     banks = {name.removeprefix(_BANK): tensors.pop(name) for name in list(tensors) if name.startswith(_BANK)}

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import finetune
+from . import convert, finetune, info, merge
 from .errors import CommandError
 
-_COMMANDS = (finetune,)  # each has add_parser(subparsers) and run(arguments) -> exit code
+_COMMANDS = (finetune, info, convert, merge)  # each has add_parser(subparsers) and run(arguments) -> exit code
 
 
 class _Parser(argparse.ArgumentParser):

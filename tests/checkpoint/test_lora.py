@@ -1,0 +1,55 @@
+"""The export to LoRA, read by peft."""
+
+import copy
+import json
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+
+import vblora
+from tests.small_models import gpt2, relative_error
+
+from .test_peft import CASES, ROUNDING, from_peft, ours, outputs
+
+
+@pytest.mark.parametrize("num_candidates", [None, 6])
+@pytest.mark.parametrize(("make", "choice"), CASES)
+def test_peft_computes_the_same(make, choice, num_candidates, tmp_path):
+    base, model = ours(make, num_candidates=num_candidates, **choice)
+    vblora.save(model, tmp_path, form="lora")
+    loaded = from_peft(base, tmp_path)
+    assert relative_error(outputs(loaded), outputs(model)) < ROUNDING
+    assert relative_error(outputs(base), outputs(model)) > 1e-3
+    known = set(peft.LoraConfig().to_dict())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(config) <= known
+    assert config["fan_in_fan_out"] == (make is gpt2)
+
+
+def test_a_deployed_adapter_too(tmp_path):
+    base, model = ours(gpt2)
+    vblora.save(model, tmp_path / "deploy", form="deploy", bank_dtype=torch.bfloat16)
+    deployed = vblora.load(copy.deepcopy(base), tmp_path / "deploy")
+    vblora.save(deployed, tmp_path / "lora", form="lora")
+    assert relative_error(outputs(from_peft(base, tmp_path / "lora")), outputs(deployed)) < ROUNDING
+    tensors = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert tensors["base_model.model.transformer.h.1.attn.c_attn.lora_A.weight"].shape == (2, 32)
+    assert tensors["base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"].shape == (96, 2)
+
+
+def test_an_update_that_is_not_finite_is_refused(tmp_path):
+    _, model = ours(gpt2, num_candidates=None)
+    with torch.no_grad():
+        model.vblora.logits[5] = -torch.inf
+    with pytest.raises(ValueError, match=r"`transformer.h.0.attn.c_attn` is not finite"):
+        vblora.save(model, tmp_path / "lora", form="lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_is_not_read_back(tmp_path):
+    base, model = ours(gpt2)
+    vblora.save(model, tmp_path, form="lora")
+    with pytest.raises(ValueError, match="type 'LORA'"):
+        vblora.load(copy.deepcopy(base), tmp_path)

@@ -1,0 +1,376 @@
+"""`vblora info`, `vblora convert` and `vblora merge`: commands that work on folders alone."""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+
+import vblora
+from tests.small_models import bert, gpt2, llama, relative_error
+from vblora.cli import main
+from vblora.cli.info import sizes_by_part
+
+SIZES = {"r": 2, "num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 1.0, "num_candidates": 8}
+IDS = torch.randint(3, 50, (2, 7))
+FORMS = ("resume", "deploy", "peft", "peft-topk", "lora")
+
+
+@torch.no_grad()
+def outputs(model):
+    return model.eval()(input_ids=IDS).logits
+
+
+def trained(make, dtype=torch.float32, **choice):
+    torch.manual_seed(0)
+    base = make().eval().to(dtype)
+    model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(**SIZES | choice))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    return base, model
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def fails(capsys, *arguments) -> str:
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    return printed
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- convert -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("source", FORMS[:4])
+def test_converts_as_save_does(source, form, tmp_path, capsys):
+    base, model = trained(bert, modules_to_save=["classifier"], bias="all")
+    model.config._name_or_path = "somebody/bert"
+    vblora.save(model, tmp_path / "src", form=source)
+    if form in ("resume", "peft") and source in ("deploy", "peft-topk"):
+        assert "--form: `form` is" in fails(capsys, "convert", tmp_path / "src", tmp_path / "dst", "--form", form)
+        assert not (tmp_path / "dst").exists()
+        return
+    assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", form) == 0
+    assert f"dst: {form}, " in capsys.readouterr().out
+    config = json.loads((tmp_path / "dst" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "somebody/bert"
+    if form == "lora":
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "dst")
+    else:
+        loaded = vblora.load(copy.deepcopy(base), tmp_path / "dst")
+    assert relative_error(outputs(loaded), outputs(model)) < 1e-5
+    if source in ("resume", "deploy") and form == source:
+        vblora.save(model, tmp_path / "saved", form=form)
+        assert files(tmp_path / "saved") == files(tmp_path / "dst")
+
+
+def test_converts_an_adapter_with_a_bank_of_its_own_file(tmp_path, capsys):
+    base, first = trained(bert)
+    first.vblora.bank.save(tmp_path / "bank.safetensors")
+    config = vblora.VBLoRAConfig(**SIZES)
+    model = vblora.inject(copy.deepcopy(base), config, bank=tmp_path / "bank.safetensors", freeze_bank=True)
+    vblora.save(model, tmp_path / "src")
+    assert "Give its file as --bank." in fails(
+        capsys, "convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy"
+    )
+    bank = ("--bank", tmp_path / "bank.safetensors")
+    assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy", *bank) == 0
+    assert "bank.vectors" not in safetensors.torch.load_file(tmp_path / "dst" / "adapter_model.safetensors")
+    assert run("convert", tmp_path / "src", tmp_path / "whole", "--form", "peft", *bank) == 0
+    loaded = vblora.load(copy.deepcopy(base), tmp_path / "whole")
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert run("info", tmp_path / "src", *bank) == 0
+    assert "SHA-256" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_rounds_the_bank(dtype, tmp_path, capsys):
+    _, model = trained(bert)
+    vblora.save(model, tmp_path / "src")
+    command = ("convert", tmp_path / "src", tmp_path / "dst", "--bank-dtype", dtype, "--form")
+    assert "only --form" in fails(capsys, *command, "resume")
+    assert run(*command, "deploy") == 0
+    vblora.save(model, tmp_path / "saved", form="deploy", bank_dtype=getattr(torch, dtype))
+    assert files(tmp_path / "saved") == files(tmp_path / "dst")
+
+
+def official(directory, model, with_base=True):
+    """The adapter of a BERT in the layout of the paper's repository."""
+    adapter = model.vblora
+    sizes = [adapter.r * width // 8 for t in adapter.targets for width in (t.in_features, t.out_features)]
+    rows = iter(adapter.logits.detach().split(sizes))
+    tensors = {}
+    for target in adapter.targets:
+        for side in "AB":
+            blocks = next(rows).unflatten(0, (adapter.r, -1)).transpose(0, 1)
+            tensors[f"{target.name}.logits_{side}"] = blocks.contiguous()
+        tensors[f"{target.name}.vector_bank"] = adapter.bank.vectors.detach().clone()
+    if with_base:
+        tensors |= {name: t.clone() for name, t in vblora.eject(copy.deepcopy(model)).state_dict().items()}
+        tensors |= {f"classifier.{name}": t.clone() for name, t in model.classifier.state_dict().items()}
+    directory.mkdir()
+    safetensors.torch.save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({"model_type": "bert", "topk": 2, "rank": 2}))
+
+
+def test_reads_the_papers_repository(tmp_path, capsys):
+    base, model = trained(bert, modules_to_save=["classifier"], num_candidates=None)
+    src = tmp_path / "src"
+    official(src, model)
+    assert run("convert", src, tmp_path / "dst", "--form", "resume") == 0
+    loaded = vblora.load(copy.deepcopy(base), tmp_path / "dst", is_trainable=True)
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert "paper's repository" in fails(capsys, "convert", src, tmp_path / "x", "--form", "peft", "--bank", src / "b")
+
+    (src / "config.json").unlink()
+    file = src / "model.safetensors"
+    assert "Give it as --topk" in fails(capsys, "convert", file, tmp_path / "x", "--form", "peft")
+    assert run("convert", file, tmp_path / "peft", "--form", "peft", "--topk", "2") == 0
+    assert torch.equal(outputs(vblora.load(copy.deepcopy(base), tmp_path / "peft")), outputs(model))
+    file.rename(src / "pytorch_model.bin")
+    for path in (src, src / "pytorch_model.bin"):
+        assert "save_file" in fails(capsys, "convert", path, tmp_path / "x", "--form", "peft", "--topk", "2")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: [t.pop(name) for name in list(t) if "vector_bank" in name], "no tensor `<layer>.vector_bank`"),
+        (lambda t: [t.pop(name) for name in list(t) if "logits" in name], "no tensor `<layer>.logits_A`"),
+        (lambda t: t.pop("bert.encoder.layer.1.attention.self.query.logits_B"), "1.attention.self.query.logits_B`"),
+        (lambda t: t["bert.encoder.layer.1.attention.self.query.vector_bank"].add_(1), "all layers share one"),
+        (lambda t: t["bert.encoder.layer.1.attention.self.query.logits_B"].mul_(float("nan")), "NaN"),
+    ],
+)
+def test_refuses_a_damaged_checkpoint_of_the_papers_repository(change, message, tmp_path, capsys):
+    official(tmp_path / "src", trained(bert, num_candidates=None)[1], with_base=False)
+    tensors = safetensors.torch.load_file(tmp_path / "src" / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, tmp_path / "src" / "model.safetensors")
+    assert message in fails(capsys, "convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_says_what_is_wrong_with_folders(tmp_path, capsys):
+    _, model = trained(bert)
+    vblora.save(model, tmp_path / "src")
+    (tmp_path / "file").write_text("x")
+    for command, message in {
+        ("convert", tmp_path / "none", tmp_path / "dst"): "SRC: there is no",
+        (
+            "convert",
+            tmp_path / "src",
+            tmp_path / "src",
+        ): "DST: the folder .* is not empty. Give another one, or --overwrite",
+        ("convert", tmp_path / "src", tmp_path / "file"): "DST: .* is a file",
+        ("convert", tmp_path / "src", tmp_path / "dst", "--topk", "2"): "--topk: is for a file of the paper's",
+        ("convert", tmp_path, tmp_path / "dst"): "SRC: .* sub-folders src",
+        ("convert", tmp_path / "src", tmp_path / "dst", "--bank", tmp_path / "file"): "--bank: .* damaged",
+        ("info", tmp_path / "none"): "FOLDER: there is no folder",
+        ("info", tmp_path): "FOLDER: .* sub-folders src",
+        ("merge", tmp_path / "none", tmp_path / "src", tmp_path / "dst"): "BASE: there is no folder",
+        ("merge", tmp_path / "src", tmp_path / "src", tmp_path / "dst"): "BASE: .* holds no model.safetensors",
+        ("merge", tmp_path / "src", tmp_path / "src", tmp_path / "src"): "OUT: the folder .* is not empty",
+        ("merge", tmp_path / "src", tmp_path / "none", tmp_path / "dst"): "ADAPTER: there is no folder",
+    }.items():
+        form = ("--form", "deploy") * (command[0] == "convert")
+        assert re.search(message, fails(capsys, *command, *form)), message
+    assert not (tmp_path / "dst").exists()
+    assert run("convert", tmp_path / "src", tmp_path / "src", "--form", "deploy", "--overwrite") == 0
+
+
+# --- info --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_info(form, tmp_path, capsys):
+    _, model = trained(bert, modules_to_save=["classifier"], seed=3)
+    vblora.save(model, tmp_path, form=form)
+    if form == "lora":
+        assert "type 'LORA'" in fails(capsys, "info", tmp_path)
+        return
+    torch.save({}, tmp_path / "optimizer.pt")
+    assert run("info", tmp_path) == 0
+    printed = capsys.readouterr().out
+    sizes = sizes_by_part(tmp_path)
+    assert sum(sizes.values()) == sum(
+        (tmp_path / name).stat().st_size
+        for name in ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt")
+    )
+    assert sizes["vector bank"] == 16 * 8 * 4
+    assert sizes["beside: biases, modules_to_save"] == (2 * 32 + 2) * 4
+    rows = model.vblora.num_subvectors
+    if form == "peft":
+        assert sizes["logits"] == rows * 16 * 4
+    if form == "peft-topk":
+        assert (sizes["indices"], sizes["weights"]) == (rows * 2, rows * 4)
+    if form == "deploy":
+        assert (sizes["indices"], sizes["weights"]) == (rows, rows * 2 * 4)
+    assert f"{sizes['vector bank']:,} bytes" in printed and "attention.self.query (32 -> 32)" in printed
+    assert {"resume": "resume", "deploy": "deploy", "peft": "all logits", "peft-topk": "save_only"}[form] in printed
+
+
+# --- merge -------------------------------------------------------------------------------------------------------------------
+
+MERGES = [
+    (bert, {"modules_to_save": ["classifier"], "bias": "all"}),
+    (llama, {"target_modules": "all-linear"}),
+    (gpt2, {"target_modules": ["c_attn", "c_proj"], "bias": "vblora_only"}),  # attn.c_proj is square
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["resume", "peft-topk"])
+@pytest.mark.parametrize(("make", "choice"), MERGES)
+def test_merges_as_the_model_does(make, choice, form, dtype, tmp_path, capsys):
+    base, model = trained(make, dtype, **choice)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB" if form == "resume" else "1GB")
+    shards = len(list((tmp_path / "base").glob("*.safetensors")))
+    assert (shards > 2) == (form == "resume")
+    (tmp_path / "base" / "tokenizer").mkdir()
+    (tmp_path / "base" / "tokenizer" / "words.txt").write_text("a b")
+    (tmp_path / "base" / "pytorch_model.bin").write_text("what it was")
+    vblora.save(model, tmp_path / "adapter", form=form)
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"{len(model.vblora.targets)} weights updated" in printed
+        and "Left out" in printed
+        and "pytorch_model.bin" in printed
+    )
+
+    vblora.load(wanted := copy.deepcopy(base), tmp_path / "adapter")
+    vblora.merge(wanted, release=True)
+    vblora.eject(wanted)
+    merged = type(base).from_pretrained(tmp_path / "out", dtype=dtype)
+    assert merged.state_dict().keys() == wanted.state_dict().keys()
+    assert all(torch.equal(merged.state_dict()[name], tensor) for name, tensor in wanted.state_dict().items())
+    if (
+        dtype == torch.float32
+    ):  # in bfloat16 they differ before any merge: transformers keeps a buffer in float32, .to() does not
+        assert torch.equal(outputs(merged), outputs(wanted))
+        assert not torch.equal(outputs(merged), outputs(base))
+    was, now = files(tmp_path / "base"), files(tmp_path / "out")
+    was.pop("pytorch_model.bin")
+    assert was.keys() == now.keys()
+    assert all(was[name] == now[name] for name in was if not name.endswith(".safetensors"))
+
+
+def test_merges_into_a_checkpoint_of_other_prefixes(tmp_path, capsys):
+    base, model = trained(llama, target_modules="all-linear")
+    base.model.save_pretrained(tmp_path / "bare")
+    vblora.save(model, tmp_path / "adapter")
+    assert run("merge", tmp_path / "bare", tmp_path / "adapter", tmp_path / "out") == 0
+    vblora.merge(model)
+    merged = type(base.model).from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(merged(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+    torch.manual_seed(0)
+    inner = vblora.inject(llama().model, vblora.VBLoRAConfig(**SIZES, target_modules=["q_proj"]))
+    vblora.save(inner, tmp_path / "inner")
+    base.save_pretrained(tmp_path / "whole")
+    assert run("merge", tmp_path / "whole", tmp_path / "inner", tmp_path / "out2") == 0
+    with torch.no_grad():
+        vblora.merge(inner)
+        merged = type(base).from_pretrained(tmp_path / "out2").model.eval()
+        assert torch.equal(merged(IDS).last_hidden_state, inner.eval()(IDS).last_hidden_state)
+
+
+def test_merges_what_is_tied(tmp_path):
+    choice = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    base, model = trained(lambda: llama(tie_word_embeddings=True), **choice)
+    base.save_pretrained(tmp_path / "base")
+    vblora.save(model, tmp_path / "adapter")
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
+    vblora.merge(model)
+    assert torch.equal(outputs(type(base).from_pretrained(tmp_path / "out")), outputs(model))
+
+
+def change_base(folder, change):
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+REFUSED = {
+    "no such layer": (lambda t: t.pop(QUERY), f"no tensor `{QUERY}`"),
+    "two such layers": (
+        lambda t: [t.update({f"{x}.{QUERY}": t[QUERY].clone()}) for x in "ab"] + [t.pop(QUERY)],
+        f"`{QUERY}` may be any of the base model's `a.{QUERY}`, `b.{QUERY}`",
+    ),
+    "another width": (lambda t: t.update({QUERY: torch.ones(32, 16)}), f"`{QUERY}` is (32, 16)"),
+    "quantised": (lambda t: t.update({QUERY: torch.ones(32, 32, dtype=torch.int8)}), f"`{QUERY}` is I8"),
+    "no head": (lambda t: [t.pop(f"classifier.{x}") for x in ("weight", "bias")], "no tensor `classifier."),
+    "another head": (lambda t: t.update({"classifier.weight": torch.ones(3, 32)}), "`classifier.weight` is (3, 32)"),
+    "too large": (lambda t: t.update({QUERY: torch.full((32, 32), float("inf"))}), f"`{QUERY}` would not be finite"),
+}
+
+
+@pytest.mark.parametrize("damage", REFUSED)
+def test_refuses_a_base_model_that_does_not_fit(damage, tmp_path, capsys):
+    change, message = REFUSED[damage]
+    base, model = trained(bert, modules_to_save=["classifier"])
+    base.save_pretrained(tmp_path / "base")
+    vblora.save(model, tmp_path / "adapter")
+    change_base(tmp_path / "base", change)
+    before = files(tmp_path)
+    assert message in fails(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert files(tmp_path) == before
+
+
+def test_refuses_damaged_shards(tmp_path, capsys):
+    base, model = trained(bert)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    vblora.save(model, tmp_path / "adapter")
+    command = ("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    index, shard = tmp_path / "base" / "model.safetensors.index.json", min((tmp_path / "base").glob("*.safetensors"))
+    shutil.copyfile(shard, tmp_path / "whole")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    assert "is damaged" in fails(capsys, *command)
+    shard.unlink()
+    assert f"{shard} is missing" in fails(capsys, *command)
+    index.write_text(index.read_text().replace(shard.name, "../whole"))
+    assert "no file of that folder" in fails(capsys, *command)
+    index.write_text("{}")
+    assert "no `weight_map`" in fails(capsys, *command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch, capsys):
+    base, model = trained(bert)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    vblora.save(model, tmp_path / "adapter")
+    from vblora.checkpoint import shards
+
+    whole, count = shards.save_file, iter(range(3))
+
+    def fails_later(*arguments):
+        if next(count) == 2:
+            raise OSError("disk full")
+        whole(*arguments)
+
+    monkeypatch.setattr(shards, "save_file", fails_later)
+    before = files(tmp_path)
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 1
+    assert "cannot be written: disk full" in capsys.readouterr().err
+    assert files(tmp_path) == before and sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]

@@ -1,0 +1,113 @@
+"""Checkpoints of the paper's own repository (github.com/leo-yangli/VB-LoRA), whose logits are ``(blocks, r, h)``.
+
+Its language understanding part saves a whole model, base weights and all. A layer has ``logits_A`` ``(in_features / b, r, h)``,
+``logits_B`` ``(out_features / b, r, h)`` and ``vector_bank`` ``(h, b)``, which all layers share. What is outside of the encoder
+trained along. ``config.json`` holds ``topk``, which no shape tells. Its instruction tuning part writes with a PEFT of its own,
+which :mod:`.peft` reads.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapters import Target
+from ..adapters.vblora import Trained
+from ..config import VBLoRAConfig
+from ..files import read_tensors
+from .contents import Contents
+
+_FILE = "model.safetensors"
+_PARTS = ("logits_A", "logits_B", "vector_bank")
+
+
+def read(path: Path, topk: int | None = None) -> Contents:
+    """The checked contents of such a checkpoint: of its folder, or of a file with (at least) the adapter's tensors.
+
+    Args:
+        topk: k, where there is no ``config.json`` beside the file.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, a pickle, or not what it must be; named.
+    """
+    file = path / _FILE if path.is_dir() else path
+    _refuse_pickles(path)
+    tensors, _ = read_tensors(file)
+    try:
+        contents = _decode(tensors, _topk(file.with_name("config.json"), topk))
+        contents.check()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    return contents
+
+
+def _refuse_pickles(path: Path) -> None:
+    pickles = [path] if path.is_file() and path.suffix != ".safetensors" else []
+    if path.is_dir() and not (path / _FILE).exists():
+        pickles = sorted(path.glob("*.bin")) + sorted(path.glob("*.pt"))
+    if pickles:
+        raise ValueError(
+            f"{pickles[0]} is no safetensors file. If it is a pickle, which may run any code and is not read, and you trust it: "
+            "state = torch.load(file, weights_only=True); safetensors.torch.save_file({name: tensor.clone() for name, tensor in "
+            f'state.items()}}, "{_FILE}")'
+        )
+
+
+def _topk(config: Path, topk: int | None) -> int:
+    if topk is not None or not config.is_file():
+        if topk is None:
+            raise ValueError(f"{config} is missing, which says what k is. Give that as `topk`.")
+        return topk
+    values = json.loads(config.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or "topk" not in values:
+        raise ValueError(f"{config} does not say what `topk` is.")
+    return values["topk"]
+
+
+def _decode(tensors: dict[str, Tensor], topk: int) -> Contents:
+    layers: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part in _PARTS:
+            layers.setdefault(layer, {})[part] = tensor
+        else:
+            others[name] = tensor
+    banks = {layer: parts.pop("vector_bank") for layer, parts in layers.items() if "vector_bank" in parts}
+    layers = {layer: parts for layer, parts in layers.items() if parts}
+    if not layers or not banks:
+        raise ValueError(f"it holds no tensor `<layer>.{'logits_A' if not layers else 'vector_bank'}`.")
+    bank = next(iter(banks.values())).float()
+    for layer, other in banks.items():
+        if not torch.equal(other.float(), bank):
+            raise ValueError(f"`{layer}.vector_bank` is another than the first layer's, but all layers share one.")
+    if bank.dim() != 2:
+        raise ValueError(f"`vector_bank` is {tuple(bank.shape)}, but must be (h, b).")
+    (num_vectors, vector_length), r = bank.shape, None
+    rows, targets = [], []
+    for layer, parts in layers.items():
+        widths = []
+        for part in _PARTS[:2]:
+            logits = parts.get(part)
+            if logits is None:
+                raise ValueError(f"it lacks tensor `{layer}.{part}`.")
+            if logits.dim() != 3 or logits.shape[2] != num_vectors or logits.shape[1] != (r or logits.shape[1]):
+                must = f"(blocks, {r or 'r'}, {num_vectors})"
+                raise ValueError(f"`{layer}.{part}` is {tuple(logits.shape)}, but must be {must}.")
+            r = logits.shape[1]
+            widths.append(logits.shape[0] * vector_length)
+            rows.append(logits.float().transpose(0, 1).flatten(0, 1))
+        targets.append(Target(layer, *widths))
+    encoders = {layer.partition(".")[0] for layer in layers}
+    beside = {name: tensor for name, tensor in others.items() if name.partition(".")[0] not in encoders}
+    config = VBLoRAConfig(
+        r=r,
+        num_vectors=num_vectors,
+        vector_length=vector_length,
+        topk=topk,
+        target_modules=list(layers),
+        modules_to_save=sorted({name.partition(".")[0] for name in beside}) or None,
+        num_candidates=None,
+    )
+    return Contents(config, tuple(targets), bank, Trained(torch.cat(rows)), beside)

@@ -1,0 +1,50 @@
+"""``vblora merge``: an adapter into a base model's files, without loading the model."""
+
+import argparse
+from pathlib import Path
+
+from .errors import CommandError
+from .folders import add_adapter, add_bank, check_output, read_adapter
+
+_DESCRIPTION = """\
+Merges an adapter into a base model's safetensors, one shard at a time: each target's update is added to its weight in
+float32 and rounded to the weight's dtype; biases and modules_to_save replace the tensors of their names. Everything
+else of the folder is copied. OUT appears when it is complete."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "merge",
+        help="merge an adapter into a base model's files",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("base", type=Path, metavar="BASE", help="folder of the base model, with its safetensors")
+    add_adapter(parser, "adapter")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    add_bank(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_output("OUT", arguments.out)
+    if not arguments.base.is_dir():
+        raise CommandError(f"BASE: there is no folder {arguments.base}. Give the folder that save_pretrained wrote.")
+    adapter = read_adapter("ADAPTER", arguments.adapter, arguments.bank)
+    from ..checkpoint.shards import merge_into_shards
+
+    try:
+        done = merge_into_shards(adapter.contents, arguments.base, arguments.out)
+    except FileNotFoundError as error:
+        raise CommandError(f"BASE: {error}") from None
+    except ValueError as error:
+        raise CommandError(f"ADAPTER does not fit BASE: {error}") from None
+    except OSError as error:
+        raise CommandError(f"OUT: {arguments.out} cannot be written: {error}.", 1) from None
+    print(
+        f"{arguments.out}: {len(done.updated)} weights updated and {len(done.replaced)} tensors replaced "
+        f"in {done.shards} file{'s' * (done.shards > 1)}."
+    )
+    if done.left_out:
+        print(f"Left out, because the base model's weights are in them: {', '.join(done.left_out)}.")
+    return 0
