@@ -4,6 +4,8 @@ PYTHON ?= python3
 # Settings that reach their accuracy in under five minutes on two cores.
 DEMO ?= -m vblora.cli finetune --max-train 6000 --num-vectors 90 --output build/demo-adapter --overwrite
 PYTEST ?=
+# A process a core, a file each; OMP_WAIT_POLICY: their threads shall not spin while another's work.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 SHELL := /bin/bash
 PIP = bin/python -m pip install -qq
@@ -23,7 +25,7 @@ CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 test: lint test-torches suite
 
 suite: .venv-test/ready
-	HF_HUB_OFFLINE=1 .venv-test/bin/python -m pytest $(PYTEST)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(PARALLEL) $(PYTEST)
 
 # One _C, built against the oldest torch and laid out once, is imported and run under that torch and under the newest.
 test-torches: .venv-test/ready .venv-newest/ready

@@ -27,7 +27,7 @@ def parameter_groups(
     adapters = _adapters(model)
     refuse_if_disabled([module for module in model.modules() if isinstance(module, AdaptedLinear)])
     bank = {adapter.bank.vectors: None for adapter in adapters}
-    logits = {adapter.logits: None for adapter in adapters}
+    logits = {adapter.logits: None for adapter in adapters if adapter.logits is not None}
     other = [parameter for parameter in model.parameters() if parameter not in bank and parameter not in logits]
     groups = [
         {"name": "bank", "params": list(bank), "lr": lr_bank},
