@@ -10,17 +10,17 @@ namespace vblora::cuda {
 constexpr int kPopularBlocks = 16;  // among which popular vectors are dealt out, for each part of their length
 
 // The part of a row of gradients that a lane adds up: 16 bytes from `first` on; or, where rows are not aligned (no
-// Packs), as many elements that are `lanes` apart.
-template <class Grad, bool Packs>
+// Packs), as many elements that are Lanes apart.
+template <class Grad, bool Packs, int Lanes>
 struct Part {
   static constexpr int kElements = 16 / sizeof(Grad);
   int64_t first;
-  int left, lanes;  // elements from `first` to the row's end, if they are few
+  int left;  // elements from `first` to the row's end, if they are few
 
-  __device__ __forceinline__ Part(const AdmixtureBackward& problem, int64_t part, int lane, int lanes_)
-      : first(part * lanes_ * kElements + (Packs ? lane * kElements : lane)), lanes(lanes_) {
+  __device__ __forceinline__ Part(const AdmixtureBackward& problem, int64_t part, int lane)
+      : first(part * Lanes * kElements + (Packs ? lane * kElements : lane)) {
     const int64_t rest = problem.length - first;
-    left = rest < lanes * kElements ? static_cast<int>(rest) : lanes * kElements;
+    left = rest < Lanes * kElements ? static_cast<int>(rest) : Lanes * kElements;
   }
 
   __device__ __forceinline__ Pack<Grad, kElements> read(const Grad* row) const {
@@ -30,7 +30,7 @@ struct Part {
     } else {
 #pragma unroll
       for (int e = 0; e < kElements; ++e)
-        if (e * lanes < left) pack.element[e] = load_pack<1>(row + first + e * lanes).element[0];
+        if (e * Lanes < left) pack.element[e] = load_pack<1>(row + first + e * Lanes).element[0];
     }
     return pack;
   }
@@ -39,7 +39,7 @@ struct Part {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) sums[e] = multiply_add(weight, load<Acc>(pack.element[e]), sums[e]);
   }
-  // Writes the sums as a row's elements of T. To be called by all of the `lanes`.
+  // Writes the sums as a row's elements of T. To be called by all of the Lanes.
   template <class T, class Acc>
   __device__ __forceinline__ void write(T* row, Acc (&sums)[kElements]) const {
     constexpr int kBytes = kElements * static_cast<int>(sizeof(T)), kAtOnce = kBytes > 16 ? 16 / sizeof(T) : kElements;
@@ -50,10 +50,10 @@ struct Part {
       int64_t at = first, end = first + left;
       if constexpr (kSwap) {
         const bool odd = threadIdx.x & 1;
-        const unsigned together = lanes == 32 ? kAllLanes : (1u << lanes) - 1;
+        constexpr unsigned kTogether = Lanes == 32 ? kAllLanes : (1u << Lanes % 32) - 1;
 #pragma unroll
         for (int e = 0; e < kAtOnce; ++e) {
-          const Acc other = __shfl_xor_sync(together, odd ? sums[e] : sums[kAtOnce + e], 1);
+          const Acc other = __shfl_xor_sync(kTogether, odd ? sums[e] : sums[kAtOnce + e], 1);
           if (odd) sums[e] = other;
           else sums[kAtOnce + e] = other;
         }
@@ -69,7 +69,7 @@ struct Part {
     } else {
 #pragma unroll
       for (int e = 0; e < kElements; ++e)
-        if (const int i = Packs ? e : e * lanes; i < left) store(row + first + i, sums[e]);
+        if (const int i = Packs ? e : e * Lanes; i < left) store(row + first + i, sums[e]);
     }
   }
 };
@@ -189,9 +189,9 @@ static __global__ void __launch_bounds__(kThreads, kBlocks)
   }
   with_packs<Grad>(problem, [&](auto packs) {
     constexpr bool kPacks = decltype(packs)::value;
-    using PartOfRow = Part<Grad, kPacks>;
+    using PartOfRow = Part<Grad, kPacks, 32>;
     constexpr int kAhead = !kPacks || sizeof(Acc) == 8 ? 1 : PartOfRow::kElements <= 4 ? 4 : 2;  // as registers allow
-    const PartOfRow part(problem, blockIdx.y, lane, 32);
+    const PartOfRow part(problem, blockIdx.y, lane);
     Acc sums[PartOfRow::kElements] = {};
     add_entries<kAhead, Grad>(problem, workspace, slices, vector, part, sums);
     write_bank(problem, vector, part, sums);
@@ -206,11 +206,11 @@ constexpr int kPopularLanes = 2;
 template <class Grad, class Acc, bool Packs>
 __device__ __forceinline__ void add_popular(const AdmixtureBackward& problem, const BackwardWorkspace& workspace,
                                             int64_t vector, Acc* shared) {
-  using PartOfRow = Part<Grad, Packs>;
+  using PartOfRow = Part<Grad, Packs, kPopularLanes>;
   constexpr int N = PartOfRow::kElements, kPairs = 32 / kPopularLanes;
   constexpr int kAhead = Packs && sizeof(Acc) == 4 && N <= 4 ? 2 : 1;  // as registers allow
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const PartOfRow part(problem, blockIdx.x, lane % kPopularLanes, kPopularLanes);
+  const PartOfRow part(problem, blockIdx.x, lane % kPopularLanes);
   const Grad* grads = static_cast<const Grad*>(problem.grad_subvectors);
   const Slices slices(workspace, vector);
   Acc sums[N] = {};
@@ -244,6 +244,7 @@ __device__ __forceinline__ void add_popular(const AdmixtureBackward& problem, co
     for (int e = 0; e < N; ++e) shared[(warp * kPopularLanes + lane) * N + e] = sums[e];
   __syncthreads();
   if (threadIdx.x < kPopularLanes) {
+#pragma unroll 1
     for (int w = 1; w < kWarps; ++w)
 #pragma unroll
       for (int e = 0; e < N; ++e) sums[e] += shared[(w * kPopularLanes + lane) * N + e];
@@ -286,7 +287,7 @@ static __global__ void __launch_bounds__(kThreads, kBlocks)
 template <class Grad, class Acc>
 void launch_bank(const AdmixtureBackward& problem, const BackwardWorkspace& workspace, cudaStream_t stream) {
   const auto parts = [&](int lanes) {
-    const int64_t elements = int64_t{lanes} * Part<Grad, true>::kElements;
+    const int64_t elements = int64_t{lanes} * Part<Grad, true, 32>::kElements;
     return (problem.length + elements - 1) / elements;
   };
   const int64_t parts_of_warps = parts(32), parts_of_pairs = parts(kPopularLanes);
