@@ -15,13 +15,13 @@ __device__ __forceinline__ void swap_if_greater(uint64_t& x, uint64_t& y, bool a
 }
 
 struct SortedRange {
-  uint64_t keys[kRange];  // vector << 32 | place in the range: all differ, so there is one order, and it is stable
+  // vector << 32 | place in the range: all differ, so there is one order, and it is stable. -1, for no vector, is last.
+  uint64_t keys[kRange];
 };
 
 template <class Acc>
 __device__ __forceinline__ void sort_range(const AdmixtureBackward& problem, const BackwardWorkspace& workspace,
                                            int range, SortedRange& shared) {
-  constexpr uint64_t kNoVector = uint64_t{INT32_MAX} << 32;  // comes after all that exist
   const int64_t begin = int64_t{range} * kRange, k = problem.k, first_row = begin / k;
   const uint32_t first_j = static_cast<uint32_t>(begin - first_row * k);
   const int count = static_cast<int>(workspace.entries - begin < kRange ? workspace.entries - begin : kRange);
@@ -32,7 +32,7 @@ __device__ __forceinline__ void sort_range(const AdmixtureBackward& problem, con
   for (int i = threadIdx.x; i < size; i += kThreads) {
     int32_t vector = -1;
     if (i < count) vector = vector_of(problem, row_of(i), __ldg(problem.indices + begin + i));
-    shared.keys[i] = (vector < 0 ? kNoVector : static_cast<uint64_t>(vector) << 32) | static_cast<uint32_t>(i);
+    shared.keys[i] = static_cast<uint64_t>(vector) << 32 | static_cast<uint32_t>(i);
   }
   __syncthreads();
   for (int span = 2; span <= size; span *= 2)
@@ -49,7 +49,6 @@ __device__ __forceinline__ void sort_range(const AdmixtureBackward& problem, con
   Acc* weights = static_cast<Acc*>(workspace.weights);
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const uint64_t key = shared.keys[i];
-    if (key >= kNoVector) break;
     const uint32_t place = static_cast<uint32_t>(key);
     workspace.rows[begin + i] = static_cast<int32_t>(row_of(place));
     workspace.vectors[begin + i] = static_cast<int32_t>(key >> 32);
@@ -57,8 +56,7 @@ __device__ __forceinline__ void sort_range(const AdmixtureBackward& problem, con
   }
   uint16_t* begins = workspace.begins + range * int64_t{workspace.buckets + 1};
   for (int bucket = threadIdx.x; bucket <= workspace.buckets; bucket += kThreads) {
-    const int64_t vector = int64_t{bucket} << workspace.shift;
-    const uint64_t key = static_cast<uint64_t>(vector < problem.vectors ? vector : problem.vectors) << 32;
+    const uint64_t key = static_cast<uint64_t>(bucket) << workspace.shift << 32;
     int low = 0, high = count;  // the first key that is not less
     while (low < high) {
       const int middle = (low + high) / 2;

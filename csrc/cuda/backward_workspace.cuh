@@ -19,7 +19,8 @@ struct BackwardWorkspace {
   int32_t ranges;
   int32_t buckets, shift;  // bucket = vector >> shift
   int32_t popular_from;    // a bucket with more entries than this is left to backward_popular
-  // In each range's order by vector: its entries' rows, vectors and weights, without those that stand for no vector.
+  // In each range's order by vector: its entries' rows, vectors and weights. Those that stand for no vector come last,
+  // and nobody reads them.
   int32_t* rows;
   int32_t* vectors;
   void* weights;
@@ -33,7 +34,8 @@ inline BackwardWorkspace backward_workspace(const AdmixtureBackward& problem, vo
   BackwardWorkspace workspace{};
   const size_t accumulator = problem.type == Type::f64 ? 8 : 4;
   const auto reserve = [&](auto*& array, int64_t count, size_t size) {
-    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(static_cast<char*>(memory) + workspace.bytes);
+    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<uintptr_t>(memory) +
+                                                                       workspace.bytes);
     workspace.bytes += (static_cast<size_t>(count) * size + 255) / 256 * 256;
   };
   const int64_t entries = problem.rows * problem.k;

@@ -73,12 +73,15 @@ struct Problems {
   Type type = options.type("type", Type::f32), out_type = options.type("out", type),
        candidate_type = options.type("candidates", Type::i32), weight_type = type == Type::f64 ? Type::f64 : Type::f32;
 
-  void* output(const char* name, Type of, int64_t count) {
-    return allocate_buffer(name, static_cast<size_t>(count) * bytes_of(of), Contents::output);
+  // shifted=NAME: that buffer begins an element past where an allocation does, as a tensor's view may.
+  void* buffer(const char* name, Type of, int64_t count, Contents contents) {
+    const bool shifted = options.has("shifted") && options.given.at("shifted") == name;
+    return allocate_buffer(name, static_cast<size_t>(count) * bytes_of(of), contents, shifted ? bytes_of(of) : 0);
   }
+  void* output(const char* name, Type of, int64_t count) { return buffer(name, of, count, Contents::output); }
   template <class Draw>
   void* input(const char* name, Type of, int64_t count, Draw&& draw) {
-    void* array = allocate_buffer(name, static_cast<size_t>(count) * bytes_of(of), Contents::input);
+    void* array = buffer(name, of, count, Contents::input);
     for (int64_t i = 0; i < count; ++i) set(array, of, i, draw());
     return array;
   }
@@ -86,7 +89,7 @@ struct Problems {
     return input(name, of, count, [&] { return std::normal_distribution<double>()(random); });
   }
   // Without repetition within a row, as top-k gives them and the layer's candidates are. popular=N: but for the first
-  // of each row, which is one of the N first.
+  // of each row, which is one of the N first, or, if that is negative, of the -N last.
   void* choices(const char* name, Type of, int64_t count, int64_t a_row, int64_t out_of) {
     std::vector<int64_t> all(static_cast<size_t>(out_of));
     std::iota(all.begin(), all.end(), 0);
@@ -94,7 +97,10 @@ struct Problems {
     int64_t i = 0;
     return input(name, of, count, [&] {
       const int64_t place = i++ % a_row % out_of;
-      if (popular && place == 0) return static_cast<double>(random() % static_cast<uint64_t>(popular));
+      if (popular && place == 0) {
+        const int64_t chosen = static_cast<int64_t>(random() % static_cast<uint64_t>(std::abs(popular)));
+        return static_cast<double>(popular > 0 ? chosen : out_of - 1 - chosen);
+      }
       std::swap(all[place], all[std::uniform_int_distribution<int64_t>(place, out_of - 1)(random)]);
       return static_cast<double>(all[place]);
     });

@@ -48,6 +48,17 @@ PROBLEMS += [  # ways through the kernels that these sizes leave out
     "admixture_backward rows=1500 columns=300 length=17 k=2 popular=1",  # a vector that most rows choose
     "admixture_backward rows=3000 columns=300 length=24 k=2 popular=2 out=bf16",
     "admixture_backward rows=2500 columns=5000 length=16 k=2 popular=2 need_logits=0",  # several vectors a bucket
+    "admixture_backward rows=600 columns=4097 length=4 k=1 popular=-1 need_logits=0",  # fewer in the last one
+    "admixture_backward rows=2 columns=1100 length=3 k=1100 need_bank=0",  # owners take all of shared memory
+]
+# Rows that divide evenly, of tensors that are not aligned.
+PROBLEMS += [f"admixture columns=128 candidates=i16 shifted={name}" for name in ("logits", "bank", "candidates")]
+PROBLEMS += ["admixture columns=128 candidates=i32 type=bf16 shifted=candidates"]
+PROBLEMS += ["compose shifted=bank", "draw rows=3 columns=256 shifted=logits"]
+PROBLEMS += [
+    f"admixture_backward rows=300 columns=16 k=2 type={type} out={out} popular=1 shifted={name}"
+    for type, out in (("f32", "bf16"), ("bf16", "f32"))
+    for name in ("grad_subvectors", "bank")
 ]
 PROBLEMS += [
     *(f"draw rows=3 columns={columns} type={type}" for columns in (1, 257, 2048) for type in TYPES),
@@ -58,6 +69,8 @@ PROBLEMS += [
     "draw rows=3 columns=1024 vectors=1025 candidates=i32 type=f16",
     "draw rows=2 columns=2999 vectors=5000 candidates=i16",  # in three rounds
     "draw rows=1 columns=3 vectors=700000 candidates=i32",  # more words alike in their first 8 bits than can be sorted
+    # In the third round, what remains of the largest 8 bits and what is taken of the next fill all that can be sorted.
+    "draw rows=1 columns=3072 vectors=785000 candidates=i32 seed=26",
 ]
 
 

@@ -264,6 +264,15 @@ def test_infinite_and_nan_logits(backend, dtype):
     assert subvectors[1:6].isnan().all()
 
 
+@pytest.mark.parametrize("k", [1, 8, 12])
+def test_what_comes_before_all_others_is_found(backend, k):
+    # NaN of the least number that may stand for a vector: more than a kernel selects at once, too.
+    logits = torch.full((2, 12), NAN, device=backend.device)
+    candidates = torch.full((2, 12), -(2**31), dtype=torch.int32, device=backend.device)
+    _, indices, _ = run(backend, logits, torch.ones(3, 4, device=backend.device), candidates, k)
+    assert indices.tolist() == [list(range(k))] * 2
+
+
 def test_logits_that_overflow_when_subtracted(backend):
     huge = 3e38
     logits = torch.tensor([[huge, -huge, -huge], [huge, huge, -huge], [-huge, -huge, -huge]], device=backend.device)

@@ -169,6 +169,28 @@ def test_equals_the_oracle_at_the_edges(backend, case, generator):
     test_equals_the_oracle(backend, case, (1, 1), generator)
 
 
+def test_many_popular_vectors(backend, generator):
+    # So many that kernels of their own take several each; neighbours, and the last one, which may share what others do not.
+    rows, vectors = 6001, 5001
+    popular = torch.tensor([10, 11, 4998, 5000, *range(100, 4100, 250)])
+    indices = torch.randint(vectors, (rows, 1), generator=generator, dtype=torch.int32)
+    indices[:5900, 0] = popular[torch.arange(5900) % len(popular)]
+    grad = torch.randint(-8, 9, (rows, 8), generator=generator).float()  # sums are exact
+    there = [x.to(backend.device) for x in (grad, indices, torch.ones(rows, 1), torch.zeros(vectors, 8))]
+    _, grad_bank = run(backend, there[0], None, (*there[1:], None, vectors), need_logits=False)
+    assert torch.equal(grad_bank.cpu(), torch.zeros(vectors, 8).index_add(0, indices[:, 0], grad))
+
+
+def test_entries_of_a_vector_far_apart(backend, generator):
+    # A kernel looks for a vector's entries 32 * 2048 at a time.
+    rows, vectors = 140_001, 3000
+    indices = torch.randint(vectors, (rows, 1), generator=generator, dtype=torch.int32)
+    grad = torch.randint(-8, 9, (rows, 1), generator=generator).float()  # sums are exact
+    there = [x.to(backend.device) for x in (grad, indices, torch.ones(rows, 1), torch.zeros(vectors, 1))]
+    _, grad_bank = run(backend, there[0], None, (*there[1:], None, vectors), need_logits=False)
+    assert torch.equal(grad_bank.cpu(), torch.zeros(vectors, 1).index_add(0, indices[:, 0], grad))
+
+
 # The rules
 
 

@@ -68,6 +68,13 @@ def test_every_index_of_a_full_bank(backend, index_dtype, vectors):
     assert torch.equal(backend.ops.compose(bank, indices, torch.ones_like(bank)), bank)
 
 
+@pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32], ids=str)
+def test_negative_indices_are_not_large_ones(backend, index_dtype):
+    bank = torch.ones(70_000, 1, device=backend.device)
+    indices = torch.tensor([[-1, -(2**15)], [5, -1]], dtype=index_dtype, device=backend.device)
+    assert backend.ops.compose(bank, indices, torch.ones(2, 2, device=backend.device)).tolist() == [[0.0], [1.0]]
+
+
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=str)
 def test_out_of_range_adds_nothing_and_is_not_read(backend, index_dtype, generator):
     info = torch.iinfo(index_dtype)

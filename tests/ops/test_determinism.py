@@ -1,4 +1,4 @@
-"""The same bits from run to run and on any number of threads."""
+"""The same bits from run to run, on any number of threads, and on a GPU as on the CPU."""
 
 from __future__ import annotations
 
@@ -112,3 +112,86 @@ def test_called_from_several_threads_at_once(backend, generator):
             for result, want in zip(results, expected, strict=True):
                 for tensor, other in zip(result, want, strict=True):
                     assert_same_bits(tensor, other)
+
+
+KERNELS = pytest.mark.backends("cuda-emulated-ascending", "cuda-emulated-descending", "cuda-emulated-random", "cuda")
+
+
+def popular_from(rows: int, k: int, vectors: int) -> int:
+    """The most entries that CUDA sums in the CPU's order (of up to 4096 bank vectors)."""
+    return max(256, min(1024, 2 * rows * k // vectors))
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(torch.float32, 300, 128, 256, 2, candidates=torch.int16, out_dtype=torch.bfloat16, vectors=2048),
+        Case(torch.float32, rows=101, columns=1500, length=33, k=5),
+        Case(torch.bfloat16, rows=101, columns=2048, length=96, k=8, out_dtype=torch.float32),
+        Case(torch.float16, rows=300, columns=17, length=40, k=3, candidates=torch.int32),
+        Case(torch.float64, rows=101, columns=40, length=34, k=4, out_dtype=torch.float16),
+        Case(torch.float32, rows=33, columns=300, length=17, k=100, candidates=torch.int16),
+        Case(torch.bfloat16, rows=33, columns=128, length=24, k=33),
+        Case(torch.float64, rows=33, columns=128, length=24, k=33),
+    ],
+    ids=str,
+)
+def test_bits_of_the_cpu(backend, case, generator):
+    inputs = make_inputs(case, generator, torch.device("cpu"))
+    there = inputs.to(backend.device)
+    cpu, gpu = torch.ops.vblora, backend.ops
+    expected = cpu.admixture(inputs.logits, inputs.bank, inputs.candidates, case.k)
+    if case.dtype != torch.float64 or backend.name != "cuda":  # there, exp is the device's own
+        for result, want in zip(
+            gpu.admixture(there.logits, there.bank, there.candidates, case.k), expected, strict=True
+        ):
+            assert_same_bits(result, want)
+
+    _, indices, weights = expected
+    vectors = indices if inputs.candidates is None else inputs.candidates.gather(1, indices.long())
+    moved = [x.to(backend.device) for x in (vectors, indices, weights)]
+    assert_same_bits(gpu.compose(there.bank, moved[0], moved[2]), cpu.compose(inputs.bank, vectors, weights))
+
+    rest = case.columns, True, True
+    grad_logits, grad_bank = gpu.admixture_backward(
+        there.grad_subvectors, there.grad_weights, *moved[1:], there.bank, there.candidates, *rest
+    )
+    want_logits, want_bank = cpu.admixture_backward(
+        inputs.grad_subvectors, inputs.grad_weights, indices, weights, inputs.bank, inputs.candidates, *rest
+    )
+    assert_same_bits(grad_logits, want_logits)
+    size = inputs.bank.shape[0]
+    few = vectors.flatten().long().bincount(minlength=size) <= popular_from(case.rows, case.k, size)
+    assert few.any()
+    assert_same_bits(grad_bank.cpu()[few], want_bank[few])
+
+
+@KERNELS
+@pytest.mark.parametrize("packs", [True, False], ids=["aligned", "not aligned"])
+def test_order_of_a_popular_vector(backend, packs, generator):
+    # Vector 0 has as many entries as are summed in the CPU's order, 1 has one more, and 2 all others, which fill 9 ranges.
+    rows, length, most = 9 * 2048 - 100, 16 if packs else 5, 1024
+    indices = torch.full((rows, 1), 2, dtype=torch.int32)
+    places = torch.randperm(rows, generator=generator)
+    indices[places[:most]], indices[places[most : 2 * most + 1]] = 0, 1
+    assert popular_from(rows, 1, 3) == most
+    grads, ones = torch.randn(rows, length, generator=generator), torch.ones(rows, 1)
+    there = [x.to(backend.device) for x in (grads, indices, ones, torch.zeros(3, length))]
+    _, grad_bank = backend.ops.admixture_backward(there[0], None, *there[1:], None, 3, False, True)
+
+    one_by_one = torch.zeros(length)
+    for grad in grads[indices[:, 0] == 0]:
+        one_by_one += grad
+    assert_same_bits(grad_bank[0], one_by_one)
+    for vector in (1, 2):
+        sums = torch.zeros(8, 16, length)  # of each warp's pairs of lanes
+        for number, (chosen, its_grads) in enumerate(zip(indices.split(2048), grads.split(2048), strict=True)):
+            for sixteen in its_grads[chosen[:, 0] == vector].split(16):
+                sums[number % 8, : len(sixteen)] += sixteen
+        for half in (8, 4, 2, 1):
+            sums = sums[:, :half] + sums[:, half:]
+        total = sums[0, 0]
+        for of_warp in sums[1:, 0]:
+            total = total + of_warp
+        assert_same_bits(grad_bank[vector], total)
