@@ -161,7 +161,7 @@ def write(
             )
         encode = lora.encode if form in lora.FORMS else partial(peft.encode, form=form)
         description, tensors = encode(contents, base_model=base_model)
-        metadata = {"format": "pt"}  # as PEFT's has it
+        metadata = {"format": "pt"}  # as PEFT's has it; of two files that do not belong together, the shapes tell
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / TENSORS_FILE, tensors, metadata)

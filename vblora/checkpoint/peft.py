@@ -184,9 +184,10 @@ def _dense_logits(contents: Contents) -> Tensor:
     drawn = draw_rows(
         len(rows.logits), config.num_vectors, None, seed=rows.seed, std=config.init_logits_std, dtype=rows.logits.dtype
     )
-    selected = rows.logits.topk(config.topk).values[:, -1:]
+    logits = rows.logits.float()  # PEFT loads into float32, where what is below it in float64 may be no more
+    selected = logits.topk(config.topk).values[:, -1:]
     below = torch.nextafter(selected, torch.full_like(selected, -torch.inf))
-    return torch.minimum(drawn.logits, below).scatter_(1, rows.candidates.long(), rows.logits)
+    return drawn.logits.float().clamp_(max=below).scatter_(1, rows.candidates.long(), logits)
 
 
 def _largest_last(rows: Deployed) -> Deployed:

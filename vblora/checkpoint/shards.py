@@ -1,17 +1,16 @@
-"""An adapter merged into a base model's files, without the model: shard by shard, so that memory holds one of them."""
+"""An adapter merged into a base model's files, without the model: tensor by tensor, so that memory holds one of them."""
 
 import functools
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapters import Target
@@ -71,8 +70,6 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
     def changed(name: str, tensor: Tensor) -> Tensor:
         if name in replacements:
             return replacements[name].to(tensor.dtype)
-        if name not in updates:
-            return tensor
         target, transposed = updates[name]
         A, B = factors(torch.promote_types(tensor.dtype, torch.float32))[target.name]
         merged = (A.T @ B if transposed else B.T @ A).add_(tensor).to(tensor.dtype)
@@ -84,13 +81,8 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
         temporary.mkdir(parents=True)
         left_out = _copy_others(base, temporary, shards)
         for shard in shards:
-            with safe_open(base / shard, framework="pt") as file:
-                names = file.keys()
-                tensors = {name: changed(name, file.get_tensor(name)).contiguous() for name in names}
-                metadata = file.metadata()
             with replacing(temporary / shard) as path:
-                save_file(tensors, path, metadata)
-            del tensors
+                _write_shard(base / shard, path, updates.keys() | replacements.keys(), changed)
         os.replace(temporary, out)  # an empty folder gives way
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -127,6 +119,27 @@ def _read_headers(base: Path) -> dict[str, _Stored]:
         except SafetensorError as error:
             raise ValueError(f"{base / shard} is damaged: {error}.") from None
     return stored
+
+
+def _write_shard(source: Path, path: Path, names: Set[str], changed: Callable[[str, Tensor], Tensor]) -> None:
+    """A copy of a safetensors file in which the tensors ``names`` are ``changed``, in neither shape nor dtype.
+
+    So its header is the same (8 bytes of its length, then JSON), and whatever else it holds is copied as bytes.
+    """
+    with safe_open(source, framework="pt") as tensors, open(source, "rb") as old, open(path, "xb") as new:
+        length = old.read(8)
+        header = old.read(int.from_bytes(length, "little"))
+        new.write(length + header)
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            if name in names:
+                tensor = changed(name, tensors.get_tensor(name)).contiguous()
+                new.write(tensor.view(-1).view(torch.uint8).numpy())
+            else:
+                old.seek(len(length) + len(header) + begin)
+                new.write(old.read(end - begin))
 
 
 def _find(name: str, stored: Iterable[str]) -> str | None:
