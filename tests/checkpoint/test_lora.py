@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 
 import vblora
-from tests.small_models import gpt2, relative_error
+from tests.small_models import gpt2, llama, relative_error
 
-from .test_peft import CASES, ROUNDING, from_peft, ours, outputs
+from .test_peft import CASES, ROUNDING, SIZES, from_peft, ours, outputs, shaken
 
 
 @pytest.mark.parametrize("num_candidates", [None, 6])
@@ -53,3 +53,13 @@ def test_is_not_read_back(tmp_path):
     vblora.save(model, tmp_path, form="lora")
     with pytest.raises(ValueError, match="type 'LORA'"):
         vblora.load(copy.deepcopy(base), tmp_path)
+
+
+def test_pefts_auto_classes_find_the_model(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = type(llama()).from_pretrained(tmp_path / "base")
+    model = shaken(vblora.inject(base, vblora.VBLoRAConfig(**SIZES)))
+    for form, auto in (("lora", peft.AutoPeftModelForCausalLM), ("peft", peft.AutoPeftModel)):
+        vblora.save(model, tmp_path / form, form=form)
+        loaded = auto.from_pretrained(tmp_path / form)
+        assert relative_error(outputs(loaded), outputs(model)) < ROUNDING

@@ -80,6 +80,15 @@ def test_converts_as_save_does(source, form, tmp_path, capsys):
         assert files(tmp_path / "saved") == files(tmp_path / "dst")
 
 
+def test_keeps_what_peft_says_of_the_base_model(tmp_path):
+    config = peft.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, task_type="SEQ_CLS", target_modules=["query"])
+    peft.get_peft_model(bert(), config).save_pretrained(tmp_path / "src")
+    assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", "lora") == 0
+    assert json.loads((tmp_path / "dst" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / "dst")
+    assert isinstance(loaded, peft.PeftModelForSequenceClassification)
+
+
 def test_converts_an_adapter_with_a_bank_of_its_own_file(tmp_path, capsys):
     base, first = trained(bert)
     first.vblora.bank.save(tmp_path / "bank.safetensors")

@@ -76,6 +76,7 @@ def save(
         bank_dtype=bank_dtype,
         bank_file=bank.file if bank_dtype is None and bank.unchanged() else None,
         base_model=name or None,
+        about={"auto_mapping": _class_of(record.model)},
     )
 
 
@@ -94,7 +95,8 @@ def load(
     Args:
         model: the base model, or a model with an adapter of the same config and form, whose tensors are then written over:
             those of a bank that it shares, too.
-        directory: what :func:`save` wrote.
+        directory: what :func:`save` wrote, or PEFT's ``save_pretrained`` of a VB-LoRA adapter: one of all logits can train on,
+            one of ``save_only_topk_weights`` is a deploy form.
         bank: the bank of an adapter that was saved without: its file, or what :meth:`VectorBank.from_file` made of that, to be
             shared by several adapters. It stays frozen.
         is_trainable: whether the adapter's parameters shall require gradients. By default they do not, and those of an
@@ -143,10 +145,12 @@ def write(
     bank_dtype: torch.dtype | None = None,
     bank_file: BankFile | None = None,
     base_model: str | None = None,
+    about: dict | None = None,
 ) -> None:
     """Writes a folder, with a bank that stands in ``bank_file`` named by its hash where the format has a place for that.
 
-    Everything that can be refused is refused before the first file.
+    Everything that can be refused is refused before the first file. ``about``: what PEFT's config says of the base model
+    besides its name, for PEFT's own ``Auto`` classes.
     """
     if form in native.FORMS:
         description, tensors = native.encode(contents, form, bank_dtype=bank_dtype, bank_file=bank_file)
@@ -161,6 +165,7 @@ def write(
             )
         encode = lora.encode if form in lora.FORMS else partial(peft.encode, form=form)
         description, tensors = encode(contents, base_model=base_model)
+        description |= about or {}
         metadata = {"format": "pt"}  # as PEFT's has it; of two files that do not belong together, the shapes tell
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,6 +231,11 @@ def _check_files(path: Path) -> None:
         raise FileNotFoundError(
             f"{path} is missing. There are adapters in its sub-folders {', '.join(inner)}: pass one of those."
         )
+
+
+def _class_of(model: nn.Module) -> dict[str, str]:
+    """As PEFT names it."""
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
 def contents_of(record: Injection) -> Contents:

@@ -63,6 +63,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
     replacements = _find_replacements(contents, stored)
     for name in updates.keys() & replacements.keys():
         raise ValueError(f"`{name}` would be both updated and replaced.")
+    out = out.absolute()  # "." has no name
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     shards = sorted({entry.shard for entry in stored.values()})
     factors = functools.cache(lambda dtype: {target.name: pair for target, pair in contents.factors(dtype)})

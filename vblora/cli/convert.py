@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .errors import CommandError
-from .folders import Adapter, add_bank, check_output, read_adapter, read_base_model
+from .folders import Adapter, add_bank, check_output, read_adapter
 
 _FORMS = ("resume", "deploy", "peft", "peft-topk", "lora")  # vblora.checkpoint.folder.FORMS, without importing torch
 _DTYPES = ("bfloat16", "float16", "int8")
@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             bank_dtype=dtype,
             bank_file=adapter.bank_file if dtype is None else None,
             base_model=adapter.base_model,
+            about=adapter.about,
         )
     except ValueError as error:
         raise CommandError(f"--form: {error}") from None
@@ -92,8 +93,7 @@ def _read(arguments: argparse.Namespace) -> Adapter:
     except (OSError, ValueError) as error:
         message = str(error).replace("Give that as `topk`.", "Give it as --topk.")
         raise CommandError(f"SRC: {message}") from None
-    folder = src if src.is_dir() else src.parent
-    return Adapter(contents, None, read_base_model(folder / "adapter_config.json"))
+    return Adapter(contents, None, None, {})
 
 
 def _is_official(folder: Path) -> bool:

@@ -18,6 +18,7 @@ class Adapter(NamedTuple):
     contents: object  # vblora.checkpoint.contents.Contents
     bank_file: object | None  # vblora.bank.BankFile, if its bank is in a file of its own
     base_model: str | None
+    about: dict  # what PEFT's config says of it besides
 
 
 def add_adapter(parser: argparse.ArgumentParser, name: str) -> None:
@@ -55,15 +56,19 @@ def read_adapter(argument: str, folder: Path, bank: Path | None) -> Adapter:
         raise CommandError(f"{argument}: {message}") from None
     for warning in caught:
         print(f"{argument}: warning: {warning.message}", file=sys.stderr)
-    return Adapter(contents, loaded.file if shares_bank else None, read_base_model(folder / files.CONFIG_FILE))
+    config = read_config(folder / files.CONFIG_FILE)
+    about = {name: config[name] for name in ("auto_mapping", "task_type", "revision") if config.get(name) is not None}
+    base_model = config.get("base_model_name_or_path")
+    return Adapter(contents, loaded.file if shares_bank else None, base_model, about)
 
 
-def read_base_model(path: Path) -> str | None:
+def read_config(path: Path) -> dict:
+    """What stands in an ``adapter_config.json``; nothing, if there is none."""
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return name if isinstance(name, str) else None
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def check_output(argument: str, folder: Path, *, overwrite: bool = False, instead: str = "") -> None:
