@@ -387,6 +387,7 @@ DENSE = {
     "NaN": (tensor(A, lambda t: t * float("nan")), f"`{A}` holds NaN"),
     "-inf alone": (tensor(A, lambda t: t.fill_(-torch.inf)), f"`{A}` holds a row of nothing but -inf"),
     "integers": (tensor(A, lambda t: t.int()), f"`{A}` is torch.int32"),
+    "eight bits": (tensor(A, lambda t: t.to(torch.float8_e4m3fn)), f"`{A}` is torch.float8_e4m3fn; allowed are"),
     "two dimensions": (tensor(A, lambda t: t.flatten(0, 1)), f"`{A}` is \\(8, 16\\)"),
     "other widths": (tensor(A, lambda t: t[:, 1:]), "24 -> 32 there, 32 -> 32 here"),
     "an infinite bank": (tensor(BANK, lambda t: t / 0), f"`{BANK}` holds an infinite"),

@@ -34,6 +34,7 @@ PREFIX = "base_model.model."
 _BANK = "base_model.vblora_vector_bank"
 _LOGITS = re.compile(re.escape(PREFIX) + r"(.+)\.vblora_logits_([AB])(|_topk_indices|_topk_weights)")
 _INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HEADS = ("classifier", "score")  # PEFT adds these to `modules_to_save` of a classifier, which has one of them
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # it writes these, unasked, where the vocabulary was resized
 
@@ -68,6 +69,9 @@ def decode(description: dict, tensors: dict[str, Tensor]) -> Contents:
         ValueError: something is missing, too much, or not what it must be; named as in the file.
     """
     config, compact, is_of_authors = _decode_config(description)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
+            raise ValueError(f"`{key}` is {tensor.dtype}; allowed are {', '.join(map(str, _FLOATS))}.")
     tensors = dict(tensors)
     logits: dict[str, dict[str, Tensor]] = {}
     for key in list(tensors):
