@@ -24,6 +24,7 @@ CASES = [
     (bert, HEAD | {"bias": "vblora_only", "target_modules": ["query", "intermediate.dense"]}),
     (bert, {"modules_to_save": ["classifier"], "bias": "all", "target_modules": ["query", "key", "value", "dense"]}),
     (llama, {"target_modules": "all-linear", "topk": 3}),
+    (llama, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "exclude_modules": ["v_proj"]}),
     (gpt2, {"target_modules": "all-linear"}),
     (gpt2, {"target_modules": ["c_attn"], "bias": "all", "topk": 1}),
 ]
@@ -88,6 +89,19 @@ def test_peft_computes_the_same_from_our_files(make, choice, form, num_candidate
         assert torch.equal(outputs(again), outputs(model))
     known = set(peft.VBLoRAConfig().to_dict())
     assert set(json.loads((tmp_path / CONFIG_FILE).read_text())) <= known
+
+
+@pytest.mark.parametrize("form", ["peft", "peft-topk"])
+@pytest.mark.parametrize("num_vectors", [16, 300])  # indices of 8 and of 16 bits
+def test_our_files_are_as_pefts(form, num_vectors, tmp_path):
+    base, model = ours(gpt2, num_vectors=num_vectors, bias="vblora_only", topk=3)
+    vblora.save(model, tmp_path / "ours", form=form)
+    from_peft(base, tmp_path / "ours").save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    one, other = (safetensors.torch.load_file(tmp_path / name / TENSORS_FILE) for name in ("ours", "theirs"))
+    assert {n: (t.shape, t.dtype) for n, t in one.items()} == {n: (t.shape, t.dtype) for n, t in other.items()}
+    one, other = (json.loads((tmp_path / name / CONFIG_FILE).read_text()) for name in ("ours", "theirs"))
+    own = {"target_modules", "peft_version", "base_model_name_or_path"}
+    assert {name: one[name] for name in one.keys() - own} == {name: other[name] for name in other.keys() - own}
 
 
 @pytest.mark.parametrize("compact", [False, True])
