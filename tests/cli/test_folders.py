@@ -313,6 +313,13 @@ def test_merges_what_is_tied(tmp_path):
     assert torch.equal(outputs(type(base).from_pretrained(tmp_path / "out")), outputs(model))
 
 
+def test_refuses_to_merge_a_head_alone_that_is_tied(tmp_path, capsys):
+    base, model = trained(lambda: llama(tie_word_embeddings=True, vocab_size=56), target_modules=["lm_head"])
+    base.save_pretrained(tmp_path / "base")
+    vblora.save(model, tmp_path / "adapter")
+    assert "`tie_word_embeddings`" in fails(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
 def change_base(folder, change):
     path = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(path)

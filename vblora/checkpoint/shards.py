@@ -59,7 +59,11 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
         ValueError: they are damaged, a name is not found in them or found twice, or a tensor does not fit.
     """
     stored = _read_headers(base)
-    updates = _find_updates(contents, stored, _is_of_conv1d(contents, base))
+    config = _read_config(base)
+    _refuse_tied(contents, config)
+    updates = _find_updates(
+        contents, stored, contents.config.fan_in_fan_out or config.get("model_type") in _CONV1D_MODELS
+    )
     replacements = _find_replacements(contents, stored)
     for name in updates.keys() & replacements.keys():
         raise ValueError(f"`{name}` would be both updated and replaced.")
@@ -159,7 +163,7 @@ def _find(name: str, stored: Iterable[str]) -> str | None:
 
 
 def _find_updates(contents: Contents, stored: dict[str, _Stored], is_of_conv1d: bool) -> dict[str, tuple[Target, bool]]:
-    """The targets by their weights' names, and whether that is stored ``(in, out)``."""
+    """The targets by their weights' names, and whether that is stored ``(in, out)``, as a square one ``is_of_conv1d``."""
     updates: dict[str, tuple[Target, bool]] = {}
     for target in contents.targets:
         name = _find(f"{target.name}.weight", stored)
@@ -204,13 +208,22 @@ def _find_replacements(contents: Contents, stored: dict[str, _Stored]) -> dict[s
     return replacements
 
 
-def _is_of_conv1d(contents: Contents, base: Path) -> bool:
-    """Whether a square weight is taken to be stored ``(in, out)``."""
+def _read_config(base: Path) -> dict:
     try:
-        model_type = json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        model_type = None
-    return contents.config.fan_in_fan_out or model_type in _CONV1D_MODELS
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _refuse_tied(contents: Contents, config: dict) -> None:
+    """An update of a head alone, whose weight is made to be the embeddings' again when the model is loaded."""
+    for target in contents.targets:
+        if config.get("tie_word_embeddings") is True and target.out_features == config.get("vocab_size"):
+            raise ValueError(
+                f"`{target.name}.weight` is the embeddings' too (`tie_word_embeddings` in the base model's config.json), which "
+                "the adapter does not update. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
+            )
 
 
 def _copy_others(base: Path, out: Path, shards: list[str]) -> list[str]:
