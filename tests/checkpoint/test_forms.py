@@ -148,6 +148,15 @@ def test_a_bank_of_zeros_and_one_beyond_float16(tmp_path):
     assert (tmp_path / folder.TENSORS_FILE).read_bytes() == before
 
 
+def test_a_row_without_a_finite_logit_is_refused(tmp_path):
+    model = trained()
+    with torch.no_grad():
+        model.vblora.logits[5] = float("-inf")
+    with pytest.raises(ValueError, match="row 5 of `logits` has nothing finite"):
+        vblora.save(model, tmp_path / "a", form="deploy")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_deployed_adapter_does_not_train_unless_told_how(tmp_path):
     model = trained(topk=3)
     vblora.save(model, tmp_path, form="deploy")

@@ -128,6 +128,9 @@ class Contents:
             return self.rows
         logits, candidates = self.rows.logits, self.rows.candidates
         _, columns, weights = torch.ops.vblora.admixture(logits, self.bank, candidates, self.config.topk)
+        if not weights.isfinite().all():
+            row = int((~weights.isfinite()).any(1).nonzero()[0])
+            raise ValueError(f"row {row} of `logits` has nothing finite among its k largest, so its weights are NaN.")
         indices = columns if candidates is None else candidates.gather(1, columns.long())
         return Deployed(indices.to(candidate_dtype(self.config.num_vectors)), weights)
 
