@@ -515,3 +515,8 @@ def test_a_layer_on_another_device_gets_its_factors_moved():
     net.blocks[0].up.base_layer.to("meta")
     moved = net.blocks[0].up(torch.randn(2, 16, device="meta"))
     assert moved.is_meta and moved.shape == (2, 32)
+
+
+def test_one_vector_a_sub_vector_is_warned_of():
+    with pytest.warns(UserWarning, match="`topk` is 1.*never train. Take 2"):
+        vblora.inject(bert(), vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, topk=1))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -123,6 +124,11 @@ def inject(
     """
     plan = Plan(model, config)
     config = plan.config
+    if config.topk == 1:
+        warnings.warn(
+            "`topk` is 1: the weight of a single bank vector is always 1, so logits get no gradient and never train. Take 2.",
+            stacklevel=2,
+        )
     size = (config.num_vectors, config.vector_length)
     if bank is None:
         bank = VectorBank(*size, config.init_vector_bank_bound, device=plan.device)
