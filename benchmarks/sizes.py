@@ -54,7 +54,7 @@ def trained(targets: tuple[Target, ...], config: vblora.VBLoRAConfig) -> Content
     contents = Contents(config, targets, torch.randn(config.num_vectors, config.vector_length) / 50, Trained(None))
     dense = not contents.has_candidates
     drawn = draw_rows(
-        contents.num_rows,
+        contents.sizes,
         config.num_vectors,
         None if dense else config.num_candidates,
         seed=0,

@@ -12,7 +12,10 @@ from vblora.config import PEFT_METADATA
 def test_names_and_defaults_are_pefts():
     ours = {field.name: field.default for field in dataclasses.fields(vblora.VBLoRAConfig)}
     theirs = peft.VBLoRAConfig()
-    assert (ours.pop("num_candidates"), ours.pop("seed")) == (128, None)  # which PEFT does not have
+    beyond = {
+        name: ours.pop(name) for name in ("num_candidates", "seed", "init", "scaling")
+    }  # which PEFT does not have
+    assert beyond == {"num_candidates": 128, "seed": None, "init": "paper", "scaling": 1.0}
     for name, default in ours.items():
         assert getattr(theirs, name) == default, name
     left_out = set(vars(theirs)) - set(ours) - PEFT_METADATA
@@ -26,6 +29,9 @@ def test_names_and_defaults_are_pefts():
         ({"r": 2.0}, TypeError, "`r` is 2.0"),
         ({"topk": True}, TypeError, "`topk` is True"),
         ({"topk": 9, "num_vectors": 8}, ValueError, "`topk` is 9.*8"),
+        ({"init": "zero"}, ValueError, "`init` is 'zero'"),
+        ({"scaling": 0}, ValueError, "`scaling` is 0.0"),
+        ({"scaling": float("inf")}, ValueError, "`scaling` is inf"),
         ({"num_candidates": 0}, ValueError, "`num_candidates` is 0"),
         ({"num_candidates": 1.5}, TypeError, "`num_candidates` is 1.5"),
         ({"num_candidates": 2, "topk": 3}, ValueError, "`num_candidates` is 2.*`topk`, 3"),

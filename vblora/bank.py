@@ -26,6 +26,7 @@ class VectorBank(nn.Module):
         num_vectors: h, vectors in the bank.
         vector_length: b, elements of a vector.
         init_bound: vectors start uniform in ``[-init_bound, init_bound]``. Not zero: a bank of zeros has no gradient.
+        pairs: each vector 2i + 1 starts as the negative of vector 2i, for adapters with ``init="noop"``.
         device, dtype: of the parameter, as in ``torch.nn.Linear``.
 
     Attributes:
@@ -44,6 +45,7 @@ class VectorBank(nn.Module):
         vector_length: int,
         init_bound: float = 0.02,
         *,
+        pairs: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -52,7 +54,10 @@ class VectorBank(nn.Module):
         check_count("vector_length", vector_length)
         if not init_bound > 0:
             raise ValueError(f"`init_bound` is {init_bound}, but must be above 0: a bank of zeros gets no gradient.")
+        if pairs and num_vectors % 2:
+            raise ValueError(f"`num_vectors` is {num_vectors}, but must be even for a bank of pairs.")
         self.init_bound = init_bound
+        self.pairs = pairs
         self.file: BankFile | None = None
         self.vectors = nn.Parameter(torch.empty(num_vectors, vector_length, device=device, dtype=dtype))
         self.reset_parameters()
@@ -67,6 +72,15 @@ class VectorBank(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.vectors, -self.init_bound, self.init_bound)
+        if self.pairs:
+            with torch.no_grad():
+                self.vectors[1::2] = -self.vectors[::2]
+
+    def is_of_pairs(self) -> bool:
+        """Whether each vector 2i + 1 is the negative of vector 2i."""
+        if self.vectors.is_meta:
+            return self.pairs
+        return self.num_vectors % 2 == 0 and torch.equal(self.vectors[1::2], -self.vectors[::2])
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> str:
         """Writes the bank into a file of its own, for adapters to share (:meth:`from_file`).

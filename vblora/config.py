@@ -41,6 +41,10 @@ class VBLoRAConfig:
         modules_to_save: other modules to train in full and to save, such as a classification head.
         init_vector_bank_bound: the bank starts uniform in ``[-bound, bound]``.
         init_logits_std: logits start normal with this standard deviation.
+        init: ``"paper"``, or ``"noop"``: the first forward is exactly the base model's, and bank and logits have gradients all
+            the same. Bank vectors start as pairs, each the other's negative, and B's sub-vectors as one half of each of a pair.
+            For ``topk=2``.
+        scaling: factor of every update; 1 is the paper's.
         num_candidates: M, bank vectors that a sub-vector may choose from while it trains: those of its M largest initial logits.
             Training is the same as with all of them until a row has used its candidates up, which
             :func:`vblora.stats` counts; it takes M / h of the memory. None, or as many as ``num_vectors``, is the paper's
@@ -67,13 +71,15 @@ class VBLoRAConfig:
     modules_to_save: list[str] | None = None
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
+    init: str = "paper"
+    scaling: float = 1.0
     num_candidates: int | None = 128
     seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("r", "num_vectors", "vector_length", "topk"):
             check_count(name, getattr(self, name))
-        for name in ("vblora_dropout", "init_vector_bank_bound", "init_logits_std"):
+        for name in ("vblora_dropout", "init_vector_bank_bound", "init_logits_std", "scaling"):
             value = getattr(self, name)
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise TypeError(f"`{name}` is {value!r}, but must be a number.")
@@ -97,6 +103,10 @@ class VBLoRAConfig:
             raise ValueError(f"`init_vector_bank_bound` is {self.init_vector_bank_bound}, but must be above 0.")
         if not self.init_logits_std >= 0:
             raise ValueError(f"`init_logits_std` is {self.init_logits_std}, but must be at least 0.")
+        if not 0 < self.scaling < float("inf"):
+            raise ValueError(f"`scaling` is {self.scaling}, but must be above 0 and finite.")
+        if self.init not in ("paper", "noop"):
+            raise ValueError(f'`init` is {self.init!r}; allowed are "paper" and "noop".')
         if self.bias not in ("none", "all", "vblora_only"):
             raise ValueError(f'`bias` is {self.bias!r}; allowed are "none", "all" and "vblora_only".')
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):

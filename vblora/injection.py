@@ -131,7 +131,8 @@ def inject(
         )
     size = (config.num_vectors, config.vector_length)
     if bank is None:
-        bank = VectorBank(*size, config.init_vector_bank_bound, device=plan.device)
+        pairs = config.init == "noop"
+        bank = VectorBank(*size, config.init_vector_bank_bound, pairs=pairs, device=plan.device)
     elif not isinstance(bank, VectorBank):
         bank = VectorBank.from_file(bank, device=plan.device)
     if (bank.num_vectors, bank.vector_length) != size:
@@ -184,6 +185,8 @@ class Plan:
             topk=config.topk,
             num_candidates=config.num_candidates,
             init_logits_std=config.init_logits_std,
+            init=config.init,
+            scaling=config.scaling,
             seed=config.seed,
             rows=rows,
         )

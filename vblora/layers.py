@@ -187,6 +187,7 @@ class VBLinear(AdaptedLinear):
         num_candidates: M, bank vectors that a sub-vector may choose from while it trains (:class:`VBLoRAConfig`).
         dropout: probability of dropping an element of the update's input while training.
         init_logits_std: logits start normal with this standard deviation.
+        init, scaling: how the adapter starts, and the factor of its update (:class:`VBLoRAConfig`).
         seed: of that draw; from torch's generator if None.
         device, dtype: of a new ``nn.Linear``. Adapter parameters go to the layer's device and are float32.
 
@@ -218,6 +219,8 @@ class VBLinear(AdaptedLinear):
         num_candidates: int | None = 128,
         dropout: float = 0.0,
         init_logits_std: float = 0.1,
+        init: str = "paper",
+        scaling: float = 1.0,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -244,7 +247,10 @@ class VBLinear(AdaptedLinear):
             if vector_length is None:
                 vector_length = max(length for length in range(1, min(common, 256) + 1) if common % length == 0)
             bank = VectorBank(
-                256 if num_vectors is None else num_vectors, vector_length, device=base_layer.weight.device
+                256 if num_vectors is None else num_vectors,
+                vector_length,
+                pairs=init == "noop",
+                device=base_layer.weight.device,
             )
         adapter = VBLoRAAdapter(
             [target],
@@ -253,6 +259,8 @@ class VBLinear(AdaptedLinear):
             topk=topk,
             num_candidates=num_candidates,
             init_logits_std=init_logits_std,
+            init=init,
+            scaling=scaling,
             seed=seed,
         )
         super().__init__(base_layer, adapter.slots[0], dropout)

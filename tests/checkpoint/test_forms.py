@@ -306,7 +306,7 @@ def test_rows_follow_their_layers_by_name():
     order = [3, 4, 5, 6, 0, 1, 2]
     assert torch.equal(turned.rows.weights, rows.weights[order])
     assert turned.targets == targets[::-1]
-    seeded = Contents(config, targets, torch.ones(5, 2), draw_rows(7, 5, None, seed=1, std=0.1))
+    seeded = Contents(config, targets, torch.ones(5, 2), draw_rows([2, 1, 1, 3], 5, None, seed=1, std=0.1))
     assert seeded.in_order(targets[::-1]).rows.seed is None  # row 0 is not the seed's row 0 any more
     assert isinstance(seeded.in_order(targets).rows, Trained) and seeded.in_order(targets).rows.seed == 1
     with pytest.raises(ValueError, match="the model adapts `c`"):

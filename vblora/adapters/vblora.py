@@ -49,6 +49,9 @@ class VBLoRAAdapter(Adapter):
         topk: k, bank vectors mixed into a sub-vector (eq. 2: top-k, softmax over them, weighted sum).
         num_candidates: M. None, or h and more, is the paper's dense form.
         init_logits_std: logits start normal with this standard deviation.
+        init: ``"paper"``, or ``"noop"``: the first update is exactly 0, and bank and logits have gradients all the same. The bank
+            then is one of pairs (``VectorBank(..., pairs=True)``), and a row of B begins with a pair, with half the weight each.
+        scaling: factor of the update; the paper's is 1. It is applied to the bank as its square root.
         seed: of that draw, which is the same on every device; from torch's generator if None.
         rows: what a file holds, instead of a draw.
         device, dtype: of the logits; the bank's unless told otherwise.
@@ -79,6 +82,8 @@ class VBLoRAAdapter(Adapter):
         topk: int = 2,
         num_candidates: int | None = 128,
         init_logits_std: float = 0.1,
+        init: str = "paper",
+        scaling: float = 1.0,
         seed: int | None = None,
         rows: Trained | Deployed | None = None,
         device: torch.device | str | None = None,
@@ -97,17 +102,22 @@ class VBLoRAAdapter(Adapter):
         self.r = r
         self.topk = topk
         self.init_logits_std = init_logits_std
+        self.scaling = check_scaling(scaling)
+        self.init = init
         self.bank = bank
+        if init == "noop" and rows is None:
+            check_noop(bank, topk, num_candidates)
         self._rows = rows_of_factors(self.targets, r, bank.vector_length)
         self._starts = [0, *itertools.accumulate(self._rows)][::2]
         if rows is None:
             dense = num_candidates is None or num_candidates >= bank.num_vectors
             rows = draw_rows(
-                self.num_subvectors,
+                self._rows,
                 bank.num_vectors,
                 None if dense else num_candidates,
                 seed=draw_seed() if seed is None else seed,
                 std=init_logits_std,
+                init=init,
                 device=bank.vectors.device if device is None else device,
                 dtype=bank.vectors.dtype if dtype is None else dtype,
             )
@@ -147,11 +157,12 @@ class VBLoRAAdapter(Adapter):
         if num_candidates is None and self.candidates is not None:
             num_candidates = self.logits.shape[1]
         return draw_rows(
-            self.num_subvectors,
+            self._rows,
             self.bank.num_vectors,
             num_candidates,
             seed=self.seed,
             std=self.init_logits_std,
+            init=self.init,
             device=self.logits.device,
             dtype=self.logits.dtype,
         )
@@ -175,13 +186,12 @@ class VBLoRAAdapter(Adapter):
         def part(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or index is None else tensor.narrow(0, start, count)
 
+        bank = scaled(self.bank.vectors, self.scaling)
         if self.logits is None:
-            subvectors = torch.ops.vblora.compose(self.bank.vectors, part(self.indices), part(self.weights), dtype)
+            subvectors = torch.ops.vblora.compose(bank, part(self.indices), part(self.weights), dtype)
         else:
             logits = part(self.logits)
-            subvectors, columns, _ = torch.ops.vblora.admixture(
-                logits, self.bank.vectors, part(self.candidates), self.topk, dtype
-            )
+            subvectors, columns, _ = torch.ops.vblora.admixture(logits, bank, part(self.candidates), self.topk, dtype)
             if self.exhausted is not None and logits.requires_grad and torch.is_grad_enabled():
                 _note_exhausted(part(self.exhausted), logits.detach(), columns)
         # One split for all: its backward is one concatenation, that of a slice is a whole tensor of zeros.
@@ -209,24 +219,67 @@ def _note_exhausted(exhausted: Tensor, logits: Tensor, columns: Tensor) -> None:
 
 
 def draw_rows(
-    num_rows: int,
+    sizes: list[int],
     num_vectors: int,
     num_candidates: int | None,
     *,
     seed: int,
     std: float,
+    init: str = "paper",
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Trained:
-    """Initial rows: all ``num_vectors`` logits of each, in order; or the ``num_candidates`` largest, in descending order."""
-    columns = num_vectors if num_candidates is None else num_candidates
-    logits = torch.empty(num_rows, columns, device=device, dtype=dtype)
-    candidates = exhausted = None
-    if num_candidates is not None:
-        candidates = torch.empty(logits.shape, device=device, dtype=candidate_dtype(num_vectors))
-        exhausted = torch.zeros(num_rows, device=device, dtype=torch.bool)
-    torch.ops.vblora.draw_logits_(logits, candidates, num_vectors, seed, std)
+    """Initial rows: all ``num_vectors`` logits of each, in order; or the ``num_candidates`` largest, in descending order.
+
+    With ``init="noop"`` the two vectors of a pair have one logit in the rows of B, so the best two are a vector and its negative.
+
+    Args:
+        sizes: rows of each factor in turn, as of :func:`rows_of_factors`.
+    """
+    rows = sum(sizes)
+
+    def draw(vectors: int, kept: int | None) -> tuple[Tensor, Tensor | None]:
+        logits = torch.empty(rows, vectors if kept is None else kept, device=device, dtype=dtype)
+        candidates = None
+        if kept is not None:
+            candidates = torch.empty(logits.shape, device=device, dtype=candidate_dtype(num_vectors))
+        torch.ops.vblora.draw_logits_(logits, candidates, vectors, seed, std)
+        return logits, candidates
+
+    logits, candidates = draw(num_vectors, num_candidates)
+    if init == "noop":
+        counts = torch.tensor(sizes, device=device)
+        of_b = torch.repeat_interleave(torch.arange(len(sizes), device=device) % 2 == 1, counts, output_size=rows)
+        of_pairs, pairs = draw(num_vectors // 2, None if num_candidates is None else num_candidates // 2)
+        logits = torch.where(of_b[:, None], of_pairs.repeat_interleave(2, 1), logits)
+        if candidates is not None:
+            vectors = 2 * pairs.repeat_interleave(2, 1)
+            vectors[:, 1::2] += 1
+            candidates = torch.where(of_b[:, None], vectors, candidates)
+    exhausted = None if candidates is None else torch.zeros(rows, device=device, dtype=torch.bool)
     return Trained(logits, candidates, exhausted, seed)
+
+
+def scaled(bank: Tensor, scaling: float) -> Tensor:
+    """The bank whose factors' products are ``scaling`` times those of ``bank``."""
+    return bank if scaling == 1.0 else bank * math.sqrt(scaling)
+
+
+def check_scaling(scaling: float) -> float:
+    if not 0 < scaling < math.inf:
+        raise ValueError(f"`scaling` is {scaling}, but must be above 0 and finite.")
+    return float(scaling)
+
+
+def check_noop(bank: VectorBank, topk: int, num_candidates: int | None) -> None:
+    """Refuses what would not make the first update exactly 0."""
+    needs = '`init` is "noop", which needs'
+    if topk != 2:
+        raise ValueError(f"{needs} `topk`=2 (a vector and its negative), not {topk}.")
+    if num_candidates is not None and num_candidates % 2 and num_candidates < bank.num_vectors:
+        raise ValueError(f"{needs} an even `num_candidates`, not {num_candidates}.")
+    if not bank.is_of_pairs():
+        raise ValueError(f"{needs} a bank of pairs, each vector 2i + 1 the negative of 2i, which `bank` is not.")
 
 
 def draw_seed() -> int:

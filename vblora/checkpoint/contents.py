@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..adapters import Target
 from ..adapters.base import Factors
-from ..adapters.vblora import Deployed, Trained, candidate_dtype, check_widths, draw_rows, rows_of_factors
+from ..adapters.vblora import Deployed, Trained, candidate_dtype, check_widths, draw_rows, rows_of_factors, scaled
 from ..config import VBLoRAConfig
 
 
@@ -29,7 +29,12 @@ class Contents:
     @property
     def num_rows(self) -> int:
         """S."""
-        return sum(rows_of_factors(self.targets, self.config.r, self.config.vector_length))
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each factor in turn."""
+        return rows_of_factors(self.targets, self.config.r, self.config.vector_length)
 
     @property
     def has_candidates(self) -> bool:
@@ -41,7 +46,15 @@ class Contents:
         config = self.config
         columns = config.num_candidates if self.has_candidates else config.num_vectors
         dtype = self.bank.dtype
-        return draw_rows(self.num_rows, config.num_vectors, columns, seed=seed, std=config.init_logits_std, dtype=dtype)
+        return draw_rows(
+            self.sizes,
+            config.num_vectors,
+            columns,
+            seed=seed,
+            std=config.init_logits_std,
+            init=config.init,
+            dtype=dtype,
+        )
 
     def check_layout(self) -> None:
         """Refuses layers and a bank that do not go together.
@@ -111,7 +124,7 @@ class Contents:
                 )
         if list(own) == list(wanted):
             return self
-        sizes = rows_of_factors(self.targets, self.config.r, self.config.vector_length)
+        sizes = self.sizes
         blocks = [a + b for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
         of_target = dict(zip(own, torch.arange(sum(blocks)).split(blocks), strict=True))
         order = torch.cat([of_target[name] for name in wanted])
@@ -141,11 +154,12 @@ class Contents:
             ValueError: a sub-vector is not finite.
         """
         deployed = self.deployed()
-        sizes = rows_of_factors(self.targets, self.config.r, self.config.vector_length)
+        bank = scaled(self.bank, self.config.scaling)
+        sizes = self.sizes
         start = 0
         for target, *size in zip(self.targets, sizes[::2], sizes[1::2], strict=True):
             rows = slice(start, start := start + sum(size))
-            subvectors = torch.ops.vblora.compose(self.bank, deployed.indices[rows], deployed.weights[rows], dtype)
+            subvectors = torch.ops.vblora.compose(bank, deployed.indices[rows], deployed.weights[rows], dtype)
             if not subvectors.isfinite().all():
                 raise ValueError(f"the update of layer `{target.name}` is not finite.")
             A, B = subvectors.split(size)

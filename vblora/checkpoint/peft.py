@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Target
-from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors
+from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled
 from ..config import VBLoRAConfig
 from .contents import Contents, check_tensor
 
@@ -46,7 +46,7 @@ def encode(contents: Contents, form: str, base_model: str | None = None) -> tupl
         ValueError: dense logits that are not known, or weights that this format cannot hold.
     """
     config = contents.config
-    tensors = {_BANK: contents.bank}
+    tensors = {_BANK: scaled(contents.bank, config.scaling)}
     if form == "peft":
         tensors |= _by_layer(contents, _dense_logits(contents), "")
     else:
@@ -186,7 +186,13 @@ def _dense_logits(contents: Contents) -> Tensor:
             + instead
         )
     drawn = draw_rows(
-        len(rows.logits), config.num_vectors, None, seed=rows.seed, std=config.init_logits_std, dtype=rows.logits.dtype
+        contents.sizes,
+        config.num_vectors,
+        None,
+        seed=rows.seed,
+        std=config.init_logits_std,
+        init=config.init,
+        dtype=rows.logits.dtype,
     )
     logits = rows.logits.float()  # PEFT loads into float32, where what is below it in float64 may be no more
     selected = logits.topk(config.topk).values[:, -1:]
