@@ -6,15 +6,13 @@ import peft
 import pytest
 
 import vblora
-from vblora.config import PEFT_METADATA
+from vblora.config import BEYOND_PEFT, PEFT_METADATA
 
 
 def test_names_and_defaults_are_pefts():
     ours = {field.name: field.default for field in dataclasses.fields(vblora.VBLoRAConfig)}
     theirs = peft.VBLoRAConfig()
-    beyond = {
-        name: ours.pop(name) for name in ("num_candidates", "seed", "init", "scaling")
-    }  # which PEFT does not have
+    beyond = {name: ours.pop(name) for name in BEYOND_PEFT}
     assert beyond == {"num_candidates": 128, "seed": None, "init": "paper", "scaling": 1.0}
     for name, default in ours.items():
         assert getattr(theirs, name) == default, name

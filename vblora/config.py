@@ -18,6 +18,8 @@ PEFT_METADATA = frozenset(
         "task_type",
     }
 )
+# Fields of ours that PEFT does not have.
+BEYOND_PEFT = frozenset({"init", "num_candidates", "scaling", "seed"})
 
 
 @dataclass

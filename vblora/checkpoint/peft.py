@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..adapters import Target
 from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled
-from ..config import VBLoRAConfig
+from ..config import BEYOND_PEFT, VBLoRAConfig
 from .contents import Contents, check_tensor
 
 FORMS = ("peft", "peft-topk")
@@ -244,8 +244,10 @@ def _decode_config(description: dict) -> tuple[VBLoRAConfig, bool, bool]:
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if values.get(name) in ([], ""):
             del values[name]
+    for name in sorted(BEYOND_PEFT & values.keys()):
+        raise ValueError(f"unknown config field `{name}`, which PEFT does not have.")
     try:
-        config = VBLoRAConfig.from_dict(values | {"num_candidates": None, "seed": None})
+        config = VBLoRAConfig.from_dict(values | {"num_candidates": None})
     except (TypeError, ValueError) as error:
         raise ValueError(f"its config is not what it should be: {error}") from None
     return config, bool(compact), is_of_authors
