@@ -2,8 +2,8 @@
 
     model = vblora.integrations.peft.accelerate(peft.get_peft_model(model, peft.VBLoRAConfig(...)))
 
-Everything about the model stays PEFT's. What changes is how a layer's factors come about: one operator call each, instead of a
-chain of small kernels and, while training, a look at the logits for which the device has to be waited for.
+Everything about the model stays PEFT's. What changes is how a layer's factors come about: one operator call for both, instead
+of a chain of small kernels for each and, while training, a look at the logits for which the device has to be waited for.
 """
 
 import peft
@@ -72,9 +72,10 @@ class AcceleratedLinear(Linear):
     Instances are PEFT's own, of which only ``__class__`` was changed. So they hold what they held, nothing refers to them that
     did not, ``deepcopy`` and pickling work, and torch.compile, which guards on the class, needs no more than that.
 
-    One call a factor, and not one for all layers: PEFT keeps a parameter a factor, so a common call would have to join all
-    logits first, and to take their gradient apart. That is a copy of all logits and one of all their gradients a step, which an
-    adapter can have gigabytes of, to save launches.
+    One call for both factors, though PEFT keeps a parameter each and their logits have to be joined first. By count: that reads
+    and writes r (in + out) / b rows of h. A second call would write another gradient of the bank and add the two up, 4 b rows of
+    h, which is more unless vectors are short; and calls have a price of their own. The gradients are not copied: each
+    parameter gets its part of one tensor.
     """
 
     _compact: frozenset[str] = frozenset()  # adapters with -inf among what was looked at of their logits
@@ -85,11 +86,17 @@ class AcceleratedLinear(Linear):
             super()._get_lora_matrices(adapter)  # looks again, and raises
             self._compact -= {adapter}  # unless they were drawn anew meanwhile
         logits_A, logits_B = self.vblora_logits_A[adapter], self.vblora_logits_B[adapter]
-        bank = self.vblora_vector_bank[adapter].to(logits_A.device)
+        # (r, in / b, h) and (out / b, r, h)
+        rows = torch.cat((logits_A.flatten(0, 1), logits_B.flatten(0, 1)))
+        bank = self.vblora_vector_bank[adapter].to(rows.device)
+        if rows.dtype != bank.dtype:  # PEFT lets them differ, where layers do
+            common = torch.promote_types(rows.dtype, bank.dtype)
+            rows, bank = rows.to(common), bank.to(common)
         dtype = torch.float32 if cast_to_fp32 else None
-        A = _compose(logits_A, bank, self.topk[adapter], dtype)  # (r, in / b, b)
-        B = _compose(logits_B, bank, self.topk[adapter], dtype)  # (out / b, r, b)
-        return A.flatten(1), B.transpose(0, 1).flatten(1).T
+        subvectors, _, _ = torch.ops.vblora.admixture(rows, bank, None, self.topk[adapter], dtype)
+        rank, of_A = logits_A.shape[:2]
+        A, B = subvectors.split_with_sizes((rank * of_A, rank * logits_B.shape[0]))
+        return A.reshape(rank, -1), B.unflatten(0, (-1, rank)).transpose(0, 1).flatten(1).T
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
         # The children, which hold the parameters, load after this. What they are about to load is here already.
@@ -124,12 +131,3 @@ def _put_under(module: nn.Module) -> nn.Module:
             for adapter, logits in module.vblora_logits_A.items():
                 module._look_at(adapter, logits)
     return module
-
-
-def _compose(logits: Tensor, bank: Tensor, k: int, dtype: torch.dtype | None) -> Tensor:
-    """Logits ``(x, y, h)`` and a bank ``(h, b)`` to sub-vectors ``(x, y, b)``."""
-    if logits.dtype != bank.dtype:  # PEFT lets them differ, where layers do
-        common = torch.promote_types(logits.dtype, bank.dtype)
-        logits, bank = logits.to(common), bank.to(common)
-    subvectors, _, _ = torch.ops.vblora.admixture(logits.flatten(0, 1), bank, None, k, dtype)
-    return subvectors.unflatten(0, logits.shape[:2])
