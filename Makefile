@@ -45,7 +45,7 @@ test-peft: .venv-test/ready
 	  { echo 'Set VBLORA_PEFT_SOURCE to the source tree of peft 0.21: the one that has tests/test_vblora.py' >&2; exit 1; }
 	.venv-test/$(PIP) pytest-cov attrs datasets diffusers parameterized scipy
 	cd "$(VBLORA_PEFT_SOURCE)" && PYTHONPATH=$(CURDIR)/tests/integrations $(CURDIR)/.venv-test/bin/python -m pytest \
-	  -o addopts= -p accelerate_peft -p no:cacheprovider -q -k vblora $(PEFT_TESTS) $(PYTEST)
+	  -o addopts= -o filterwarnings= -p accelerate_peft -p no:cacheprovider -q -k vblora $(PEFT_TESTS) $(PYTEST)
 
 demo: .venv-demo/ready
 	HF_HUB_OFFLINE=1 .venv-demo/bin/python $(DEMO)

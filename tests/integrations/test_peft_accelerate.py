@@ -97,13 +97,18 @@ def assert_same_step(theirs, ours, error=EXACT):
             assert relative_error(parameters[name].grad, parameter.grad) < error, name
 
 
-class Syncs(TorchDispatchMode):
-    """Counts what a device would have to be waited for: numbers that Python asks for."""
+class Operators(TorchDispatchMode):
+    """Counts what is computed, and of that, the numbers that Python asks for: for those a device has to be waited for."""
 
-    count = 0
+    VIEWS = (torch.ops.aten.detach.default, torch.ops.aten._unsafe_view.default)  # beside those that say so
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.syncs = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
+        self.count += not function.is_view and function not in self.VIEWS
+        self.syncs += function is torch.ops.aten._local_scalar_dense.default
         return function(*args, **(kwargs or {}))
 
 
@@ -242,15 +247,18 @@ def test_meta_device():
 # --- what it is for
 
 
-def test_training_asks_for_no_number():
+def test_operators_of_a_layer():
+    """The factors and their gradients, in training; docs/peft.md says these numbers."""
     counts = []
-    for model in pair(bert, target_modules=["query", "value"]):
-        x = torch.randn(2, 5, 32, dtype=torch.float64)
-        with Syncs() as syncs:
-            for layer in layers_of(model.train()):
-                layer(x).sum().backward()
-        counts.append(syncs.count)
-    assert counts == [4, 0]  # PEFT: one a layer
+    for model in pair(bert):
+        layer = layers_of(model.train())[0]
+        gradients = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 32), (32, 3))]
+        with Operators() as operators:
+            torch.autograd.backward(layer._get_lora_matrices("default"), gradients)
+        counts.append((operators.count, operators.syncs))
+    assert counts == [(31, 1), (6, 0)]
+    grads = [logits["default"].grad for logits in (layer.vblora_logits_A, layer.vblora_logits_B)]
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == 1  # parts of one tensor, not copies
 
 
 @pytest.mark.parametrize("make", [bert, llama])
@@ -501,9 +509,9 @@ def test_training_from_the_k_best_is_refused_when_they_are_loaded_later(compact,
     for layer in layers_of(model):
         layer.reset_vblora_logits("compact", 0.1)
     run(model)
-    with Syncs() as syncs:
+    with Operators() as operators:
         layers_of(model)[0](torch.randn(2, 32))
-    assert syncs.count == 0
+    assert operators.syncs == 0
 
 
 @pytest.mark.parametrize("version", ["0.20.0", "0.22.0", "1.0.0.dev0", "0.210.1"])
@@ -573,6 +581,7 @@ def test_requires_grad_follows_the_active_adapter():
         assert all(name.endswith(active) for name in trained if "vblora_" in name)
 
 
+@pytest.mark.slow
 def test_plugin_that_runs_pefts_own_tests(tmp_path):
     (tmp_path / "test_one.py").write_text(
         "import peft\n"
