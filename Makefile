@@ -19,7 +19,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_level_api initialization config \
-  decoder_models encoder_decoder_models feature_extraction_models seq_classifier torch_compile))
+  decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 
 .PHONY: test suite test-torches test-peft demo lint format clean
 .NOTPARALLEL:
@@ -43,7 +43,7 @@ test-torches: .venv-test/ready .venv-newest/ready
 test-peft: .venv-test/ready
 	@test -f "$(VBLORA_PEFT_SOURCE)/tests/test_vblora.py" || \
 	  { echo 'Set VBLORA_PEFT_SOURCE to the source tree of peft 0.21: the one that has tests/test_vblora.py' >&2; exit 1; }
-	.venv-test/$(PIP) pytest-cov attrs datasets diffusers parameterized scipy
+	.venv-test/$(PIP) attrs datasets diffusers parameterized scipy
 	cd "$(VBLORA_PEFT_SOURCE)" && PYTHONPATH=$(CURDIR)/tests/integrations $(CURDIR)/.venv-test/bin/python -m pytest \
 	  -o addopts= -o filterwarnings= -p accelerate_peft -p no:cacheprovider -q -k vblora $(PEFT_TESTS) $(PYTEST)
 
