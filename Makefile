@@ -1,5 +1,6 @@
 # make test    everything CI runs, in environments of its own      make demo    fine-tune a real model
 # make lint    style only     make format    mend the style        make clean   remove what these made
+# make test-peft VBLORA_PEFT_SOURCE=DIR   PEFT's own tests of VB-LoRA, from its source tree, on our operators
 PYTHON ?= python3
 # Settings that reach their accuracy in under five minutes on two cores.
 DEMO ?= -m vblora.cli finetune --max-train 6000 --num-vectors 90 --output build/demo-adapter --overwrite
@@ -17,7 +18,10 @@ BUILD_REQUIRES = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pypr
 NATIVE := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test suite test-torches demo lint format clean
+PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_level_api initialization config \
+  decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
+
+.PHONY: test suite test-torches test-peft demo lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
@@ -34,6 +38,14 @@ test-torches: .venv-test/ready .venv-newest/ready
 	for python in .venv-test/bin/python .venv-newest/bin/python; do \
 	  VBLORA_SITE=build/torches PYTHONPATH=build/torches $$python -P -m pytest --noconftest --import-mode=importlib \
 	    -p no:cacheprovider -q tests/distribution/test_torch_versions.py || exit 1; done
+
+# Of the same minor version as the installed peft. Many of its tests fetch small models from the Hugging Face Hub.
+test-peft: .venv-test/ready
+	@test -f "$(VBLORA_PEFT_SOURCE)/tests/test_vblora.py" || \
+	  { echo 'Set VBLORA_PEFT_SOURCE to the source tree of peft 0.21: the one that has tests/test_vblora.py' >&2; exit 1; }
+	.venv-test/$(PIP) attrs datasets diffusers parameterized scipy
+	cd "$(VBLORA_PEFT_SOURCE)" && PYTHONPATH=$(CURDIR)/tests/integrations $(CURDIR)/.venv-test/bin/python -m pytest \
+	  -o addopts= -o filterwarnings= -p accelerate_peft -p no:cacheprovider -q -k vblora $(PEFT_TESTS) $(PYTEST)
 
 demo: .venv-demo/ready
 	HF_HUB_OFFLINE=1 .venv-demo/bin/python $(DEMO)
