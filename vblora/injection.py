@@ -200,6 +200,7 @@ class Plan:
             adapter.bank.requires_grad_(False)
         model.add_module(ADAPTER_NAME, adapter)
         model._vblora_injection = record
+        _keep_from_ddp(model, [f"{ADAPTER_NAME}.{name}" for name, _ in adapter.named_buffers()])
         record.register_hooks()
         return model
 
@@ -233,6 +234,7 @@ def eject(model: nn.Module) -> nn.Module:
         hook.remove()
     delattr(record.model, ADAPTER_NAME)
     del record.model._vblora_injection
+    _keep_from_ddp(record.model, [])
     record.model.requires_grad_(False)
     for name, parameter in record.model.named_parameters():
         if name in record.trainable:
@@ -306,6 +308,19 @@ def _stand_ins(
             copies[tensor] = copy
         stand_ins[full_name] = module, name, copies[tensor]
     return stand_ins
+
+
+def _keep_from_ddp(model: nn.Module, names: list[str]) -> None:
+    """Has DDP leave the adapter's buffers alone, which it would send around at every forward: all processes have the same."""
+    others = [
+        name
+        for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+        if not name.startswith(f"{ADAPTER_NAME}.")
+    ]
+    if others + names:
+        model._ddp_params_and_buffers_to_ignore = others + names
+    else:
+        vars(model).pop("_ddp_params_and_buffers_to_ignore", None)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
