@@ -106,6 +106,8 @@ def train_ddp(reentrant, num_candidates, folder):
 def train_fsdp(how, reentrant, num_candidates, folder):
     warnings.simplefilter("error")
     model = sharded(injected(reentrant, num_candidates=num_candidates), how)
+    with torch.no_grad():
+        model(batch(9)[0])  # which must neither leave its factors nor gathered parameters to those who come next
     optimizer = optimizer_of(model)
     losses, gradients = train(model, optimizer)
     with torch.no_grad():

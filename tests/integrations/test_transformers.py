@@ -145,6 +145,13 @@ def test_a_callback_that_comes_too_late_is_no_silent_restart(tmp_path):
         late.train(resume_from_checkpoint=True)
 
 
+def test_packed_state_is_not_for_an_optimizer_that_the_trainer_makes(tmp_path):
+    trainer_of(injected(), tmp_path, max_steps=1, save_steps=1).train()
+    other = trainer_of(injected(), tmp_path, by_class=True)
+    with pytest.raises(ValueError, match=r"state is packed.*optimizers=\(optimizer, None\)"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
     trainer_of(injected(), tmp_path, max_steps=1, save_steps=1).train()
     other = trainer_of(injected(r=2), tmp_path)

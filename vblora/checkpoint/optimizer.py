@@ -64,6 +64,11 @@ def unpack_state(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, A
     return state_dict | {"state": state}
 
 
+def is_packed(optimizer: Optimizer) -> bool:
+    """Whether packed state was loaded into an optimizer that cannot use it."""
+    return any(isinstance(v, dict) and _PACKED in v for kept in optimizer.state.values() for v in kept.values())
+
+
 def _logits_of(model: nn.Module, optimizer: Optimizer) -> dict[int, Tensor | tuple[int, int]]:
     """Of each of the optimizer's parameters that are an adapter's logits, by its number: the shape, or for a dense adapter the
     bank vectors of each row in the order in which they come to be selected."""

@@ -17,7 +17,7 @@ from ..adapters import VBLoRAAdapter
 from ..candidates import moves_untouched, stats
 from ..checkpoint import native
 from ..checkpoint.folder import TENSORS_FILE, save, write_over
-from ..checkpoint.optimizer import pack_state, unpack_state
+from ..checkpoint.optimizer import is_packed, pack_state, unpack_state
 from ..files import read_tensors, write_tensors
 from ..injection import injection_of, injections
 
@@ -46,7 +46,8 @@ class VBLoRACallback(TrainerCallback):
 
     Raises:
         ValueError: when training begins: from a checkpoint whose adapter the Trainer could not restore, as it got to know the
-            callback too late; or under the Trainer's FSDP or DeepSpeed, which write and read models in ways of their own.
+            callback too late, or whose packed state it could not, as it was not given the optimizer; or under the Trainer's
+            FSDP or DeepSpeed, which write and read models in ways of their own.
     """
 
     def __init__(self) -> None:
@@ -87,6 +88,11 @@ class VBLoRACallback(TrainerCallback):
                 "that has an adapter: Trainer(model, ..., callbacks=[VBLoRACallback()])."
             )
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
+        if optimizer is not None and is_packed(optimizer):
+            raise ValueError(
+                "the checkpoint's optimizer state is packed, as that of an optimizer which the Trainer was given. "
+                "Give it one again: Trainer(model, ..., optimizers=(optimizer, None))."
+            )
         reason = None if optimizer is None or not _has_candidates(model) else moves_untouched(model, optimizer)
         if reason:
             warnings.warn(
