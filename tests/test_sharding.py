@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,6 +74,10 @@ def full(tensor):
 
 def sharded(model, how):
     """As FSDP2's users do it."""
+    if how == "replicated":  # shards of each other's copies
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model.vblora, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
     if how == "adapter":
         fully_shard(model.vblora)
     if how in ("layers", "resharded", "adapter"):
@@ -156,6 +161,7 @@ FSDP = [
     ("layers", False, 4),
     ("adapter", False, 4),
     ("layers", None, None),
+    ("replicated", None, 4),
 ]
 
 
