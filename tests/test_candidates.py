@@ -359,7 +359,7 @@ def test_optimizers_that_move_what_was_never_selected_are_known(make, reason):
 def test_the_trainer_is_told(optimizer, tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    from vblora.integrations.transformers import CandidatesCallback
+    from vblora.integrations.transformers import VBLoRACallback
 
     run = Run(2, lambda g: torch.optim.Adam(g) if optimizer == "coupled" else torch.optim.AdamW(g), decay=0.1)
     settings = TrainingArguments(
@@ -367,7 +367,7 @@ def test_the_trainer_is_told(optimizer, tmp_path):
     )
     rows = [{n: t[i] for n, t in batch.items()} for batch in batches() for i in range(4)]
     trainer = Trainer(
-        run.model, settings, train_dataset=rows, optimizers=(run.optimizer, None), callbacks=[CandidatesCallback()]
+        run.model, settings, train_dataset=rows, optimizers=(run.optimizer, None), callbacks=[VBLoRACallback()]
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import read_tensors, write_tensors
+from .sharding import whole
 
 
 class BankFile(NamedTuple):
@@ -93,7 +94,7 @@ class VectorBank(nn.Module):
             The file's SHA-256, by which adapters name it.
         """
         path = Path(path)
-        write_tensors(path, encode_vectors(self.vectors.detach(), dtype))
+        write_tensors(path, encode_vectors(whole(self.vectors), dtype))
         return _sha256(path.read_bytes())
 
     @classmethod
@@ -120,7 +121,7 @@ class VectorBank(nn.Module):
         return self.file is not None and self._content() == self.file.content
 
     def _content(self) -> str:
-        vectors = self.vectors.detach().cpu().contiguous()
+        vectors = whole(self.vectors).contiguous()
         return _sha256(f"{vectors.dtype} {tuple(vectors.shape)}".encode() + vectors.view(torch.uint8).numpy().tobytes())
 
     def extra_repr(self) -> str:

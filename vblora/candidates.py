@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from .adapters import VBLoRAAdapter
 from .bank import check_count
 from .injection import injections
+from .sharding import is_sharded, reshard
 
 
 class Stats(NamedTuple):
@@ -52,12 +53,16 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer) -> None:
         optimizers: those that train the logits. What they keep per element of them is extended with zeros, in place.
 
     Raises:
-        ValueError: it has no candidates or no seed to draw more by, or ``num_candidates`` is out of range.
+        ValueError: it has no candidates or no seed to draw more by, FSDP2 has sharded it, or ``num_candidates`` is out of
+            range.
     """
     adapter = _trained_adapter(model)
     check_count("num_candidates", num_candidates)
     if adapter.candidates is None:
         raise ValueError("the adapter has no candidates: its rows choose from the whole bank already.")
+    reshard(model)
+    if is_sharded(adapter.logits):
+        raise ValueError("the adapter is sharded. Save it, and let it grow where it is loaded before it is sharded.")
     rows, columns = adapter.logits.shape
     if not columns < num_candidates <= adapter.bank.num_vectors:
         raise ValueError(

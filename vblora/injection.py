@@ -150,7 +150,7 @@ class Plan:
         config: the config, out of reach of what its owner does to it.
         targets: the layers, as an adapter sees them.
         stand_ins: copies of what trains beside the adapter, by their names in the model.
-        device: of the first layer's weight.
+        device: where the adapter goes: that of the first layer whose weight is not offloaded.
     """
 
     def __init__(self, model: nn.Module, config: VBLoRAConfig) -> None:
@@ -173,7 +173,7 @@ class Plan:
         self.targets = tuple(Target(names[0], *widths(layer)) for layer, names in self._found.items())
         check_widths(self.targets, self.config.vector_length)
         self.stand_ins = _stand_ins(model, self.config, list(self._found), saved)
-        self.device = next(iter(self._found)).weight.device
+        self.device = _device_of(list(self._found))
 
     def new_adapter(self, bank: VectorBank, rows: Trained | Deployed | None = None) -> VBLoRAAdapter:
         """An adapter for the targets, with ``rows`` that a file holds, or drawn ones."""
@@ -209,6 +209,7 @@ class Plan:
             adapter.bank.requires_grad_(False)
         model.add_module(ADAPTER_NAME, adapter)
         model._vblora_injection = record
+        _keep_from_ddp(model, [f"{ADAPTER_NAME}.{name}" for name, _ in adapter.named_buffers()])
         record.register_hooks()
         return model
 
@@ -242,6 +243,7 @@ def eject(model: nn.Module) -> nn.Module:
         hook.remove()
     delattr(record.model, ADAPTER_NAME)
     del record.model._vblora_injection
+    _keep_from_ddp(record.model, [])
     record.model.requires_grad_(False)
     for name, parameter in record.model.named_parameters():
         if name in record.trainable:
@@ -278,6 +280,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             layer.enabled = True
 
 
+def _device_of(layers: list[nn.Module]) -> torch.device:
+    """Of the first weight that is anywhere. What accelerate has offloaded is on the meta device until the layer runs, and where
+    that will be its hook says."""
+    devices = [layer.weight.device for layer in layers]
+    hooks = [getattr(layer, "_hf_hook", None) for layer in layers]
+    devices += [
+        torch.device(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None) is not None
+    ]
+    return next((device for device in devices if device.type != "meta"), devices[0])
+
+
 def _find_saved(model: nn.Module, config: VBLoRAConfig) -> list[str]:
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     saved = []
@@ -308,6 +321,8 @@ def _stand_ins(
     stand_ins = {}
     for (module, name), full_name in places.items():
         tensor = getattr(module, name)
+        if tensor.is_meta and getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise ValueError(f"`{full_name}` would train, but accelerate has offloaded it. Keep it on a device.")
         if tensor not in copies:
             copy = tensor.detach().clone()
             if isinstance(tensor, nn.Parameter):
@@ -315,6 +330,19 @@ def _stand_ins(
             copies[tensor] = copy
         stand_ins[full_name] = module, name, copies[tensor]
     return stand_ins
+
+
+def _keep_from_ddp(model: nn.Module, names: list[str]) -> None:
+    """Has DDP leave the adapter's buffers alone, which it would send around at every forward: all processes have the same."""
+    others = [
+        name
+        for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+        if not name.startswith(f"{ADAPTER_NAME}.")
+    ]
+    if others + names:
+        model._ddp_params_and_buffers_to_ignore = others + names
+    else:
+        vars(model).pop("_ddp_params_and_buffers_to_ignore", None)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -112,7 +112,7 @@ class AdaptedLinear(nn.Module):
         A, B = (factor.to(x.device, dtype) for factor in self.slot.factors(dtype))
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return y + (F.linear(x, A) @ B).to(y.dtype)
+        return y + (F.linear(x, A) @ B).to(y.device, y.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

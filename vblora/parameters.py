@@ -7,6 +7,7 @@ from torch import nn
 from .adapters import VBLoRAAdapter
 from .injection import injections, refuse_if_disabled
 from .layers import AdaptedLinear
+from .sharding import reshard
 
 
 def parameter_groups(
@@ -24,6 +25,7 @@ def parameter_groups(
     Returns:
         Groups named ``bank``, ``logits`` and ``other``, without those that would be empty.
     """
+    reshard(model)
     adapters = _adapters(model)
     refuse_if_disabled([module for module in model.modules() if isinstance(module, AdaptedLinear)])
     bank = {adapter.bank.vectors: None for adapter in adapters}

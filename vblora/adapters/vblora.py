@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  (registers torch.ops.vblora)
 from ..bank import VectorBank, check_count
+from ..sharding import gather, processes
 from .base import Adapter, Factors, Target
 
 
@@ -186,11 +187,11 @@ class VBLoRAAdapter(Adapter):
         def part(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or index is None else tensor.narrow(0, start, count)
 
-        bank = scaled(self.bank.vectors, self.scaling)
+        bank = scaled(gather(self.bank.vectors), self.scaling)
         if self.logits is None:
             subvectors = torch.ops.vblora.compose(bank, part(self.indices), part(self.weights), dtype)
         else:
-            logits = part(self.logits)
+            logits = part(gather(self.logits))
             subvectors, columns, _ = torch.ops.vblora.admixture(logits, bank, part(self.candidates), self.topk, dtype)
             if self.exhausted is not None and logits.requires_grad and torch.is_grad_enabled():
                 _note_exhausted(part(self.exhausted), logits.detach(), columns)
@@ -283,7 +284,17 @@ def check_noop(bank: VectorBank, topk: int, num_candidates: int | None) -> None:
 
 
 def draw_seed() -> int:
-    """A seed from torch's own generator."""
+    """A seed from torch's own generator.
+
+    Raises:
+        ValueError: there are other processes, each with a generator of its own. They would draw other candidates, while DDP
+            makes their logits the same.
+    """
+    if processes() > 1:
+        raise ValueError(
+            f"`seed` is None, but {processes()} processes train together, which must all draw the same logits. "
+            "Give the config a `seed`."
+        )
     return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
 
 

@@ -18,6 +18,7 @@ from ..bank import BankFile, VectorBank
 from ..files import read_tensors, write_file, write_tensors
 from ..injection import Injection, Plan, injection_of, injections, refuse_if_disabled
 from ..layers import is_conv1d
+from ..sharding import is_sharded, like, rank, reshard, whole
 from . import lora, native, peft
 from .contents import Contents
 
@@ -46,6 +47,7 @@ def save(
 
     Each file is written under a temporary name, synced and renamed: whoever is killed meanwhile leaves the old folder or the new
     one. A bank that came from a file and still is what that holds is not written again, but named by the file's SHA-256.
+    Of a model that FSDP2 has sharded all processes call it, and the first writes.
 
     Args:
         model: an injected model.
@@ -68,13 +70,16 @@ def save(
     if form is None:
         form = "resume" if isinstance(contents.rows, Trained) else "deploy"
     bank = record.adapter.bank
+    bank_file = bank.file if bank_dtype is None and bank.unchanged() else None
+    if rank() and any(is_sharded(tensor) for tensor in record.model.parameters()):
+        return  # it took part
     name = getattr(getattr(record.model, "config", None), "_name_or_path", None)
     write(
         contents,
         directory,
         form=form,
         bank_dtype=bank_dtype,
-        bank_file=bank.file if bank_dtype is None and bank.unchanged() else None,
+        bank_file=bank_file,
         base_model=name or None,
         about={"auto_mapping": _class_of(record.model)},
     )
@@ -129,7 +134,7 @@ def load(
         )
     try:
         if injections(model):
-            _write_over(record, contents, is_trainable)
+            write_over(record, contents, is_trainable)
         else:
             _put_in(model, contents, bank if shares_bank else None, bool(is_trainable))
     except ValueError as error:
@@ -240,18 +245,19 @@ def _class_of(model: nn.Module) -> dict[str, str]:
 
 def contents_of(record: Injection) -> Contents:
     """What a model's adapter comes down to."""
+    reshard(record.model)
     adapter = record.adapter
     transposed = any(is_conv1d(layer.base_layer) for layer in record.layers)
     config = replace(record.config, fan_in_fan_out=transposed)  # whatever the user says: it is seen
-    rows = type(adapter.rows)(*(x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in adapter.rows))
+    rows = type(adapter.rows)(*(whole(x) if isinstance(x, torch.Tensor) else x for x in adapter.rows))
     if isinstance(rows, Trained):
         columns = config.num_candidates if rows.candidates is None else rows.logits.shape[1]
         config = replace(config, seed=rows.seed, num_candidates=columns)
     copies = {}  # what is tied stays one tensor
     for replaced in record.replaced.values():
-        copies.setdefault(replaced.stand_in, replaced.stand_in.detach().cpu())
+        copies.setdefault(replaced.stand_in, whole(replaced.stand_in))
     beside = {name: copies[replaced.stand_in] for name, replaced in record.replaced.items()}
-    return Contents(config, adapter.targets, adapter.bank.vectors.detach().cpu(), rows, beside)
+    return Contents(config, adapter.targets, whole(adapter.bank.vectors), rows, beside)
 
 
 def _put_in(model: nn.Module, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
@@ -278,7 +284,12 @@ def _put_in(model: nn.Module, contents: Contents, bank: VectorBank | None, is_tr
     plan.carry_out(adapter, freeze_bank=frozen)
 
 
-def _write_over(record: Injection, contents: Contents, is_trainable: bool | None) -> None:
+def write_over(record: Injection, contents: Contents, is_trainable: bool | None) -> None:
+    """Puts checked contents over a model's adapter, whose parameters require gradients then if told so; None: as they did.
+
+    Raises:
+        ValueError: they do not fit it.
+    """
     adapter = record.adapter
     own = contents_of(record)
     unlike = dict.fromkeys(("seed", "num_candidates", *_NAMING)) | {"fan_in_fan_out": False}
@@ -297,15 +308,15 @@ def _write_over(record: Injection, contents: Contents, is_trainable: bool | None
     with torch.no_grad():
         for ours, theirs in zip(adapter.rows, contents.rows, strict=True):
             if isinstance(ours, torch.Tensor):
-                ours.copy_(theirs)
+                ours.copy_(like(theirs, ours))
         if isinstance(contents.rows, Trained):
             adapter.seed = contents.rows.seed
         if not adapter.bank.unchanged():
-            adapter.bank.vectors.copy_(contents.bank)
+            adapter.bank.vectors.copy_(like(contents.bank, adapter.bank.vectors))
         stand_ins = [replaced.stand_in for replaced in record.replaced.values()]
         for stand_in, name in zip(stand_ins, record.replaced, strict=True):
             if name in contents.beside:
-                stand_in.copy_(contents.beside[name])
+                stand_in.copy_(like(contents.beside[name], stand_in))
     if is_trainable is not None:
         for tensor in (*adapter.parameters(), *stand_ins):
             if isinstance(tensor, nn.Parameter):

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PredictionOutput
 import vblora
 
 from ..injection import injection_of
-from ..integrations.transformers import CandidatesCallback
+from ..integrations.transformers import VBLoRACallback
 from ..layers import widths
 from ..targets import find_targets
 from .baseline import frozen_accuracy
@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     collate = DataCollatorWithPadding(tokenizer)
     with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:  # the Trainer wants a folder; nothing is kept in it
         settings = _training_arguments(arguments, scratch, len(train))
-        trainer = _Trainer(model, settings, collate, train, optimizers=_optimizer(arguments, model, len(train)))
-        trainer.add_callback(CandidatesCallback())
+        optimizers = _optimizer(arguments, model, len(train))
+        trainer = _Trainer(model, settings, collate, train, optimizers=optimizers, callbacks=[VBLoRACallback()])
         _train(arguments, task, trainer)
         try:
             after = trainer.predict(held_out, metric_key_prefix="eval")
@@ -251,7 +251,7 @@ def _training_arguments(arguments: argparse.Namespace, folder: str, rows: int) -
         bf16=arguments.precision == "bfloat16" or (arguments.precision == "auto" and _bfloat16_is_fast()),
         logging_steps=max(1, arguments.epochs * math.ceil(rows / arguments.batch_size) // 10),
         disable_tqdm=False,  # by default there is no progress bar where only errors are logged
-        save_strategy="no",  # a checkpoint of the Trainer's is the whole model; vblora.save keeps the adapter
+        save_strategy="no",  # vblora.save keeps the adapter at the end
         remove_unused_columns=False,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
