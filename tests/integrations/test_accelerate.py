@@ -4,6 +4,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.state import AcceleratorState
 
 import vblora
 from tests.small_models import Net
@@ -37,6 +38,12 @@ def train(model, optimizer=None, backward=torch.Tensor.backward):
 
 def optimizer_of(model):
     return torch.optim.AdamW(vblora.parameter_groups(model))
+
+
+@pytest.fixture(autouse=True)
+def _no_state_of_others():
+    """An Accelerator, and so a Trainer, leaves its settings to the next one in the process: a precision, for instance."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_prepare(tmp_path):
