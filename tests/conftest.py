@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marker = metafunc.definition.get_closest_marker("backends")
         backends = [backend for name, backend in _backends().items() if marker is None or name in marker.args]
         metafunc.parametrize("backend", backends, ids=lambda backend: backend.name)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small models are not faster on several, and far slower where the processor is shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

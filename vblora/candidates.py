@@ -81,13 +81,10 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == adapter.logits.shape:
                 state[name] = extended(value)
-    if adapter.logits.grad is not None:
-        gradient, adapter.logits.grad = extended(adapter.logits.grad), None
-    else:
-        gradient = None
+    gradient, adapter.logits.grad = adapter.logits.grad, None  # it has the old size while the new tensor goes in
     drawn.logits[:, :columns] = adapter.logits
     adapter.logits.data = drawn.logits
-    adapter.logits.grad = gradient
+    adapter.logits.grad = None if gradient is None else extended(gradient)
     adapter.candidates = drawn.candidates
     adapter.invalidate()
     for record in injections(model):

@@ -199,10 +199,10 @@ def step(model, optimizer, batch):
     return loss.item()
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("num_candidates", [None, 32])
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_a_resumed_run_is_the_uninterrupted_one(name, num_candidates, tmp_path):
-    torch.set_num_threads(1)
     config = vblora.VBLoRAConfig(
         r=4,
         num_vectors=256,

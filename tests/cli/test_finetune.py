@@ -269,9 +269,9 @@ def test_the_demo_says_which_package_it_lacks(finetune, table, tmp_path, capsys,
 
 
 def test_a_missing_extra_is_named(finetune, table, tmp_path, capsys, monkeypatch):
-    from vblora.cli import finetune as command
+    from vblora.cli import folders
 
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "accelerate" else object())
+    monkeypatch.setattr(folders, "find_spec", lambda name: None if name == "accelerate" else object())
     expected = r"the package accelerate is not installed. .*pip install 'vblora\[cli\]'"
     assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table))
 

@@ -16,12 +16,7 @@ CONFIG = {"r": 4, "num_vectors": 256, "vector_length": 64, "vblora_dropout": 0.1
 CONFIG |= {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(count=4):

@@ -116,15 +116,15 @@ def load(
         ValueError: a file is damaged, or does not fit the model; named. Or the bank is missing or another one, the form is one
             that cannot train, or the model is merged, disabled, or on the meta device.
     """
-    if injections(model):
-        record = injection_of(model)
+    record = injection_of(model) if injections(model) else None
+    if record is not None:
         refuse_if_disabled(record.layers)
         if any(layer.merged for layer in record.layers):
             raise ValueError("`model` is merged. Call vblora.unmerge(model) before loading another adapter into it.")
     path = Path(directory) / TENSORS_FILE
     if bank is not None and not isinstance(bank, VectorBank):
         bank = VectorBank.from_file(bank)
-    contents, shares_bank = read(directory, bank, record.adapter.bank if injections(model) else None)
+    contents, shares_bank = read(directory, bank, None if record is None else record.adapter.bank)
     if train_kept:
         contents = contents.kept()
     if is_trainable and not isinstance(contents.rows, Trained):
@@ -133,10 +133,10 @@ def load(
             "go on exactly, or load with train_kept=True to train with the k vectors that were kept as the only candidates."
         )
     try:
-        if injections(model):
-            write_over(record, contents, is_trainable)
-        else:
+        if record is None:
             _put_in(model, contents, bank if shares_bank else None, bool(is_trainable))
+        else:
+            write_over(record, contents, is_trainable)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return model
@@ -264,10 +264,7 @@ def _put_in(model: nn.Module, contents: Contents, bank: VectorBank | None, is_tr
     plan = Plan(model, contents.config)
     contents = contents.in_order(plan.targets)
     _check_beside(contents, plan.stand_ins)
-    if plan.device.type == "meta":
-        raise ValueError(
-            "`model` is on the meta device, where nothing can be loaded. Materialise it first, with `to_empty`."
-        )
+    _refuse_meta(plan.device.type == "meta")
     frozen = bank is not None
     if bank is None:
         bank = VectorBank(*contents.bank.shape, plan.config.init_vector_bank_bound, device="meta")
@@ -301,10 +298,7 @@ def write_over(record: Injection, contents: Contents, is_trainable: bool | None)
         shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (theirs, ours)]
         if type(own.rows) is not type(contents.rows) or shapes[0] != shapes[1]:
             raise ValueError(f"`model` has an adapter with other `{name}`. Eject it first.")
-    if any(parameter.is_meta for parameter in adapter.parameters()):
-        raise ValueError(
-            "`model` is on the meta device, where nothing can be loaded. Materialise it first, with `to_empty`."
-        )
+    _refuse_meta(any(parameter.is_meta for parameter in adapter.parameters()))
     with torch.no_grad():
         for ours, theirs in zip(adapter.rows, contents.rows, strict=True):
             if isinstance(ours, torch.Tensor):
@@ -322,6 +316,13 @@ def write_over(record: Injection, contents: Contents, is_trainable: bool | None)
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(is_trainable and tensor.is_floating_point())
     adapter.invalidate()
+
+
+def _refuse_meta(is_meta: bool) -> None:
+    if is_meta:
+        raise ValueError(
+            "`model` is on the meta device, where nothing can be loaded. Materialise it first, with `to_empty`."
+        )
 
 
 def _check_beside(contents: Contents, places: dict[str, tuple[nn.Module, str, torch.Tensor]]) -> None:

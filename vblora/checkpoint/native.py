@@ -21,6 +21,7 @@ from ..adapters import Target
 from ..adapters.vblora import Deployed, Trained, candidate_dtype
 from ..bank import BankFile, VectorBank, decode_vectors, encode_vectors
 from ..config import VBLoRAConfig
+from ..sharding import whole
 from .contents import Contents, check_tensor
 from .packing import pack_bits, pack_prefixes, unpack_bits, unpack_prefixes
 
@@ -159,7 +160,7 @@ def _bank_of(file: tuple[str, str] | None, tensors: dict[str, Tensor], bank: Vec
         raise ValueError(f"its vector bank is `{name}`, SHA-256 {sha256}, but `bank` {given}.")
     if not bank.unchanged():
         raise ValueError(f"`bank` is not what its file, {bank.file.name}, holds any more.")
-    return bank.vectors.detach().cpu()
+    return whole(bank.vectors)
 
 
 def _take(tensors: dict[str, Tensor], name: str) -> Tensor:

@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from . import data, demo
 from .errors import CommandError
+from .folders import check_output, need
 
 RESULTS_FILE = "finetune.json"
 DEFAULT_OUTPUT = "vblora-adapter"
@@ -137,10 +136,8 @@ class Task:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for package in ("transformers", "accelerate", "rich"):
-        if find_spec(package) is None:
-            raise CommandError(f"the package {package} is not installed. Install it with: pip install 'vblora[cli]'")
-    _check_output(arguments.output, arguments.overwrite)
+    need("transformers", "accelerate", "rich")
+    check_output("--output", arguments.output, overwrite=arguments.overwrite, instead=", or --overwrite")
     task = _read_task(arguments)
     print(
         f"{len(task.train):,} rows to train on, {len(task.held_out):,} held out; "
@@ -192,17 +189,6 @@ def _find_model(name: str | None) -> str:
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise CommandError(f"--model: there is no folder {name!r}. Give a model's folder, or its name on the hub.")
     return name
-
-
-def _check_output(folder: Path, overwrite: bool) -> None:
-    """Makes sure, without making it, that the folder can be written."""
-    if folder.exists() and not folder.is_dir():
-        raise CommandError(f"--output: {folder} is a file; give a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise CommandError(f"--output: the folder {folder} is not empty. Give another one, or --overwrite.")
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise CommandError(f"--output: {folder} cannot be made or written to: look at {nearest}.")
 
 
 def save_results(arguments: argparse.Namespace, task: Task, **results: object) -> None:
