@@ -112,8 +112,8 @@ def inject(
         The same model.
 
     Raises:
-        ValueError: the model is adapted already, nothing matches, a width that ``vector_length`` does not divide, or a
-            ``bank`` of another size.
+        ValueError: the model is adapted already, nothing matches, a width that ``vector_length`` does not divide (without
+            ``pad``), or a ``bank`` of another size.
         TypeError: a match that is no linear layer, or a model that cannot be called.
         FileNotFoundError: there is no such file of a bank.
 
@@ -171,7 +171,7 @@ class Plan:
         self._found = find_targets(model, self.config)
         saved = _find_saved(model, self.config)
         self.targets = tuple(Target(names[0], *widths(layer)) for layer, names in self._found.items())
-        check_widths(self.targets, self.config.vector_length)
+        check_widths(self.targets, self.config.vector_length, self.config.pad)
         self.stand_ins = _stand_ins(model, self.config, list(self._found), saved)
         self.device = _device_of(list(self._found))
 
@@ -187,6 +187,7 @@ class Plan:
             init_logits_std=config.init_logits_std,
             init=config.init,
             scaling=config.scaling,
+            pad=config.pad,
             seed=config.seed,
             rows=rows,
         )
