@@ -49,7 +49,8 @@ class VBLoRAConfig:
             For ``topk=2``.
         scaling: factor of every update; 1 is the paper's.
         pad: let ``vector_length`` be any. A rank then takes as many sub-vectors as reach the layer's width, and of the last one
-            what goes beyond is cut off. PEFT's VB-LoRA has no such layers. Where every width is divided it changes nothing.
+            what goes beyond is cut off. It costs as much as a whole one. Where every width is divided this changes nothing;
+            otherwise PEFT's format cannot express it.
         num_candidates: M, bank vectors that a sub-vector may choose from while it trains: those of its M largest initial logits.
             Training is the same as with all of them until a row has used its candidates up, which
             :func:`vblora.stats` counts; it takes M / h of the memory. None, or as many as ``num_vectors``, is the paper's

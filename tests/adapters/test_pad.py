@@ -1,4 +1,4 @@
-"""``pad=True``: widths that ``vector_length`` does not divide. The oracle mixes one sub-vector after the other, in plain PyTorch."""
+"""``pad=True``: widths that ``vector_length`` does not divide. The oracle mixes one sub-vector at a time, in plain PyTorch."""
 
 import copy
 
