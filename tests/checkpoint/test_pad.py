@@ -10,6 +10,7 @@ import torch
 
 import vblora
 from tests.small_models import bert, gpt2, llama, relative_error
+from vblora.checkpoint import folder
 from vblora.checkpoint.folder import CONFIG_FILE, TENSORS_FILE
 from vblora.cli import main
 
@@ -117,3 +118,19 @@ def test_a_bad_folder_is_refused(form, damage, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         vblora.load(base, tmp_path)
     assert not hasattr(base, "vblora")
+    with pytest.raises(ValueError, match=message):
+        folder.read(tmp_path)  # what the commands do, without a model
+
+
+def test_what_is_cut_off_may_overflow(tmp_path):
+    choice = {"pad": True, "vector_length": 40, "target_modules": ["query"], "scaling": 4.0}
+    base, model = ours(bert, **choice)
+    with torch.no_grad():
+        model.vblora.bank.vectors[:, 32:] = 3e38  # twice that, the root of 4, is infinite
+    vblora.save(model, tmp_path / "lora", form="lora")
+    assert relative_error(outputs(from_peft(base, tmp_path / "lora")), outputs(model)) < ROUNDING
+    with torch.no_grad():
+        model.vblora.bank.vectors[:, 31] = 3e38
+    with pytest.raises(ValueError, match=r"the update of layer `.*query` is not finite"):
+        vblora.save(model, tmp_path / "other", form="lora")
+    assert not (tmp_path / "other").exists()
