@@ -27,7 +27,7 @@ def injected(dtype=torch.float64, **choice):
     base = uneven().to(dtype)
     model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(**SIZES | choice)).to(dtype)
     with torch.no_grad():
-        for parameter in model.vblora.parameters():
+        for parameter in model.vblora.default.parameters():
             parameter.normal_()
     return base, model
 
@@ -64,7 +64,7 @@ def plain_weights(base: nn.Module, adapter: VBLoRAAdapter) -> dict[str, Tensor]:
 @pytest.mark.parametrize("choice", [{}, {"num_candidates": 5, "topk": 3}, {"scaling": 2.5, "r": 1}])
 def test_is_the_formula(choice):
     base, model = injected(**choice)
-    adapter, x = model.vblora, torch.randn(5, 576, dtype=torch.float64)
+    adapter, x = model.vblora.default, torch.randn(5, 576, dtype=torch.float64)
     assert adapter.num_subvectors == ROWS * choice.get("r", 3) // 3
     parameters = (adapter.logits, adapter.bank.vectors)
     expected = torch.func.functional_call(base, plain_weights(base, adapter), x)
@@ -82,7 +82,7 @@ def test_is_the_formula(choice):
 def test_other_dtypes(dtype, tolerance):
     base, model = injected(torch.float32)
     x = torch.randn(5, 576)
-    expected = torch.func.functional_call(base, plain_weights(base, model.vblora), x)
+    expected = torch.func.functional_call(base, plain_weights(base, model.vblora.default), x)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         assert relative_error(model(x).float(), expected) < tolerance
 
@@ -111,7 +111,7 @@ class LargestSlices(TorchDispatchMode):
 
 def test_a_cut_is_a_view_whose_gradient_is_no_larger_than_the_factor():
     model = injected()[1]
-    factors = [factor for pair in model.vblora.compose(torch.float64) for factor in pair]
+    factors = [factor for pair in model.vblora.default.compose(torch.float64) for factor in pair]
     assert [tuple(f.shape) for f in factors] == [(3, w) for w in (576, 192, 192, 50, 50, 512)]
     assert len({factor.untyped_storage().data_ptr() for factor in factors}) == 1
     assert [factor.stride(0) for factor in factors] == [768, 256, 256, 256, 256, 512]
@@ -126,8 +126,8 @@ def test_evaluation_composes_once():
     with torch.no_grad(), ComposedRows() as composed:
         first, second = model(x), model(x)
         assert composed.calls == 1 and torch.equal(first, second)
-        model.vblora.bank.vectors.mul_(2)
-        assert relative_error(model(x), torch.func.functional_call(base, plain_weights(base, model.vblora), x)) < 1e-12
+        model.vblora.default.bank.vectors.mul_(2)
+        assert relative_error(model(x), torch.func.functional_call(base, plain_weights(base, model.vblora.default), x)) < 1e-12
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -135,7 +135,7 @@ def test_compiles_in_one_graph(compiler):
     torch._dynamo.reset()
     model = injected(torch.float32)[1]
     x = torch.randn(5, 576)
-    parameters = (model.vblora.logits, model.vblora.bank.vectors)
+    parameters = (model.vblora.default.logits, model.vblora.default.bank.vectors)
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     ours, theirs = (torch.autograd.grad(m(x).square().sum(), parameters) for m in (compiled, model))
     for one, other in zip(ours, theirs, strict=True):
@@ -159,7 +159,7 @@ def test_activation_checkpointing(reentrant):
     gradients = []
     for net.reentrant in (None, reentrant):
         net(x).square().sum().backward()
-        gradients.append([parameter.grad for parameter in net.vblora.parameters()])
+        gradients.append([parameter.grad for parameter in net.vblora.default.parameters()])
         net.zero_grad()
     for one, other in zip(*gradients, strict=True):
         assert relative_error(one, other) < 1e-6
@@ -221,7 +221,7 @@ def test_counts_whole_sub_vectors():
 def test_merge_unmerge_and_eject():
     base, model = injected()
     x = torch.randn(5, 576, dtype=torch.float64)
-    expected = plain_weights(base, model.vblora)
+    expected = plain_weights(base, model.vblora.default)
     vblora.merge(model)
     for name, weight in expected.items():
         assert relative_error(model.get_submodule(name.removesuffix(".weight")).weight, weight) < 1e-12

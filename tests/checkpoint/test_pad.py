@@ -29,7 +29,7 @@ def test_comes_back_to_the_bit(make, form, num_candidates, tmp_path):
     loaded = vblora.load(copy.deepcopy(base), tmp_path / "one")
     assert torch.equal(outputs(loaded), outputs(model))
     assert not torch.equal(outputs(base), outputs(model))
-    assert loaded.vblora.num_subvectors == model.vblora.num_subvectors
+    assert loaded.vblora.default.num_subvectors == model.vblora.default.num_subvectors
     vblora.save(loaded, tmp_path / "two", form=form)
     assert (tmp_path / "one" / TENSORS_FILE).read_bytes() == (tmp_path / "two" / TENSORS_FILE).read_bytes()
 
@@ -40,7 +40,7 @@ def test_training_goes_on(tmp_path):
     loaded = vblora.load(copy.deepcopy(base), tmp_path, is_trainable=True)
     for other in (model, loaded):
         other(IDS).logits.square().sum().backward()
-    for one, other in zip(model.vblora.parameters(), loaded.vblora.parameters(), strict=True):
+    for one, other in zip(model.vblora.default.parameters(), loaded.vblora.default.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
 
 
@@ -51,7 +51,7 @@ def test_peft_computes_the_same_from_lora(make, r, tmp_path):
     vblora.save(model, tmp_path, form="lora")
     assert relative_error(outputs(from_peft(base, tmp_path)), outputs(model)) < ROUNDING
     tensors = safetensors.torch.load_file(tmp_path / TENSORS_FILE)
-    for target in model.vblora.targets:
+    for target in model.vblora.default.targets:
         sizes = [tensors[f"base_model.model.{target.name}.lora_{side}.weight"].shape for side in "AB"]
         assert sizes == [(r, target.in_features), (target.out_features, r)]
 
@@ -126,11 +126,11 @@ def test_what_is_cut_off_may_overflow(tmp_path):
     choice = {"pad": True, "vector_length": 40, "target_modules": ["query"], "scaling": 4.0}
     base, model = ours(bert, **choice)
     with torch.no_grad():
-        model.vblora.bank.vectors[:, 32:] = 3e38  # twice that, the root of 4, is infinite
+        model.vblora.default.bank.vectors[:, 32:] = 3e38  # twice that, the root of 4, is infinite
     vblora.save(model, tmp_path / "lora", form="lora")
     assert relative_error(outputs(from_peft(base, tmp_path / "lora")), outputs(model)) < ROUNDING
     with torch.no_grad():
-        model.vblora.bank.vectors[:, 31] = 3e38
+        model.vblora.default.bank.vectors[:, 31] = 3e38
     with pytest.raises(ValueError, match=r"the update of layer `.*query` is not finite"):
         vblora.save(model, tmp_path / "other", form="lora")
     assert not (tmp_path / "other").exists()

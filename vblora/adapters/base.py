@@ -15,10 +15,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Factors(NamedTuple):
-    """The low-rank update of a layer is ``x Aᵀ B``."""
+    """The low-rank update of a layer is ``(((x Aᵀ) ∘ d) B) ∘ e``."""
 
     A: Tensor  # (r, in_features)
     B: Tensor  # (r, out_features): transposed, so that nothing ever has to be
+    d: Tensor | None = None  # (r,)
+    e: Tensor | None = None  # (out_features,)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
+        return Factors(*(None if factor is None else factor.to(device, dtype) for factor in self))
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,6 @@ class Adapter(nn.Module):
     @abstractmethod
     def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
         """The factors of all targets in one go, or of target ``index`` alone, in ``dtype``."""
-
-    def forward(self, x: object, *_args, **_kwargs) -> object:
-        """``x``: an ``nn.Sequential`` that was injected calls the adapter, one of its modules now, as its last layer."""
-        return x
 
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Hands out this forward's factors."""

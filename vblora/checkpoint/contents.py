@@ -170,7 +170,7 @@ class Contents:
             rows = slice(start, start := start + sum(size))
             subvectors = torch.ops.vblora.compose(bank, deployed.indices[rows], deployed.weights[rows], dtype)
             (factors,) = as_factors(subvectors, size, (target,), self.config.r)
-            if not all(factor.isfinite().all() for factor in factors):
+            if not all(factor.isfinite().all() for factor in (factors.A, factors.B)):
                 raise ValueError(f"the update of layer `{target.name}` is not finite.")
             yield target, factors
 
