@@ -56,7 +56,9 @@ def plain_weights(base: nn.Module, adapter: VBLoRAAdapter) -> dict[str, Tensor]:
                 ranks.append(torch.stack(elements))
             factors.append(torch.stack(ranks))
         A, B = factors
-        weights[f"{target.name}.weight"] = base.get_submodule(target.name).weight + adapter.scaling * B.T @ A
+        layer = base.get_submodule(target.name)
+        delta = A.T @ B if isinstance(layer, nn.Embedding) else (B.T @ A).view_as(layer.weight)
+        weights[f"{target.name}.weight"] = layer.weight + adapter.scaling * delta
     assert row == len(adapter.logits)
     return weights
 
@@ -76,6 +78,35 @@ def test_is_the_formula(choice):
         assert relative_error(actual, expected) < 1e-12
         for ours, theirs in zip(torch.autograd.grad(actual.square().sum(), parameters), wanted, strict=True):
             assert relative_error(ours, theirs) < 1e-12
+
+
+class Tokens(nn.Module):
+    """A vocabulary, and a convolution of 7 * 3 inputs to an output in each of 2 groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(101, 14)
+        self.convolve = nn.Conv1d(14, 6, 3, groups=2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.convolve(self.embed(ids).mT)
+
+
+def test_a_vocabulary_and_a_convolution():
+    torch.manual_seed(0)
+    base = Tokens().double()
+    config = vblora.VBLoRAConfig(r=2, num_vectors=12, vector_length=16, pad=True, target_modules=["embed", "convolve"])
+    model = vblora.inject(copy.deepcopy(base), config).double()
+    adapter, ids = model.vblora.default, torch.randint(0, 101, (4, 9))
+    nn.init.normal_(adapter.bank.vectors)
+    assert adapter.num_subvectors == 2 * (7 + 1 + 2 + 1)
+    expected = torch.func.functional_call(base, plain_weights(base, adapter), ids)
+    assert relative_error(model(ids), expected) < 1e-12
+    ours, theirs = (torch.autograd.grad(y.square().sum(), adapter.parameters()) for y in (model(ids), expected))
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative_error(one, other) < 1e-12
+    vblora.merge(model)
+    assert relative_error(model(ids), expected) < 1e-12
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -111,7 +142,7 @@ class LargestSlices(TorchDispatchMode):
 
 def test_a_cut_is_a_view_whose_gradient_is_no_larger_than_the_factor():
     model = injected()[1]
-    factors = [factor for pair in model.vblora.default.compose(torch.float64) for factor in pair]
+    factors = [factor for layer in model.vblora.default.compose(torch.float64) for factor in (layer.A, layer.B)]
     assert [tuple(f.shape) for f in factors] == [(3, w) for w in (576, 192, 192, 50, 50, 512)]
     assert len({factor.untyped_storage().data_ptr() for factor in factors}) == 1
     assert [factor.stride(0) for factor in factors] == [768, 256, 256, 256, 256, 512]
@@ -127,7 +158,8 @@ def test_evaluation_composes_once():
         first, second = model(x), model(x)
         assert composed.calls == 1 and torch.equal(first, second)
         model.vblora.default.bank.vectors.mul_(2)
-        assert relative_error(model(x), torch.func.functional_call(base, plain_weights(base, model.vblora.default), x)) < 1e-12
+        expected = torch.func.functional_call(base, plain_weights(base, model.vblora.default), x)
+        assert relative_error(model(x), expected) < 1e-12
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -237,5 +269,5 @@ def test_rows_of_one_layer(widths, length, rows):
     bank = vblora.VectorBank(8, length)
     adapter = VBLoRAAdapter([Target("layer", *widths)], bank, r=2, pad=True)
     assert adapter.num_subvectors == 2 * rows
-    ((A, B),) = adapter.compose(torch.float32)
-    assert (A.shape, B.shape) == ((2, widths[0]), (2, widths[1]))
+    (factors,) = adapter.compose(torch.float32)
+    assert (factors.A.shape, factors.B.shape) == ((2, widths[0]), (2, widths[1]))
