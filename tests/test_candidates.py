@@ -192,12 +192,13 @@ def test_growing_in_a_loop_that_keeps_its_loss():
     """The graph's end at the logits would refuse their next gradient, of another size."""
     layer = vblora.VBLinear(16, 16, num_candidates=6, seed=1)
     optimizer = torch.optim.AdamW(vblora.parameter_groups(layer))
+    loss = None
     for step in range(3):
         if step == 1:
             with pytest.raises(ValueError, match="del loss"):
                 vblora.grow(layer, 12, optimizer)
             assert layer.adapter.logits.shape[1] == 6
-            del loss
+            loss = None
             vblora.grow(layer, 12, optimizer)
         loss = layer(torch.randn(3, 16)).sum()
         optimizer.zero_grad()
