@@ -51,7 +51,7 @@ def inject(
 
     Raises:
         ValueError: the model has an adapter of that name, is merged or disabled; nothing matches; a width that
-            ``vector_length`` does not divide; or a ``bank`` of another size.
+            ``vector_length`` does not divide (without ``pad``); or a ``bank`` of another size.
         TypeError: a match that takes no update, or a model that cannot be called.
         FileNotFoundError: there is no such file of a bank.
 
@@ -110,7 +110,7 @@ class Plan:
         self._found = find_targets(model, self.config)
         saved = _find_saved(list(modules), self.config)
         self.targets = tuple(Target(names[0], *widths(layer)) for layer, names in self._found.items())
-        check_widths(self.targets, self.config.vector_length)
+        check_widths(self.targets, self.config.vector_length, self.config.pad)
         in_place = [] if self.record is None else self.record.in_place()
         for replaced in in_place:  # what is copied are the base model's
             replaced.swap()
@@ -133,6 +133,7 @@ class Plan:
             init_logits_std=config.init_logits_std,
             init=config.init,
             scaling=config.scaling,
+            pad=config.pad,
             seed=config.seed,
             rows=rows,
         )
