@@ -23,6 +23,8 @@ class Factors(NamedTuple):
     e: Tensor | None = None  # (out_features,)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
+        if (self.A.device, self.A.dtype) == (device, dtype):  # as those of a whole forward mostly are
+            return self
         return Factors(*(None if factor is None else factor.to(device, dtype) for factor in self))
 
 
