@@ -15,7 +15,8 @@ constexpr int64_t kDrawn = 256;  // words of a row that are drawn at once
 // What a backward problem's rows were mixed from, put in order: of each bank vector its entries, rows ascending.
 // Without those that are out of range.
 struct Entry {
-  int64_t row, place;  // place: row * k + j, where its weight stands
+  const void* grad;  // of its row
+  int64_t place;     // row * k + j, where its weight stands
 };
 struct SortedEntries {
   const int64_t* begins;  // (vectors + 1), where those of each vector begin
@@ -31,7 +32,8 @@ struct Kernels {
   // Rows [begin, end) of the problem. scratch: k * kScratch doubles.
   void (*admixture)(const Admixture&, int64_t begin, int64_t end, void* scratch);
   void (*compose)(const Composition&, int64_t begin, int64_t end, void* scratch);
-  void (*backward_logits)(const AdmixtureBackward&, int64_t begin, int64_t end);
+  // grads: of each row the gradient of its sub-vector, or null: zero. Stands for the problem's grad_subvectors.
+  void (*backward_logits)(const AdmixtureBackward&, const void* const* grads, int64_t begin, int64_t end);
   void (*backward_bank)(const AdmixtureBackward&, const SortedEntries&, const BankPart&);
   // Rows [begin, end) of the problem. scratch: 2 * draw_keys(columns) integers.
   void (*draw)(const Draw&, int64_t begin, int64_t end, uint64_t* scratch);

@@ -169,7 +169,7 @@ class Contents:
         for target, *size in zip(self.targets, sizes[::2], sizes[1::2], strict=True):
             rows = slice(start, start := start + sum(size))
             subvectors = torch.ops.vblora.compose(bank, deployed.indices[rows], deployed.weights[rows], dtype)
-            (factors,) = as_factors(subvectors, size, (target,), self.config.r)
+            (factors,) = as_factors(subvectors.split_with_sizes(size), (target,), self.config.r)
             if not all(factor.isfinite().all() for factor in (factors.A, factors.B)):
                 raise ValueError(f"the update of layer `{target.name}` is not finite.")
             yield target, factors

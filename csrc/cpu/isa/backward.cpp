@@ -25,13 +25,13 @@ Acc dot(const A* a, const B* b, int64_t length) {
 
 // d loss / d weight j of a row.
 template <class T, class Grad, class Acc>
-Acc grad_weight(const AdmixtureBackward& problem, int64_t row, int64_t j) {
+Acc grad_weight(const AdmixtureBackward& problem, const void* const* grads, int64_t row, int64_t j) {
   const int64_t entry = row * problem.k + j;
   Acc grad = 0;
-  if (problem.grad_subvectors) {
+  if (grads[row]) {
     const int64_t vector = vector_of(problem, row, problem.indices[entry]);
     if (vector >= 0 && vector < problem.vectors)
-      grad = dot<Grad, T, Acc>(static_cast<const Grad*>(problem.grad_subvectors) + row * problem.length,
+      grad = dot<Grad, T, Acc>(static_cast<const Grad*>(grads[row]),
                                static_cast<const T*>(problem.bank) + vector * problem.length, problem.length);
   }
   if (problem.grad_weights) grad += static_cast<const Acc*>(problem.grad_weights)[entry];
@@ -41,7 +41,7 @@ Acc grad_weight(const AdmixtureBackward& problem, int64_t row, int64_t j) {
 // A row of grad_logits: the softmax Jacobian on the selected columns, zero on all others, each written once but for
 // those k.
 template <class T, class Grad>
-void logits_rows(const AdmixtureBackward& problem, int64_t begin, int64_t end) {
+void logits_rows(const AdmixtureBackward& problem, const void* const* grads, int64_t begin, int64_t end) {
   using Acc = accumulator_t<T>;
   const int64_t k = problem.k, columns = problem.columns;
   constexpr int64_t kKept = 8;  // gradients kept between the two passes over a row's entries; others are computed twice
@@ -52,14 +52,14 @@ void logits_rows(const AdmixtureBackward& problem, int64_t begin, int64_t end) {
     memset(grad_logits, 0, static_cast<size_t>(columns) * sizeof(T));
     Acc mean = 0;
     for (int64_t j = 0; j < k; ++j) {
-      const Acc grad = grad_weight<T, Grad, Acc>(problem, row, j);
+      const Acc grad = grad_weight<T, Grad, Acc>(problem, grads, row, j);
       if (j < kKept) kept[j] = grad;
       mean = multiply_add(weights[j], grad, mean);
     }
     for (int64_t j = 0; j < k; ++j) {
       const int64_t column = problem.indices[row * k + j];
       if (column < 0 || column >= columns) continue;
-      const Acc grad = j < kKept ? kept[j] : grad_weight<T, Grad, Acc>(problem, row, j);
+      const Acc grad = j < kKept ? kept[j] : grad_weight<T, Grad, Acc>(problem, grads, row, j);
       store(grad_logits + column, weights[j] * (grad - mean));
     }
   }
@@ -84,7 +84,7 @@ void add_entries(const AdmixtureBackward& problem, const Entry* entries, int64_t
   const Grad* grads[kAtOnce];
   Acc weights[kAtOnce];
   const auto read = [&](int64_t i, int64_t n) {
-    grads[n] = static_cast<const Grad*>(problem.grad_subvectors) + entries[i].row * problem.length + column;
+    grads[n] = static_cast<const Grad*>(entries[i].grad) + column;
     weights[n] = static_cast<const Acc*>(problem.weights)[entries[i].place];
   };
   int64_t i = 0;
@@ -124,13 +124,13 @@ void bank_part(const AdmixtureBackward& problem, const SortedEntries& sorted, co
 
 namespace VBLORA_ISA {
 
-void backward_logits(const AdmixtureBackward& problem, int64_t begin, int64_t end);
+void backward_logits(const AdmixtureBackward& problem, const void* const* grads, int64_t begin, int64_t end);
 void backward_bank(const AdmixtureBackward& problem, const SortedEntries& sorted, const BankPart& part);
 
-void backward_logits(const AdmixtureBackward& problem, int64_t begin, int64_t end) {
+void backward_logits(const AdmixtureBackward& problem, const void* const* grads, int64_t begin, int64_t end) {
   with_type(problem.type, [&](auto element) {
     with_type(problem.grad_type,
-              [&](auto grad) { logits_rows<decltype(element), decltype(grad)>(problem, begin, end); });
+              [&](auto grad) { logits_rows<decltype(element), decltype(grad)>(problem, grads, begin, end); });
   });
 }
 
