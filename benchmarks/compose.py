@@ -75,10 +75,8 @@ def ours(targets: list[Target], dtype: torch.dtype, num_candidates: int | None) 
 def peft_vblora(targets: list[Target], compiled: bool = False) -> Side:
     model = models.peft_vblora(models.Layout(targets), models.LLAMA_ADAPTER).train()
     layers = [module for module in model.modules() if hasattr(module, "_get_lora_matrices")]
-    if compiled:  # the part without data-dependent branches: top-k, softmax, mixture
-        mix = torch.compile(layers[0]._get_low_rank_matrix)
-        for layer in layers:
-            layer._get_low_rank_matrix = mix
+    if compiled:
+        models.compile_mixing(model)
 
     def factors() -> list[Tensor]:
         return [factor for layer in layers for factor in layer._get_lora_matrices("default")]

@@ -83,6 +83,18 @@ def peft_vblora(model: nn.Module, adapter: dict) -> nn.Module:
     return peft.get_peft_model(model, peft.VBLoRAConfig(**adapter))
 
 
+def compile_mixing(model: nn.Module) -> list[nn.Module]:
+    """Has PEFT's VB-LoRA layers, which are returned, take top-k, softmax and mixture through torch.compile.
+
+    Not all of the model: each layer asks its logits whether one is infinite, and there a graph ends.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "_get_low_rank_matrix")]
+    mix = torch.compile(layers[0]._get_low_rank_matrix)
+    for layer in layers:
+        layer._get_low_rank_matrix = mix
+    return layers
+
+
 def ours(model: nn.Module, adapter: dict, **choice) -> nn.Module:
     return vblora.inject(model, vblora.VBLoRAConfig(**adapter, **choice))
 

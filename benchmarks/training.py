@@ -55,7 +55,8 @@ def run(settings: Settings) -> Result:
         "PEFT VBLoRA": Training(models.peft_vblora(models.twin(base), adapter)),
     }
     compiled = Training(models.peft_vblora(models.twin(base), adapter))
-    compiled.model.compile()
+    if not settings.quick:
+        models.compile_mixing(compiled.model)
     rows, groups = [], {}
     for dtype_name, dtype in DTYPES.items():
         for shape_name, shape in SHAPES.items():
