@@ -8,6 +8,7 @@ import peft
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 import vblora
 from vblora.adapters import Target
@@ -60,6 +61,7 @@ def smollm2_file() -> Path:
 
 def smollm2() -> nn.Module:
     """That model, dequantised to float32."""
+    logging.disable_progress_bar()
     file = smollm2_file()
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
 
