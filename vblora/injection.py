@@ -7,10 +7,10 @@ import warnings
 import torch
 from torch import nn
 
-from .adapters import Target, VBLoRAAdapter
+from .adapters import VBLoRAAdapter
 from .adapters.vblora import Deployed, Trained, check_widths
 from .bank import VectorBank
-from .bases import widths
+from .bases import target_of
 from .config import VBLoRAConfig
 from .injected import ADAPTERS, Adapters, Injected, Injection, injections, refuse_if_disabled, refuse_if_merged
 from .layers import AdaptedLayer, Replaced
@@ -109,7 +109,7 @@ class Plan:
         modules = base_modules(model)
         self._found = find_targets(model, self.config)
         saved = _find_saved(list(modules), self.config)
-        self.targets = tuple(Target(names[0], *widths(layer)) for layer, names in self._found.items())
+        self.targets = tuple(target_of(names[0], layer) for layer, names in self._found.items())
         check_widths(self.targets, self.config.vector_length)
         in_place = [] if self.record is None else self.record.in_place()
         for replaced in in_place:  # what is copied are the base model's

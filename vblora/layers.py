@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Slot, Target, VBLoRAAdapter
+from .adapters import Slot, VBLoRAAdapter
 from .bank import VectorBank
-from .bases import compute_dtype, is_linear, kind_of, widths
+from .bases import compute_dtype, is_linear, kind_of, target_of
 
 
 class Replaced:
@@ -263,7 +263,7 @@ class VBLinear(AdaptedLayer):
             base_layer = nn.Linear(in_features, out_features, bias is not False, device=device, dtype=dtype)
         elif not is_linear(base_layer):
             raise TypeError(f"`base_layer` is a {type(base_layer).__name__}; allowed are nn.Linear and Conv1D.")
-        target = Target("base_layer", *widths(base_layer))
+        target = target_of("base_layer", base_layer)
         if bank is None:
             common = math.gcd(target.in_features, target.out_features)
             if vector_length is None:

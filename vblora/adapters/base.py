@@ -28,11 +28,20 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """A layer, as an adapter sees it."""
+    """A layer, as an adapter and its files see it.
+
+    Attributes:
+        kind: ``"linear"``, ``"embedding"`` or ``"convolution"``.
+        kernel: of a convolution, what ``in_features`` is the product of: ``(in_channels / groups, *kernel_size)``.
+        unusual: of a convolution, which of ``groups``, ``dilation`` and ``padding_mode`` are not those of most.
+    """
 
     name: str
     in_features: int
     out_features: int
+    kind: str = "linear"
+    kernel: tuple[int, ...] = ()
+    unusual: tuple[str, ...] = ()
 
 
 _optimizer_steps = 0

@@ -46,6 +46,12 @@ def encode(contents: Contents, form: str, base_model: str | None = None) -> tupl
         ValueError: dense logits that are not known, or weights that this format cannot hold.
     """
     config = contents.config
+    for target in contents.targets:
+        if target.kind != "linear":
+            raise ValueError(
+                f'`form` is "{form}", but `{target.name}` is no linear layer (its kind is "{target.kind}"), and PEFT\'s VB-LoRA '
+                'takes no other; form="lora" holds it.'
+            )
     tensors = {_BANK: scaled(contents.bank, config.scaling)}
     if form == "peft":
         tensors |= _by_layer(contents, _dense_logits(contents), "")
