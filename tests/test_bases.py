@@ -254,8 +254,8 @@ def test_refuses_by_name(layer, message):
 def test_positions_of_transformers_that_count_otherwise_are_refused():
     from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 
+    model = Holder(BartLearnedPositionalEmbedding(12, 8))
     with pytest.raises(TypeError, match="BartLearnedPositionalEmbedding, which is no plain"):
-        model = Holder(BartLearnedPositionalEmbedding(12, 8))
         vblora.inject(model, vblora.VBLoRAConfig(target_modules=["layers.0"], **SIZES))
 
 
@@ -401,8 +401,14 @@ def test_a_file_for_another_kind_of_layer_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "entry",
-    [["layers.0", 12, 8, "convolution"], ["layers.0", 12, 8, "nothing"], ["layers.0", 12, 8, "linear", [3, 4]]]
-    + [["layers.0", 12, 8, "convolution", [5, 3]], ["layers.0", 12, 8, "embedding", [-3, -4]], ["layers.0", 12]],
+    [
+        [12],
+        [12, 8, "nothing"],
+        [12, 8, "linear", [3, 4]],
+        [12, 8, "embedding", [-3, -4]],
+        [12, 8, "convolution"],
+        [12, 8, "convolution", [5, 3]],
+    ],
 )
 def test_a_damaged_description_of_a_layer_is_refused(entry, tmp_path):
     config = vblora.VBLoRAConfig(target_modules=["layers.0"], **SIZES)
@@ -412,7 +418,7 @@ def test_a_damaged_description_of_a_layer_is_refused(entry, tmp_path):
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     description = json.loads(metadata["vblora"])
     assert description["targets"] == [["layers.0", 12, 8, "convolution", [4, 3]]]
-    description["targets"] = [entry]
+    description["targets"] = [["layers.0", *entry]]
     safetensors.torch.save_file(tensors, path, metadata | {"vblora": json.dumps(description)})
     with pytest.raises(ValueError, match="description is not what it should be"):
         vblora.load(Holder(nn.Conv1d(4, 8, 3)), tmp_path)

@@ -14,6 +14,7 @@ from .bases import target_of
 from .config import VBLoRAConfig
 from .injected import ADAPTERS, Adapters, Injected, Injection, injections, refuse_if_disabled, refuse_if_merged
 from .layers import AdaptedLayer, Replaced
+from .quantised import is_quantised, passes_gradients, said
 from .targets import base_modules, find_targets, matches
 
 
@@ -52,7 +53,8 @@ def inject(
     Raises:
         ValueError: the model has an adapter of that name, is merged or disabled; nothing matches; a width that
             ``vector_length`` does not divide; or a ``bank`` of another size.
-        TypeError: a match that takes no update, or a model that cannot be called.
+        TypeError: a match that takes no update or passes no gradient on, a quantised weight that would train, or a model that
+            cannot be called.
         FileNotFoundError: there is no such file of a bank.
 
     Example::
@@ -61,6 +63,7 @@ def inject(
         optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
     """
     plan = Plan(model, config, adapter_name)
+    plan.check_trainable()
     config = plan.config
     if config.topk == 1:
         warnings.warn(
@@ -136,6 +139,20 @@ class Plan:
             seed=config.seed,
             rows=rows,
         )
+
+    def check_trainable(self) -> None:
+        """Refuses layers that would hand no gradient on to those before them.
+
+        Raises:
+            TypeError: named.
+        """
+        for layer, names in self._found.items():
+            if not passes_gradients(layer.weight):
+                raise TypeError(
+                    f"`target_modules` matches `{names[0]}`, which quantises its input, too ({said(layer.weight)}), and passes "
+                    "no gradient on to the layers before it. Quantise weights only, as torchao's Int8WeightOnlyConfig does; or "
+                    "load a trained adapter."
+                )
 
     def carry_out(self, adapter: VBLoRAAdapter, *, freeze_bank: bool = False) -> nn.Module:
         """Changes the model, and returns it. A model's first adapter is active then; later ones wait to be."""
@@ -224,6 +241,8 @@ def _stand_ins(
         tensor = getattr(module, name)
         if tensor.is_meta and getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(f"`{full_name}` would train, but accelerate has offloaded it. Keep it on a device.")
+        if is_quantised(tensor):
+            raise TypeError(f"`{full_name}` would train, but is quantised ({said(tensor)}). Leave its module out.")
         if tensor not in copies:
             copy = tensor.detach().clone()
             if isinstance(tensor, nn.Parameter):
