@@ -84,8 +84,8 @@ class Injected:
         remember = not torch.compiler.is_compiling()
         dtype = self.adapter.compute_dtype if remember else None
         if dtype is None:
-            dtypes = [layer.dtype for layer in self.layers if layer.dtype is not None]
-            dtype = functools.reduce(torch.promote_types, dtypes or _dtypes_of(self.model))
+            dtypes = [layer.weight.dtype for layer in self.layers if not layer.packed] or _dtypes_of(self.model)
+            dtype = functools.reduce(torch.promote_types, dtypes)
             if remember:
                 self.adapter.compute_dtype = dtype
         return dtype
@@ -376,9 +376,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 def _dtypes_of(model: nn.Module) -> list[torch.dtype]:
     """Those of the base model's parameters that say what it computes in."""
-    own = {parameter for adapter in getattr(model, ADAPTERS).values() for parameter in adapter.parameters()}
-    dtypes = [p.dtype for p in model.parameters() if p not in own and not is_packed(p)]
-    return dtypes or [torch.get_default_dtype()]
+    if torch.compiler.is_compiling():
+        return [torch.float32]  # each layer casts its factors, which costs nothing in a graph
+    own = set(getattr(model, ADAPTERS).parameters())
+    return [p.dtype for p in model.parameters() if p not in own and not is_packed(p)] or [torch.get_default_dtype()]
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

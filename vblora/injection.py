@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .adapters import VBLoRAAdapter
+from .adapters.base import warn_of_half_precision
 from .adapters.vblora import Deployed, Trained, check_widths
 from .bank import VectorBank
 from .bases import target_of
@@ -45,7 +46,7 @@ def inject(
             without it.
 
     Cast the base model before, not after: bank and logits are float32 then, and casting logits changes which vectors are
-    chosen.
+    chosen. A cast to half precision afterwards warns of that.
 
     Returns:
         The same model.
@@ -81,7 +82,9 @@ def inject(
             f"`bank` has {bank.num_vectors} vectors of length {bank.vector_length}, "
             f"but the config says `num_vectors`={size[0]}, `vector_length`={size[1]}."
         )
-    return plan.carry_out(plan.new_adapter(bank), freeze_bank=freeze_bank)
+    adapter = plan.new_adapter(bank)
+    warn_of_half_precision({name: parameter.dtype for name, parameter in adapter.named_parameters()})
+    return plan.carry_out(adapter, freeze_bank=freeze_bank)
 
 
 class Plan:

@@ -60,6 +60,7 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.kind = kind_of(base_layer)
+        self.packed = is_packed(base_layer.weight)
         self.updates: dict[str, Update] = {}
         self.active: tuple[str, ...] = ()
         self.enabled = True
@@ -105,11 +106,6 @@ class AdaptedLayer(nn.Module):
             seen = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
             y = y + self.kind.update(self.base_layer, seen, factors).to(y.device, y.dtype)
         return y
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """In which the base layer computes, as far as its weight says."""
-        return None if is_packed(self.weight) else self.weight.dtype
 
     @torch.no_grad()
     def delta_weight(self, names: Iterable[str]) -> Tensor:

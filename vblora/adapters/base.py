@@ -5,6 +5,7 @@ whole model composes them once, before its first layer runs, and hands them out 
 """
 
 import threading
+import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -181,7 +182,11 @@ class Adapter(nn.Module):
     def _apply(self, *args, **kwargs) -> "Adapter":
         self.compute_dtype = None
         self.invalidate()
-        return super()._apply(*args, **kwargs)
+        before = {name: parameter.dtype for name, parameter in self.named_parameters()}
+        super()._apply(*args, **kwargs)
+        after = {name: parameter.dtype for name, parameter in self.named_parameters()}
+        warn_of_half_precision({name: dtype for name, dtype in after.items() if dtype != before[name]})
+        return self
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}  # composed anew by the copy
@@ -201,6 +206,18 @@ class _Kept:
             len(sources) == len(self._sources)
             and all(now is then for now, (then, _) in zip(sources, self._sources, strict=True))
             and self._made_from == (dtype, _optimizer_steps, [(s.data_ptr(), s._version) for s in sources])
+        )
+
+
+def warn_of_half_precision(dtypes: dict[str, torch.dtype]) -> None:
+    """``dtypes``: of an adapter's parameters by their names, as they are from now on."""
+    rounded = [f"`{name}`" for name, dtype in dtypes.items() if dtype in (torch.bfloat16, torch.float16)]
+    if rounded:
+        choice = "Rounded logits choose other bank vectors. " if "`logits`" in rounded else ""
+        warnings.warn(
+            f"the adapter's {' and '.join(rounded)} {'are' if len(rounded) > 1 else 'is'} half precision now, in which small "
+            f"steps of training are lost. {choice}Cast the base model before vblora.inject, which leaves the adapter in float32; "
+            "its factors are computed in the dtype of each layer's input all the same."
         )
 
 
