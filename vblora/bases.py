@@ -165,11 +165,6 @@ def refusal(layer: nn.Module) -> str | None:
     return reason and f", which {reason}"
 
 
-def widths(layer: nn.Module) -> tuple[int, int]:
-    """Columns and rows of a layer's weight as a matrix ``(out, in)``."""
-    return kind_of(layer).widths(layer)
-
-
 def target_of(name: str, layer: nn.Module) -> Target:
     """A layer as an adapter and its files see it."""
     kind = kind_of(layer)

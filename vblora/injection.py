@@ -53,7 +53,7 @@ def inject(
 
     Raises:
         ValueError: the model has an adapter of that name, is merged or disabled; nothing matches; a width that
-            ``vector_length`` does not divide; or a ``bank`` of another size.
+            ``vector_length`` does not divide (without ``pad``); or a ``bank`` of another size.
         TypeError: a match that takes no update or passes no gradient on, a quantised weight that would train, or a model that
             cannot be called.
         FileNotFoundError: there is no such file of a bank.
@@ -116,7 +116,7 @@ class Plan:
         self._found = find_targets(model, self.config)
         saved = _find_saved(list(modules), self.config)
         self.targets = tuple(target_of(names[0], layer) for layer, names in self._found.items())
-        check_widths(self.targets, self.config.vector_length)
+        check_widths(self.targets, self.config.vector_length, self.config.pad)
         in_place = [] if self.record is None else self.record.in_place()
         for replaced in in_place:  # what is copied are the base model's
             replaced.swap()
@@ -139,6 +139,7 @@ class Plan:
             init_logits_std=config.init_logits_std,
             init=config.init,
             scaling=config.scaling,
+            pad=config.pad,
             seed=config.seed,
             rows=rows,
         )

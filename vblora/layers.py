@@ -1,6 +1,5 @@
 """Where factors meet a frozen layer."""
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import Slot, VBLoRAAdapter
+from .adapters.vblora import default_length
 from .bank import VectorBank
 from .bases import compute_dtype, is_linear, kind_of, target_of
 from .quantised import Rounding, exchange, format_of, is_packed, keep_unpacked, rounding
@@ -49,7 +49,8 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         updates: of each adapter that has this layer for a target, by the adapter's name.
-        active: names of the adapters whose updates a forward adds.
+        running: those of them that a forward adds: active, enabled, not merged.
+        active: names of the active adapters that have this layer.
         enabled: False leaves all updates out.
         merged: names of the adapters whose updates are in ``base_layer.weight`` (see :func:`vblora.merge`).
         unmerged: the weight without and with those, unless the former was released.
@@ -67,7 +68,7 @@ class AdaptedLayer(nn.Module):
         self.merged: tuple[str, ...] = ()
         self.unmerged: Replaced | None = None
         self.rounding: Rounding | None = None
-        self._running: tuple[Update, ...] = ()  # what a forward adds
+        self.running: dict[str, Update] = {}
         self.train(base_layer.training)
 
     def set(self, *, active: Iterable[str] | None = None, enabled: bool | None = None) -> None:
@@ -77,12 +78,7 @@ class AdaptedLayer(nn.Module):
         if enabled is not None:
             self.enabled = enabled
         running = [name for name in self.active if self.enabled and name not in self.merged]
-        self._running = tuple(self.updates[name] for name in running)
-
-    @property
-    def running(self) -> bool:
-        """Whether a forward adds anything."""
-        return bool(self._running)
+        self.running = {name: self.updates[name] for name in running}
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("weight", "bias"):
@@ -100,7 +96,7 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        for slot, dropout in self._running:
+        for slot, dropout in self.running.values():
             dtype = compute_dtype(x.device, x.dtype if x.is_floating_point() else y.dtype)
             factors = slot.factors(dtype).to(x.device, dtype)
             seen = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
@@ -213,12 +209,13 @@ class VBLinear(AdaptedLayer):
         r: rank of the update.
         topk: k, bank vectors mixed into a sub-vector.
         bank: the vector bank. Without it a new one is made from ``num_vectors`` and ``vector_length``.
-        num_vectors, vector_length: h and b of a new bank. ``vector_length`` must divide both widths; by default it is the
-            largest such length up to 256.
+        num_vectors, vector_length: h and b of a new bank. ``vector_length`` must divide both widths unless ``pad``; by
+            default it is the largest such length up to 256.
         num_candidates: M, bank vectors that a sub-vector may choose from while it trains (:class:`VBLoRAConfig`).
         dropout: probability of dropping an element of the update's input while training.
         init_logits_std: logits start normal with this standard deviation.
         init, scaling: how the adapter starts, and the factor of its update (:class:`VBLoRAConfig`).
+        pad: let ``vector_length`` be any (:class:`VBLoRAConfig`); by default it is 256, or the larger width if that is less.
         seed: of that draw; from torch's generator if None.
         device, dtype: of a new ``nn.Linear``. Adapter parameters go to the layer's device and are float32.
 
@@ -252,6 +249,7 @@ class VBLinear(AdaptedLayer):
         init_logits_std: float = 0.1,
         init: str = "paper",
         scaling: float = 1.0,
+        pad: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -274,12 +272,9 @@ class VBLinear(AdaptedLayer):
             raise TypeError(f"`base_layer` is a {type(base_layer).__name__}; allowed are nn.Linear and Conv1D.")
         target = target_of("base_layer", base_layer)
         if bank is None:
-            common = math.gcd(target.in_features, target.out_features)
-            if vector_length is None:
-                vector_length = max(length for length in range(1, min(common, 256) + 1) if common % length == 0)
             bank = VectorBank(
                 256 if num_vectors is None else num_vectors,
-                vector_length,
+                default_length((target,), pad) if vector_length is None else vector_length,
                 pairs=init == "noop",
                 device=base_layer.weight.device,
             )
@@ -292,6 +287,7 @@ class VBLinear(AdaptedLayer):
             init_logits_std=init_logits_std,
             init=init,
             scaling=scaling,
+            pad=pad,
             seed=seed,
         )
         super().__init__(base_layer)

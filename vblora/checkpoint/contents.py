@@ -8,7 +8,16 @@ from torch import Tensor
 
 from ..adapters import Target
 from ..adapters.base import Factors
-from ..adapters.vblora import Deployed, Trained, candidate_dtype, check_widths, draw_rows, rows_of_factors, scaled
+from ..adapters.vblora import (
+    Deployed,
+    Trained,
+    as_factors,
+    candidate_dtype,
+    check_widths,
+    draw_rows,
+    rows_of_factors,
+    scaled,
+)
 from ..config import VBLoRAConfig
 
 
@@ -70,7 +79,7 @@ class Contents:
         for target in self.targets:
             if target.in_features < 1 or target.out_features < 1:
                 raise ValueError(f"its layer `{target.name}` is {target.in_features} -> {target.out_features}.")
-        check_widths(self.targets, self.config.vector_length)
+        check_widths(self.targets, self.config.vector_length, self.config.pad)
         check_tensor("bank.vectors", self.bank, (self.config.num_vectors, self.config.vector_length), floating=True)
         if not self.bank.isfinite().all():
             raise ValueError("`bank.vectors` holds an infinite or NaN element.")
@@ -164,10 +173,10 @@ class Contents:
         for target, *size in zip(self.targets, sizes[::2], sizes[1::2], strict=True):
             rows = slice(start, start := start + sum(size))
             subvectors = torch.ops.vblora.compose(bank, deployed.indices[rows], deployed.weights[rows], dtype)
-            if not subvectors.isfinite().all():
+            (factors,) = as_factors(subvectors, size, (target,), self.config.r)
+            if not all(factor.isfinite().all() for factor in (factors.A, factors.B)):
                 raise ValueError(f"the update of layer `{target.name}` is not finite.")
-            A, B = subvectors.split(size)
-            yield target, Factors(A.view(self.config.r, -1), B.view(self.config.r, -1))
+            yield target, factors
 
     def kept(self) -> "Contents":
         """A deployed form made trainable: with the k vectors of each row as its only candidates."""

@@ -298,7 +298,8 @@ def write_over(target: Injected, contents: Contents, is_trainable: bool | None) 
     """
     adapter = target.adapter
     own = contents_of(target)
-    unlike = dict.fromkeys(("seed", "num_candidates", *_NAMING)) | {"fan_in_fan_out": False}
+    unlike = dict.fromkeys(("seed", "num_candidates", *_NAMING))
+    unlike |= {"fan_in_fan_out": False, "pad": False}  # seen from the layers, which are compared
     if replace(own.config, **unlike) != replace(contents.config, **unlike):
         raise ValueError("`model` has an adapter of another config. Eject it first.")
     contents = contents.in_order(adapter.targets)

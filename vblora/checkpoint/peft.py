@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Target
-from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled
+from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled, uneven
 from ..config import BEYOND_PEFT, VBLoRAConfig
 from .contents import Contents, check_tensor
 
@@ -43,7 +43,7 @@ def encode(contents: Contents, form: str, base_model: str | None = None) -> tupl
     """The config and the tensors of PEFT's files for ``contents``.
 
     Raises:
-        ValueError: dense logits that are not known, or weights that this format cannot hold.
+        ValueError: dense logits that are not known, or weights or cut sub-vectors, which this format cannot hold.
     """
     config = contents.config
     for target in contents.targets:
@@ -52,6 +52,12 @@ def encode(contents: Contents, form: str, base_model: str | None = None) -> tupl
                 f'`form` is "{form}", but `{target.name}` is no linear layer (its kind is "{target.kind}"), and PEFT\'s VB-LoRA '
                 'takes no other; form="lora" holds it.'
             )
+    for target in uneven(contents.targets, config.vector_length):
+        raise ValueError(
+            f'`form` is "{form}", but layer `{target.name}` ({target.in_features} -> {target.out_features}) has sub-vectors that '
+            f"are cut (`pad`, `vector_length`={config.vector_length}), which PEFT's VB-LoRA has not; "
+            'form="lora" holds the same update.'
+        )
     tensors = {_BANK: scaled(contents.bank, config.scaling)}
     if form == "peft":
         tensors |= _by_layer(contents, _dense_logits(contents), "")

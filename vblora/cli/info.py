@@ -22,6 +22,7 @@ _FIELDS = (
     "topk",
     "num_vectors",
     "vector_length",
+    "pad",
     "num_candidates",
     "seed",
     "vblora_dropout",
