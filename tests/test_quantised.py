@@ -275,6 +275,22 @@ def test_eject_and_copies_keep_the_base_as_it_was(base):
     assert flags[: len(flags) // 2] == flags[len(flags) // 2 :]
 
 
+def test_unmerging_after_a_cast(base):
+    """What stands aside goes where the model went."""
+    model = injected(base)
+    layer = model.blocks[0].up
+    bits, was = _bits(layer.weight), dense(layer)
+    with pytest.warns(UserWarning, match="quantised again"):
+        vblora.merge(model)
+    model.double()
+    vblora.unmerge(model)
+    assert not layer.weight.requires_grad
+    if base.kind.startswith("torchao"):  # whose dtype is that of what they stand for
+        assert layer.weight.dtype == torch.float64 and torch.equal(dense(layer).float(), was)
+    else:
+        assert _bits(layer.weight) == bits
+
+
 def test_an_adapter_goes_from_a_quantised_base_to_a_plain_one(base, tmp_path):
     model = injected(base).eval()
     vblora.save(model, tmp_path)
