@@ -15,6 +15,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import vblora
 from tests.small_models import bert, gpt2, llama, relative_error
+from vblora.adapters.base import Factors
 from vblora.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,6 +120,17 @@ def test_outputs_and_gradients_are_those_of_the_updated_weight(case):
     for one, other in zip(*gradients, strict=True):
         assert relative_error(one, other) < 1e-10
     assert base.layers[0].weight.grad is None
+
+
+def test_factors_with_scales_are_those_with_the_scales_in_them(case):
+    """Of methods that train scales: ``d`` after A, ``e`` after B."""
+    _, model, x = case
+    layer = model.layers[0]
+    A, B = composed(model)
+    d, e = torch.randn(A.shape[0], dtype=A.dtype), torch.randn(B.shape[1], dtype=A.dtype)
+    ours = layer.kind.update(layer.base_layer, x, Factors(A, B, d, e))
+    theirs = layer.kind.update(layer.base_layer, x, Factors(A * d[:, None], B * e))
+    assert relative_error(ours, theirs) < 1e-12
 
 
 def test_merge_and_unmerge(case):

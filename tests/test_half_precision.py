@@ -35,6 +35,9 @@ def test_a_cast_of_the_adapter_is_warned_of_once(cast):
     with pytest.warns(UserWarning, match=LOGITS) as seen:
         cast(net)
     assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.to("cpu")
     assert net.vblora.default.logits.dtype in (torch.float16, torch.bfloat16)
 
 

@@ -172,18 +172,14 @@ def exchange(layer: nn.Module, name: str, tensor: Tensor) -> Tensor:
     What bitsandbytes' layers keep of a weight goes with it.
     """
     own = getattr(layer, name)
-    packages = _packages(own) if name == "weight" else []
-    if (tensor.device, tensor.dtype) != (own.device, own.dtype):
-        if "torchao" in packages:
-            tensor = nn.Parameter(tensor.to(own.device, own.dtype), requires_grad=False)
-        elif "bitsandbytes" in packages:
-            tensor = tensor.to(own.device)  # its scales, too
-        else:
+    if not is_quantised(own):
+        if (tensor.device, tensor.dtype) != (own.device, own.dtype):
             tensor.data = tensor.data.to(own.device, own.dtype)
-    if Bits8.takes(own):
-        if own.CB is None:  # the first forward moves them there
-            own.CB, own.SCB = layer.state.CB, layer.state.SCB
-        layer.state.reset_grads()  # so that the next one does
+    elif tensor.device != own.device:  # with its scales, which no `data` holds
+        tensor = tensor.to(own.device)
+        tensor = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    if Bits8.takes(own) and own.CB is None:  # its first forward has moved them, and that of the other will
+        own.CB, own.SCB = layer.state.CB, layer.state.SCB
     setattr(layer, name, tensor)
     if Bits4.takes(own):
         layer.quant_state = tensor.quant_state
