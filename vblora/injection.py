@@ -7,13 +7,15 @@ import warnings
 import torch
 from torch import nn
 
-from .adapters import Target, VBLoRAAdapter
+from .adapters import VBLoRAAdapter
+from .adapters.base import warn_of_half_precision
 from .adapters.vblora import Deployed, Trained, check_widths
 from .bank import VectorBank
-from .bases import widths
+from .bases import target_of
 from .config import VBLoRAConfig
 from .injected import ADAPTERS, Adapters, Injected, Injection, injections, refuse_if_disabled, refuse_if_merged
 from .layers import AdaptedLayer, Replaced
+from .quantised import is_quantised, passes_gradients, said
 from .targets import base_modules, find_targets, matches
 
 
@@ -44,7 +46,7 @@ def inject(
             without it.
 
     Cast the base model before, not after: bank and logits are float32 then, and casting logits changes which vectors are
-    chosen.
+    chosen. A cast to half precision afterwards warns of that.
 
     Returns:
         The same model.
@@ -52,7 +54,8 @@ def inject(
     Raises:
         ValueError: the model has an adapter of that name, is merged or disabled; nothing matches; a width that
             ``vector_length`` does not divide (without ``pad``); or a ``bank`` of another size.
-        TypeError: a match that takes no update, or a model that cannot be called.
+        TypeError: a match that takes no update or passes no gradient on, a quantised weight that would train, or a model that
+            cannot be called.
         FileNotFoundError: there is no such file of a bank.
 
     Example::
@@ -61,6 +64,7 @@ def inject(
         optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
     """
     plan = Plan(model, config, adapter_name)
+    plan.check_trainable()
     config = plan.config
     if config.topk == 1:
         warnings.warn(
@@ -78,7 +82,9 @@ def inject(
             f"`bank` has {bank.num_vectors} vectors of length {bank.vector_length}, "
             f"but the config says `num_vectors`={size[0]}, `vector_length`={size[1]}."
         )
-    return plan.carry_out(plan.new_adapter(bank), freeze_bank=freeze_bank)
+    adapter = plan.new_adapter(bank)
+    warn_of_half_precision({name: parameter.dtype for name, parameter in adapter.named_parameters()})
+    return plan.carry_out(adapter, freeze_bank=freeze_bank)
 
 
 class Plan:
@@ -109,7 +115,7 @@ class Plan:
         modules = base_modules(model)
         self._found = find_targets(model, self.config)
         saved = _find_saved(list(modules), self.config)
-        self.targets = tuple(Target(names[0], *widths(layer)) for layer, names in self._found.items())
+        self.targets = tuple(target_of(names[0], layer) for layer, names in self._found.items())
         check_widths(self.targets, self.config.vector_length, self.config.pad)
         in_place = [] if self.record is None else self.record.in_place()
         for replaced in in_place:  # what is copied are the base model's
@@ -137,6 +143,20 @@ class Plan:
             seed=config.seed,
             rows=rows,
         )
+
+    def check_trainable(self) -> None:
+        """Refuses layers that would hand no gradient on to those before them.
+
+        Raises:
+            TypeError: named.
+        """
+        for layer, names in self._found.items():
+            if not passes_gradients(layer.weight):
+                raise TypeError(
+                    f"`target_modules` matches `{names[0]}`, which quantises its input, too ({said(layer.weight)}), and passes "
+                    "no gradient on to the layers before it. Quantise weights only, as torchao's Int8WeightOnlyConfig does; or "
+                    "load a trained adapter."
+                )
 
     def carry_out(self, adapter: VBLoRAAdapter, *, freeze_bank: bool = False) -> nn.Module:
         """Changes the model, and returns it. A model's first adapter is active then; later ones wait to be."""
@@ -225,6 +245,8 @@ def _stand_ins(
         tensor = getattr(module, name)
         if tensor.is_meta and getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(f"`{full_name}` would train, but accelerate has offloaded it. Keep it on a device.")
+        if is_quantised(tensor):
+            raise TypeError(f"`{full_name}` would train, but is quantised ({said(tensor)}). Leave its module out.")
         if tensor not in copies:
             copy = tensor.detach().clone()
             if isinstance(tensor, nn.Parameter):

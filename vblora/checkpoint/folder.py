@@ -271,6 +271,8 @@ def contents_of(source: Injected) -> Contents:
 def _put_in(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
     contents = contents.in_order(plan.targets)
     _check_beside(contents, plan.stand_ins)
+    if is_trainable:
+        plan.check_trainable()
     _refuse_meta(plan.device.type == "meta")
     frozen = bank is not None
     if bank is None:

@@ -11,14 +11,26 @@ FORMS = ("lora",)
 def encode(contents: Contents, base_model: str | None = None) -> tuple[dict, dict[str, Tensor]]:
     """The config and the tensors of a LoRA with the same update: A ``(r, in_features)`` and B ``(out_features, r)``, float32.
 
+    A convolution's are ``(r, in_channels, *kernel_size)`` and ``(out_channels, r, 1, ...)``.
+
     Raises:
-        ValueError: an update that is not finite.
+        ValueError: an update that is not finite, or a convolution of a kind that PEFT's LoRA computes otherwise.
     """
     config = contents.config
     tensors = {}
     for target, (A, B, *_) in contents.factors():
-        tensors[f"{PREFIX}{target.name}.lora_A.weight"] = A
-        tensors[f"{PREFIX}{target.name}.lora_B.weight"] = B.T
+        name = f"{PREFIX}{target.name}.lora_"
+        if target.unusual:
+            raise ValueError(
+                f'`form` is "lora", but layer `{target.name}` is a convolution with other {", ".join(target.unusual)} than most, '
+                "which PEFT's LoRA leaves out of its update."
+            )
+        if target.kind == "embedding":
+            tensors |= {f"{name}embedding_A": A, f"{name}embedding_B": B.T}
+            continue
+        point = (1,) * len(target.kernel[1:])
+        tensors[f"{name}A.weight"] = A.reshape(-1, *target.kernel) if target.kernel else A
+        tensors[f"{name}B.weight"] = B.T.reshape(*B.T.shape, *point)
     description = describe(contents, base_model) | {
         "peft_type": "LORA",
         "lora_alpha": config.r,  # LoRA scales its update by alpha / r

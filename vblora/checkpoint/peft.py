@@ -46,6 +46,12 @@ def encode(contents: Contents, form: str, base_model: str | None = None) -> tupl
         ValueError: dense logits that are not known, or weights or cut sub-vectors, which this format cannot hold.
     """
     config = contents.config
+    for target in contents.targets:
+        if target.kind != "linear":
+            raise ValueError(
+                f'`form` is "{form}", but `{target.name}` is no linear layer (its kind is "{target.kind}"), and PEFT\'s VB-LoRA '
+                'takes no other; form="lora" holds it.'
+            )
     for target in uneven(contents.targets, config.vector_length):
         raise ValueError(
             f'`form` is "{form}", but layer `{target.name}` ({target.in_features} -> {target.out_features}) has sub-vectors that '

@@ -56,7 +56,7 @@ def _print(folder: Path, adapter) -> None:
     table.add_row("base model", adapter.base_model or "not said")
     for name in _FIELDS:
         table.add_row(name, str(getattr(contents.config, name)))
-    names = [f"{t.name} ({t.in_features} -> {t.out_features})" for t in contents.targets]
+    names = [f"{t.name} ({_kind(t.kind)}{t.in_features} -> {t.out_features})" for t in contents.targets]
     more = f"\n... and {len(names) - _SHOWN_TARGETS} more" if len(names) > _SHOWN_TARGETS else ""
     table.add_row(f"{len(names)} layers", "\n".join(names[:_SHOWN_TARGETS]) + more)
     table.add_row("sub-vectors", f"{contents.num_rows:,}")
@@ -71,6 +71,10 @@ def _print(folder: Path, adapter) -> None:
     if not console.is_terminal:
         console.width = 160  # of a file or a pipe nothing is known
     console.print(table)
+
+
+def _kind(kind: str) -> str:
+    return "" if kind == "linear" else f"{kind} "
 
 
 def _form(folder: Path, contents) -> str:
