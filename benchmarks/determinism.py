@@ -39,7 +39,9 @@ def run(settings: Settings) -> Result:
         f"{ratio:.2f} × ({sum(ours.values()):,.0f} bytes a row, no atomics; "
         f"{sum(atomic.values()):,.0f}, of which {atomic['atomic']:,.0f} atomic)"
     )
-    table = [Row("grad_bank: bytes that the deterministic one asks for / an atomic scatter's", figure)]
+    table = [
+        Row(f"grad_bank of {rows:,} rows: bytes that the deterministic one asks for / an atomic scatter's", figure)
+    ]
     title = "deterministic backward, on the emulated GPU"
     return Result(title, table, {"bytes a row": per_row, "rows": rows}, draw(title, per_row))
 

@@ -14,7 +14,8 @@ from vblora.adapters.vblora import VBLoRAAdapter
 
 from .harness import Result, Settings, in_turn, value_row
 
-START = {"S": 9760, "h": 2048, "M": 128, "k": 2, "b": 256}
+# Llama-2-7B's layout.
+START = {"S": 39040, "h": 2048, "M": 128, "k": 2, "b": 256}
 GROWING = {
     "S": [9760, 19520, 39040, 78080],
     "h": [256, 512, 1024, 2048, 4096],

@@ -13,12 +13,17 @@ static __global__ void scatter_kernel(vblora::AdmixtureBackward problem) {
   if (row >= problem.rows) return;
   const bf16* grads = static_cast<const bf16*>(problem.grad_subvectors) + row * problem.length;
   const int16_t* candidates = static_cast<const int16_t*>(problem.candidates) + row * problem.columns;
-  for (int64_t i = threadIdx.x % 32; i < problem.length; i += 32) {
-    const float grad = load<float>(grads[i]);
+  constexpr int kHeld = 8;  // elements that a lane holds at once
+  for (int64_t first = threadIdx.x % 32; first < problem.length; first += 32 * kHeld) {
+    float held[kHeld];
+    for (int e = 0; e < kHeld; ++e)
+      held[e] = first + 32 * e < problem.length ? load<float>(grads[first + 32 * e]) : 0.0f;
     for (int64_t j = 0; j < problem.k; ++j) {
       const int64_t vector = candidates[problem.indices[row * problem.k + j]];
       const float weight = static_cast<const float*>(problem.weights)[row * problem.k + j];
-      atomicAdd(static_cast<float*>(problem.grad_bank) + vector * problem.length + i, weight * grad);
+      float* sums = static_cast<float*>(problem.grad_bank) + vector * problem.length;
+      for (int e = 0; e < kHeld; ++e)
+        if (first + 32 * e < problem.length) atomicAdd(sums + first + 32 * e, weight * held[e]);
     }
   }
 }
