@@ -15,10 +15,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Factors(NamedTuple):
-    """The low-rank update of a layer is ``x Aᵀ B``."""
+    """The low-rank update of a layer is ``(((x Aᵀ) ∘ d) B) ∘ e``."""
 
     A: Tensor  # (r, in_features)
     B: Tensor  # (r, out_features): transposed, so that nothing ever has to be
+    d: Tensor | None = None  # (r,); None: of ones
+    e: Tensor | None = None  # (out_features,); None: of ones
 
 
 @dataclass(frozen=True)
