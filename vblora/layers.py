@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Slot, Target, VBLoRAAdapter
+from .adapters import Factors, Slot, Target, VBLoRAAdapter
 from .bank import VectorBank
+from .lowrank import add_update, delta
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -109,18 +110,19 @@ class AdaptedLinear(nn.Module):
         if not self.active:
             return y
         dtype = compute_dtype(x.device, x.dtype)
-        A, B = (factor.to(x.device, dtype) for factor in self.slot.factors(dtype))
+        factors = (factor if factor is None else factor.to(x.device, dtype) for factor in self.slot.factors(dtype))
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return y + (F.linear(x, A) @ B).to(y.device, y.dtype)
+        return add_update(y, x, Factors(*factors))
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """The update as a matrix, laid out as ``base_layer.weight`` is, in at least float32."""
         weight = self.weight
         # From the parameters as they are, not from a forward's factors.
-        A, B = self.slot.adapter.factors_of(self.slot.index, torch.promote_types(weight.dtype, torch.float32))
-        return (A.T @ B if is_conv1d(self.base_layer) else B.T @ A).to(weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        update = delta(self.slot.adapter.factors_of(self.slot.index, dtype))
+        return (update if is_conv1d(self.base_layer) else update.T).to(weight.device)
 
     @torch.inference_mode(False)
     @torch.no_grad()

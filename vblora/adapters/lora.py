@@ -19,8 +19,8 @@ class LoRAAdapter(Adapter):
         targets: the layers.
         r: rank of each layer's update.
         scaling: factor of every update, above 0. Both factors get its square root.
-        init: True starts A as ``nn.Linear`` starts its weight, and B as zeros; ``"gaussian"`` A normal, with a standard deviation of
-            ``1 / r``; False both as ``nn.Linear``'s.
+        init: True starts A as ``nn.Linear`` starts its weight, and B as zeros; ``"gaussian"`` A normal, with a standard
+            deviation of ``1 / r``; False both as ``nn.Linear``'s.
         device, dtype: of the parameter.
 
     Attributes:
