@@ -57,7 +57,7 @@ def main() -> None:
 
     loader = DataLoader(rows, arguments.batch_size, shuffle=True, collate_fn=collate)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    adapter = model.vblora
+    adapter = model.vblora.default
     initial = adapter.initial(arguments.num_vectors)
     print(
         f"{adapter.num_subvectors:,} rows of {arguments.num_vectors:,} logits, k={arguments.topk}, batches of "

@@ -61,7 +61,7 @@ class Run:
 
     @property
     def adapter(self):
-        return self.model.vblora
+        return self.model.vblora.default
 
     def train(self, steps):
         for _ in range(steps):

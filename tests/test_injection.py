@@ -51,11 +51,19 @@ BERT_INPUTS = {"input_ids": torch.randint(3, 50, (3, 9)), "labels": torch.tensor
 def test_wraps_targets_and_freezes_the_rest():
     net = Net(blocks=2)
     assert vblora.inject(net, NET_CONFIG) is net
-    assert {name for name, p in net.named_parameters() if p.requires_grad} == {"vblora.logits", "vblora.bank.vectors"}
-    assert [t.name for t in net.vblora.targets] == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
-    assert net.vblora.num_subvectors == 2 * 2 * 2 * (16 + 32) // 8
-    assert not isinstance(net.embed, vblora.layers.AdaptedLinear)
-    assert "AdaptedLinear" in repr(net)
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {
+        "vblora.default.logits",
+        "vblora.default.bank.vectors",
+    }
+    assert [t.name for t in net.vblora.default.targets] == [
+        "blocks.0.up",
+        "blocks.0.down",
+        "blocks.1.up",
+        "blocks.1.down",
+    ]
+    assert net.vblora.default.num_subvectors == 2 * 2 * 2 * (16 + 32) // 8
+    assert not isinstance(net.embed, vblora.layers.AdaptedLayer)
+    assert "AdaptedLayer" in repr(net)
 
 
 def test_eject_restores_everything():
@@ -94,7 +102,7 @@ def test_eject_after_moving_and_casting():
             r"`vector_length` is 8.*head \(16 -> 3\)",
         ),
         (lambda: Net(blocks=1), {"target_modules": ["blocks"]}, TypeError, "`blocks`, a ModuleList"),
-        (bert, {"target_modules": ["word_embeddings"]}, TypeError, "Embedding"),
+        (bert, {"target_modules": ["LayerNorm"]}, TypeError, "a LayerNorm; allowed are nn.Linear, nn.Embedding"),
         (bert, {"modules_to_save": ["clasifier"]}, ValueError, "`clasifier`"),
         (
             lambda: nn.TransformerEncoderLayer(16, 2, 32),
@@ -144,7 +152,7 @@ class Attention(nn.Module):
 def test_layers_that_are_read_but_not_called_are_left_out():
     """MultiheadAttention never calls its projection; TransformerEncoderLayer's fast path none of its layers."""
     model = vblora.inject(Attention(), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES))
-    assert [t.name for t in model.vblora.targets] == ["head"]
+    assert [t.name for t in model.vblora.default.targets] == ["head"]
     for name in ("encoder.linear1", "attention.out_proj"):
         with pytest.raises(TypeError, match=name):
             vblora.inject(Attention(), vblora.VBLoRAConfig(target_modules=[name], **SIZES))
@@ -153,14 +161,14 @@ def test_layers_that_are_read_but_not_called_are_left_out():
 def test_all_linear_leaves_out_the_output_layer():
     for make, head in ((bert, "classifier"), (llama, "lm_head"), (gpt2, "lm_head")):
         model = vblora.inject(make(), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES))
-        names = {t.name for t in model.vblora.targets}
+        names = {t.name for t in model.vblora.default.targets}
         assert head not in names and len(names) >= 8
 
 
 def test_a_bank_can_be_shared_between_models():
     bank = vblora.VectorBank(16, 8)
     one, other = (vblora.inject(Net(blocks=1), NET_CONFIG, bank=bank) for _ in range(2))
-    assert one.vblora.bank is other.vblora.bank is bank
+    assert one.vblora.default.bank is other.vblora.default.bank is bank
     with pytest.raises(ValueError, match="`bank` has 15"):
         vblora.inject(Net(blocks=1), NET_CONFIG, bank=vblora.VectorBank(15, 8))
 
@@ -170,7 +178,7 @@ def test_bias(bias):
     model = vblora.inject(bert(), vblora.VBLoRAConfig(bias=bias, **SIZES))
     biases = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
     everywhere = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
-    of_targets = {f"{t.name}.base_layer.bias" for t in model.vblora.targets}
+    of_targets = {f"{t.name}.base_layer.bias" for t in model.vblora.default.targets}
     assert biases == {"none": set(), "all": everywhere, "vblora_only": of_targets}[bias]
     x = BERT_INPUTS["input_ids"]
     with vblora.disabled(model), torch.no_grad():
@@ -225,7 +233,7 @@ def test_merge_rounds_once():
     torch.manual_seed(0)
     net = vblora.inject(Net(blocks=1).bfloat16(), NET_CONFIG)
     layer = net.blocks[0].up
-    A, B = layer.slot.factors(torch.float32)
+    A, B, *_ = layer.updates["default"].slot.factors(torch.float32)
     expected = (layer.weight.double() + (B.T @ A).double()).bfloat16()
     vblora.merge(net)
     assert (layer.weight != expected).float().mean() < 0.01  # float32 sums, now and then on the other side of a tie
@@ -252,11 +260,11 @@ def test_a_broken_adapter_is_not_merged():
     net = vblora.inject(Net(blocks=2), NET_CONFIG)
     state = copy.deepcopy(net.blocks.state_dict())
     with torch.no_grad():
-        net.vblora.logits[-1] = float("nan")
+        net.vblora.default.logits[-1] = float("nan")
     with pytest.raises(ValueError, match="would not be finite"):
         vblora.merge(net)
     assert same_state(dict(net.blocks.state_dict()), state)
-    assert not any(layer.merged for layer in net.modules() if isinstance(layer, vblora.layers.AdaptedLinear))
+    assert not any(layer.merged for layer in net.modules() if isinstance(layer, vblora.layers.AdaptedLayer))
 
 
 def test_an_integer_weight_is_not_merged():
@@ -295,18 +303,18 @@ def test_a_disabled_adapter_gets_no_gradient():
     x = torch.randn(2, 16, requires_grad=True)
     with vblora.disabled(net):
         net(x).sum().backward()
-    assert net.vblora.logits.grad is None and x.grad is not None
+    assert net.vblora.default.logits.grad is None and x.grad is not None
 
 
 def test_parameter_groups():
     model = vblora.inject(bert(), vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
     groups = {group["name"]: group for group in vblora.parameter_groups(model)}
-    assert groups["bank"]["params"] == [model.vblora.bank.vectors] and groups["bank"]["lr"] == 1e-3
-    assert groups["logits"]["params"] == [model.vblora.logits] and groups["logits"]["lr"] == 1e-2
+    assert groups["bank"]["params"] == [model.vblora.default.bank.vectors] and groups["bank"]["lr"] == 1e-3
+    assert groups["logits"]["params"] == [model.vblora.default.logits] and groups["logits"]["lr"] == 1e-2
     assert groups["logits"]["weight_decay"] == 0
     assert set(groups["other"]["params"]) == set(model.classifier.parameters())
     torch.optim.AdamW(vblora.parameter_groups(model, lr_bank=1.0, lr_logits=2.0, lr_other=3.0))
-    model.vblora.bank.requires_grad_(False)
+    model.vblora.default.bank.requires_grad_(False)
     assert [group["name"] for group in vblora.parameter_groups(model)] == ["logits", "other"]
 
 
@@ -331,8 +339,8 @@ def test_a_layer_in_two_places_is_adapted_once():
     net.blocks[1].up = net.blocks[0].up
     vblora.inject(net, NET_CONFIG)
     assert net.blocks[1].up is net.blocks[0].up
-    assert isinstance(net.blocks[0].up, vblora.layers.AdaptedLinear)
-    assert len(net.vblora.targets) == 3
+    assert isinstance(net.blocks[0].up, vblora.layers.AdaptedLayer)
+    assert len(net.vblora.default.targets) == 3
     vblora.eject(net)
     assert net.blocks[1].up is net.blocks[0].up and type(net.blocks[0].up) is nn.Linear
 
@@ -420,7 +428,7 @@ def test_the_config_is_the_models_own():
     config = vblora.VBLoRAConfig(target_modules=["up", "down"], **SIZES)
     net = vblora.inject(Net(blocks=1), config)
     config.r = 7
-    assert vblora.injection.injection_of(net).config.r == 2
+    assert vblora.injected.injected(net).config.r == 2
     config.r = 0
     with pytest.raises(ValueError, match="`r` is 0"):
         vblora.inject(Net(blocks=1), config)
@@ -448,7 +456,7 @@ def test_refuses_a_model_that_holds_an_adapter():
 def test_a_merge_that_overflows_is_refused(release):
     net = vblora.inject(Net(blocks=2).half(), NET_CONFIG)
     with torch.no_grad():
-        net.vblora.bank.vectors.mul_(1e4)
+        net.vblora.default.bank.vectors.mul_(1e4)
     state = copy.deepcopy(net.blocks.state_dict())
     with pytest.raises(ValueError, match="float16"):
         vblora.merge(net, release=release)
@@ -496,7 +504,7 @@ def test_factors_are_composed_in_the_widest_dtype():
     net.blocks[0].up.bfloat16()
     vblora.inject(net, NET_CONFIG)
     seen = []
-    net.embed.register_forward_hook(lambda *_: seen.append(net.vblora.slots[0].handed.factors.A.dtype))
+    net.embed.register_forward_hook(lambda *_: seen.append(net.vblora.default.slots[0].handed.factors.A.dtype))
     with pytest.raises(RuntimeError):
         net(torch.randn(2, 16))  # such a model casts between its layers; this one does not
     assert seen == [torch.float32]
@@ -506,7 +514,7 @@ def test_injects_on_the_meta_device():
     with torch.device("meta"):
         net = Net(blocks=2)
     vblora.inject(net, NET_CONFIG)
-    assert net.vblora.logits.is_meta and net.vblora.bank.vectors.is_meta
+    assert net.vblora.default.logits.is_meta and net.vblora.default.bank.vectors.is_meta
     assert net(torch.randn(2, 16, device="meta")).is_meta
 
 

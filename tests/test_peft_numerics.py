@@ -59,8 +59,8 @@ def test_outputs_and_gradients_equal_pefts(make, targets, topk):
     theirs = peft.get_peft_model(
         copy.deepcopy(base), peft.VBLoRAConfig(topk=topk, target_modules=targets, init_vector_bank_bound=0.5, **SIZES)
     )
-    parameters = to_peft(ours.vblora, theirs)
-    assert len(parameters) == 1 + 2 * len(ours.vblora.targets)
+    parameters = to_peft(ours.vblora.default, theirs)
+    assert len(parameters) == 1 + 2 * len(ours.vblora.default.targets)
 
     ids = torch.randint(3, 50, (3, 9))
     labels = torch.tensor([0, 1, 0]) if make is bert else ids
@@ -70,7 +70,10 @@ def test_outputs_and_gradients_equal_pefts(make, targets, topk):
 
     for result in results[:2]:
         result.loss.backward()
-    grads = {"bank": ours.vblora.bank.vectors.grad, **rows_of(ours.vblora, ours.vblora.logits.grad)}
+    grads = {
+        "bank": ours.vblora.default.bank.vectors.grad,
+        **rows_of(ours.vblora.default, ours.vblora.default.logits.grad),
+    }
     for name, parameter in parameters.items():
         if topk == 1 and name != "bank":
             assert not grads[name].any() and not parameter.grad.any()
@@ -83,7 +86,7 @@ def test_same_targets_as_peft_by_default():
         model = make()
         ours = vblora.inject(make(), vblora.VBLoRAConfig(**SIZES))
         theirs = peft.get_peft_model(model, peft.VBLoRAConfig(fan_in_fan_out=make is gpt2, **SIZES))
-        assert {t.name for t in ours.vblora.targets} == set(theirs.base_model.targeted_module_names)
+        assert {t.name for t in ours.vblora.default.targets} == set(theirs.base_model.targeted_module_names)
 
 
 @pytest.mark.parametrize(
@@ -103,4 +106,4 @@ def test_same_targets_as_peft_by_default():
 def test_same_targets_as_peft_when_chosen(choice):
     ours = vblora.inject(llama(), vblora.VBLoRAConfig(**SIZES, **choice))
     theirs = peft.get_peft_model(llama(), peft.VBLoRAConfig(**SIZES, **choice))
-    assert {t.name for t in ours.vblora.targets} == set(theirs.base_model.targeted_module_names)
+    assert {t.name for t in ours.vblora.default.targets} == set(theirs.base_model.targeted_module_names)

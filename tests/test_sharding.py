@@ -76,10 +76,10 @@ def sharded(model, how):
     """As FSDP2's users do it."""
     if how == "replicated":  # shards of each other's copies
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-        fully_shard(model.vblora, mesh=mesh)
+        fully_shard(model.vblora.default, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     if how == "adapter":
-        fully_shard(model.vblora)
+        fully_shard(model.vblora.default)
     if how in ("layers", "resharded", "adapter"):
         for block in model.blocks:
             fully_shard(block)
@@ -208,7 +208,7 @@ def train_mixed(own_group, folder):
     model = injected(num_candidates=4)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if own_group:
-        fully_shard(model.vblora)
+        fully_shard(model.vblora.default)
     for block in model.blocks:
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=dataclasses.replace(policy, output_dtype=torch.float32))
@@ -251,7 +251,7 @@ def test_ddp_is_told_to_leave_the_adapters_buffers_alone():
     model._ddp_params_and_buffers_to_ignore = ["mine"]
     vblora.inject(model, vblora.VBLoRAConfig(**CONFIG | {"num_candidates": 4}))
     again = copy.deepcopy(model)
-    assert model._ddp_params_and_buffers_to_ignore == ["mine", "vblora.candidates", "vblora.exhausted"]
+    assert model._ddp_params_and_buffers_to_ignore == ["mine", "vblora.default.candidates", "vblora.default.exhausted"]
     vblora.eject(model)
     assert model._ddp_params_and_buffers_to_ignore == ["mine"]
     assert len(again._ddp_params_and_buffers_to_ignore) == 3

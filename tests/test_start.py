@@ -29,7 +29,7 @@ def test_a_noop_start_is_the_base_model_and_trains(make, num_candidates, dtype):
         output = model(IDS).logits
         assert torch.equal(output, base(IDS).logits)
     output.float().square().sum().backward()
-    adapter = model.vblora
+    adapter = model.vblora.default
     assert adapter.bank.vectors.grad.abs().sum() > 0 and adapter.logits.grad.abs().sum() > 0
     torch.optim.SGD(vblora.parameter_groups(model, lr_bank=0.1, lr_logits=0.1)).step()
     assert not torch.equal(model(IDS).logits, base(IDS).logits)
@@ -97,7 +97,7 @@ def test_one_layer_starts_as_nothing_too():
 def test_scaling_and_start_survive_every_form(choice, form, tmp_path):
     base, model = injected(**choice)
     with torch.no_grad():
-        for parameter in model.vblora.parameters():
+        for parameter in model.vblora.default.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     vblora.save(model, tmp_path, form=form)
     expected = model(IDS).logits
@@ -108,7 +108,7 @@ def test_scaling_and_start_survive_every_form(choice, form, tmp_path):
     loaded = vblora.load(copy.deepcopy(base), tmp_path)
     if form in ("resume", "deploy"):
         assert torch.equal(loaded(IDS).logits, expected)
-        assert loaded.vblora.scaling == choice["scaling"]
+        assert loaded.vblora.default.scaling == choice["scaling"]
         vblora.save(loaded, tmp_path / "again", form=form)
     else:
         torch.testing.assert_close(loaded(IDS).logits, expected)

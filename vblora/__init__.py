@@ -9,7 +9,8 @@ from .bank import VectorBank
 from .candidates import grow, stats
 from .checkpoint import load, pack_optimizer, save, unpack_optimizer
 from .config import LoraConfig, TiedLoraConfig, VBLoRAConfig, VeraConfig
-from .injection import disabled, eject, inject
+from .injected import active_adapters, delete_adapter, disabled, eject, set_adapter
+from .injection import inject
 from .layers import VBLinear
 from .merging import merge, unmerge
 from .ops import build_info
@@ -24,8 +25,10 @@ __all__ = [
     "VBLoRAConfig",
     "VectorBank",
     "VeraConfig",
+    "active_adapters",
     "build_info",
     "count_parameters",
+    "delete_adapter",
     "disabled",
     "eject",
     "grow",
@@ -37,6 +40,7 @@ __all__ = [
     "parameter_groups",
     "reference",
     "save",
+    "set_adapter",
     "stats",
     "unmerge",
     "unpack_optimizer",

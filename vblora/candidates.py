@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from .adapters import VBLoRAAdapter
 from .bank import check_count
-from .injection import injections
+from .injected import injected, injections
 from .sharding import is_sharded, reshard
 
 
@@ -29,19 +29,19 @@ class Stats(NamedTuple):
     exhausted: int
 
 
-def stats(model: nn.Module) -> Stats:
-    """Counts a model's exhausted rows. Waits for the device, which training itself never does.
+def stats(model: nn.Module, adapter_name: str | None = None) -> Stats:
+    """Counts the exhausted rows of an adapter, by default the active one. Waits for the device, which training itself never does.
 
     Raises:
         ValueError: the model has no adapter, several, or one without logits.
     """
-    adapter = _trained_adapter(model)
+    adapter = _trained_adapter(model, adapter_name)
     exhausted = 0 if adapter.exhausted is None else int(adapter.exhausted.sum())
     return Stats(adapter.num_subvectors, adapter.bank.num_vectors, adapter.logits.shape[1], exhausted)
 
 
 @torch.no_grad()
-def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer) -> None:
+def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_name: str | None = None) -> None:
     """Gives each row of an adapter more candidates: the next best of its initial logits.
 
     Without weight decay on the logits, and with no row exhausted so far, training goes on exactly as it would have with so many
@@ -51,12 +51,13 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer) -> None:
         model: an injected model, or a :class:`VBLinear`.
         num_candidates: M from now on; more than now, at most h.
         optimizers: those that train the logits. What they keep per element of them is extended with zeros, in place.
+        adapter_name: which adapter of an injected model, if not the one that is active.
 
     Raises:
         ValueError: it has no candidates or no seed to draw more by, FSDP2 has sharded it, or ``num_candidates`` is out of
             range.
     """
-    adapter = _trained_adapter(model)
+    adapter = _trained_adapter(model, adapter_name)
     check_count("num_candidates", num_candidates)
     if adapter.candidates is None:
         raise ValueError("the adapter has no candidates: its rows choose from the whole bank already.")
@@ -87,8 +88,8 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer) -> None:
     adapter.logits.grad = None if gradient is None else extended(gradient)
     adapter.candidates = drawn.candidates
     adapter.invalidate()
-    for record in injections(model):
-        record.config.num_candidates = num_candidates
+    if injections(model):
+        injected(model, adapter_name).config.num_candidates = num_candidates
 
 
 def moves_untouched(model: nn.Module, optimizer: Optimizer) -> str | None:
@@ -117,7 +118,9 @@ _COUPLED = frozenset({"Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam",
 _NOT_ELEMENTWISE = frozenset({"Adafactor", "LBFGS", "LAMB", "Lamb", "LARS", "Muon", "Shampoo", "SOAP"})
 
 
-def _trained_adapter(model: nn.Module) -> VBLoRAAdapter:
+def _trained_adapter(model: nn.Module, adapter_name: str | None) -> VBLoRAAdapter:
+    if injections(model):
+        model = injected(model, adapter_name).adapter
     adapters = {module: None for module in model.modules() if isinstance(module, VBLoRAAdapter)}
     if len(adapters) != 1:
         raise ValueError(f"`model` has {len(adapters) or 'no'} adapters; pass one that has one.")

@@ -1,51 +1,30 @@
 """Where factors meet a frozen layer."""
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Factors, Slot, Target, VBLoRAAdapter
+from .adapters import Slot, Target, VBLoRAAdapter
 from .bank import VectorBank
-from .lowrank import add_update, delta
-
-
-def is_conv1d(layer: nn.Module) -> bool:
-    """Whether a layer is transformers' ``Conv1D``: a linear layer with its weight stored ``(in, out)``.
-
-    By name, so that transformers need not be there.
-    """
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)
-
-
-def widths(layer: nn.Module) -> tuple[int, int]:
-    """``in_features`` and ``out_features`` of a linear layer."""
-    if is_conv1d(layer):
-        return layer.weight.shape[0], layer.weight.shape[1]
-    return layer.in_features, layer.out_features
-
-
-def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What a linear layer computes in there, given tensors of ``dtype``."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return dtype
+from .bases import compute_dtype, is_linear, kind_of, widths
 
 
 class Replaced:
-    """A tensor of the base model in whose place a trained or merged one stands, until the two are swapped."""
+    """A tensor of the base model, and a trained or merged one that stands in for it while the two are swapped."""
 
     def __init__(self, module: nn.Module, name: str, stand_in: Tensor) -> None:
         self.module = module
         self.name = name
-        self.swapped = False
-        self._aside: Tensor = getattr(module, name)
-        setattr(module, name, stand_in)
+        self.in_place = False  # of the stand-in
+        self._aside = stand_in
 
     @property
     def stand_in(self) -> Tensor:
-        return self._aside if self.swapped else getattr(self.module, self.name)
+        return getattr(self.module, self.name) if self.in_place else self._aside
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -55,41 +34,55 @@ class Replaced:
             self._aside.data = self._aside.data.to(current.device, current.dtype)
         setattr(self.module, self.name, self._aside)
         self._aside = current
-        self.swapped = not self.swapped
+        self.in_place = not self.in_place
 
 
-class AdaptedLinear(nn.Module):
-    """A frozen linear layer with a low-rank update: ``y = base_layer(x) + dropout(x) Aᵀ B``.
+class Update(NamedTuple):
+    """What one adapter adds to a layer: its factors' slot, and the probability of dropping an element of their input."""
+
+    slot: Slot
+    dropout: float
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen layer with low-rank updates: ``y = base_layer(x) + Σ dropout(x) Aᵀ B`` over its active adapters.
 
     Args:
-        base_layer: ``nn.Linear``, or transformers' ``Conv1D``.
-        slot: where the factors come from, A ``(r, in_features)`` and B ``(r, out_features)``.
-        dropout: probability of dropping an element of the update's input while training.
+        base_layer: a layer of one of the kinds in ``bases.py``.
 
     Attributes:
-        enabled: False leaves the update out.
-        merged: True while the update is in ``base_layer.weight`` (see :func:`vblora.merge`).
-        unmerged: the weight without it and with it, unless the former was released.
+        updates: of each adapter that has this layer for a target, by the adapter's name.
+        active: names of the adapters whose updates a forward adds.
+        enabled: False leaves all updates out.
+        merged: names of the adapters whose updates are in ``base_layer.weight`` (see :func:`vblora.merge`).
+        unmerged: the weight without and with those, unless the former was released.
     """
 
-    def __init__(self, base_layer: nn.Module, slot: Slot, dropout: float = 0.0) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.slot = slot
-        self.dropout = dropout
+        self.kind = kind_of(base_layer)
+        self.updates: dict[str, Update] = {}
+        self.active: tuple[str, ...] = ()
         self.enabled = True
-        self.merged = False
+        self.merged: tuple[str, ...] = ()
         self.unmerged: Replaced | None = None
+        self._running: tuple[Update, ...] = ()  # what a forward adds
         self.train(base_layer.training)
 
-    # Models look at these on a layer that they do not call, and tie weights through them.
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
+    def set(self, *, active: Iterable[str] | None = None, enabled: bool | None = None) -> None:
+        """Changes which updates a forward adds. Names of adapters that do not have this layer are passed over."""
+        if active is not None:
+            self.active = tuple(name for name in active if name in self.updates)
+        if enabled is not None:
+            self.enabled = enabled
+        running = [name for name in self.active if self.enabled and name not in self.merged]
+        self._running = tuple(self.updates[name] for name in running)
 
     @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
+    def running(self) -> bool:
+        """Whether a forward adds anything."""
+        return bool(self._running)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("weight", "bias"):
@@ -99,78 +92,103 @@ class AdaptedLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return widths(self.base_layer)[0]
+        return self.kind.widths(self.base_layer)[0]
 
     @property
     def out_features(self) -> int:
-        return widths(self.base_layer)[1]
+        return self.kind.widths(self.base_layer)[1]
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        if not self.active:
-            return y
-        dtype = compute_dtype(x.device, x.dtype)
-        factors = (factor if factor is None else factor.to(x.device, dtype) for factor in self.slot.factors(dtype))
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        return add_update(y, x, Factors(*factors))
+        for slot, dropout in self._running:
+            dtype = compute_dtype(x.device, x.dtype if x.is_floating_point() else y.dtype)
+            factors = slot.factors(dtype).to(x.device, dtype)
+            seen = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
+            y = self.kind.add_update(self.base_layer, y, seen, factors)
+        return y
 
     @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """The update as a matrix, laid out as ``base_layer.weight`` is, in at least float32."""
-        weight = self.weight
-        # From the parameters as they are, not from a forward's factors.
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        update = delta(self.slot.adapter.factors_of(self.slot.index, dtype))
-        return (update if is_conv1d(self.base_layer) else update.T).to(weight.device)
+    def delta_weight(self, names: Iterable[str]) -> Tensor:
+        """The sum of some adapters' updates as a matrix, laid out as ``base_layer.weight`` is, in at least float32."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        total = None
+        for name in names:
+            slot = self.updates[name].slot
+            # From the parameters as they are, not from a forward's factors.
+            A, B, *_ = slot.adapter.factors_of(slot.index, dtype).folded()
+            delta = self.kind.delta(self.base_layer, A, B)
+            total = delta if total is None else total.add_(delta)
+        return total.to(self.weight.device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """The weight with the update in it, rounded once to the weight's dtype."""
-        return self.delta_weight().add_(self.weight).to(self.weight.dtype)
+    def merged_weight(self, names: Iterable[str]) -> Tensor:
+        """The weight with the updates of ``names`` and of those merged before in it, rounded once to the weight's dtype."""
+        if self.unmerged is None:
+            return self.delta_weight(names).add_(self.weight).to(self.weight.dtype)
+        self.unmerged.swap()
+        try:
+            return self.delta_weight((*self.merged, *names)).add_(self.weight).to(self.weight.dtype)
+        finally:
+            self.unmerged.swap()
 
-    def merge(self, release: bool) -> None:
-        """Puts the update into a new weight; the old one is kept for :meth:`unmerge`, or released."""
-        merged = nn.Parameter(self.merged_weight(), requires_grad=self.weight.requires_grad)
+    def merge(self, names: Iterable[str], release: bool) -> None:
+        """Puts updates into a new weight; the old one is kept for :meth:`unmerge`, or released."""
+        names = tuple(names)
+        merged = nn.Parameter(self.merged_weight(names), requires_grad=self.weight.requires_grad)
+        if self.unmerged is not None:
+            self.unmerged.swap()
         replaced = Replaced(self.base_layer, "weight", merged)
+        replaced.swap()
         self.unmerged = None if release else replaced
-        self.merged = True
+        self.merged += names
+        self.set()
 
     @property
     def released(self) -> bool:
-        """Whether it was merged for good."""
-        return self.merged and self.unmerged is None
+        """Whether something was merged for good."""
+        return bool(self.merged) and self.unmerged is None
 
     def unmerge(self) -> None:
         if self.unmerged is not None:
             self.unmerged.swap()
             self.unmerged = None
-            self.merged = False
-
-    @property
-    def active(self) -> bool:
-        """Whether a forward adds the update."""
-        return self.enabled and not self.merged
+            self.merged = ()
+            self.set()
 
     def extra_repr(self) -> str:
-        state = "merged" if self.merged else "" if self.enabled else "disabled"
-        return ", ".join(part for part in (f"dropout={self.dropout}" if self.dropout else "", state) if part)
+        parts = [f"adapters={', '.join(self.updates)}"] if list(self.updates) != ["default"] else []
+        parts += [f"{name}: dropout={update.dropout}" for name, update in self.updates.items() if update.dropout]
+        parts += [f"merged={', '.join(self.merged)}"] if self.merged else []
+        parts += [] if self.enabled else ["disabled"]
+        return ", ".join(parts)
 
 
-def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
+def _of_base_layer(name: str) -> property:
+    return property(lambda layer: getattr(layer.base_layer, name))
+
+
+# Models look at these on a layer that they do not call, and tie weights through the first.
+for _name in (
+    *("weight", "bias", "num_embeddings", "embedding_dim", "padding_idx", "embed_scale"),
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+):
+    setattr(AdaptedLayer, _name, _of_base_layer(_name))
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     """A model's adapted layers by their names.
 
     Raises:
         ValueError: there are none.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
     if not layers:
         raise ValueError("`model` has no adapted layers: call vblora.inject(model, config) first.")
     return layers
 
 
-class VBLinear(AdaptedLinear):
+class VBLinear(AdaptedLayer):
     """A linear layer with a VB-LoRA adapter of its own, for models that are written by hand.
 
     Like ``nn.Linear(in_features, out_features)``, or around a layer that is there: ``VBLinear(base_layer=layer)``. The base
@@ -241,7 +259,7 @@ class VBLinear(AdaptedLinear):
             raise ValueError(f"`dropout` is {dropout}, but must be at least 0 and below 1.")
         if base_layer is None:
             base_layer = nn.Linear(in_features, out_features, bias is not False, device=device, dtype=dtype)
-        elif not (isinstance(base_layer, nn.Linear) or is_conv1d(base_layer)):
+        elif not is_linear(base_layer):
             raise TypeError(f"`base_layer` is a {type(base_layer).__name__}; allowed are nn.Linear and Conv1D.")
         target = Target("base_layer", *widths(base_layer))
         if bank is None:
@@ -265,6 +283,8 @@ class VBLinear(AdaptedLinear):
             scaling=scaling,
             seed=seed,
         )
-        super().__init__(base_layer, adapter.slots[0], dropout)
+        super().__init__(base_layer)
         self.base_layer.requires_grad_(False)
         self.adapter = adapter
+        self.updates["default"] = Update(adapter.slots[0], dropout)
+        self.set(active=["default"])

@@ -1,36 +1,27 @@
 """The arithmetic of an update, the same for every method: ``y + (((x Aᵀ) ∘ d) B) ∘ e``."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .adapters import Factors
+from .adapters.base import Factors
 
 
-def add_update(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
-    """A layer's output ``y`` ``(*, out_features)`` with the update of its input ``x`` ``(*, in_features)``, in ``y``'s dtype.
+def add_product(y: Tensor, hidden: Tensor, factors: Factors) -> Tensor:
+    """``y`` ``(*, out_features)`` with the update whose ``x Aᵀ`` is ``hidden`` ``(*, r)``, in ``y``'s dtype.
 
-    ``d`` scales what is ``(*, r)`` and ``e`` what is ``(*, out_features)``: A and B may be views of larger ones, and neither they
-    nor scaled ones are copied.
+    ``d`` scales what is ``(*, r)`` and ``e`` what is ``(*, out_features)``: B may be a view of a larger one, and neither it nor a
+    scaled one is copied.
     """
-    A, B, d, e = factors
-    hidden = F.linear(x, A)
+    _, B, d, e = factors
     if d is not None:
         hidden = hidden * d
     if e is not None:
         return y + _ScaledProduct.apply(hidden, B, e).to(y.device, y.dtype)
     if (y.device, y.dtype) != (hidden.device, hidden.dtype):
         return y + (hidden @ B).to(y.device, y.dtype)
-    # The sum is formed while the product is: one pass over `y` less than a product and a sum.
+    # The sum is formed while the product is: a pass over `y` less than a product and a sum take.
     return torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), B).view(y.shape)
-
-
-def delta(factors: Factors) -> Tensor:
-    """``(in_features, out_features)``: what ``x`` would be multiplied by."""
-    A, B, d, e = factors
-    product = (A.T if d is None else A.T * d) @ B
-    return product if e is None else product * e
 
 
 class _ScaledProduct(torch.autograd.Function):

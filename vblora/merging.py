@@ -1,19 +1,22 @@
 """Putting updates into weights, and taking them out again."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
-from .injection import refuse_if_disabled
-from .layers import adapted_layers
+from .injected import refuse_if_disabled
+from .layers import AdaptedLayer, adapted_layers
 
 
-def merge(model: nn.Module, *, release: bool = False) -> nn.Module:
-    """Adds each layer's update to its weight, so that the model runs at the base model's speed.
+def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None, *, release: bool = False) -> nn.Module:
+    """Adds each layer's updates to its weight, so that the model runs at the base model's speed.
 
     The sum is formed in float32 (float64 for a float64 weight) and rounded once to the weight's dtype. Each merged layer gets
     a weight of its own: one that is tied to another layer's leaves that layer alone.
 
     Args:
         model: an injected model, or any module that holds :class:`VBLinear` layers.
+        adapter_names: which of the active adapters; all by default. The others' updates go on to be added by each forward.
         release: keep nothing of the old weights. By default they are kept beside the merged ones, so that :func:`unmerge`
             brings them back bit for bit; that costs the memory of the targets' weights once more. A released merge
             cannot be undone; follow it with :func:`eject` for a plain model.
@@ -22,28 +25,35 @@ def merge(model: nn.Module, *, release: bool = False) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: no adapted layers, one that is merged already or disabled, or a sum that is not finite in the weight's
-            dtype. Nothing is merged then.
+        ValueError: no adapted layers, an adapter that is not active, is merged already or disabled, or a sum that is not
+            finite in the weight's dtype. Nothing is merged then.
         TypeError: a base weight that is no floating-point parameter.
     """
     layers = adapted_layers(model)
     refuse_if_disabled([layer for _, layer in layers])
+    chosen = _chosen(layers, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
     for name, layer in layers:
-        if layer.merged:
-            raise ValueError(f"layer `{name}` is merged already. Call vblora.unmerge(model) first.")
+        if not chosen[layer]:
+            continue
+        again = [adapter for adapter in chosen[layer] if adapter in layer.merged]
+        if again:
+            raise ValueError(
+                f"layer `{name}` has adapter {again[0]!r} merged already. Call vblora.unmerge(model) first."
+            )
         if "weight" not in layer.base_layer._parameters:
             raise TypeError(
                 f"the weight of layer `{name}` is computed from others (parametrized), and cannot be replaced."
             )
         if not layer.weight.is_floating_point():
             raise TypeError(f"layer `{name}` has a weight of {layer.weight.dtype}, which cannot be merged into.")
-        if not layer.merged_weight().isfinite().all():
+        if not layer.merged_weight(chosen[layer]).isfinite().all():
             raise ValueError(
                 f"merged, the weight of layer `{name}` would not be finite in {layer.weight.dtype}: the adapter is broken, "
                 "or too large for that dtype. Nothing was merged."
             )
-    for _, layer in layers:
-        layer.merge(release)
+    for layer, names in chosen.items():
+        if names:
+            layer.merge(names, release)
     return model
 
 
@@ -61,3 +71,17 @@ def unmerge(model: nn.Module) -> nn.Module:
     for _, layer in layers:
         layer.unmerge()
     return model
+
+
+def _chosen(layers: list[tuple[str, AdaptedLayer]], names: Sequence[str] | None) -> dict[AdaptedLayer, list[str]]:
+    """Which adapters to merge into each layer."""
+    active = {name for _, layer in layers for name in layer.active}
+    for name in names or ():
+        if name not in active:
+            raise ValueError(
+                f"`adapter_names` names {name!r}, but active are {', '.join(sorted(active)) or 'none'}. "
+                "Activate it with vblora.set_adapter first."
+            )
+    if not active:
+        raise ValueError("`model` has no active adapter to merge. Activate one with vblora.set_adapter first.")
+    return {layer: [name for name in layer.active if names is None or name in names] for _, layer in layers}

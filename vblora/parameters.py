@@ -5,8 +5,8 @@ from typing import NamedTuple
 from torch import nn
 
 from .adapters import VBLoRAAdapter
-from .injection import injections, refuse_if_disabled
-from .layers import AdaptedLinear
+from .injected import injections, refuse_if_disabled
+from .layers import AdaptedLayer
 from .sharding import reshard
 
 
@@ -14,6 +14,8 @@ def parameter_groups(
     model: nn.Module, *, lr_bank: float = 1e-3, lr_logits: float = 1e-2, lr_other: float = 1e-3
 ) -> list[dict]:
     """Trainable parameters as optimizer groups, with the paper's learning rates for bank and logits (its appendix B).
+
+    Of several adapters those that are active have parameters to train.
 
     Logits get ``weight_decay=0``: decay moves all of a row's logits, those included that were never selected.
 
@@ -27,7 +29,7 @@ def parameter_groups(
     """
     reshard(model)
     adapters = _adapters(model)
-    refuse_if_disabled([module for module in model.modules() if isinstance(module, AdaptedLinear)])
+    refuse_if_disabled([module for module in model.modules() if isinstance(module, AdaptedLayer)])
     bank = {adapter.bank.vectors: None for adapter in adapters}
     logits = {adapter.logits: None for adapter in adapters if adapter.logits is not None}
     other = [parameter for parameter in model.parameters() if parameter not in bank and parameter not in logits]
@@ -51,14 +53,15 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
     Stored are the bank, k weights and k bank indices a sub-vector (an index counts as the fraction of a float32 that its
     smallest integer type takes: 1/4 up to 256 vectors, 1/2 up to 32,768, else 1), and the biases and ``modules_to_save`` that
-    train beside them, frozen or not.
+    train beside them, frozen or not. Of the adapters of an injected model, the active ones are counted.
 
     Raises:
         ValueError: the model has no adapter.
     """
     adapters = _adapters(model)
     banks = {adapter.bank.vectors: None for adapter in adapters}
-    beside = {replaced.stand_in: None for record in injections(model) for replaced in record.replaced.values()}
+    active = [i for record in injections(model) for i in record.adapters.values() if i.active]
+    beside = {replaced.stand_in: None for one in active for replaced in one.replaced.values()}
     stored = sum(tensor.numel() for tensor in (*banks, *beside))
     for adapter in adapters:
         index = 0.25 if adapter.bank.num_vectors <= 256 else 0.5 if adapter.bank.num_vectors <= 32768 else 1.0
@@ -67,7 +70,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _adapters(model: nn.Module) -> list[VBLoRAAdapter]:
-    adapters = [module for module in model.modules() if isinstance(module, VBLoRAAdapter)]
+    resting = [i.adapter for record in injections(model) for i in record.adapters.values() if not i.active]
+    adapters = [m for m in model.modules() if isinstance(m, VBLoRAAdapter) and m not in resting]
     if not adapters:
-        raise ValueError("`model` has no adapter: call vblora.inject(model, config) first.")
+        raise ValueError("`model` has no active adapter: call vblora.inject(model, config) first.")
     return adapters

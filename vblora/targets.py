@@ -5,8 +5,10 @@ import re
 
 from torch import nn
 
+from .bases import ALLOWED, is_linear, kind_of
 from .config import VBLoRAConfig
-from .layers import is_conv1d
+from .injected import Adapters
+from .layers import AdaptedLayer
 
 # Layers that are adapted unless told otherwise, by a transformers config's `model_type`; PEFT's choices where it has one.
 _DEFAULT_TARGETS = {
@@ -54,18 +56,18 @@ def find_targets(model: nn.Module, config: VBLoRAConfig) -> dict[nn.Module, list
 
     Raises:
         ValueError: nothing matches, or the model's architecture has no default targets.
-        TypeError: a match that is no linear layer.
+        TypeError: a match that takes no update.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = base_modules(model)
     everything = _is_all_linear(config.target_modules)
     wanted = _wanted_names(model, modules, config)
     targets: dict[nn.Module, list[str]] = {}
     for name in wanted:
         module = modules[name]
-        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        if kind_of(module) is None:
             raise TypeError(
-                f"`target_modules` matches `{name}`, a {type(module).__name__}; "
-                "allowed are nn.Linear and transformers' Conv1D. Narrow the match, or name it in `exclude_modules`."
+                f"`target_modules` matches `{name}`, a {type(module).__name__}; allowed are {ALLOWED}. "
+                "Narrow the match, or name it in `exclude_modules`."
             )
         parent, child = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
         if any(type(parent).__name__.endswith(c) and child in names for c, names in _NEVER_CALLED.items()):
@@ -79,6 +81,20 @@ def find_targets(model: nn.Module, config: VBLoRAConfig) -> dict[nn.Module, list
     if not targets:
         raise ValueError(_nothing_matches(modules, config))
     return targets
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's modules by all their names, as if it had no adapters."""
+    modules: dict[str, nn.Module] = {}
+    hidden = "\0"
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(hidden):
+            continue
+        if isinstance(module, (AdaptedLayer, Adapters)):
+            hidden = f"{name}."
+        if not isinstance(module, Adapters):
+            modules[name] = module.base_layer if isinstance(module, AdaptedLayer) else module
+    return modules
 
 
 def matches(name: str, wanted: list[str] | str) -> bool:
@@ -101,7 +117,7 @@ def _wanted_names(model: nn.Module, modules: dict[str, nn.Module], config: VBLoR
     if _is_all_linear(wanted):
         heads = _output_layers(model)
         names = [
-            name for name, module in modules.items() if _is_linear(module) and not any(module is head for head in heads)
+            name for name, module in modules.items() if is_linear(module) and not any(module is head for head in heads)
         ]
     else:
         names = [name for name in modules if name and matches(name, wanted)]
@@ -113,10 +129,6 @@ def _wanted_names(model: nn.Module, modules: dict[str, nn.Module], config: VBLoR
         and not any(matches(part, saved) for part in _with_parents(name))
         and _in_layers(name, config)
     ]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _with_parents(name: str) -> list[str]:
@@ -162,7 +174,7 @@ def _output_layers(model: nn.Module) -> list[nn.Module]:
 
 def _nothing_matches(modules: dict[str, nn.Module], config: VBLoRAConfig) -> str:
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
-    endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and _is_linear(module)})
+    endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and is_linear(module)})
     near = [match for entry in wanted for match in difflib.get_close_matches(entry.rpartition(".")[2], endings)]
     hint = (
         f"Nearest names: {', '.join(dict.fromkeys(near))}."

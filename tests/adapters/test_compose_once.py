@@ -31,7 +31,7 @@ def x() -> torch.Tensor:
 
 
 def gradients(net: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    grads = net.vblora.logits.grad, net.vblora.bank.vectors.grad
+    grads = net.vblora.default.logits.grad, net.vblora.default.bank.vectors.grad
     net.zero_grad()
     return grads
 
@@ -41,7 +41,7 @@ def per_layer_gradients(net: Net, *inputs: torch.Tensor) -> tuple[torch.Tensor, 
     with ComposedRows() as composed:
         for x in inputs:
             Net.forward(net, x).square().sum().backward()
-    assert composed.calls == len(inputs) * len(net.vblora.targets)
+    assert composed.calls == len(inputs) * len(net.vblora.default.targets)
     return gradients(net)
 
 
@@ -54,7 +54,7 @@ def test_training_composes_once_a_forward(net, x):
     expected = per_layer_gradients(net, x)
     with ComposedRows() as composed:
         net(x).square().sum().backward()
-    assert (composed.calls, composed.rows) == (1, net.vblora.num_subvectors)
+    assert (composed.calls, composed.rows) == (1, net.vblora.default.num_subvectors)
     assert_same(gradients(net), expected)
 
 
@@ -64,7 +64,7 @@ def test_gradient_accumulation(net, x):
     with ComposedRows() as composed:
         for part in inputs:
             net(part).square().sum().backward()
-    assert composed.rows == 3 * net.vblora.num_subvectors
+    assert composed.rows == 3 * net.vblora.default.num_subvectors
     assert_same(gradients(net), expected)
 
 
@@ -84,7 +84,7 @@ def test_checkpointing_composes_at_most_twice(net, x, reentrant):
     net.reentrant = reentrant
     with ComposedRows() as composed:
         net(x).square().sum().backward()
-    assert net.vblora.num_subvectors < composed.rows <= 2 * net.vblora.num_subvectors
+    assert net.vblora.default.num_subvectors < composed.rows <= 2 * net.vblora.default.num_subvectors
     assert_same(gradients(net), expected)
 
 
@@ -109,9 +109,9 @@ def test_offloading_hooks_do_not_see_the_composition(net, x):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net(x)
     assert packed  # of the layers
-    assert net.vblora.logits.shape not in packed
-    assert net.vblora.bank.vectors.shape not in packed
-    assert (net.vblora.num_subvectors, net.vblora.topk) not in packed
+    assert net.vblora.default.logits.shape not in packed
+    assert net.vblora.default.bank.vectors.shape not in packed
+    assert (net.vblora.default.num_subvectors, net.vblora.default.topk) not in packed
 
 
 def test_a_submodule_called_alone_composes_its_own_rows(net, x):
@@ -141,7 +141,7 @@ def test_factors_kept_in_inference_mode_serve_elsewhere(net, x):
     """An inference tensor among the kept factors could not be used where a gradient is recorded."""
     with torch.inference_mode():
         expected = net(x)
-    net.vblora.requires_grad_(False)
+    net.vblora.default.requires_grad_(False)
     x.requires_grad_()
     with ComposedRows() as composed:
         y = net(x)
@@ -191,48 +191,48 @@ class WritesThroughData(torch.optim.Optimizer):
 
 def change_in_place(net):
     with torch.no_grad():
-        net.vblora.bank.vectors.mul_(2)
+        net.vblora.default.bank.vectors.mul_(2)
 
 
 def change_by_optimizer(net):
-    net.vblora.bank.vectors.grad = torch.ones_like(net.vblora.bank.vectors)
-    torch.optim.SGD(net.vblora.parameters(), lr=1.0).step()
+    net.vblora.default.bank.vectors.grad = torch.ones_like(net.vblora.default.bank.vectors)
+    torch.optim.SGD(net.vblora.default.parameters(), lr=1.0).step()
 
 
 def change_through_data(net):
-    version = net.vblora.bank.vectors._version
-    WritesThroughData([net.vblora.bank.vectors]).step()
-    assert net.vblora.bank.vectors._version == version
+    version = net.vblora.default.bank.vectors._version
+    WritesThroughData([net.vblora.default.bank.vectors]).step()
+    assert net.vblora.default.bank.vectors._version == version
 
 
 def change_data(net):
-    net.vblora.bank.vectors.data = 2 * net.vblora.bank.vectors.data
+    net.vblora.default.bank.vectors.data = 2 * net.vblora.default.bank.vectors.data
 
 
 def change_data_and_say_so(net):
-    net.vblora.bank.vectors.data.mul_(2)
-    net.vblora.invalidate()
+    net.vblora.default.bank.vectors.data.mul_(2)
+    net.vblora.default.invalidate()
 
 
 def change_by_state_dict(net):
     state = copy.deepcopy(net.state_dict())
-    state["vblora.bank.vectors"] *= 2
+    state["vblora.default.bank.vectors"] *= 2
     net.load_state_dict(state)
 
 
 def change_parameter(net):
-    net.vblora.bank.vectors = nn.Parameter(2 * net.vblora.bank.vectors.detach())
+    net.vblora.default.bank.vectors = nn.Parameter(2 * net.vblora.default.bank.vectors.detach())
 
 
 def change_data_twice(net):
     """The second one may get the memory of what the first one let go."""
     for _ in range(2):
-        net.vblora.bank.vectors.data = 2 * net.vblora.bank.vectors.data
+        net.vblora.default.bank.vectors.data = 2 * net.vblora.default.bank.vectors.data
 
 
 def change_through_data_and_mode(net):
     """As helpers do that evaluate with averaged weights."""
-    net.vblora.bank.vectors.data.mul_(2)
+    net.vblora.default.bank.vectors.data.mul_(2)
     net.train().eval()
 
 
@@ -271,15 +271,15 @@ def test_a_copy_is_tied_to_its_own_adapter(net, x, clone):
     with torch.no_grad():
         before = net(x)  # leaves kept factors behind
     twin = clone(net)
-    assert twin.blocks[0].up.slot.adapter is twin.vblora is not net.vblora
+    assert twin.blocks[0].up.updates["default"].slot.adapter is twin.vblora.default is not net.vblora.default
     with torch.no_grad():
-        twin.vblora.bank.vectors.mul_(2)
+        twin.vblora.default.bank.vectors.mul_(2)
         assert torch.equal(net(x), before)
         assert not torch.equal(twin(x), before)
     with ComposedRows() as composed:
         twin(x).sum().backward()
     assert composed.calls == 1
-    assert twin.vblora.logits.grad is not None and net.vblora.logits.grad is None
+    assert twin.vblora.default.logits.grad is not None and net.vblora.default.logits.grad is None
 
 
 def test_moving_and_casting_keep_the_tie(net, x):
@@ -290,7 +290,7 @@ def test_moving_and_casting_keep_the_tie(net, x):
     assert expected.dtype == torch.float64
     assert relative_error(y.double(), expected) < 0.1
     y.sum().backward()
-    assert net.vblora.logits.grad.dtype == torch.bfloat16
+    assert net.vblora.default.logits.grad.dtype == torch.bfloat16
     meta = copy.deepcopy(net).to("meta")
     assert meta(x.to("meta")).device.type == "meta"
 
@@ -298,7 +298,9 @@ def test_moving_and_casting_keep_the_tie(net, x):
 def test_factors_follow_autocast(x):
     net = vblora.inject(Net(blocks=2), CONFIG)
     seen = []
-    hook = net.blocks[0].up.register_forward_hook(lambda module, *_: seen.append(module.slot.handed.factors.A.dtype))
+    hook = net.blocks[0].up.register_forward_hook(
+        lambda module, *_: seen.append(module.updates["default"].slot.handed.factors.A.dtype)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         net(x).float().square().sum().backward()
     assert seen == [torch.bfloat16]
@@ -309,7 +311,7 @@ def test_factors_follow_autocast(x):
 def test_a_forward_that_fails_hands_nothing_on(net, x):
     with pytest.raises(RuntimeError, match="mat1"):
         net(x[:, :3])
-    assert all(slot.handed is None for slot in net.vblora.slots)
+    assert all(slot.handed is None for slot in net.vblora.default.slots)
     expected = per_layer_gradients(net, x)
     net(x).square().sum().backward()
     assert_same(gradients(net), expected)
@@ -320,10 +322,10 @@ def test_parameters_that_are_swapped_for_a_call(x):
     net = vblora.inject(Net(blocks=1), CONFIG)
     with torch.no_grad():
         for _ in range(25):
-            swapped = {"vblora.logits": net.vblora.logits + torch.randn_like(net.vblora.logits)}
+            swapped = {"vblora.default.logits": net.vblora.default.logits + torch.randn_like(net.vblora.default.logits)}
             y = torch.func.functional_call(net, swapped, x)
             expected = copy.deepcopy(net)
-            expected.vblora.logits.copy_(swapped["vblora.logits"])
+            expected.vblora.default.logits.copy_(swapped["vblora.default.logits"])
             assert torch.equal(y, expected(x))
 
 
@@ -336,10 +338,10 @@ def test_an_interrupted_forward_leaves_nothing_that_is_used(net, x):
     with pytest.raises(KeyboardInterrupt):
         net(x)
     hook.remove()
-    WritesThroughData([net.vblora.bank.vectors]).step()
+    WritesThroughData([net.vblora.default.bank.vectors]).step()
     fresh = copy.deepcopy(net)
     assert torch.equal(net.blocks[0](x), fresh.blocks[0](x))
-    assert torch.equal(net.blocks[0].up.delta_weight(), fresh.blocks[0].up.delta_weight())
+    assert torch.equal(net.blocks[0].up.delta_weight(["default"]), fresh.blocks[0].up.delta_weight(["default"]))
     assert torch.equal(net(x), fresh(x))
 
 
@@ -364,7 +366,9 @@ def test_threads_do_not_share_a_forward(net, x):
 
 def test_nothing_of_a_forward_outlives_it(net, x):
     seen = []
-    net.blocks[0].up.register_forward_hook(lambda module, *_: seen.append(weakref.ref(module.slot.handed.factors.A)))
+    net.blocks[0].up.register_forward_hook(
+        lambda module, *_: seen.append(weakref.ref(module.updates["default"].slot.handed.factors.A))
+    )
     gc.disable()
     try:
         net(x)
@@ -400,11 +404,11 @@ def test_compiling_the_whole_model(x, training):
             y.square().sum().backward()
             assert_same(gradients(net), expected)
         else:
-            net.vblora.logits.data.add_(torch.randn_like(net.vblora.logits))
-            net.vblora.invalidate()
+            net.vblora.default.logits.data.add_(torch.randn_like(net.vblora.default.logits))
+            net.vblora.default.invalidate()
         graphs.append(compiled_graphs())
     assert graphs[0] == graphs[2]
-    assert all(slot.handed is None for slot in net.vblora.slots)
+    assert all(slot.handed is None for slot in net.vblora.default.slots)
 
 
 def test_compiling_with_inductor(x):
@@ -422,8 +426,8 @@ def test_compiling_block_by_block_shares_one_graph(x):
     expected = per_layer_gradients(net, x)
     for index, block in enumerate(net.blocks):
         net.blocks[index] = torch.compile(block, fullgraph=True, backend="aot_eager")
-    compose, indices = net.vblora.compose, []
-    net.vblora.compose = lambda dtype, index=None: indices.append(index) or compose(dtype, index)
+    compose, indices = net.vblora.default.compose, []
+    net.vblora.default.compose = lambda dtype, index=None: indices.append(index) or compose(dtype, index)
     net(x).square().sum().backward()
     assert indices == [None]
     assert_same(gradients(net), expected)
@@ -441,7 +445,7 @@ def test_exporting(net, x):
     calls = [node for node in exported.graph.nodes if node.target is torch.ops.vblora.admixture.default]
     assert len(calls) == 1
     assert relative_error(exported.module()(x), net(x)) < 1e-6
-    assert all(slot.handed is None for slot in net.vblora.slots)
+    assert all(slot.handed is None for slot in net.vblora.default.slots)
 
 
 def test_a_repeated_block_adds_up(x):
@@ -450,7 +454,7 @@ def test_a_repeated_block_adds_up(x):
     block = Block(16)
     net = nn.Sequential(block, nn.Tanh(), block)
     net = vblora.inject(net, CONFIG)
-    assert len(net.vblora.targets) == 2
+    assert len(net.vblora.default.targets) == 2
     net(x).square().sum().backward()
     whole = gradients(net)
     nn.Sequential.forward(net, x).square().sum().backward()

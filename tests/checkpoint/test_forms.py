@@ -29,7 +29,7 @@ def trained(seed=0, bank=None, seed_of_logits=None, **choice):
     model = bert().eval()
     config = vblora.VBLoRAConfig(**SIZES | choice, seed=seed_of_logits)
     vblora.inject(model, config, bank=bank, freeze_bank=bank is not None)
-    logits = model.vblora.logits
+    logits = model.vblora.default.logits
     with torch.no_grad():
         touched = torch.randint(0, logits.shape[1] + 1, (len(logits), 1))
         logits += torch.randn_like(logits) * (torch.arange(logits.shape[1]) < touched)
@@ -85,11 +85,11 @@ def test_bits_are_packed_low_bits_first():
 def test_a_deployed_adapter_gives_the_same_bits(topk, num_candidates, tmp_path):
     model = trained(topk=topk, num_candidates=num_candidates)
     with torch.no_grad():
-        model.vblora.logits *= 30  # sharp: most weights are tiny
+        model.vblora.default.logits *= 30  # sharp: most weights are tiny
     vblora.save(model, tmp_path, form="deploy")
     other = loaded(tmp_path)
     assert torch.equal(other(IDS).logits, model(IDS).logits)
-    assert other.vblora.logits is None and not any(p.requires_grad for p in other.parameters())
+    assert other.vblora.default.logits is None and not any(p.requires_grad for p in other.parameters())
     assert vblora.parameter_groups(other) == []
     assert vblora.count_parameters(other).stored == vblora.count_parameters(model).stored
     vblora.save(other, tmp_path / "again")  # deploy, as it has no logits
@@ -120,7 +120,7 @@ def test_a_deployed_adapter_runs_under_autocast_compile_merge_and_eject(tmp_path
 def test_bank_dtypes(dtype, error, tmp_path):
     model = trained()
     vblora.save(model, tmp_path, form="deploy", bank_dtype=dtype)
-    exact, bank = model.vblora.bank.vectors, loaded(tmp_path).vblora.bank.vectors
+    exact, bank = model.vblora.default.bank.vectors, loaded(tmp_path).vblora.default.bank.vectors
     assert bank.dtype == torch.float32
     largest = exact.abs().amax(1, keepdim=True) if dtype == torch.int8 else exact.abs()
     assert ((bank - exact).abs() <= error * largest * (1 + 1e-5)).all()
@@ -131,11 +131,11 @@ def test_bank_dtypes(dtype, error, tmp_path):
 def test_a_bank_of_zeros_and_one_beyond_float16(tmp_path):
     model = trained()
     with torch.no_grad():
-        model.vblora.bank.vectors[3] = 0
+        model.vblora.default.bank.vectors[3] = 0
     vblora.save(model, tmp_path, form="deploy", bank_dtype=torch.int8)
-    assert (loaded(tmp_path).vblora.bank.vectors[3] == 0).all()
+    assert (loaded(tmp_path).vblora.default.bank.vectors[3] == 0).all()
     with torch.no_grad():
-        model.vblora.bank.vectors[3] = 1e6
+        model.vblora.default.bank.vectors[3] = 1e6
     before = (tmp_path / folder.TENSORS_FILE).read_bytes()
     with pytest.raises(ValueError, match=r"`bank_dtype` is torch.float16, in which .* infinite"):
         vblora.save(model, tmp_path, form="deploy", bank_dtype=torch.float16)
@@ -151,7 +151,7 @@ def test_a_bank_of_zeros_and_one_beyond_float16(tmp_path):
 def test_a_row_without_a_finite_logit_is_refused(tmp_path):
     model = trained()
     with torch.no_grad():
-        model.vblora.logits[5] = float("-inf")
+        model.vblora.default.logits[5] = float("-inf")
     with pytest.raises(ValueError, match="row 5 of `logits` has nothing finite"):
         vblora.save(model, tmp_path / "a", form="deploy")
     assert not (tmp_path / "a").exists()
@@ -164,12 +164,12 @@ def test_a_deployed_adapter_does_not_train_unless_told_how(tmp_path):
         loaded(tmp_path, is_trainable=True)
     other = loaded(tmp_path, is_trainable=True, train_kept=True)
     torch.testing.assert_close(other(IDS).logits, model(IDS).logits)
-    assert other.vblora.logits.shape == (other.vblora.num_subvectors, 3)
+    assert other.vblora.default.logits.shape == (other.vblora.default.num_subvectors, 3)
     optimizer = torch.optim.AdamW(vblora.parameter_groups(other))
-    before = other.vblora.logits.detach().clone()
+    before = other.vblora.default.logits.detach().clone()
     other(IDS).logits.square().sum().backward()
     optimizer.step()
-    assert not torch.equal(other.vblora.logits, before)
+    assert not torch.equal(other.vblora.default.logits, before)
     with pytest.raises(ValueError, match="no seed"):
         vblora.grow(other, 5)
     with pytest.raises(ValueError, match="without logits to go on with"):
@@ -180,10 +180,10 @@ def test_a_deployed_adapter_does_not_train_unless_told_how(tmp_path):
 def test_loading_over_an_adapter_of_another_form_is_refused(tmp_path):
     model = trained()
     vblora.save(model, tmp_path, form="deploy")
-    before = model.vblora.logits.detach().clone()
+    before = model.vblora.default.logits.detach().clone()
     with pytest.raises(ValueError, match="Eject it first"):
         vblora.load(model, tmp_path)
-    assert torch.equal(model.vblora.logits, before)
+    assert torch.equal(model.vblora.default.logits, before)
     other = loaded(tmp_path)
     vblora.load(other, tmp_path)  # the same form
 
@@ -230,29 +230,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, num_candidates, tmp_path):
     restored = optimizer_of(other)
     vblora.unpack_optimizer(other, restored, torch.load(tmp_path / "optimizer.pt", weights_only=True))
     assert [step(other, restored, batch) for batch in data[12:24]] == uninterrupted
-    for ours, theirs in zip(other.vblora.rows, model.vblora.rows, strict=True):
+    for ours, theirs in zip(other.vblora.default.rows, model.vblora.default.rows, strict=True):
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-    assert torch.equal(other.vblora.bank.vectors, model.vblora.bank.vectors)
+    assert torch.equal(other.vblora.default.bank.vectors, model.vblora.default.bank.vectors)
     assert torch.equal(other.classifier.weight, model.classifier.weight)
-    assert other.vblora.seed is not None
+    assert other.vblora.default.seed is not None
     # and little was stored for it
     stored = safetensors.torch.load_file(tmp_path / folder.TENSORS_FILE)
-    assert stored["logits.values"].numel() < 0.2 * model.vblora.logits.numel()
+    assert stored["logits.values"].numel() < 0.2 * model.vblora.default.logits.numel()
     packed = torch.load(tmp_path / "optimizer.pt", weights_only=True)["state"]
     sizes = [x["values"].numel() for state in packed.values() for x in state.values() if isinstance(x, dict)]
     assert len(sizes) == (2 if name == "AdamW" else 1)
-    assert max(sizes) < 0.2 * model.vblora.logits.numel()
+    assert max(sizes) < 0.2 * model.vblora.default.logits.numel()
 
 
 def test_exhausted_rows_stay_exhausted(tmp_path):
     model = trained(num_candidates=8)
-    model.vblora.exhausted[[0, 3]] = True
+    model.vblora.default.exhausted[[0, 3]] = True
     vblora.save(model, tmp_path)
-    assert torch.equal(loaded(tmp_path).vblora.exhausted, model.vblora.exhausted)
+    assert torch.equal(loaded(tmp_path).vblora.default.exhausted, model.vblora.default.exhausted)
     other = trained(num_candidates=8, seed_of_logits=1)
     vblora.load(other, tmp_path)
     assert vblora.stats(other).exhausted == 2
-    assert other.vblora.seed == model.vblora.seed
+    assert other.vblora.default.seed == model.vblora.default.seed
     assert torch.equal(other(IDS).logits, model(IDS).logits)
 
 
@@ -263,7 +263,7 @@ def test_growing_survives_a_file(tmp_path):
     other = loaded(tmp_path, is_trainable=True)
     vblora.grow(model, 20)
     vblora.grow(other, 20)
-    assert torch.equal(other.vblora.logits, model.vblora.logits)
+    assert torch.equal(other.vblora.default.logits, model.vblora.default.logits)
     vblora.grow(model, 24)  # all: still with candidates, in their order
     vblora.save(model, tmp_path)
     assert torch.equal(loaded(tmp_path)(IDS).logits, model(IDS).logits)
@@ -281,7 +281,7 @@ def test_adapters_of_other_dtypes_come_back_as_they_are(dtype, tmp_path):
     vblora.save(model, tmp_path)
     torch.manual_seed(0)
     other = vblora.load(bert().eval().to(dtype), tmp_path)
-    assert other.vblora.logits.dtype == dtype
+    assert other.vblora.default.logits.dtype == dtype
     assert torch.equal(other(IDS).logits, model(IDS).logits)
     vblora.save(model, tmp_path / "deploy", form="deploy")
     torch.manual_seed(0)
@@ -320,10 +320,10 @@ def test_rows_follow_their_layers_by_name():
 
 def test_adapters_share_a_bank_file(tmp_path):
     bank_file = tmp_path / "bank.safetensors"
-    sha256 = trained().vblora.bank.save(bank_file)
+    sha256 = trained().vblora.default.bank.save(bank_file)
     models = [trained(seed=seed, bank=bank_file) for seed in (1, 2)]
     for number, model in enumerate(models):
-        assert not model.vblora.bank.vectors.requires_grad and model.vblora.logits.requires_grad
+        assert not model.vblora.default.bank.vectors.requires_grad and model.vblora.default.logits.requires_grad
         for form in ("resume", "deploy"):
             vblora.save(model, tmp_path / f"{form}{number}", form=form)
             stored = safetensors.torch.load_file(tmp_path / f"{form}{number}" / folder.TENSORS_FILE)
@@ -335,11 +335,11 @@ def test_adapters_share_a_bank_file(tmp_path):
             vblora.load(copy.deepcopy(model_before), tmp_path / f"{form}{number}", bank=bank)
             for number, model_before in enumerate(bases())
         ]
-        assert others[0].vblora.bank is others[1].vblora.bank is bank  # one in memory
+        assert others[0].vblora.default.bank is others[1].vblora.default.bank is bank  # one in memory
         for other, model in zip(others, models, strict=True):
             assert torch.equal(other(IDS).logits, model(IDS).logits)
     trainable = vblora.load(bases()[0], tmp_path / "resume0", bank=bank_file, is_trainable=True)
-    assert trainable.vblora.logits.requires_grad and not trainable.vblora.bank.vectors.requires_grad
+    assert trainable.vblora.default.logits.requires_grad and not trainable.vblora.default.bank.vectors.requires_grad
     vblora.load(trainable, tmp_path / "resume0")  # over it: the bank is there
 
 
@@ -353,9 +353,9 @@ def bases():
 
 def test_a_wrong_or_missing_bank_is_refused_by_name(tmp_path):
     bank_file = tmp_path / "bank.safetensors"
-    sha256 = trained().vblora.bank.save(bank_file)
+    sha256 = trained().vblora.default.bank.save(bank_file)
     other_file = tmp_path / "other.safetensors"
-    trained(seed=5).vblora.bank.save(other_file)
+    trained(seed=5).vblora.default.bank.save(other_file)
     model = trained(bank=bank_file)
     vblora.save(model, tmp_path / "a")
     with pytest.raises(ValueError, match=f"`bank.safetensors`, SHA-256 {sha256}. Pass that as `bank`"):
@@ -375,7 +375,7 @@ def test_a_wrong_or_missing_bank_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="a bank of its own, but `bank` was given"):
         loaded(tmp_path / "own", bank=bank_file)
     with torch.no_grad():  # once it has changed it is not the file's any more, and goes into the folder
-        model.vblora.bank.vectors[0, 0] += 1
+        model.vblora.default.bank.vectors[0, 0] += 1
     vblora.save(model, tmp_path / "b")
     assert torch.equal(loaded(tmp_path / "b")(IDS).logits, model(IDS).logits)
 

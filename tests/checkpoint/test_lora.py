@@ -42,7 +42,7 @@ def test_a_deployed_adapter_too(tmp_path):
 def test_an_update_that_is_not_finite_is_refused(tmp_path):
     _, model = ours(gpt2, num_candidates=None)
     with torch.no_grad():
-        model.vblora.logits[5] = -torch.inf
+        model.vblora.default.logits[5] = -torch.inf
     with pytest.raises(ValueError, match=r"row 5 of `logits` has nothing finite"):
         vblora.save(model, tmp_path / "lora", form="lora")
     assert not (tmp_path / "lora").exists()

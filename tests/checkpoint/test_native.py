@@ -101,9 +101,9 @@ def test_loading_into_a_merged_or_a_meta_model_is_refused(tmp_path):
 def test_loading_leaves_an_adapters_flags_and_the_random_state_alone(tmp_path):
     base, model = trained(bert)
     vblora.save(model, tmp_path)
-    model.vblora.bank.requires_grad_(False)
+    model.vblora.default.bank.requires_grad_(False)
     vblora.load(model, tmp_path)
-    assert model.vblora.logits.requires_grad and not model.vblora.bank.vectors.requires_grad
+    assert model.vblora.default.logits.requires_grad and not model.vblora.default.bank.vectors.requires_grad
     state = torch.get_rng_state()
     vblora.load(copy.deepcopy(base), tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
@@ -223,7 +223,7 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     vblora.save(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with torch.no_grad():
-        model.vblora.logits.add_(1)
+        model.vblora.default.logits.add_(1)
 
     def fails(*_):
         raise OSError("disk full")

@@ -112,7 +112,7 @@ def test_we_compute_the_same_from_pefts_files(make, choice, compact, tmp_path):
     loaded = vblora.load(copy.deepcopy(base), tmp_path)
     assert relative_error(outputs(loaded), outputs(model)) < ROUNDING
     assert relative_error(outputs(base), outputs(model)) > 1e-3
-    assert (loaded.vblora.logits is None) == compact
+    assert (loaded.vblora.default.logits is None) == compact
     vblora.eject(loaded)
     assert torch.equal(outputs(loaded), outputs(base))
 
@@ -178,7 +178,7 @@ def test_half_precision_loads(dtype, compact, tmp_path):
     model.to(dtype).save_pretrained(tmp_path)
     print("PEFT:", type(peft_output_or_error(base, tmp_path)).__name__)
     loaded = vblora.load(copy.deepcopy(base), tmp_path)
-    adapter = loaded.vblora
+    adapter = loaded.vblora.default
     assert {
         tensor.dtype for tensor in (adapter.bank.vectors, adapter.logits, adapter.weights) if tensor is not None
     } == {torch.float32}
@@ -210,7 +210,7 @@ def test_sharp_weights_survive(topk, tmp_path):
 
     with torch.no_grad():
         for _ in range(25):
-            model.vblora.logits.copy_(torch.randn_like(model.vblora.logits) * 10)
+            model.vblora.default.logits.copy_(torch.randn_like(model.vblora.default.logits) * 10)
             vblora.save(model, tmp_path / "ours", form="peft-topk")
             assert relative_error(in_peft(tmp_path / "ours", True), model(x)) < ROUNDING
             vblora.save(model, tmp_path / "dense", form="peft")
@@ -227,12 +227,12 @@ def test_tiny_weights_keep_their_value(tmp_path):
     """PEFT 0.21 loses a last weight below the rounding of 1, 6e-8; ours is never the last."""
     base, model = ours(bert, topk=3)
     with torch.no_grad():
-        model.vblora.logits.copy_(-23.0 * torch.rand_like(model.vblora.logits).argsort(1))
+        model.vblora.default.logits.copy_(-23.0 * torch.rand_like(model.vblora.default.logits).argsort(1))
     vblora.save(model, tmp_path, form="peft-topk")
     vblora.save(model, tmp_path / "deploy", form="deploy")
-    wanted = vblora.load(copy.deepcopy(base), tmp_path / "deploy").vblora.weights
+    wanted = vblora.load(copy.deepcopy(base), tmp_path / "deploy").vblora.default.weights
     assert wanted[:, 2].max() < 1e-19
-    read = vblora.load(copy.deepcopy(base), tmp_path).vblora.weights
+    read = vblora.load(copy.deepcopy(base), tmp_path).vblora.default.weights
     assert torch.allclose(read, wanted, rtol=1e-6, atol=0)
     layer = from_peft(base, tmp_path).base_model.model.bert.encoder.layer[0].attention.self.query
     logits = layer.vblora_logits_A["default"].flatten(0, 1)
@@ -264,7 +264,7 @@ def test_what_cannot_train_says_so(saved_again, tmp_path):
     with pytest.raises(ValueError, match="train_kept=True"):
         vblora.load(copy.deepcopy(base), tmp_path, is_trainable=True)
     loaded = vblora.load(copy.deepcopy(base), tmp_path, is_trainable=True, train_kept=True)
-    assert loaded.vblora.logits.isfinite().all() and loaded.vblora.logits.requires_grad
+    assert loaded.vblora.default.logits.isfinite().all() and loaded.vblora.default.logits.requires_grad
     assert relative_error(outputs(loaded), outputs(model)) < ROUNDING
 
 
@@ -298,14 +298,14 @@ def test_peft_trains_on_from_our_dense_form(tmp_path):
     base, model = ours(bert, num_candidates=6, seed=7)
     dense = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(**SIZES, num_candidates=None, seed=7))
     vblora.save(model, tmp_path, form="peft")
-    adapter = vblora.load(copy.deepcopy(base), tmp_path, is_trainable=True).vblora
-    logits, candidates = adapter.logits.detach(), model.vblora.candidates.long()
-    assert torch.equal(logits.gather(1, candidates), model.vblora.logits)
+    adapter = vblora.load(copy.deepcopy(base), tmp_path, is_trainable=True).vblora.default
+    logits, candidates = adapter.logits.detach(), model.vblora.default.candidates.long()
+    assert torch.equal(logits.gather(1, candidates), model.vblora.default.logits)
     others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, candidates, False)
-    selected = model.vblora.logits.detach().topk(2).values[:, -1:].expand_as(logits)
-    kept = others & (dense.vblora.logits < selected)
+    selected = model.vblora.default.logits.detach().topk(2).values[:, -1:].expand_as(logits)
+    kept = others & (dense.vblora.default.logits < selected)
     assert kept.sum() > 0.5 * others.sum()
-    assert torch.equal(logits[kept], dense.vblora.logits.detach()[kept])
+    assert torch.equal(logits[kept], dense.vblora.default.logits.detach()[kept])
     assert (logits[others] < selected[others]).all()
     loaded = from_peft(base, tmp_path, is_trainable=True).train()
     loaded(input_ids=IDS, labels=torch.tensor([0, 1])).loss.backward()
@@ -329,9 +329,9 @@ def test_dense_logits_that_are_not_known_are_refused(tmp_path):
 @pytest.mark.parametrize("form", ["peft", "peft-topk", "lora"])
 def test_an_adapter_of_another_dtype_is_written_so_that_it_loads(form, dtype, tmp_path):
     base, model = ours(bert, num_candidates=6, topk=4)
-    model.vblora.to(dtype)
+    model.vblora.default.to(dtype)
     vblora.save(model, tmp_path, form=form)
-    model.vblora.float()
+    model.vblora.default.float()
     assert relative_error(outputs(from_peft(base, tmp_path)), outputs(model)) < (0.01 if form == "lora" else ROUNDING)
     if form != "lora":
         assert relative_error(outputs(vblora.load(copy.deepcopy(base), tmp_path)), outputs(model)) < ROUNDING

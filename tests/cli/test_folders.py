@@ -91,7 +91,7 @@ def test_keeps_what_peft_says_of_the_base_model(tmp_path):
 
 def test_converts_an_adapter_with_a_bank_of_its_own_file(tmp_path, capsys):
     base, first = trained(bert)
-    first.vblora.bank.save(tmp_path / "bank.safetensors")
+    first.vblora.default.bank.save(tmp_path / "bank.safetensors")
     config = vblora.VBLoRAConfig(**SIZES)
     model = vblora.inject(copy.deepcopy(base), config, bank=tmp_path / "bank.safetensors", freeze_bank=True)
     vblora.save(model, tmp_path / "src")
@@ -121,7 +121,7 @@ def test_rounds_the_bank(dtype, tmp_path, capsys):
 
 def official(directory, model, with_base=True):
     """The adapter of a BERT in the layout of the paper's repository."""
-    adapter = model.vblora
+    adapter = model.vblora.default
     sizes = [adapter.r * width // 8 for t in adapter.targets for width in (t.in_features, t.out_features)]
     rows = iter(adapter.logits.detach().split(sizes))
     tensors = {}
@@ -225,7 +225,7 @@ def test_info(form, tmp_path, capsys):
     )
     assert sizes["vector bank"] == 16 * 8 * 4
     assert sizes["beside: biases, modules_to_save"] == (2 * 32 + 2) * 4
-    rows = model.vblora.num_subvectors
+    rows = model.vblora.default.num_subvectors
     if form == "peft":
         assert sizes["logits"] == rows * 16 * 4
     if form == "peft-topk":
@@ -260,7 +260,7 @@ def test_merges_as_the_model_does(make, choice, form, dtype, tmp_path, capsys):
     assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert (
-        f"{len(model.vblora.targets)} weights updated" in printed
+        f"{len(model.vblora.default.targets)} weights updated" in printed
         and "Left out" in printed
         and "pytorch_model.bin" in printed
     )

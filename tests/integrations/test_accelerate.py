@@ -68,7 +68,7 @@ def test_offloaded_layers_train_as_those_that_are_there(offload, tmp_path):
         accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
     assert model.blocks[0].up.weight.is_meta
     injected(model)
-    assert model.vblora.logits.device == model.vblora.bank.vectors.device == torch.device("cpu")
+    assert model.vblora.default.logits.device == model.vblora.default.bank.vectors.device == torch.device("cpu")
     assert train(model) == train(injected(base()))
 
 
@@ -77,7 +77,7 @@ def test_a_layer_on_another_device_takes_its_factors_there():
     for block in model.blocks:  # as with a device_map that parts the layers of a block
         add_hook_to_module(block.down, AlignDevicesHook("meta"))
     injected(model)
-    assert model.blocks[0].up.weight.device.type == model.vblora.logits.device.type == "cpu"
+    assert model.blocks[0].up.weight.device.type == model.vblora.default.logits.device.type == "cpu"
     block = model.blocks[0]
     hidden = block.up(X)
     out = block.down(hidden)

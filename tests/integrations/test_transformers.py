@@ -54,7 +54,10 @@ def trainer_of(model, folder, *, by_class=False, data=None, **choice):
 
 def trained_tensors(model):
     beside = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [*beside, *(tensor for tensor in (model.vblora.candidates, model.vblora.exhausted) if tensor is not None)]
+    return [
+        *beside,
+        *(tensor for tensor in (model.vblora.default.candidates, model.vblora.default.exhausted) if tensor is not None),
+    ]
 
 
 def losses(trainer):
@@ -78,9 +81,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(num_candidates, by_class, tmp_pa
         assert torch.equal(ours, theirs)
     assert losses(again) == losses(whole)
     assert len(set(losses(whole))) == 8
-    assert again.model.vblora.seed == whole.model.vblora.seed
+    assert again.model.vblora.default.seed == whole.model.vblora.default.seed
     if num_candidates:
-        assert again.model.vblora.exhausted.any()
+        assert again.model.vblora.default.exhausted.any()
     ours, theirs = (t.optimizer.optimizer.state_dict()["state"] for t in (again, whole))
     assert str(ours) == str(theirs)
 
@@ -109,9 +112,9 @@ def test_the_model_saves_itself_again_once_it_is_ejected(tmp_path):
     trainer.save_model(str(tmp_path / "adapter"))
     vblora.load(encoder(), tmp_path / "adapter")
     with torch.no_grad():
-        copied.vblora.bank.vectors.zero_()
+        copied.vblora.default.bank.vectors.zero_()
     copied.save_pretrained(tmp_path / "copy")
-    assert not vblora.load(encoder(), tmp_path / "copy").vblora.bank.vectors.any()
+    assert not vblora.load(encoder(), tmp_path / "copy").vblora.default.bank.vectors.any()
     vblora.eject(trainer.model)
     trainer.model.save_pretrained(tmp_path / "base")
     type(trainer.model).from_pretrained(tmp_path / "base")
@@ -126,9 +129,9 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     chosen = trainer.state.best_model_checkpoint
     assert chosen
     kept = vblora.load(encoder(), chosen)
-    assert torch.equal(kept.vblora.logits, model.vblora.logits)
-    assert torch.equal(kept.vblora.bank.vectors, model.vblora.bank.vectors)
-    assert model.vblora.logits.requires_grad
+    assert torch.equal(kept.vblora.default.logits, model.vblora.default.logits)
+    assert torch.equal(kept.vblora.default.bank.vectors, model.vblora.default.bank.vectors)
+    assert model.vblora.default.logits.requires_grad
 
 
 def test_a_callback_that_comes_too_late_is_no_silent_restart(tmp_path):
@@ -174,7 +177,7 @@ def test_two_processes_resume_what_the_first_saved(tmp_path):
         assert values == runs[0][0] and len(set(values)) == 4
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, runs[0][1], strict=True))
     kept = vblora.load(encoder(), tmp_path / "whole" / "checkpoint-4")
-    assert any(torch.equal(kept.vblora.logits, tensor) for tensor in runs[0][1])
+    assert any(torch.equal(kept.vblora.default.logits, tensor) for tensor in runs[0][1])
 
 
 # Options

@@ -22,6 +22,14 @@ class Factors(NamedTuple):
     d: Tensor | None = None  # (r,); None: of ones
     e: Tensor | None = None  # (out_features,); None: of ones
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
+        return Factors(*(None if factor is None else factor.to(device, dtype) for factor in self))
+
+    def folded(self) -> "Factors":
+        """The same update by A and B alone."""
+        A, B, d, e = self
+        return Factors(A if d is None else A * d[:, None], B if e is None else B * e)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -111,10 +119,6 @@ class Adapter(nn.Module):
     @abstractmethod
     def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
         """The factors of all targets in one go, or of target ``index`` alone, in ``dtype``."""
-
-    def forward(self, x: object, *_args, **_kwargs) -> object:
-        """``x``: an ``nn.Sequential`` that was injected calls the adapter, one of its modules now, as its last layer."""
-        return x
 
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Hands out this forward's factors."""

@@ -15,9 +15,10 @@ from torch import nn
 
 from ..adapters.vblora import Trained
 from ..bank import BankFile, VectorBank
+from ..bases import Conv1D
 from ..files import read_tensors, write_file, write_tensors
-from ..injection import Injection, Plan, injection_of, injections, refuse_if_disabled
-from ..layers import is_conv1d
+from ..injected import Injected, injected, injections, refuse_if_disabled, refuse_if_merged
+from ..injection import Plan
 from ..sharding import is_sharded, like, rank, reshard, whole
 from . import lora, native, peft
 from .contents import Contents
@@ -40,6 +41,7 @@ def save(
     model: nn.Module,
     directory: str | os.PathLike,
     *,
+    adapter_name: str | None = None,
     form: str | None = None,
     bank_dtype: torch.dtype | None = None,
 ) -> None:
@@ -51,6 +53,7 @@ def save(
 
     Args:
         model: an injected model.
+        adapter_name: which adapter, if not the one that is active.
         directory: made if it is not there.
         form: ``"resume"`` is all that it takes to go on training exactly: the seed of the logits, and of each row what training
             touched. ``"deploy"`` is what inference takes: k bank vectors and their weights a sub-vector; outputs have the same
@@ -61,19 +64,19 @@ def save(
             with a scale a vector. None keeps it exactly.
 
     Raises:
-        ValueError: the model has no adapter, or one that cannot be written so.
+        ValueError: the model has no such adapter, or one that cannot be written so.
     """
-    record = injection_of(model)
+    source = injected(model, adapter_name)
     if form not in (None, *FORMS):
         raise ValueError(f"`form` is {form!r}; allowed are {', '.join(map(repr, FORMS))}.")
-    contents = contents_of(record)
+    contents = contents_of(source)
     if form is None:
         form = "resume" if isinstance(contents.rows, Trained) else "deploy"
-    bank = record.adapter.bank
+    bank = source.adapter.bank
     bank_file = bank.file if bank_dtype is None and bank.unchanged() else None
-    if rank() and any(is_sharded(tensor) for tensor in record.model.parameters()):
+    if rank() and any(is_sharded(tensor) for tensor in source.model.parameters()):
         return  # it took part
-    name = getattr(getattr(record.model, "config", None), "_name_or_path", None)
+    name = getattr(getattr(source.model, "config", None), "_name_or_path", None)
     write(
         contents,
         directory,
@@ -81,7 +84,7 @@ def save(
         bank_dtype=bank_dtype,
         bank_file=bank_file,
         base_model=name or None,
-        about={"auto_mapping": _class_of(record.model)},
+        about={"auto_mapping": _class_of(source.model)},
     )
 
 
@@ -89,6 +92,7 @@ def load(
     model: nn.Module,
     directory: str | os.PathLike,
     *,
+    adapter_name: str | None = None,
     bank: VectorBank | str | os.PathLike | None = None,
     is_trainable: bool | None = None,
     train_kept: bool = False,
@@ -100,6 +104,8 @@ def load(
     Args:
         model: the base model, or a model with an adapter of the same config and form, whose tensors are then written over:
             those of a bank that it shares, too.
+        adapter_name: of the adapter that is written over, or of a new one beside those that the model has. By default it is the
+            active one; in a base model, ``"default"``.
         directory: what :func:`save` wrote, or PEFT's ``save_pretrained`` of a VB-LoRA adapter: one of all logits can train on,
             one of ``save_only_topk_weights`` is a deploy form.
         bank: the bank of an adapter that was saved without: its file, or what :meth:`VectorBank.from_file` made of that, to be
@@ -116,15 +122,16 @@ def load(
         ValueError: a file is damaged, or does not fit the model; named. Or the bank is missing or another one, the form is one
             that cannot train, or the model is merged, disabled, or on the meta device.
     """
-    record = injection_of(model) if injections(model) else None
-    if record is not None:
+    present = None
+    for record in injections(model):
         refuse_if_disabled(record.layers)
-        if any(layer.merged for layer in record.layers):
-            raise ValueError("`model` is merged. Call vblora.unmerge(model) before loading another adapter into it.")
+        refuse_if_merged(record.layers)
+        if adapter_name is None or adapter_name in record.adapters:
+            present = injected(model, adapter_name)
     path = Path(directory) / TENSORS_FILE
     if bank is not None and not isinstance(bank, VectorBank):
         bank = VectorBank.from_file(bank)
-    contents, shares_bank = read(directory, bank, None if record is None else record.adapter.bank)
+    contents, shares_bank = read(directory, bank, None if present is None else present.adapter.bank)
     if train_kept:
         contents = contents.kept()
     if is_trainable and not isinstance(contents.rows, Trained):
@@ -133,10 +140,11 @@ def load(
             "go on exactly, or load with train_kept=True to train with the k vectors that were kept as the only candidates."
         )
     try:
-        if record is None:
-            _put_in(model, contents, bank if shares_bank else None, bool(is_trainable))
+        if present is None:
+            plan = Plan(model, contents.config, "default" if adapter_name is None else adapter_name)
+            _put_in(plan, contents, bank if shares_bank else None, bool(is_trainable))
         else:
-            write_over(record, contents, is_trainable)
+            write_over(present, contents, is_trainable)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return model
@@ -243,25 +251,24 @@ def _class_of(model: nn.Module) -> dict[str, str]:
     return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
-def contents_of(record: Injection) -> Contents:
+def contents_of(source: Injected) -> Contents:
     """What a model's adapter comes down to."""
-    reshard(record.model)
-    adapter = record.adapter
-    transposed = any(is_conv1d(layer.base_layer) for layer in record.layers)
-    config = replace(record.config, fan_in_fan_out=transposed)  # whatever the user says: it is seen
+    reshard(source.model)
+    adapter = source.adapter
+    transposed = any(layer.kind is Conv1D for layer in source.layers)
+    config = replace(source.config, fan_in_fan_out=transposed)  # whatever the user says: it is seen
     rows = type(adapter.rows)(*(whole(x) if isinstance(x, torch.Tensor) else x for x in adapter.rows))
     if isinstance(rows, Trained):
         columns = config.num_candidates if rows.candidates is None else rows.logits.shape[1]
         config = replace(config, seed=rows.seed, num_candidates=columns)
     copies = {}  # what is tied stays one tensor
-    for replaced in record.replaced.values():
+    for replaced in source.replaced.values():
         copies.setdefault(replaced.stand_in, whole(replaced.stand_in))
-    beside = {name: copies[replaced.stand_in] for name, replaced in record.replaced.items()}
+    beside = {name: copies[replaced.stand_in] for name, replaced in source.replaced.items()}
     return Contents(config, adapter.targets, whole(adapter.bank.vectors), rows, beside)
 
 
-def _put_in(model: nn.Module, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
-    plan = Plan(model, contents.config)
+def _put_in(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
     contents = contents.in_order(plan.targets)
     _check_beside(contents, plan.stand_ins)
     _refuse_meta(plan.device.type == "meta")
@@ -281,19 +288,19 @@ def _put_in(model: nn.Module, contents: Contents, bank: VectorBank | None, is_tr
     plan.carry_out(adapter, freeze_bank=frozen)
 
 
-def write_over(record: Injection, contents: Contents, is_trainable: bool | None) -> None:
+def write_over(target: Injected, contents: Contents, is_trainable: bool | None) -> None:
     """Puts checked contents over a model's adapter, whose parameters require gradients then if told so; None: as they did.
 
     Raises:
         ValueError: they do not fit it.
     """
-    adapter = record.adapter
-    own = contents_of(record)
+    adapter = target.adapter
+    own = contents_of(target)
     unlike = dict.fromkeys(("seed", "num_candidates", *_NAMING)) | {"fan_in_fan_out": False}
     if replace(own.config, **unlike) != replace(contents.config, **unlike):
         raise ValueError("`model` has an adapter of another config. Eject it first.")
     contents = contents.in_order(adapter.targets)
-    _check_beside(contents, {name: (r.module, r.name, r.stand_in) for name, r in record.replaced.items()})
+    _check_beside(contents, {name: (r.module, r.name, r.stand_in) for name, r in target.replaced.items()})
     for name, theirs, ours in zip(type(own.rows)._fields, contents.rows, own.rows, strict=False):
         shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (theirs, ours)]
         if type(own.rows) is not type(contents.rows) or shapes[0] != shapes[1]:
@@ -307,14 +314,12 @@ def write_over(record: Injection, contents: Contents, is_trainable: bool | None)
             adapter.seed = contents.rows.seed
         if not adapter.bank.unchanged():
             adapter.bank.vectors.copy_(like(contents.bank, adapter.bank.vectors))
-        stand_ins = [replaced.stand_in for replaced in record.replaced.values()]
-        for stand_in, name in zip(stand_ins, record.replaced, strict=True):
+        stand_ins = [replaced.stand_in for replaced in target.replaced.values()]
+        for stand_in, name in zip(stand_ins, target.replaced, strict=True):
             if name in contents.beside:
                 stand_in.copy_(like(contents.beside[name], stand_in))
     if is_trainable is not None:
-        for tensor in (*adapter.parameters(), *stand_ins):
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(is_trainable and tensor.is_floating_point())
+        target.requires_grad_(is_trainable)
     adapter.invalidate()
 
 

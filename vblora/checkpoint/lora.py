@@ -16,7 +16,7 @@ def encode(contents: Contents, base_model: str | None = None) -> tuple[dict, dic
     """
     config = contents.config
     tensors = {}
-    for target, (A, B) in contents.factors():
+    for target, (A, B, *_) in contents.factors():
         tensors[f"{PREFIX}{target.name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{target.name}.lora_B.weight"] = B.T
     description = describe(contents, base_model) | {

@@ -76,7 +76,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
         if name in replacements:
             return replacements[name].to(tensor.dtype)
         target, transposed = updates[name]
-        A, B = factors(torch.promote_types(tensor.dtype, torch.float32))[target.name]
+        A, B, *_ = factors(torch.promote_types(tensor.dtype, torch.float32))[target.name]
         merged = (A.T @ B if transposed else B.T @ A).add_(tensor).to(tensor.dtype)
         if not merged.isfinite().all():
             raise ValueError(f"merged, `{name}` would not be finite in {tensor.dtype}.")

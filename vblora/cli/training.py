@@ -24,9 +24,9 @@ from transformers.trainer_utils import PredictionOutput
 
 import vblora
 
-from ..injection import injection_of
+from ..bases import widths
+from ..injected import injected
 from ..integrations.transformers import VBLoRACallback
-from ..layers import widths
 from ..targets import find_targets
 from .baseline import frozen_accuracy
 from .data import Row
@@ -114,11 +114,11 @@ def _train(arguments: argparse.Namespace, task: Task, trainer: Trainer) -> None:
 def _results(
     arguments: argparse.Namespace, task: Task, trainer: Trainer, after: PredictionOutput, frozen: float | None
 ) -> Results:
-    record = injection_of(trainer.model)
+    adapter = injected(trainer.model).adapter
     count = vblora.count_parameters(trainer.model)
-    own = {id(parameter) for parameter in record.adapter.parameters()}
+    own = {id(parameter) for parameter in adapter.parameters()}
     beside = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad and id(p) not in own)
-    layers = [(target.in_features, target.out_features) for target in record.adapter.targets]
+    layers = [(target.in_features, target.out_features) for target in adapter.targets]
     seconds = next(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
     return Results(
         train_rows=len(task.train),

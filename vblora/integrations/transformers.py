@@ -19,7 +19,7 @@ from ..checkpoint import native
 from ..checkpoint.folder import TENSORS_FILE, save, write_over
 from ..checkpoint.optimizer import is_packed, pack_state, unpack_state
 from ..files import read_tensors, write_tensors
-from ..injection import injection_of, injections
+from ..injected import injected, injections
 
 _PREFIX = "vblora.resume."  # of the adapter's tensors in the file that the Trainer reads
 _DESCRIPTION = _PREFIX + "description"
@@ -128,7 +128,7 @@ def _attach(model: nn.Module) -> bool:
     """Puts the adapter's saving and loading in the place of the model's; False if they are there."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"VBLoRACallback saves through `save_pretrained`, which {type(model).__name__} does not have.")
-    injection_of(model)
+    injected(model)
     if "save_pretrained" in vars(model):
         return False
     # Partials and not closures: a copied or pickled model takes them along, and they it.
@@ -152,12 +152,12 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, 
 def _load_state_dict(model: PreTrainedModel, state_dict: dict[str, Tensor], *args, **kwargs) -> _IncompatibleKeys:
     if _DESCRIPTION not in state_dict:
         return type(model).load_state_dict(model, state_dict, *args, **kwargs)
-    record = injection_of(model)
+    target = injected(model)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items() if name != _DESCRIPTION}
     description = json.loads(bytes(state_dict[_DESCRIPTION].tolist()))
-    contents = native.decode(description, tensors, record.adapter.bank if description["bank_file"] else None)
+    contents = native.decode(description, tensors, target.adapter.bank if description["bank_file"] else None)
     contents.check()
-    write_over(record, contents, None)
+    write_over(target, contents, None)
     return _IncompatibleKeys([], [])
 
 

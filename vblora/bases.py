@@ -1,0 +1,130 @@
+"""The kinds of frozen layer that take an update: how wide they are, how it is added to their output, and to their weight.
+
+An update is ``B`` transposed times ``A``, in the shape of the layer's weight seen as a matrix ``(out, in)``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapters.base import Factors
+from .lowrank import add_product
+
+
+class Linear:
+    """``nn.Linear``."""
+
+    @staticmethod
+    def takes(layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear)
+
+    @staticmethod
+    def widths(layer: nn.Module) -> tuple[int, int]:
+        """``in_features`` and ``out_features``."""
+        return layer.in_features, layer.out_features
+
+    @staticmethod
+    def add_update(layer: nn.Module, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """The layer's output ``y`` for ``x``, with an update."""
+        return add_product(y, F.linear(x, factors.A), factors)
+
+    @staticmethod
+    def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        """What is added to its weight, laid out as that is."""
+        return B.T @ A
+
+
+class Conv1D(Linear):
+    """transformers' ``Conv1D``: a linear layer with its weight stored ``(in, out)``."""
+
+    @staticmethod
+    def takes(layer: nn.Module) -> bool:
+        # By name, so that transformers need not be there.
+        return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)
+
+    @staticmethod
+    def widths(layer: nn.Module) -> tuple[int, int]:
+        return layer.weight.shape[0], layer.weight.shape[1]
+
+    @staticmethod
+    def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        return A.T @ B
+
+
+class Embedding(Linear):
+    """``nn.Embedding``, as the linear layer of one-hot inputs that it is: ``in`` counts the entries. It has no dropout."""
+
+    @staticmethod
+    def takes(layer: nn.Module) -> bool:
+        # One that changes its weight as it is read (max_norm), or its output in a way that is not known, is not taken.
+        plain = type(layer).forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
+        return isinstance(layer, nn.Embedding) and plain and layer.max_norm is None
+
+    @staticmethod
+    def widths(layer: nn.Module) -> tuple[int, int]:
+        return layer.num_embeddings, layer.embedding_dim
+
+    @staticmethod
+    def add_update(layer: nn.Module, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        hidden = F.embedding(x, factors.A.T, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+        scale = getattr(layer, "embed_scale", None)  # transformers' scaled embeddings
+        return add_product(y, hidden if scale is None else hidden * scale, factors)
+
+    @staticmethod
+    def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        return A.T @ B
+
+
+class Convolution:
+    """``nn.Conv1d`` and ``nn.Conv2d``, by their weight flattened to ``(out_channels, in_channels / groups * kernel)``."""
+
+    @staticmethod
+    def takes(layer: nn.Module) -> bool:
+        return isinstance(layer, (nn.Conv1d, nn.Conv2d))
+
+    @staticmethod
+    def widths(layer: nn.Module) -> tuple[int, int]:
+        return layer.weight[0].numel(), layer.out_channels
+
+    @staticmethod
+    def add_update(layer: nn.Module, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        kernel, groups = layer.kernel_size, layer.groups
+        point = (1,) * len(kernel)
+        A = factors.A.reshape(-1, layer.in_channels // groups, *kernel)
+        # Each group of outputs sees its own inputs through the same A.
+        hidden = layer._conv_forward(x, A.repeat(groups, 1, *point) if groups > 1 else A, None)
+        if factors.d is not None:
+            hidden = hidden * factors.d.repeat(groups).view(-1, *point)
+        convolve = F.conv1d if len(kernel) == 1 else F.conv2d
+        update = convolve(hidden, factors.B.T.reshape(layer.out_channels, -1, *point), groups=groups)
+        update = update if factors.e is None else update * factors.e.view(-1, *point)
+        return y + update.to(y.device, y.dtype)
+
+    @staticmethod
+    def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        return (B.T @ A).view_as(layer.weight)
+
+
+KINDS = (Linear, Conv1D, Embedding, Convolution)
+ALLOWED = "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d and transformers' Conv1D"
+
+
+def kind_of(layer: nn.Module) -> type[Linear] | type[Convolution] | None:
+    """The kind of a layer, or None: it takes no update."""
+    return next((kind for kind in KINDS if kind.takes(layer)), None)
+
+
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """Columns and rows of a layer's weight as a matrix ``(out, in)``."""
+    return kind_of(layer).widths(layer)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    return Linear.takes(layer) or Conv1D.takes(layer)
+
+
+def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What a layer computes in there, given tensors of ``dtype``."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
