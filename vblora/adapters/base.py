@@ -120,6 +120,14 @@ class Adapter(nn.Module):
     def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
         """The factors of all targets in one go, or of target ``index`` alone, in ``dtype``."""
 
+    @abstractmethod
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Its parameters by the groups that they train in (:func:`vblora.parameter_groups`)."""
+
+    def stored_whole(self) -> list[Tensor]:
+        """What is stored of it element by element once it is trained."""
+        return list(self.parameters())
+
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Hands out this forward's factors."""
         thread, steps = (0, 0) if torch.compiler.is_compiling() else _now()

@@ -74,6 +74,9 @@ class LoRAAdapter(Adapter):
         parts = _scaled(factors, self.scaling).to(dtype).split_with_sizes(sizes)
         return [Factors(a.view(self.r, -1), b.view(self.r, -1)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
 
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"factors": [self.factors]}
+
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling}, targets={len(self.targets)}"
 

@@ -68,5 +68,9 @@ class SharedPairAdapter(Adapter):
             for target, d, e in zip(targets, ds, es, strict=True)
         ]
 
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        vectors = [getattr(self, name) for name in self.VECTORS]
+        return {"factors": [p for p in (self.A, self.B) if isinstance(p, nn.Parameter)], "vectors": vectors}
+
     def extra_repr(self) -> str:
         return f"r={self.r}, targets={len(self.targets)}"

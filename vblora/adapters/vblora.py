@@ -199,6 +199,12 @@ class VBLoRAAdapter(Adapter):
         parts = subvectors.split_with_sizes(rows)
         return [Factors(a.view(self.r, -1), b.view(self.r, -1)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
 
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"bank": [self.bank.vectors], "logits": [] if self.logits is None else [self.logits]}
+
+    def stored_whole(self) -> list[Tensor]:
+        return [self.bank.vectors]
+
     def get_extra_state(self) -> Tensor:
         """The seed, so that a state dict that brings logits along brings what they were drawn with."""
         return torch.tensor([self.seed is not None, self.seed or 0], dtype=torch.int64)

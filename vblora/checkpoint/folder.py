@@ -278,14 +278,16 @@ def _put_in(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainabl
         bank.vectors = nn.Parameter(contents.bank.to(plan.device))
     rows = contents.rows
     rows = type(rows)(*(x.to(plan.device) if isinstance(x, torch.Tensor) else x for x in rows))
-    adapter = plan.new_adapter(bank, rows)
+    adapter = plan.new_adapter(bank=bank, rows=rows)
     with torch.no_grad():
         for name, (_, _, stand_in) in plan.stand_ins.items():
             if name in contents.beside:
                 stand_in.copy_(contents.beside[name])
             stand_in.requires_grad_(is_trainable and stand_in.is_floating_point() and stand_in.requires_grad)
     adapter.requires_grad_(is_trainable)
-    plan.carry_out(adapter, freeze_bank=frozen)
+    if frozen:
+        bank.requires_grad_(False)
+    plan.carry_out(adapter)
 
 
 def write_over(target: Injected, contents: Contents, is_trainable: bool | None) -> None:
