@@ -74,7 +74,7 @@ class Injected:
         return all(layer.released and self.name in layer.merged for layer in self.layers)
 
     def begin_forward(self) -> None:
-        if any(layer.running for layer in self.layers):
+        if any(self.name in layer.running for layer in self.layers):
             self.adapter.begin_forward(compute_dtype(self.layers[0].weight.device, self._layers_dtype()))
 
     def _layers_dtype(self) -> torch.dtype:

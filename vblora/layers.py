@@ -52,7 +52,8 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         updates: of each adapter that has this layer for a target, by the adapter's name.
-        active: names of the adapters whose updates a forward adds.
+        running: those of them that a forward adds: active, enabled, not merged.
+        active: names of the active adapters that have this layer.
         enabled: False leaves all updates out.
         merged: names of the adapters whose updates are in ``base_layer.weight`` (see :func:`vblora.merge`).
         unmerged: the weight without and with those, unless the former was released.
@@ -67,7 +68,7 @@ class AdaptedLayer(nn.Module):
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.unmerged: Replaced | None = None
-        self._running: tuple[Update, ...] = ()  # what a forward adds
+        self.running: dict[str, Update] = {}
         self.train(base_layer.training)
 
     def set(self, *, active: Iterable[str] | None = None, enabled: bool | None = None) -> None:
@@ -77,12 +78,7 @@ class AdaptedLayer(nn.Module):
         if enabled is not None:
             self.enabled = enabled
         running = [name for name in self.active if self.enabled and name not in self.merged]
-        self._running = tuple(self.updates[name] for name in running)
-
-    @property
-    def running(self) -> bool:
-        """Whether a forward adds anything."""
-        return bool(self._running)
+        self.running = {name: self.updates[name] for name in running}
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("weight", "bias"):
@@ -100,7 +96,7 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        for slot, dropout in self._running:
+        for slot, dropout in self.running.values():
             dtype = compute_dtype(x.device, x.dtype if x.is_floating_point() else y.dtype)
             factors = slot.factors(dtype).to(x.device, dtype)
             seen = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
