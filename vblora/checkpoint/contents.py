@@ -73,6 +73,13 @@ class Contents:
             ValueError: named, without saying where it was read.
         """
 
+    def check_widths_known(self) -> None:
+        """Refuses, for what is done without a model, contents that do not say how wide their layers are.
+
+        Raises:
+            ValueError: it is not known before they are in a model.
+        """
+
     def in_order(self, targets: tuple[Target, ...]) -> Self:
         """The same in the order of ``targets``.
 
@@ -123,15 +130,23 @@ class Contents:
     def adapter(self, device: torch.device | str | None = None, bank: VectorBank | None = None) -> Adapter:
         """An adapter of these contents, on ``device``. ``bank``: one that is there and equals these contents'."""
 
-    def check_fits(self, other: "Contents") -> None:
-        """Refuses to be written over an adapter whose contents are ``other``.
+    def check_config(self, other: AdapterConfig) -> None:
+        """Refuses to be written over an adapter of another config.
 
         Raises:
-            ValueError: it is of another config or size.
+            ValueError: it is one.
         """
         unlike = {f.name: f.default for f in fields(self.config) if f.name in _OF_NO_MATTER}
-        if type(self) is not type(other) or replace(self.config, **unlike) != replace(other.config, **unlike):
+        if type(self.config) is not type(other) or replace(self.config, **unlike) != replace(other, **unlike):
             raise ValueError("`model` has an adapter of another config. Eject it first.")
+
+    @abstractmethod
+    def check_sizes(self, other: Self) -> None:
+        """Refuses to be written over an adapter of the same config whose contents, ``other``, are of other sizes.
+
+        Raises:
+            ValueError: they are; named.
+        """
 
     @abstractmethod
     def write_over(self, adapter: Adapter) -> None:
@@ -267,8 +282,7 @@ class VBLoRAContents(Contents):
         rows = type(self.rows)(*(x.to(device) if isinstance(x, Tensor) else x for x in self.rows))
         return new_adapter(self.config, self.targets, bank=bank, rows=rows)
 
-    def check_fits(self, other: Contents) -> None:
-        super().check_fits(other)
+    def check_sizes(self, other: "VBLoRAContents") -> None:
         for name, ours, theirs in zip(type(other.rows)._fields, self.rows, other.rows, strict=False):
             shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in (ours, theirs)]
             if type(other.rows) is not type(self.rows) or shapes[0] != shapes[1]:

@@ -47,8 +47,7 @@ class FlatContents(Contents):
             setattr(adapter, name, nn.Parameter(tensor) if name in adapter._parameters else tensor)
         return adapter
 
-    def check_fits(self, other: Contents) -> None:
-        super().check_fits(other)
+    def check_sizes(self, other: "FlatContents") -> None:
         for name, tensor in self.tensors.items():
             if tensor.shape != other.tensors[name].shape:
                 raise ValueError(f"`model` has an adapter with other `{name}`. Eject it first.")

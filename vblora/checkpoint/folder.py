@@ -164,6 +164,7 @@ def write(
     Everything that can be refused is refused before the first file. ``about``: what PEFT's config says of the base model
     besides its name, for PEFT's own ``Auto`` classes.
     """
+    contents.check_widths_known()
     if form in native.FORMS:
         description, tensors = native.encode(contents, form, bank_dtype=bank_dtype, bank_file=bank_file)
         description["base_model_name_or_path"] = base_model
@@ -300,9 +301,10 @@ def write_over(target: Injected, contents: Contents, is_trainable: bool | None) 
     """
     adapter = target.adapter
     own = contents_of(target)
+    contents.check_config(own.config)
     contents = contents.in_order(adapter.targets)
     _check_beside(contents, {name: (r.module, r.name, r.stand_in) for name, r in target.replaced.items()})
-    contents.check_fits(own)
+    contents.check_sizes(own)
     _refuse_meta(any(parameter.is_meta for parameter in adapter.parameters()))
     with torch.no_grad():
         contents.write_over(adapter)

@@ -38,11 +38,12 @@ def encode(contents: Contents, base_model: str | None = None) -> tuple[dict, dic
         ValueError: an update that is not finite.
     """
     config = contents.config
-    is_lora = isinstance(config, LoraConfig)
+    is_lora, dtype = isinstance(config, LoraConfig), torch.float32
     if is_lora:  # unscaled
         contents = replace(contents, config=replace(config, lora_alpha=config.r, use_rslora=False))
+        dtype = contents.tensors["factors"].dtype
     tensors = {}
-    for target, (A, B, *_) in contents.factors():
+    for target, (A, B, *_) in contents.factors(dtype):
         tensors[f"{PREFIX}{target.name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{target.name}.lora_B.weight"] = B.T
     description = describe(contents, base_model) | {

@@ -113,6 +113,9 @@ class UnplacedContents(Contents):
     def check(self) -> None:
         """It was, when it was read."""
 
+    def check_widths_known(self) -> None:
+        raise ValueError(_NOT_KNOWN)
+
     def in_order(self, targets: tuple[Target, ...]) -> FlatContents:
         widths = {target.name: target.in_features for target in targets}
         known = tuple(replace(t, in_features=widths.get(t.name, t.in_features)) for t in self.targets)
@@ -133,6 +136,9 @@ class UnplacedContents(Contents):
         raise ValueError(_NOT_KNOWN)
 
     def adapter(self, device: torch.device | str | None = None, bank: VectorBank | None = None) -> Adapter:
+        raise ValueError(_NOT_KNOWN)
+
+    def check_sizes(self, other: Contents) -> None:
         raise ValueError(_NOT_KNOWN)
 
     def write_over(self, adapter: Adapter) -> None:
