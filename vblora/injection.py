@@ -51,7 +51,7 @@ def inject(
 
     Raises:
         ValueError: the model has an adapter of that name, is merged or disabled; nothing matches; a width that
-            ``vector_length`` does not divide; or a ``bank`` of another size, or for another method.
+            ``vector_length`` does not divide (without ``pad``); or a ``bank`` of another size, or for another method.
         TypeError: a match that takes no update, or a model that cannot be called.
         FileNotFoundError: there is no such file of a bank.
 

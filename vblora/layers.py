@@ -1,6 +1,5 @@
 """Where factors meet a frozen layer."""
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import Slot, Target, VBLoRAAdapter
+from .adapters.vblora import default_length
 from .bank import VectorBank
 from .bases import compute_dtype, is_linear, kind_of, widths
 
@@ -198,12 +198,13 @@ class VBLinear(AdaptedLayer):
         r: rank of the update.
         topk: k, bank vectors mixed into a sub-vector.
         bank: the vector bank. Without it a new one is made from ``num_vectors`` and ``vector_length``.
-        num_vectors, vector_length: h and b of a new bank. ``vector_length`` must divide both widths; by default it is the
-            largest such length up to 256.
+        num_vectors, vector_length: h and b of a new bank. ``vector_length`` must divide both widths unless ``pad``; by
+            default it is the largest such length up to 256.
         num_candidates: M, bank vectors that a sub-vector may choose from while it trains (:class:`VBLoRAConfig`).
         dropout: probability of dropping an element of the update's input while training.
         init_logits_std: logits start normal with this standard deviation.
         init, scaling: how the adapter starts, and the factor of its update (:class:`VBLoRAConfig`).
+        pad: let ``vector_length`` be any (:class:`VBLoRAConfig`); by default it is 256, or the larger width if that is less.
         seed: of that draw; from torch's generator if None.
         device, dtype: of a new ``nn.Linear``. Adapter parameters go to the layer's device and are float32.
 
@@ -237,6 +238,7 @@ class VBLinear(AdaptedLayer):
         init_logits_std: float = 0.1,
         init: str = "paper",
         scaling: float = 1.0,
+        pad: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -259,12 +261,9 @@ class VBLinear(AdaptedLayer):
             raise TypeError(f"`base_layer` is a {type(base_layer).__name__}; allowed are nn.Linear and Conv1D.")
         target = Target("base_layer", *widths(base_layer))
         if bank is None:
-            common = math.gcd(target.in_features, target.out_features)
-            if vector_length is None:
-                vector_length = max(length for length in range(1, min(common, 256) + 1) if common % length == 0)
             bank = VectorBank(
                 256 if num_vectors is None else num_vectors,
-                vector_length,
+                default_length((target,), pad) if vector_length is None else vector_length,
                 pairs=init == "noop",
                 device=base_layer.weight.device,
             )
@@ -277,6 +276,7 @@ class VBLinear(AdaptedLayer):
             init_logits_std=init_logits_std,
             init=init,
             scaling=scaling,
+            pad=pad,
             seed=seed,
         )
         super().__init__(base_layer)

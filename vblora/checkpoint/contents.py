@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, Target, VBLoRAAdapter
 from ..adapters.base import Factors
-from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled
+from ..adapters.vblora import Deployed, Trained, as_factors, candidate_dtype, draw_rows, rows_of_factors, scaled
 from ..bank import VectorBank
 from ..config import AdapterConfig, VBLoRAConfig
 from ..methods import check_targets, new_adapter
 from ..sharding import like, whole
 
-# Ways to name layers and modules, which come down to names, and ways to begin, which are over.
+# Ways to name layers and modules, which come down to names; what is seen from the layers; and ways to begin, which are over.
 _OF_NO_MATTER = (
     "target_modules",
     "exclude_modules",
@@ -24,6 +24,7 @@ _OF_NO_MATTER = (
     "layers_pattern",
     "modules_to_save",
     "fan_in_fan_out",
+    "pad",
     "seed",
     "num_candidates",
     "save_projection",
@@ -265,8 +266,8 @@ class VBLoRAContents(Contents):
         for target, *size in zip(self.targets, sizes[::2], sizes[1::2], strict=True):
             rows = slice(start, start := start + sum(size))
             subvectors = torch.ops.vblora.compose(bank, deployed.indices[rows], deployed.weights[rows], dtype)
-            A, B = subvectors.split(size)
-            yield target, Factors(A.view(self.config.r, -1), B.view(self.config.r, -1))
+            (factors,) = as_factors(subvectors, size, (target,), self.config.r)
+            yield target, factors
 
     def kept(self) -> "VBLoRAContents":
         """A deployed form made trainable: with the k vectors of each row as its only candidates."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Target
-from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled
+from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled, uneven
 from ..config import BEYOND_PEFT, PEFT_METADATA, AdapterConfig, VBLoRAConfig
 from .contents import Contents, VBLoRAContents, check_tensor
 
@@ -46,9 +46,15 @@ def encode(contents: VBLoRAContents, form: str, base_model: str | None = None) -
     """The config and the tensors of PEFT's files for ``contents``.
 
     Raises:
-        ValueError: dense logits that are not known, or weights that this format cannot hold.
+        ValueError: dense logits that are not known, or weights or cut sub-vectors, which this format cannot hold.
     """
     config = contents.config
+    for target in uneven(contents.targets, config.vector_length):
+        raise ValueError(
+            f'`form` is "{form}", but layer `{target.name}` ({target.in_features} -> {target.out_features}) has sub-vectors that '
+            f"are cut (`pad`, `vector_length`={config.vector_length}), which PEFT's VB-LoRA has not; "
+            'form="lora" holds the same update.'
+        )
     tensors = {_BANK: scaled(contents.bank, config.scaling)}
     if form == "peft":
         tensors |= _by_layer(contents, _dense_logits(contents), "")
