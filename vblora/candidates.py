@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 
 from .adapters import VBLoRAAdapter
@@ -54,8 +55,8 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_
         adapter_name: which adapter of an injected model, if not the one that is active.
 
     Raises:
-        ValueError: it has no candidates or no seed to draw more by, FSDP2 has sharded it, or ``num_candidates`` is out of
-            range.
+        ValueError: it has no candidates or no seed to draw more by, FSDP2 has sharded it, ``num_candidates`` is out of range,
+            or the loss of an earlier step is still there.
     """
     adapter = _trained_adapter(model, adapter_name)
     check_count("num_candidates", num_candidates)
@@ -64,6 +65,10 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_
     reshard(model)
     if is_sharded(adapter.logits):
         raise ValueError("the adapter is sharded. Save it, and let it grow where it is loaded before it is sharded.")
+    if _held_by_a_graph(adapter.logits):
+        raise ValueError(
+            "the graph of an earlier forward still refers to the logits as they are. Let go of its outputs first: `del loss`."
+        )
     rows, columns = adapter.logits.shape
     if not columns < num_candidates <= adapter.bank.num_vectors:
         raise ValueError(
@@ -112,6 +117,14 @@ def moves_untouched(model: nn.Module, optimizer: Optimizer) -> str | None:
         if decay and coupled and "AdamW" not in kinds:
             return f"{kinds[0]} adds `weight_decay`={decay} to the logits' gradients."
     return None
+
+
+def _held_by_a_graph(parameter: Tensor) -> bool:
+    """Whether some output's history leads to it: the node there, which knows its shape, is made anew where there is none."""
+    if not parameter.requires_grad:
+        return False
+    get_gradient_edge(parameter).node.metadata["vblora"] = True
+    return "vblora" in get_gradient_edge(parameter).node.metadata
 
 
 _COUPLED = frozenset({"Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD"})
