@@ -47,7 +47,6 @@ _OF_OTHERS = _DEFAULT_TARGETS | {
     "falcon": ["query_key_value"],
     "mt5": ["q", "v"],
     "opt": ["q_proj", "v_proj"],
-    "phi": ["q_proj", "v_proj"],
     "t5": ["q", "v"],
 }
 # Layers whose weight the module around them reads, never calling the layer (always, or in evaluation): an update there would

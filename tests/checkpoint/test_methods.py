@@ -491,3 +491,16 @@ def test_same_defaults_as_peft():
             one = vblora.inject(make(), ours(r=4))
             other = peft.get_peft_model(make(), theirs(r=4, fan_in_fan_out=make is gpt2))
             assert {t.name for t in one.vblora.default.targets} == set(other.base_model.targeted_module_names)
+
+
+def test_default_layers_are_pefts():
+    from peft.utils import constants
+
+    from vblora.targets import _OF_OTHERS
+
+    for pefts in (
+        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+        constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
+    ):
+        for model_type in _OF_OTHERS.keys() & pefts.keys():
+            assert _OF_OTHERS[model_type] == pefts[model_type], model_type
