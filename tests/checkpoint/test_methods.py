@@ -202,6 +202,20 @@ def test_a_damaged_file_is_refused(name, change, message, tmp_path):
     assert not hasattr(net, "vblora")
 
 
+@pytest.mark.filterwarnings("ignore:.*is not what")
+@pytest.mark.parametrize("name", ["lora", "vera", "tied_lora"])
+def test_sizes_that_cannot_be_are_refused(name, tmp_path):
+    vblora.save(vblora.inject(Net(blocks=1), CONFIGS[name]), tmp_path)
+    path = tmp_path / TENSORS_FILE
+    with safetensors.safe_open(path, "pt") as file:
+        description = json.loads(file.metadata()["vblora"])
+    for r in (2**31, 2**62, 2**70):
+        description["config"]["r"] = r
+        safetensors.torch.save_file(tensors_in(tmp_path), path, {"vblora": json.dumps(description)})
+        with pytest.raises(ValueError, match=r"`r` is|, but must be"):
+            vblora.load(Net(blocks=1), tmp_path)
+
+
 def test_what_a_method_does_not_have_is_refused(tmp_path):
     model = vblora.inject(Net(blocks=1), CONFIGS["tied_lora"])
     for form in ("peft", "peft-topk"):

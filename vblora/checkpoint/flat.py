@@ -28,7 +28,10 @@ class FlatContents(Contents):
 
     def check(self) -> None:
         self.check_layout()
-        wanted = _tensors_of(new_adapter(self.config, self.targets, device="meta"))
+        try:
+            wanted = _tensors_of(new_adapter(self.config, self.targets, device="meta"))
+        except (RuntimeError, TypeError, OverflowError):
+            raise ValueError(f"its `r` is {self.config.r}: no tensors of such sizes can be made.") from None
         for name in sorted(wanted.keys() ^ self.tensors.keys()):
             raise ValueError(f"it {'lacks' if name in wanted else 'has an unknown'} tensor `{name}`.")
         for name, tensor in self.tensors.items():
