@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Slot, Target, VBLoRAAdapter
+from .adapters import Slot, VBLoRAAdapter
 from .adapters.vblora import default_length
 from .bank import VectorBank
-from .bases import compute_dtype, is_linear, kind_of, widths
+from .bases import compute_dtype, is_linear, kind_of, target_of
+from .quantised import Rounding, exchange, format_of, is_packed, keep_unpacked, rounding
 
 
 class Replaced:
@@ -29,11 +30,7 @@ class Replaced:
     @torch.no_grad()
     def swap(self) -> None:
         """Puts the one that stands aside in place, moved and cast to where the model went meanwhile, and that one aside."""
-        current = getattr(self.module, self.name)
-        if (self._aside.device, self._aside.dtype) != (current.device, current.dtype):
-            self._aside.data = self._aside.data.to(current.device, current.dtype)
-        setattr(self.module, self.name, self._aside)
-        self._aside = current
+        self._aside = exchange(self.module, self.name, self._aside)
         self.in_place = not self.in_place
 
 
@@ -57,17 +54,20 @@ class AdaptedLayer(nn.Module):
         enabled: False leaves all updates out.
         merged: names of the adapters whose updates are in ``base_layer.weight`` (see :func:`vblora.merge`).
         unmerged: the weight without and with those, unless the former was released.
+        rounding: what was lost as a merged weight was quantised again; None if none was.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.kind = kind_of(base_layer)
+        self.packed = is_packed(base_layer.weight)
         self.updates: dict[str, Update] = {}
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.unmerged: Replaced | None = None
+        self.rounding: Rounding | None = None
         self.running: dict[str, Update] = {}
         self.train(base_layer.training)
 
@@ -119,21 +119,29 @@ class AdaptedLayer(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def merged_weight(self, names: Iterable[str]) -> Tensor:
-        """The weight with the updates of ``names`` and of those merged before in it, rounded once to the weight's dtype."""
+        """The weight with the updates of ``names`` and of those merged before in it, rounded once to its dtype. Not quantised."""
         if self.unmerged is None:
-            return self.delta_weight(names).add_(self.weight).to(self.weight.dtype)
+            stored = format_of(self.weight)
+            return self.delta_weight(names).add_(stored.read(self.base_layer)).to(stored.dtype(self.base_layer))
         self.unmerged.swap()
+        unmerged, self.unmerged = self.unmerged, None
         try:
-            return self.delta_weight((*self.merged, *names)).add_(self.weight).to(self.weight.dtype)
+            return self.merged_weight((*self.merged, *names))
         finally:
+            self.unmerged = unmerged
             self.unmerged.swap()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge(self, names: Iterable[str], release: bool) -> None:
         """Puts updates into a new weight; the old one is kept for :meth:`unmerge`, or released."""
         names = tuple(names)
-        merged = nn.Parameter(self.merged_weight(names), requires_grad=self.weight.requires_grad)
+        weight = self.merged_weight(names)
         if self.unmerged is not None:
             self.unmerged.swap()
+        stored = format_of(self.weight)
+        merged = stored.stored(self.base_layer, weight)
+        self.rounding = None if stored.exact else rounding(self.base_layer, weight, merged)
         replaced = Replaced(self.base_layer, "weight", merged)
         replaced.swap()
         self.unmerged = None if release else replaced
@@ -149,6 +157,7 @@ class AdaptedLayer(nn.Module):
         if self.unmerged is not None:
             self.unmerged.swap()
             self.unmerged = None
+            self.rounding = None
             self.merged = ()
             self.set()
 
@@ -259,7 +268,7 @@ class VBLinear(AdaptedLayer):
             base_layer = nn.Linear(in_features, out_features, bias is not False, device=device, dtype=dtype)
         elif not is_linear(base_layer):
             raise TypeError(f"`base_layer` is a {type(base_layer).__name__}; allowed are nn.Linear and Conv1D.")
-        target = Target("base_layer", *widths(base_layer))
+        target = target_of("base_layer", base_layer)
         if bank is None:
             bank = VectorBank(
                 256 if num_vectors is None else num_vectors,
@@ -281,6 +290,7 @@ class VBLinear(AdaptedLayer):
         )
         super().__init__(base_layer)
         self.base_layer.requires_grad_(False)
+        keep_unpacked(self)
         self.adapter = adapter
         self.updates["default"] = Update(adapter.slots[0], dropout)
         self.set(active=["default"])

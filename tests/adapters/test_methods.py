@@ -124,6 +124,14 @@ def test_how_they_start():
         assert B.abs().max() == 0 if init else 0.9 / math.sqrt(8) < B.abs().max() <= 1 / math.sqrt(8)
 
 
+def test_how_lora_of_an_embedding_starts():
+    net = nn.Sequential(nn.Embedding(200, 64))
+    for init in (True, "gaussian", False):
+        config = vblora.LoraConfig(r=8, init_lora_weights=init, target_modules=["0"])
+        A, B, *_ = vblora.inject(copy.deepcopy(net), config).vblora.default.compose(torch.float32)[0]
+        assert abs(B.std() - 1) < 0.15 and (abs(A.std() - 1) < 0.1 if init is False else not A.any())
+
+
 def test_the_projection_depends_on_the_key_alone():
     def pair(key: int, **sizes) -> tuple[Tensor, Tensor]:
         torch.randn(3)  # torch's generator has no part in it

@@ -476,23 +476,44 @@ def test_a_damaged_file_of_pefts_is_refused(kind, change, message, tmp_path):
     assert not hasattr(base, "vblora")
 
 
-def test_pefts_lora_of_embeddings_and_convolutions(tmp_path):
+class Mixed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(11, 6)
+        self.filter = torch.nn.Conv2d(1, 4, (3, 2), stride=2)
+
+    def forward(self, ids):
+        return self.filter(self.table(ids)[:, None])
+
+
+def test_loras_of_embeddings_and_convolutions(tmp_path):
     torch.manual_seed(0)
-
-    class Mixed(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = torch.nn.Embedding(11, 6)
-            self.filter = torch.nn.Conv2d(1, 4, (3, 2), stride=2)
-
-        def forward(self, ids):
-            return self.filter(self.table(ids)[:, None])
-
     net, ids = Mixed().double(), torch.randint(0, 11, (2, 9))
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["table", "filter"], init_lora_weights=False)
     theirs = shaken(peft.get_peft_model(copy.deepcopy(net), config).double())
-    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
-    assert relative_error(vblora.load(copy.deepcopy(net), tmp_path)(ids), theirs(ids)) < 1e-12
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    ours = vblora.load(copy.deepcopy(net), tmp_path / "a")
+    assert relative_error(ours(ids), theirs(ids)) < 1e-12
+    vblora.save(ours, tmp_path / "b", form="peft")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "b", autocast_adapter_dtype=False)
+    assert relative_error(again(ids), theirs(ids)) < 1e-6
+    assert relative_error(net(ids), theirs(ids)) > 1e-2
+    other = Mixed().double()
+    other.filter = torch.nn.Conv2d(1, 4, (2, 3), stride=2).double()
+    with pytest.raises(ValueError, match="of another kernel"):
+        vblora.load(other, tmp_path / "a")
+
+
+def test_vera_of_embeddings_and_convolutions_is_not_pefts(tmp_path):
+    model = vblora.inject(Mixed(), vblora.VeraConfig(r=4, target_modules=["table", "filter"]))
+    with pytest.raises(ValueError, match='`form` is "peft", but `table` is no linear layer'):
+        vblora.save(model, tmp_path / "a", form="peft")
+    shaken(model)
+    vblora.save(model, tmp_path / "b")
+    ids = torch.randint(0, 11, (2, 9))
+    torch.manual_seed(0)
+    net = vblora.eject(copy.deepcopy(model))
+    assert torch.equal(vblora.load(net, tmp_path / "b")(ids), model(ids))
 
 
 def test_same_defaults_as_peft():

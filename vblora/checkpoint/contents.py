@@ -95,9 +95,13 @@ class Contents:
             raise ValueError(f"it is for other layers than the model's: {which} `{name}`, {other}.")
         for name, target in wanted.items():
             if own[name] != target:
+                kinds = own[name].kind != target.kind
+                there, here = (
+                    f"{kinds * f'{t.kind} '}{t.in_features} -> {t.out_features}" for t in (own[name], target)
+                )
+                also = " of another kernel, groups, dilation or padding_mode" * (there == here)
                 raise ValueError(
-                    f"it is for other layers than the model's: `{name}` is {own[name].in_features} -> "
-                    f"{own[name].out_features} there, {target.in_features} -> {target.out_features} here."
+                    f"it is for other layers than the model's: `{name}` is {there} there, {here}{also} here."
                 )
         if list(own) == list(wanted):
             return self

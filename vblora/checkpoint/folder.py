@@ -282,6 +282,8 @@ def contents_of(source: Injected) -> Contents:
 def _put_in(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
     contents = contents.in_order(plan.targets)
     _check_beside(contents, plan.stand_ins)
+    if is_trainable:
+        plan.check_trainable()
     _refuse_meta(plan.device.type == "meta")
     adapter = contents.adapter(plan.device, bank)
     with torch.no_grad():

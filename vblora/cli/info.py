@@ -59,7 +59,7 @@ def _print(folder: Path, adapter) -> None:
     for name, value in contents.config.to_dict().items():
         if name not in _LEFT_OUT:
             table.add_row(name, str(value))
-    names = [f"{t.name} ({t.in_features or '?'} -> {t.out_features})" for t in contents.targets]
+    names = [f"{t.name} ({_kind(t.kind)}{t.in_features or '?'} -> {t.out_features})" for t in contents.targets]
     more = f"\n... and {len(names) - _SHOWN_TARGETS} more" if len(names) > _SHOWN_TARGETS else ""
     table.add_row(f"{len(names)} layers", "\n".join(names[:_SHOWN_TARGETS]) + more)
     if isinstance(contents, VBLoRAContents):
@@ -75,6 +75,10 @@ def _print(folder: Path, adapter) -> None:
     if not console.is_terminal:
         console.width = 160  # of a file or a pipe nothing is known
     console.print(table)
+
+
+def _kind(kind: str) -> str:
+    return "" if kind == "linear" else f"{kind} "
 
 
 def _form(folder: Path, contents) -> str:

@@ -24,9 +24,8 @@ from transformers.trainer_utils import PredictionOutput
 
 import vblora
 
-from ..adapters import Target
 from ..adapters.vblora import default_length
-from ..bases import widths
+from ..bases import target_of
 from ..injected import injected
 from ..integrations.transformers import VBLoRACallback
 from ..targets import find_targets
@@ -222,7 +221,7 @@ def _inject(arguments: argparse.Namespace, model: nn.Module) -> None:
         if arguments.vector_length is not None:
             config.vector_length = arguments.vector_length
         else:
-            layers = tuple(Target(names[0], *widths(layer)) for layer, names in find_targets(model, config).items())
+            layers = tuple(target_of(names[0], layer) for layer, names in find_targets(model, config).items())
             config.vector_length = default_length(layers, config.pad)
         vblora.inject(model, config, bank=arguments.bank, freeze_bank=arguments.bank is not None)
     except FileNotFoundError as error:
