@@ -50,6 +50,7 @@ class LoRAAdapter(Adapter):
 
     @staticmethod
     def parts(targets: Sequence[Target], r: int) -> dict[str, list[int]]:
+        """Of each tensor that has a part for each target, along its first dimension: their sizes."""
         return {"factors": [r * (target.in_features + target.out_features) for target in targets]}
 
     @torch.no_grad()
