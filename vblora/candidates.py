@@ -65,10 +65,6 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_
     reshard(model)
     if is_sharded(adapter.logits):
         raise ValueError("the adapter is sharded. Save it, and let it grow where it is loaded before it is sharded.")
-    if _held_by_a_graph(adapter.logits):
-        raise ValueError(
-            "the graph of an earlier forward still refers to the logits as they are. Let go of its outputs first: `del loss`."
-        )
     rows, columns = adapter.logits.shape
     if not columns < num_candidates <= adapter.bank.num_vectors:
         raise ValueError(
@@ -78,6 +74,11 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_
     drawn = adapter.initial(num_candidates)
     if not torch.equal(drawn.candidates[:, :columns], adapter.candidates):
         raise ValueError("the adapter's candidates are not those that its seed draws, so the next best are not known.")
+
+    if _held_by_a_graph(adapter.logits):
+        raise ValueError(
+            "the graph of an earlier forward still refers to the logits as they are. Let go of its outputs first: `del loss`."
+        )
 
     def extended(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor.new_zeros(rows, num_candidates - columns)], 1)
