@@ -62,4 +62,14 @@ struct Draw {
   double std;
 };
 
+// Uniform random numbers by place (random.h).
+struct UniformDraw {
+  Type type;
+  void* values;  // (rows, columns)
+  int64_t rows, columns;
+  uint64_t seed;
+  uint32_t stream;
+  double bound;
+};
+
 }  // namespace vblora

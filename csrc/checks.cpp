@@ -405,6 +405,31 @@ void DrawCall::write_back() {
   if (candidates) copy_back(*given_candidates, *candidates);
 }
 
+UniformDrawCall prepare_uniform_draw(const Tensor& values, int64_t seed, int64_t stream, double bound) {
+  const Arguments arguments{"draw_uniform_", values.device()};
+  arguments.matrix("values", values);
+  const Type type = arguments.floating("values", values.scalar_type());
+  constexpr int64_t most = std::numeric_limits<int32_t>::max(), last_stream = std::numeric_limits<uint32_t>::max();
+  arguments.check(values.size(1) <= most, "values", "has ", values.size(1), " columns; allowed are ", most, ".");
+  arguments.check(stream >= 0 && stream <= last_stream, "stream", "is ", stream, ", but must be between 0 and ",
+                  last_stream, ".");
+  arguments.check(bound >= 0 && bound <= std::numeric_limits<double>::max(), "bound", "is ", bound,
+                  ", but must be finite and not negative.");
+
+  overwrite(values);
+  UniformDrawCall call{{}, dense_to_write(values), values};
+  call.problem = {.type = type,
+                  .values = call.values.mutable_data_ptr(),
+                  .rows = values.size(0),
+                  .columns = values.size(1),
+                  .seed = static_cast<uint64_t>(seed),
+                  .stream = static_cast<uint32_t>(stream),
+                  .bound = bound};
+  return call;
+}
+
+void UniformDrawCall::write_back() { copy_back(given_values, values); }
+
 bool checked() {
   const char* value = std::getenv("VBLORA_CHECKED");
   return value && *value && std::string_view(value) != "0";

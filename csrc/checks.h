@@ -68,6 +68,14 @@ struct DrawCall {
 DrawCall prepare_draw(const Tensor& logits, const std::optional<Tensor>& candidates, int64_t num_vectors, int64_t seed,
                       double std);
 
+struct UniformDrawCall {
+  UniformDraw problem;
+  Tensor values, given_values;
+
+  void write_back();
+};
+UniformDrawCall prepare_uniform_draw(const Tensor& values, int64_t seed, int64_t stream, double bound);
+
 // VBLORA_CHECKED=1 in the environment: every call also looks at the values it was given (on the CPU; they are copied
 // there).
 bool checked();

@@ -7,7 +7,7 @@
 namespace vblora {
 
 // What a draw is for: draws of one seed in different streams are independent.
-enum class Stream : uint32_t { logits = 0 };
+enum class Stream : uint32_t { logits = 0, vera_A = 1, vera_B = 2 };
 
 struct Words {
   uint32_t word[4];
@@ -96,12 +96,26 @@ static VBLORA_BOTH inline double standard_normal(uint32_t word) {
   return distance <= 0.425 ? central : q < 0.0 ? -tail : tail;
 }
 
-// What a word draws: rounded, to nearest even, to the 24 bits of float32 whatever the tensor's type, so that a seed
-// means the same in all of them. By hand: where gcc 12 vectorises, it leaves out a conversion to float and back to
-// double.
-static VBLORA_BOTH inline double draw_normal(uint32_t word, double std) {
-  const uint64_t bits = bits_as<uint64_t>(std * standard_normal(word));
+// Rounded, to nearest even, to the 24 bits of float32 whatever the tensor's type, so that a seed means the same in all
+// of them. By hand: where gcc 12 vectorises, it leaves out a conversion to float and back to double.
+static VBLORA_BOTH inline double to_24_bits(double x) {
+  const uint64_t bits = bits_as<uint64_t>(x);
   return bits_as<double>((bits + 0x0fffffffu + (bits >> 29 & 1u)) & ~uint64_t{0x1fffffff});
 }
+
+// What a word draws.
+struct Normal {
+  double std;
+  VBLORA_BOTH double operator()(uint32_t word) const { return to_24_bits(std * standard_normal(word)); }
+};
+
+// From -bound to just below bound, in 2^24 equal steps.
+struct Uniform {
+  double bound;
+  VBLORA_BOTH double operator()(uint32_t word) const {
+    const double step = static_cast<double>(static_cast<int32_t>(word ^ 0x80000000u) >> 8);  // through int32, as above
+    return to_24_bits(bound * (step * 0x1p-23));
+  }
+};
 
 }  // namespace vblora

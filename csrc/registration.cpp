@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY(vblora, m) {
       " -> (Tensor grad_logits, Tensor grad_bank)");
   m.def("compose(Tensor bank, Tensor indices, Tensor weights, ScalarType? out_dtype=None) -> Tensor");
   m.def("draw_logits_(Tensor(a!) logits, Tensor(b!)? candidates, SymInt num_vectors, int seed, float std) -> ()");
+  m.def("draw_uniform_(Tensor(a!) values, int seed, int stream, float bound) -> ()");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -128,8 +128,9 @@ def test_factors_with_scales_are_those_with_the_scales_in_them(case):
     layer = model.layers[0]
     A, B = composed(model)
     d, e = torch.randn(A.shape[0], dtype=A.dtype), torch.randn(B.shape[1], dtype=A.dtype)
-    ours = layer.kind.update(layer.base_layer, x, Factors(A, B, d, e))
-    theirs = layer.kind.update(layer.base_layer, x, Factors(A * d[:, None], B * e))
+    y = torch.zeros_like(layer.base_layer(x))
+    ours = layer.kind.add_update(layer.base_layer, y, x, Factors(A, B, d, e))
+    theirs = layer.kind.add_update(layer.base_layer, y, x, Factors(A * d[:, None], B * e))
     assert relative_error(ours, theirs) < 1e-12
 
 

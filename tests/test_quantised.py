@@ -369,3 +369,25 @@ def test_compiles_in_one_graph(quantise):
     logits = model.vblora.default.logits
     one, other = (torch.autograd.grad(y.square().sum(), logits)[0] for y in (ours, expected))
     assert relative_error(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [vblora.LoraConfig, vblora.VeraConfig, vblora.TiedLoraConfig])
+def test_other_methods(base, kind):
+    """The update is the same as on the weights that the base stands for, and what is merged comes out again."""
+    torch.manual_seed(1)
+    model = vblora.inject(copy.deepcopy(base), kind(r=4, target_modules=["up", "down"]))
+    with torch.no_grad():
+        for parameter in model.vblora.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    x = torch.randn(3, 64)
+    layer = model.blocks[0].up
+    update = layer(x) - layer.base_layer(x)
+    assert relative_error(update, x @ layer.delta_weight(["default"]).T) < 1e-2  # of a difference, of what is rounded
+    y = model(x)
+    y.square().mean().backward()
+    assert all(parameter.grad.any() for parameter in model.vblora.parameters())
+    vblora.merge(model)
+    assert relative_error(model(x), y) < 0.2
+    vblora.unmerge(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), y)

@@ -8,7 +8,7 @@ from . import ops, reference
 from .bank import VectorBank
 from .candidates import grow, stats
 from .checkpoint import load, pack_optimizer, save, unpack_optimizer
-from .config import VBLoRAConfig
+from .config import LoraConfig, TiedLoraConfig, VBLoRAConfig, VeraConfig
 from .injected import active_adapters, delete_adapter, disabled, eject, set_adapter
 from .injection import inject
 from .layers import VBLinear
@@ -19,9 +19,12 @@ from .parameters import count_parameters, parameter_groups
 __version__ = build_info()["version"]
 
 __all__ = [
+    "LoraConfig",
+    "TiedLoraConfig",
     "VBLinear",
     "VBLoRAConfig",
     "VectorBank",
+    "VeraConfig",
     "active_adapters",
     "build_info",
     "count_parameters",

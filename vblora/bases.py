@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .adapters.base import Factors, Target
+from .lowrank import add_product
 
 
 class Linear:
@@ -31,13 +32,9 @@ class Linear:
         return layer.in_features, layer.out_features
 
     @staticmethod
-    def update(layer: nn.Module, x: Tensor, factors: Factors) -> Tensor:
-        """What is added to the layer's output for ``x``."""
-        hidden = F.linear(x, factors.A)
-        if factors.d is not None:
-            hidden = hidden * factors.d
-        update = hidden @ factors.B
-        return update if factors.e is None else update * factors.e
+    def add_update(layer: nn.Module, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """The layer's output ``y`` for ``x``, with an update."""
+        return add_product(y, F.linear(x, factors.A), factors)
 
     @staticmethod
     def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
@@ -85,17 +82,15 @@ class Embedding(Linear):
         return layer.num_embeddings, layer.embedding_dim
 
     @staticmethod
-    def update(layer: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+    def add_update(layer: nn.Module, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
         hidden = F.embedding(x, factors.A.T)
-        if factors.d is not None:
-            hidden = hidden * factors.d
-        update = hidden @ factors.B
-        if factors.e is not None:
-            update = update * factors.e
-        if layer.padding_idx is not None:  # trains nothing, as in the layer itself
-            update = torch.where((x == layer.padding_idx).unsqueeze(-1), update.detach(), update)
         scale = getattr(layer, "embed_scale", None)
-        return update if scale is None else update * scale
+        y = add_product(y, hidden if scale is None else hidden * scale, factors)
+        if layer.padding_idx is None:
+            return y
+        return torch.where(
+            (x == layer.padding_idx).unsqueeze(-1), y.detach(), y
+        )  # trains nothing, as in the layer itself
 
     @staticmethod
     def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
@@ -123,7 +118,7 @@ class Convolution:
         return layer.weight[0].numel(), layer.out_channels
 
     @staticmethod
-    def update(layer: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+    def add_update(layer: nn.Module, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
         kernel, groups = layer.kernel_size, layer.groups
         point = (1,) * len(kernel)
         A = factors.A.reshape(-1, layer.in_channels // groups, *kernel)
@@ -133,7 +128,8 @@ class Convolution:
             hidden = hidden * factors.d.repeat(groups).view(-1, *point)
         convolve = F.conv1d if len(kernel) == 1 else F.conv2d
         update = convolve(hidden, factors.B.T.reshape(layer.out_channels, -1, *point), groups=groups)
-        return update if factors.e is None else update * factors.e.view(-1, *point)
+        update = update if factors.e is None else update * factors.e.view(-1, *point)
+        return y + update.to(y.device, y.dtype)
 
     @staticmethod
     def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:

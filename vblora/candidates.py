@@ -137,7 +137,7 @@ def _trained_adapter(model: nn.Module, adapter_name: str | None) -> VBLoRAAdapte
         model = injected(model, adapter_name).adapter
     adapters = {module: None for module in model.modules() if isinstance(module, VBLoRAAdapter)}
     if len(adapters) != 1:
-        raise ValueError(f"`model` has {len(adapters) or 'no'} adapters; pass one that has one.")
+        raise ValueError(f"`model` has {len(adapters) or 'no'} VB-LoRA adapters; pass one that has one.")
     (adapter,) = adapters
     if adapter.logits is None:
         raise ValueError("the adapter is a deployed one, which has no logits and no candidates.")

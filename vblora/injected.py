@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapters import VBLoRAAdapter
+from .adapters import Adapter
 from .bases import compute_dtype
-from .config import VBLoRAConfig
+from .config import AdapterConfig
 from .layers import AdaptedLayer, Replaced, Update, adapted_layers
 from .quantised import is_packed, keep_unpacked, let_pack
 
@@ -37,8 +37,8 @@ class Injected:
         self,
         model: nn.Module,
         name: str,
-        config: VBLoRAConfig,
-        adapter: VBLoRAAdapter,
+        config: AdapterConfig,
+        adapter: Adapter,
         layers: list[AdaptedLayer],
         replaced: dict[str, Replaced],
     ) -> None:
@@ -145,7 +145,7 @@ class Injection:
         """Adds an adapter to its layers; active if it is the first."""
         self.adapters[injected.name] = injected
         for slot, layer in zip(injected.adapter.slots, injected.layers, strict=True):
-            layer.updates[injected.name] = Update(slot, injected.config.vblora_dropout)
+            layer.updates[injected.name] = Update(slot, injected.config.dropout)
         getattr(self.model, ADAPTERS)[injected.name] = injected.adapter
         injected.note_what_trains()
         self.activate([injected.name] if len(self.adapters) == 1 else self.active)

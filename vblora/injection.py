@@ -7,21 +7,21 @@ import warnings
 import torch
 from torch import nn
 
-from .adapters import VBLoRAAdapter
+from .adapters import Adapter
 from .adapters.base import warn_of_half_precision
-from .adapters.vblora import Deployed, Trained, check_widths
 from .bank import VectorBank
 from .bases import target_of
-from .config import VBLoRAConfig
+from .config import AdapterConfig, VBLoRAConfig
 from .injected import ADAPTERS, Adapters, Injected, Injection, injections, refuse_if_disabled, refuse_if_merged
 from .layers import AdaptedLayer, Replaced
+from .methods import check_config, check_targets, new_adapter
 from .quantised import is_quantised, passes_gradients, said
 from .targets import base_modules, find_targets, matches
 
 
 def inject(
     model: nn.Module,
-    config: VBLoRAConfig,
+    config: AdapterConfig,
     *,
     adapter_name: str = "default",
     bank: VectorBank | str | os.PathLike | None = None,
@@ -29,31 +29,32 @@ def inject(
 ) -> nn.Module:
     """Adapts a model in place: wraps its target layers, freezes everything else, and adds one adapter for all of them.
 
-    The adapter becomes the module ``model.vblora[adapter_name]``, whose parameters ``logits`` ``(S, M)`` and ``bank.vectors``
-    ``(h, b)`` train; so do copies of the biases and ``modules_to_save`` that the config names. The originals come back with
-    :func:`eject`, and for as long as the adapter is :func:`disabled`. Nothing is changed if anything is refused.
+    The adapter becomes the module ``model.vblora[adapter_name]``, whose parameters train (of VB-LoRA ``logits`` ``(S, M)`` and
+    ``bank.vectors`` ``(h, b)``); so do copies of the biases and ``modules_to_save`` that the config names. The originals come
+    back with :func:`eject`, and for as long as the adapter is :func:`disabled`. Nothing is changed if anything is refused.
 
-    A model takes several adapters, of other configs and layers, each with its name. The first is active; another runs and
-    trains once it is made so by :func:`set_adapter`.
+    A model takes several adapters, of other methods, configs and layers, each with its name. The first is active; another runs
+    and trains once it is made so by :func:`set_adapter`.
 
     Args:
         model: any module. For a Hugging Face model the config may leave ``target_modules`` to its architecture's default.
-        config: what to adapt, and how.
+        config: what to adapt, and how: a :class:`VBLoRAConfig`, :class:`VeraConfig`, :class:`TiedLoraConfig` or
+            :class:`LoraConfig`.
         adapter_name: by which the adapter is activated, merged, saved and deleted.
-        bank: a bank to share with other adapters, or the path of its file (:meth:`VectorBank.save`), instead of a new one. Its
-            size must be the config's.
-        freeze_bank: leave the bank as it is; the logits alone train. An adapter whose bank is still its file's is saved
-            without it.
+        bank: of VB-LoRA: a bank to share with other adapters, or the path of its file (:meth:`VectorBank.save`), instead of a
+            new one. Its size must be the config's.
+        freeze_bank: of VB-LoRA: leave the bank as it is; the logits alone train. An adapter whose bank is still its file's is
+            saved without it.
 
-    Cast the base model before, not after: bank and logits are float32 then, and casting logits changes which vectors are
-    chosen. A cast to half precision afterwards warns of that.
+    Cast the base model before, not after: the adapter is float32 then, and casting logits changes which vectors are chosen. A
+    cast to half precision afterwards warns of that.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: the model has an adapter of that name, is merged or disabled; nothing matches; a width that
-            ``vector_length`` does not divide (without ``pad``); or a ``bank`` of another size.
+            ``vector_length`` does not divide (without ``pad``); or a ``bank`` of another size, or for another method.
         TypeError: a match that takes no update or passes no gradient on, a quantised weight that would train, or a model that
             cannot be called.
         FileNotFoundError: there is no such file of a bank.
@@ -65,26 +66,36 @@ def inject(
     """
     plan = Plan(model, config, adapter_name)
     plan.check_trainable()
-    config = plan.config
+    if isinstance(plan.config, VBLoRAConfig):
+        adapter = plan.new_adapter(bank=_bank(plan.config, bank, plan.device))
+        if freeze_bank:
+            adapter.bank.requires_grad_(False)
+    elif bank is not None or freeze_bank:
+        given = "bank" if bank is not None else "freeze_bank"
+        raise ValueError(f"`{given}` is of VB-LoRA, but `config` is a {type(config).__name__}. Leave it out.")
+    else:
+        adapter = plan.new_adapter()
+    warn_of_half_precision({name: parameter.dtype for name, parameter in adapter.named_parameters()})
+    return plan.carry_out(adapter)
+
+
+def _bank(config: VBLoRAConfig, bank: VectorBank | str | os.PathLike | None, device: torch.device) -> VectorBank:
     if config.topk == 1:
         warnings.warn(
             "`topk` is 1: the weight of a single bank vector is always 1, so logits get no gradient and never train. Take 2.",
-            stacklevel=2,
+            stacklevel=3,
         )
     size = (config.num_vectors, config.vector_length)
     if bank is None:
-        pairs = config.init == "noop"
-        bank = VectorBank(*size, config.init_vector_bank_bound, pairs=pairs, device=plan.device)
-    elif not isinstance(bank, VectorBank):
-        bank = VectorBank.from_file(bank, device=plan.device)
+        return VectorBank(*size, config.init_vector_bank_bound, pairs=config.init == "noop", device=device)
+    if not isinstance(bank, VectorBank):
+        bank = VectorBank.from_file(bank, device=device)
     if (bank.num_vectors, bank.vector_length) != size:
         raise ValueError(
             f"`bank` has {bank.num_vectors} vectors of length {bank.vector_length}, "
             f"but the config says `num_vectors`={size[0]}, `vector_length`={size[1]}."
         )
-    adapter = plan.new_adapter(bank)
-    warn_of_half_precision({name: parameter.dtype for name, parameter in adapter.named_parameters()})
-    return plan.carry_out(adapter, freeze_bank=freeze_bank)
+    return bank
 
 
 class Plan:
@@ -97,9 +108,8 @@ class Plan:
         device: where the adapter goes: that of the first layer whose weight is not offloaded.
     """
 
-    def __init__(self, model: nn.Module, config: VBLoRAConfig, adapter_name: str = "default") -> None:
-        if not isinstance(config, VBLoRAConfig):
-            raise TypeError(f"`config` is a {type(config).__name__}; it must be a vblora.VBLoRAConfig.")
+    def __init__(self, model: nn.Module, config: AdapterConfig, adapter_name: str = "default") -> None:
+        check_config(config)
         if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
             raise TypeError(
                 f"`model` is a {type(model).__name__}, which is never called. Inject the model that holds it."
@@ -116,7 +126,7 @@ class Plan:
         self._found = find_targets(model, self.config)
         saved = _find_saved(list(modules), self.config)
         self.targets = tuple(target_of(names[0], layer) for layer, names in self._found.items())
-        check_widths(self.targets, self.config.vector_length, self.config.pad)
+        check_targets(self.config, self.targets)
         in_place = [] if self.record is None else self.record.in_place()
         for replaced in in_place:  # what is copied are the base model's
             replaced.swap()
@@ -127,22 +137,9 @@ class Plan:
                 replaced.swap()
         self.device = _device_of(list(self._found))
 
-    def new_adapter(self, bank: VectorBank, rows: Trained | Deployed | None = None) -> VBLoRAAdapter:
-        """An adapter for the targets, with ``rows`` that a file holds, or drawn ones."""
-        config = self.config
-        return VBLoRAAdapter(
-            list(self.targets),
-            bank,
-            r=config.r,
-            topk=config.topk,
-            num_candidates=config.num_candidates,
-            init_logits_std=config.init_logits_std,
-            init=config.init,
-            scaling=config.scaling,
-            pad=config.pad,
-            seed=config.seed,
-            rows=rows,
-        )
+    def new_adapter(self, **given: object) -> Adapter:
+        """An adapter for the targets, with what is ``given`` of it (:func:`vblora.methods.new_adapter`)."""
+        return new_adapter(self.config, self.targets, device=self.device, **given)
 
     def check_trainable(self) -> None:
         """Refuses layers that would hand no gradient on to those before them.
@@ -158,7 +155,7 @@ class Plan:
                     "load a trained adapter."
                 )
 
-    def carry_out(self, adapter: VBLoRAAdapter, *, freeze_bank: bool = False) -> nn.Module:
+    def carry_out(self, adapter: Adapter) -> nn.Module:
         """Changes the model, and returns it. A model's first adapter is active then; later ones wait to be."""
         model, record = self.model, self.record
         if record is None:
@@ -168,8 +165,6 @@ class Plan:
             model._vblora_injection = record
             record.register_hooks()
         replaced = {name: Replaced(*place) for name, place in self.stand_ins.items()}
-        if freeze_bank:
-            adapter.bank.requires_grad_(False)
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
         record.add(Injected(model, self.adapter_name, self.config, adapter, layers, replaced))
         return model
@@ -213,7 +208,7 @@ def _device_of(layers: list[nn.Module]) -> torch.device:
     return next((device for device in devices if device.type != "meta"), devices[0])
 
 
-def _find_saved(names: list[str], config: VBLoRAConfig) -> list[str]:
+def _find_saved(names: list[str], config: AdapterConfig) -> list[str]:
     saved = []
     for entry in config.modules_to_save or []:
         matching = [name for name in names if name and matches(name, [entry])]
@@ -224,7 +219,7 @@ def _find_saved(names: list[str], config: VBLoRAConfig) -> list[str]:
 
 
 def _stand_ins(
-    modules: dict[str, nn.Module], config: VBLoRAConfig, targets: list[nn.Module], saved: list[str]
+    modules: dict[str, nn.Module], config: AdapterConfig, targets: list[nn.Module], saved: list[str]
 ) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:
     """Copies of what trains beside the adapter, by their names in the model: whose they are, and called what there."""
     places: dict[tuple[nn.Module, str], str] = {}
@@ -235,7 +230,7 @@ def _stand_ins(
                     if getattr(module, name) is not None:
                         places.setdefault((module, name), f"{prefix}.{name}")
     for prefix, module in modules.items():
-        wanted = config.bias == "all" or (config.bias == "vblora_only" and module in targets)
+        wanted = config.bias == "all" or (config.trains_biases_of_targets and module in targets)
         if wanted and module._parameters.get("bias") is not None:
             places.setdefault((module, "bias"), f"{prefix}.bias" if prefix else "bias")
 

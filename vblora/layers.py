@@ -111,7 +111,7 @@ class AdaptedLayer(nn.Module):
             dtype = compute_dtype(x.device, x.dtype if x.is_floating_point() else y.dtype)
             factors = slot.factors(dtype).to(x.device, dtype)
             seen = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
-            y = y + self.kind.update(self.base_layer, seen, factors).to(y.device, y.dtype)
+            y = self.kind.add_update(self.base_layer, y, seen, factors)
         return y
 
     @torch.no_grad()
@@ -122,9 +122,7 @@ class AdaptedLayer(nn.Module):
         for name in names:
             slot = self.updates[name].slot
             # From the parameters as they are, not from a forward's factors.
-            A, B, d, e = slot.adapter.factors_of(slot.index, dtype)
-            A = A if d is None else A * d[:, None]
-            B = B if e is None else B * e
+            A, B, *_ = slot.adapter.factors_of(slot.index, dtype).folded()
             delta = self.kind.delta(self.base_layer, A, B)
             total = delta if total is None else total.add_(delta)
         return total.to(self.weight.device)

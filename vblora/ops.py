@@ -162,6 +162,15 @@ def _(logits: Tensor, candidates: Tensor | None, num_vectors: int, seed: int, st
     arguments.check(0 <= std < math.inf, "std", f"is {std}, but must be finite and not negative.")
 
 
+@torch.library.register_fake("vblora::draw_uniform_")
+def _(values: Tensor, seed: int, stream: int, bound: float) -> None:
+    arguments = _Arguments("draw_uniform_", values.device)
+    arguments.matrix("values", values)
+    arguments.dtype("values", values.dtype, *_FLOATING)
+    arguments.check(0 <= stream < 2**32, "stream", f"is {stream}, but must be between 0 and 2^32 - 1.")
+    arguments.check(0 <= bound < math.inf, "bound", f"is {bound}, but must be finite and not negative.")
+
+
 def _save_for_backward(ctx, inputs, output) -> None:
     logits, bank, candidates, _, _ = inputs
     _, indices, weights = output

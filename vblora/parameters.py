@@ -4,16 +4,22 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .adapters import VBLoRAAdapter
+from .adapters import Adapter, VBLoRAAdapter
 from .injected import injections, refuse_if_disabled
 from .layers import AdaptedLayer
 from .sharding import reshard
 
 
 def parameter_groups(
-    model: nn.Module, *, lr_bank: float = 1e-3, lr_logits: float = 1e-2, lr_other: float = 1e-3
+    model: nn.Module,
+    *,
+    lr_bank: float = 1e-3,
+    lr_logits: float = 1e-2,
+    lr_factors: float = 1e-3,
+    lr_vectors: float = 1e-2,
+    lr_other: float = 1e-3,
 ) -> list[dict]:
-    """Trainable parameters as optimizer groups, with the paper's learning rates for bank and logits (its appendix B).
+    """Trainable parameters as optimizer groups: for bank and logits with the learning rates of VB-LoRA's paper (its appendix B).
 
     Of several adapters those that are active have parameters to train.
 
@@ -21,26 +27,29 @@ def parameter_groups(
 
     Args:
         model: an injected model, or any module that holds :class:`VBLinear` layers.
-        lr_bank, lr_logits: learning rates of the vector bank and of the logits.
+        lr_bank, lr_logits: learning rates of VB-LoRA's vector bank and of its logits.
+        lr_factors: learning rate of LoRA's factors, and of the pair that Tied-LoRA shares.
+        lr_vectors: learning rate of VeRA's and Tied-LoRA's vectors.
         lr_other: learning rate of everything else that trains: biases, ``modules_to_save``.
 
     Returns:
-        Groups named ``bank``, ``logits`` and ``other``, without those that would be empty.
+        Groups named ``bank``, ``logits``, ``factors``, ``vectors`` and ``other``, without those that would be empty.
     """
     reshard(model)
-    adapters = _adapters(model)
+    rates = {"bank": lr_bank, "logits": lr_logits, "factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
     refuse_if_disabled([module for module in model.modules() if isinstance(module, AdaptedLayer)])
-    bank = {adapter.bank.vectors: None for adapter in adapters}
-    logits = {adapter.logits: None for adapter in adapters if adapter.logits is not None}
-    other = [parameter for parameter in model.parameters() if parameter not in bank and parameter not in logits]
-    groups = [
-        {"name": "bank", "params": list(bank), "lr": lr_bank},
-        {"name": "logits", "params": list(logits), "lr": lr_logits, "weight_decay": 0.0},
-        {"name": "other", "params": other, "lr": lr_other},
-    ]
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    return [group for group in groups if group["params"]]
+    group_of = {
+        parameter: name
+        for adapter in _adapters(model)
+        for name, parameters in adapter.groups().items()
+        for parameter in parameters
+    }
+    groups = {name: {"name": name, "params": [], "lr": rate} for name, rate in rates.items()}
+    groups["logits"]["weight_decay"] = 0.0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[group_of.get(parameter, "other")]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 class ParameterCount(NamedTuple):
@@ -51,27 +60,29 @@ class ParameterCount(NamedTuple):
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Trainable parameters, and what is left to store of them after training.
 
-    Stored are the bank, k weights and k bank indices a sub-vector (an index counts as the fraction of a float32 that its
-    smallest integer type takes: 1/4 up to 256 vectors, 1/2 up to 32,768, else 1), and the biases and ``modules_to_save`` that
-    train beside them, frozen or not. Of the adapters of an injected model, the active ones are counted.
+    Of VB-LoRA these are the bank, k weights and k bank indices a sub-vector (an index counts as the fraction of a float32 that
+    its smallest integer type takes: 1/4 up to 256 vectors, 1/2 up to 32,768, else 1); of the others the adapter's parameters
+    (VeRA's projections come from a key). Beside them the biases and ``modules_to_save`` that train, frozen or not. Of the
+    adapters of an injected model, the active ones are counted.
 
     Raises:
         ValueError: the model has no adapter.
     """
     adapters = _adapters(model)
-    banks = {adapter.bank.vectors: None for adapter in adapters}
+    whole = {tensor: None for adapter in adapters for tensor in adapter.stored_whole()}
     active = [i for record in injections(model) for i in record.adapters.values() if i.active]
     beside = {replaced.stand_in: None for one in active for replaced in one.replaced.values()}
-    stored = sum(tensor.numel() for tensor in (*banks, *beside))
+    stored = sum(tensor.numel() for tensor in (*whole, *beside))
     for adapter in adapters:
-        index = 0.25 if adapter.bank.num_vectors <= 256 else 0.5 if adapter.bank.num_vectors <= 32768 else 1.0
-        stored += round(adapter.num_subvectors * adapter.topk * (1 + index))
+        if isinstance(adapter, VBLoRAAdapter):
+            index = 0.25 if adapter.bank.num_vectors <= 256 else 0.5 if adapter.bank.num_vectors <= 32768 else 1.0
+            stored += round(adapter.num_subvectors * adapter.topk * (1 + index))
     return ParameterCount(sum(p.numel() for p in model.parameters() if p.requires_grad), stored)
 
 
-def _adapters(model: nn.Module) -> list[VBLoRAAdapter]:
+def _adapters(model: nn.Module) -> list[Adapter]:
     resting = [i.adapter for record in injections(model) for i in record.adapters.values() if not i.active]
-    adapters = [m for m in model.modules() if isinstance(m, VBLoRAAdapter) and m not in resting]
+    adapters = [m for m in model.modules() if isinstance(m, Adapter) and m not in resting]
     if not adapters:
         raise ValueError("`model` has no active adapter: call vblora.inject(model, config) first.")
     return adapters

@@ -208,12 +208,34 @@ def draw_logits_(logits: Tensor, candidates: Tensor | None, num_vectors: int, se
     logits.copy_(_round_to_24_bits(standard_normal(words) * std).to(accumulation_dtype(logits.dtype)))
 
 
-def draw_words(num_rows: int, num_columns: int, seed: int) -> Tensor:
+def draw_uniform_(values: Tensor, seed: int, stream: int, bound: float) -> None:
+    """Uniform numbers from -bound up to but not including bound, in place, each a function of seed, stream, row and column alone.
+
+    The leading 24 bits of a place's word (`draw_words`), less 2^23 and over 2^23, are what `bound` is multiplied by, in float64;
+    the product is rounded to the 24 bits of float32 and then to the tensor's dtype (which may round up to `bound`).
+
+    Args:
+        values: (rows, columns), float32, float64, bfloat16 or float16; written to.
+        seed: any integer of 64 bits, signed.
+        stream: what it is for, 0 to 2^32 - 1: those of one seed are independent. 0 is for logits, 1 and 2 for VeRA's A and B.
+        bound: finite, at least 0.
+
+    Raises:
+        ValueError: a shape, a dtype or a value is not as above; the message names the argument.
+    """
+    _check_matrix("values", values, FLOAT_DTYPES)
+    _require(0 <= stream < 2**32, f"stream must be between 0 and 2^32 - 1, got {stream}")
+    _require(0 <= bound < math.inf, f"bound must be finite and not negative, got {bound}")
+    steps = (draw_words(*values.shape, seed, stream) >> 8) - 2**23
+    values.copy_(_round_to_24_bits(steps.double() * 2.0**-23 * bound).to(accumulation_dtype(values.dtype)))
+
+
+def draw_words(num_rows: int, num_columns: int, seed: int, stream: int = 0) -> Tensor:
     """(rows, columns), int64: the 32-bit word of each place. The counter of four neighbouring columns is
-    `(column // 4, row % 2^32, row // 2^32, stream)`, with stream 0 for logits; a column's word is the one at `column % 4`."""
+    `(column // 4, row % 2^32, row // 2^32, stream)`; a column's word is the one at `column % 4`."""
     quarters = torch.arange(-(-num_columns // 4))
     rows = torch.arange(num_rows)[:, None]
-    counter = torch.broadcast_tensors(quarters, rows & _LOW, rows >> 32, torch.zeros((), dtype=torch.int64))
+    counter = torch.broadcast_tensors(quarters, rows & _LOW, rows >> 32, torch.tensor(stream))
     return philox(seed, torch.stack(counter, dim=-1)).flatten(1)[:, :num_columns]
 
 

@@ -6,7 +6,7 @@ import re
 from torch import nn
 
 from .bases import is_linear, refusal
-from .config import VBLoRAConfig
+from .config import AdapterConfig, VBLoRAConfig
 from .injected import Adapters
 from .layers import AdaptedLayer
 
@@ -40,6 +40,15 @@ _DEFAULT_TARGETS = {
     "t5": ["q", "k", "v", "o", "wi", "wo"],
     "xlm-roberta": ["query", "value"],
 }
+# PEFT's other choices for its other methods.
+_OF_OTHERS = _DEFAULT_TARGETS | {
+    "bart": ["q_proj", "v_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "falcon": ["query_key_value"],
+    "mt5": ["q", "v"],
+    "opt": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+}
 # Layers whose weight the module around them reads, never calling the layer (always, or in evaluation): an update there would
 # have no effect. By the ending of that module's class name.
 _NEVER_CALLED = {
@@ -51,7 +60,7 @@ _NEVER_CALLED = {
 _CLASSIFIER_HEADS = ("score", "classifier")
 
 
-def find_targets(model: nn.Module, config: VBLoRAConfig) -> dict[nn.Module, list[str]]:
+def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, list[str]]:
     """The layers to adapt and all their names: a layer that a model uses in two places has two.
 
     Raises:
@@ -108,10 +117,10 @@ def _is_all_linear(target_modules: list[str] | str | None) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
-def _wanted_names(model: nn.Module, modules: dict[str, nn.Module], config: VBLoRAConfig) -> list[str]:
+def _wanted_names(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:
     wanted = config.target_modules
     if wanted is None:
-        wanted = _default_targets(model)
+        wanted = _default_targets(model, _DEFAULT_TARGETS if isinstance(config, VBLoRAConfig) else _OF_OTHERS)
     excluded = config.exclude_modules or []
     saved = config.modules_to_save or []
     if _is_all_linear(wanted):
@@ -136,7 +145,7 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
-def _in_layers(name: str, config: VBLoRAConfig) -> bool:
+def _in_layers(name: str, config: AdapterConfig) -> bool:
     if config.layers_to_transform is None:
         return True
     wanted = config.layers_to_transform
@@ -150,15 +159,15 @@ def _in_layers(name: str, config: VBLoRAConfig) -> bool:
     return False
 
 
-def _default_targets(model: nn.Module) -> list[str]:
+def _default_targets(model: nn.Module, of_types: dict[str, list[str]]) -> list[str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in _DEFAULT_TARGETS:
-        known = ", ".join(sorted(_DEFAULT_TARGETS))
+    if model_type not in of_types:
+        known = ", ".join(sorted(of_types))
         raise ValueError(
             f"`target_modules` is None, and there is no default for a model of type {model_type!r} (there is for {known}). "
             'Give names of layers, or "all-linear".'
         )
-    return _DEFAULT_TARGETS[model_type]
+    return of_types[model_type]
 
 
 def _output_layers(model: nn.Module) -> list[nn.Module]:
@@ -172,7 +181,7 @@ def _output_layers(model: nn.Module) -> list[nn.Module]:
     return [module for head in heads for module in head.modules()]
 
 
-def _nothing_matches(modules: dict[str, nn.Module], config: VBLoRAConfig) -> str:
+def _nothing_matches(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and is_linear(module)})
     near = [match for entry in wanted for match in difflib.get_close_matches(entry.rpartition(".")[2], endings)]

@@ -37,6 +37,7 @@ struct Kernels {
   void (*backward_bank)(const AdmixtureBackward&, const SortedEntries&, const BankPart&);
   // Rows [begin, end) of the problem. scratch: 2 * draw_keys(columns) integers.
   void (*draw)(const Draw&, int64_t begin, int64_t end, uint64_t* scratch);
+  void (*draw_uniform)(const UniformDraw&, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels();

@@ -15,8 +15,18 @@ void draw_logits(const Tensor& logits, const std::optional<Tensor>& candidates, 
   call.write_back();
 }
 
+void draw_uniform(const Tensor& values, int64_t seed, int64_t stream, double bound) {
+  const CurrentStream current(values);
+  UniformDrawCall call = prepare_uniform_draw(values, seed, stream, bound);
+  launch_uniform_draw(call.problem, current);
+  call.write_back();
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vblora, CUDA, m) { m.impl("draw_logits_", TORCH_BOX(&draw_logits)); }
+STABLE_TORCH_LIBRARY_IMPL(vblora, CUDA, m) {
+  m.impl("draw_logits_", TORCH_BOX(&draw_logits));
+  m.impl("draw_uniform_", TORCH_BOX(&draw_uniform));
+}
 
 }  // namespace vblora::cuda

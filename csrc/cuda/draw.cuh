@@ -1,7 +1,8 @@
-// The random numbers that logits begin with. A block a row. Words cost less to draw again than to keep, so each pass
-// over a row draws them anew, and there is no memory for any that is not wanted:
+// Random numbers by place: what logits and frozen projections begin with. A block a row. Words cost less to draw again
+// than to keep, so each pass over a row draws them anew, and there is no memory for any that is not wanted:
 //
 //   seed, row, column / 4 -- philox --> four words a thread --> normals --> logits (S, h)
+//                                                            or uniform numbers --> a projection (r, width)
 //
 // or, of candidates:
 //
@@ -22,26 +23,27 @@ namespace vblora::cuda {
 constexpr int kSorted = 2048;  // words that a block can sort
 constexpr int kTaken = 1024;   // of which so many are wanted at most, so that there is room for what comes beside them
 
-template <class T>
-static __global__ void __launch_bounds__(kThreads, kBlocks) draw_all_kernel(const Draw problem) {
+template <class T, class Number>
+static __global__ void __launch_bounds__(kThreads, kBlocks)
+    draw_all_kernel(void* values, const uint32_t columns, const uint64_t seed, const Stream stream,
+                    const Number number) {
   const int64_t row = blockIdx.x;
-  T* logits = static_cast<T*>(problem.logits) + row * problem.columns;
-  const uint32_t columns = static_cast<uint32_t>(problem.columns);
-  const bool packs = in_packs<4>(logits, columns);
+  T* to = static_cast<T*>(values) + row * columns;
+  const bool packs = in_packs<4>(to, columns);
   for (uint32_t column = 4 * threadIdx.x; column < columns; column += 4 * kThreads) {
-    const Words words = draw_words(problem.seed, Stream::logits, row, column / 4);
+    const Words words = draw_words(seed, stream, row, column / 4);
     constexpr int N = sizeof(T) > 4 ? 16 / sizeof(T) : 4;
 #pragma unroll
     for (int part = 0; part < 4; part += N) {
       Pack<T, N> pack;
 #pragma unroll
-      for (int e = 0; e < N; ++e) store(&pack.element[e], draw_normal(words.word[part + e], problem.std));
+      for (int e = 0; e < N; ++e) store(&pack.element[e], number(words.word[part + e]));
       if (packs) {
-        store_pack(logits + column + part, pack);
+        store_pack(to + column + part, pack);
       } else {
 #pragma unroll
         for (int e = 0; e < N; ++e)
-          if (column + part + e < columns) logits[column + part + e] = pack.element[e];
+          if (column + part + e < columns) to[column + part + e] = pack.element[e];
       }
     }
   }
@@ -144,7 +146,7 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) draw_largest_kernel(
     for (int i = threadIdx.x; i < wanted; i += kThreads) {
       const uint64_t key = shared.keys[i];
       const int64_t place = row * problem.columns + done + i;
-      store(static_cast<T*>(problem.logits) + place, draw_normal(static_cast<uint32_t>(key >> 32), problem.std));
+      store(static_cast<T*>(problem.logits) + place, Normal{problem.std}(static_cast<uint32_t>(key >> 32)));
       const int32_t column = static_cast<int32_t>(~static_cast<uint32_t>(key));
       if (problem.candidate_type == Type::i16) static_cast<int16_t*>(problem.candidates)[place] = column;
       else static_cast<int32_t*>(problem.candidates)[place] = column;
@@ -159,7 +161,20 @@ inline void launch_draw(const Draw& problem, cudaStream_t stream) {
   dispatch(problem.type, [&](auto element) {
     using T = decltype(element);
     if (problem.candidates) VBLORA_LAUNCH_OR_THROW((draw_largest_kernel<T>), grid, kThreads, 0, stream, problem);
-    else VBLORA_LAUNCH_OR_THROW((draw_all_kernel<T>), grid, kThreads, 0, stream, problem);
+    else
+      VBLORA_LAUNCH_OR_THROW((draw_all_kernel<T, Normal>), grid, kThreads, 0, stream, problem.logits,
+                             static_cast<uint32_t>(problem.columns), problem.seed, Stream::logits, Normal{problem.std});
+  });
+}
+
+inline void launch_uniform_draw(const UniformDraw& problem, cudaStream_t stream) {
+  if (problem.rows == 0 || problem.columns == 0) return;
+  const unsigned grid = grid_size(problem.rows, 1, "rows");
+  dispatch(problem.type, [&](auto element) {
+    using T = decltype(element);
+    VBLORA_LAUNCH_OR_THROW((draw_all_kernel<T, Uniform>), grid, kThreads, 0, stream, problem.values,
+                           static_cast<uint32_t>(problem.columns), problem.seed, static_cast<Stream>(problem.stream),
+                           Uniform{problem.bound});
   });
 }
 

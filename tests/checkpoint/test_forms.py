@@ -18,7 +18,7 @@ from vblora import files
 from vblora.adapters import Target
 from vblora.adapters.vblora import Deployed, Trained, draw_rows
 from vblora.checkpoint import folder, native, packing
-from vblora.checkpoint.contents import Contents
+from vblora.checkpoint.contents import VBLoRAContents
 
 IDS = torch.randint(3, 50, (2, 7))
 SIZES = {"r": 2, "num_vectors": 24, "vector_length": 8, "init_vector_bank_bound": 1.0}
@@ -301,12 +301,12 @@ def test_rows_follow_their_layers_by_name():
     config = vblora.VBLoRAConfig(r=1, num_vectors=5, vector_length=2)
     targets = (Target("a", 4, 2), Target("b", 2, 6))
     rows = Deployed(torch.arange(7)[:, None].repeat(1, 2) % 5, torch.rand(7, 2))
-    contents = Contents(config, targets, torch.ones(5, 2), rows)
+    contents = VBLoRAContents(config, targets, torch.ones(5, 2), rows)
     turned = contents.in_order(targets[::-1])
     order = [3, 4, 5, 6, 0, 1, 2]
     assert torch.equal(turned.rows.weights, rows.weights[order])
     assert turned.targets == targets[::-1]
-    seeded = Contents(config, targets, torch.ones(5, 2), draw_rows([2, 1, 1, 3], 5, None, seed=1, std=0.1))
+    seeded = VBLoRAContents(config, targets, torch.ones(5, 2), draw_rows([2, 1, 1, 3], 5, None, seed=1, std=0.1))
     assert seeded.in_order(targets[::-1]).rows.seed is None  # row 0 is not the seed's row 0 any more
     assert isinstance(seeded.in_order(targets).rows, Trained) and seeded.in_order(targets).rows.seed == 1
     with pytest.raises(ValueError, match="the model adapts `c`"):

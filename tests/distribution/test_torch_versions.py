@@ -75,7 +75,7 @@ def test_draw_logits():
     assert all(map(torch.equal, drawn["native"], drawn["reference"]))
 
 
-@pytest.mark.parametrize("operator", ["admixture", "admixture_backward", "compose", "draw_logits_"])
+@pytest.mark.parametrize("operator", ["admixture", "admixture_backward", "compose", "draw_logits_", "draw_uniform_"])
 def test_a_cuda_build_has_cuda_operators(operator):
     # Under a torch without CUDA, too: it is one binary.
     registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"vblora::{operator}", "CUDA")

@@ -14,6 +14,8 @@ void compose(const vblora::Composition& problem) { vblora::cuda::launch_compose(
 
 void draw(const vblora::Draw& problem) { vblora::cuda::launch_draw(problem, nullptr); }
 
+void draw_uniform(const vblora::UniformDraw& problem) { vblora::cuda::launch_uniform_draw(problem, nullptr); }
+
 void admixture_backward(const vblora::AdmixtureBackward& problem, void* workspace) {
   vblora::cuda::launch_admixture_backward(problem, workspace, nullptr);
 }

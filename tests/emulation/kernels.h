@@ -8,6 +8,7 @@
 namespace vblora_emulation {
 
 void draw(const vblora::Draw& problem);
+void draw_uniform(const vblora::UniformDraw& problem);
 void admixture(const vblora::Admixture& problem);
 void compose(const vblora::Composition& problem);
 void admixture_backward(const vblora::AdmixtureBackward& problem, void* workspace);

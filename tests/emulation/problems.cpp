@@ -152,6 +152,15 @@ struct Problems {
          .seed = static_cast<uint64_t>(options.number("seed", 0)),
          .std = 0.02});
   }
+  void draw_uniform() {
+    vblora_emulation::draw_uniform({.type = type,
+                                    .values = output("values", type, rows * columns),
+                                    .rows = rows,
+                                    .columns = columns,
+                                    .seed = static_cast<uint64_t>(options.number("seed", 0)),
+                                    .stream = 1,
+                                    .bound = 0.1});
+  }
   void admixture_backward(bool atomic) {
     const Type grad_type = options.type("out", type);
     const bool need_logits = options.number("need_logits", 1), need_bank = options.number("need_bank", 1);
@@ -196,6 +205,7 @@ int main(int argc, char** argv) {
     if (op == "admixture") problems.admixture();
     else if (op == "compose") problems.compose();
     else if (op == "draw") problems.draw();
+    else if (op == "draw_uniform") problems.draw_uniform();
     else if (op == "admixture_backward") problems.admixture_backward(false);
     else if (op == "scatter") problems.admixture_backward(true);
     else throw std::runtime_error("no operator of this name: " + op);

@@ -62,6 +62,8 @@ PROBLEMS += [
 ]
 PROBLEMS += [
     *(f"draw rows=3 columns={columns} type={type}" for columns in (1, 257, 2048) for type in TYPES),
+    *(f"draw_uniform rows=3 columns={columns} type={type}" for columns in (1, 257, 2048) for type in TYPES),
+    "draw_uniform rows=3 columns=256 shifted=values",
     "draw rows=7 columns=1 vectors=1 candidates=i16",
     "draw rows=7 columns=1 vectors=255 candidates=i32 type=f64",
     "draw rows=33 columns=128 vectors=2048 candidates=i16",
@@ -80,6 +82,7 @@ OUTPUTS = {
     "compose": ("subvectors",),
     "admixture_backward": ("grad_logits", "grad_bank"),
     "draw": ("logits", "candidates"),
+    "draw_uniform": ("values",),
 }
 
 

@@ -38,6 +38,9 @@ def main(seed: int) -> None:
             drawn += [torch.empty_like(inputs.logits), torch.empty_like(inputs.candidates)]
             torch.ops.vblora.draw_logits_(*drawn[1:], 3 * case.columns, seed, 0.02)
         results["draw_logits_"] = tuple(drawn)
+        uniform = torch.empty_like(inputs.logits)
+        torch.ops.vblora.draw_uniform_(uniform, seed, 1, 0.02)
+        results["draw_uniform_"] = (uniform,)
         for name, tensors in results.items():
             print(f"{case} {name}", digest(tensors), sep="\t")
 

@@ -20,13 +20,18 @@ class Factors(NamedTuple):
 
     A: Tensor  # (r, in_features)
     B: Tensor  # (r, out_features): transposed, so that nothing ever has to be
-    d: Tensor | None = None  # (r,)
-    e: Tensor | None = None  # (out_features,)
+    d: Tensor | None = None  # (r,); None: of ones
+    e: Tensor | None = None  # (out_features,); None: of ones
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
         if (self.A.device, self.A.dtype) == (device, dtype):  # as those of a whole forward mostly are
             return self
         return Factors(*(None if factor is None else factor.to(device, dtype) for factor in self))
+
+    def folded(self) -> "Factors":
+        """The same update by A and B alone."""
+        A, B, d, e = self
+        return Factors(A if d is None else A * d[:, None], B if e is None else B * e)
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,14 @@ class Adapter(nn.Module):
     @abstractmethod
     def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
         """The factors of all targets in one go, or of target ``index`` alone, in ``dtype``."""
+
+    @abstractmethod
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Its parameters by the groups that they train in (:func:`vblora.parameter_groups`)."""
+
+    def stored_whole(self) -> list[Tensor]:
+        """What is stored of it element by element once it is trained."""
+        return list(self.parameters())
 
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Hands out this forward's factors."""

@@ -204,6 +204,12 @@ class VBLoRAAdapter(Adapter):
                 _note_exhausted(part(self.exhausted), logits.detach(), columns)
         return as_factors(parts, targets, self.r)
 
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"bank": [self.bank.vectors], "logits": [] if self.logits is None else [self.logits]}
+
+    def stored_whole(self) -> list[Tensor]:
+        return [self.bank.vectors]
+
     def get_extra_state(self) -> Tensor:
         """The seed, so that a state dict that brings logits along brings what they were drawn with."""
         return torch.tensor([self.seed is not None, self.seed or 0], dtype=torch.int64)

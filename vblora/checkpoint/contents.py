@@ -1,39 +1,182 @@
 """What a folder with an adapter says, whichever format it is in. Formats are read into it and written from it."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..adapters import Target
+from ..adapters import Adapter, Target, VBLoRAAdapter
 from ..adapters.base import Factors
-from ..adapters.vblora import (
-    Deployed,
-    Trained,
-    as_factors,
-    candidate_dtype,
-    check_widths,
-    draw_rows,
-    rows_of_factors,
-    scaled,
+from ..adapters.vblora import Deployed, Trained, as_factors, candidate_dtype, draw_rows, rows_of_factors, scaled
+from ..bank import VectorBank
+from ..config import AdapterConfig, VBLoRAConfig
+from ..methods import check_targets, new_adapter
+from ..sharding import like, whole
+
+# Ways to name layers and modules, which come down to names; what is seen from the layers; and ways to begin, which are over.
+_OF_NO_MATTER = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "pad",
+    "seed",
+    "num_candidates",
+    "save_projection",
+    "d_initial",
+    "init_weights",
+    "init_lora_weights",
 )
-from ..config import VBLoRAConfig
 
 
 @dataclass(frozen=True)
 class Contents:
-    """An adapter without a model. Its tensors are on the CPU.
+    """An adapter of any method, without a model. Its tensors are on the CPU.
 
-    ``rows`` stand in the order of ``targets``, as in :class:`VBLoRAAdapter`. ``beside``: tensors that trained beside the
-    adapter (biases, ``modules_to_save``), by their names in the model.
+    ``beside``: tensors that trained beside the adapter (biases, ``modules_to_save``), by their names in the model.
     """
 
-    config: VBLoRAConfig
+    config: AdapterConfig
     targets: tuple[Target, ...]
+    beside: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def trains(self) -> bool:
+        """Whether training can go on from it."""
+        return True
+
+    def check_layout(self) -> None:
+        """Refuses layers that are none.
+
+        Raises:
+            ValueError: named, without saying where it was read.
+        """
+        if not self.targets:
+            raise ValueError("it names no layer.")
+        names = [target.name for target in self.targets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"it names `{max(names, key=names.count)}` more than once.")
+        for target in self.targets:
+            if target.in_features < 1 or target.out_features < 1:
+                raise ValueError(f"its layer `{target.name}` is {target.in_features} -> {target.out_features}.")
+        check_targets(self.config, self.targets)
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuses what would not make an adapter: sizes, types and values are what a kernel may be given.
+
+        Raises:
+            ValueError: named, without saying where it was read.
+        """
+
+    def check_widths_known(self) -> None:
+        """Refuses, for what is done without a model, contents that do not say how wide their layers are.
+
+        Raises:
+            ValueError: it is not known before they are in a model.
+        """
+
+    def in_order(self, targets: tuple[Target, ...]) -> Self:
+        """The same in the order of ``targets``.
+
+        Raises:
+            ValueError: they are other layers, or of other widths; the first that differs is named.
+        """
+        own = {target.name: target for target in self.targets}
+        wanted = {target.name: target for target in targets}
+        for name in sorted(own.keys() ^ wanted.keys()):
+            which = "the model adapts" if name in wanted else "it adapts"
+            other = "it does not" if name in wanted else "the model does not"
+            raise ValueError(f"it is for other layers than the model's: {which} `{name}`, {other}.")
+        for name, target in wanted.items():
+            if own[name] != target:
+                kinds = own[name].kind != target.kind
+                there, here = (
+                    f"{kinds * f'{t.kind} '}{t.in_features} -> {t.out_features}" for t in (own[name], target)
+                )
+                also = " of another kernel, groups, dilation or padding_mode" * (there == here)
+                raise ValueError(
+                    f"it is for other layers than the model's: `{name}` is {there} there, {here}{also} here."
+                )
+        if list(own) == list(wanted):
+            return self
+        return self._reordered(targets, [list(own).index(name) for name in wanted])
+
+    @abstractmethod
+    def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> Self:
+        """``order``: where each of ``targets`` stands now."""
+
+    @abstractmethod
+    def all_factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
+        """Each layer's factors, composed when they are asked for."""
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Target, Factors]]:
+        """Each layer's update as A ``(r, in_features)`` and B ``(r, out_features)`` alone.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        for target, factors in self.all_factors(dtype):
+            factors = factors.folded()
+            if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
+                raise ValueError(f"the update of layer `{target.name}` is not finite.")
+            yield target, factors
+
+    def kept(self) -> Self:
+        """A deployed form made trainable."""
+        return self
+
+    @abstractmethod
+    def adapter(self, device: torch.device | str | None = None, bank: VectorBank | None = None) -> Adapter:
+        """An adapter of these contents, on ``device``. ``bank``: one that is there and equals these contents'."""
+
+    def check_config(self, other: AdapterConfig) -> None:
+        """Refuses to be written over an adapter of another config.
+
+        Raises:
+            ValueError: it is one.
+        """
+        unlike = {f.name: f.default for f in fields(self.config) if f.name in _OF_NO_MATTER}
+        if type(self.config) is not type(other) or replace(self.config, **unlike) != replace(other, **unlike):
+            raise ValueError("`model` has an adapter of another config. Eject it first.")
+
+    @abstractmethod
+    def check_sizes(self, other: Self) -> None:
+        """Refuses to be written over an adapter of the same config whose contents, ``other``, are of other sizes.
+
+        Raises:
+            ValueError: they are; named.
+        """
+
+    @abstractmethod
+    def write_over(self, adapter: Adapter) -> None:
+        """Copies these contents, which fit it and stand in its order, into an adapter."""
+
+
+@dataclass(frozen=True)
+class VBLoRAContents(Contents):
+    """``rows`` stand in the order of ``targets``, as in :class:`VBLoRAAdapter`."""
+
+    config: VBLoRAConfig
     bank: Tensor
     rows: Trained | Deployed
-    beside: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: VBLoRAConfig, adapter: VBLoRAAdapter, beside: dict[str, Tensor]) -> "VBLoRAContents":
+        rows = type(adapter.rows)(*(whole(x) if isinstance(x, Tensor) else x for x in adapter.rows))
+        if isinstance(rows, Trained):
+            columns = config.num_candidates if rows.candidates is None else rows.logits.shape[1]
+            config = replace(config, seed=rows.seed, num_candidates=columns)
+        return cls(config, adapter.targets, whole(adapter.bank.vectors), rows, beside=beside)
+
+    @property
+    def trains(self) -> bool:
+        return isinstance(self.rows, Trained)
 
     @property
     def num_rows(self) -> int:
@@ -66,30 +209,12 @@ class Contents:
         )
 
     def check_layout(self) -> None:
-        """Refuses layers and a bank that do not go together.
-
-        Raises:
-            ValueError: named, without saying where it was read.
-        """
-        if not self.targets:
-            raise ValueError("it names no layer.")
-        names = [target.name for target in self.targets]
-        if len(set(names)) < len(names):
-            raise ValueError(f"it names `{max(names, key=names.count)}` more than once.")
-        for target in self.targets:
-            if target.in_features < 1 or target.out_features < 1:
-                raise ValueError(f"its layer `{target.name}` is {target.in_features} -> {target.out_features}.")
-        check_widths(self.targets, self.config.vector_length, self.config.pad)
+        super().check_layout()
         check_tensor("bank.vectors", self.bank, (self.config.num_vectors, self.config.vector_length), floating=True)
         if not self.bank.isfinite().all():
             raise ValueError("`bank.vectors` holds an infinite or NaN element.")
 
     def check(self) -> None:
-        """Refuses what would not make an adapter: sizes, types and values are what a kernel may be given.
-
-        Raises:
-            ValueError: named, without saying where it was read.
-        """
         self.check_layout()
         config, rows, size = self.config, self.rows, self.num_rows
         if isinstance(rows, Deployed):
@@ -113,39 +238,16 @@ class Contents:
         if rows.exhausted is not None:
             check_tensor("exhausted", rows.exhausted, (size,), floating=False)
 
-    def in_order(self, targets: tuple[Target, ...]) -> "Contents":
-        """The same with rows in the order of ``targets``.
-
-        Raises:
-            ValueError: they are other layers, or of other widths; the first that differs is named.
-        """
-        own = {target.name: target for target in self.targets}
-        wanted = {target.name: target for target in targets}
-        for name in sorted(own.keys() ^ wanted.keys()):
-            which = "the model adapts" if name in wanted else "it adapts"
-            other = "it does not" if name in wanted else "the model does not"
-            raise ValueError(f"it is for other layers than the model's: {which} `{name}`, {other}.")
-        for name, target in wanted.items():
-            if own[name] != target:
-                kinds = own[name].kind != target.kind
-                there, here = (
-                    f"{kinds * f'{t.kind} '}{t.in_features} -> {t.out_features}" for t in (own[name], target)
-                )
-                also = " of another kernel, groups, dilation or padding_mode" * (there == here)
-                raise ValueError(
-                    f"it is for other layers than the model's: `{name}` is {there} there, {here}{also} here."
-                )
-        if list(own) == list(wanted):
-            return self
+    def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> "VBLoRAContents":
         sizes = self.sizes
         blocks = [a + b for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
-        of_target = dict(zip(own, torch.arange(sum(blocks)).split(blocks), strict=True))
-        order = torch.cat([of_target[name] for name in wanted])
+        of_target = torch.arange(sum(blocks)).split(blocks)
+        moved = torch.cat([of_target[place] for place in order])
         rows = self.rows
         if isinstance(rows, Deployed):
-            rows = Deployed(*(tensor[order] for tensor in rows))
+            rows = Deployed(*(tensor[moved] for tensor in rows))
         else:  # drawn for another order of rows: the seed is of no use any more
-            rows = Trained(rows.logits[order], None if rows.candidates is None else rows.candidates[order])
+            rows = Trained(rows.logits[moved], None if rows.candidates is None else rows.candidates[moved])
         return replace(self, targets=targets, rows=rows, config=replace(self.config, seed=None))
 
     def deployed(self) -> Deployed:
@@ -160,12 +262,7 @@ class Contents:
         indices = columns if candidates is None else candidates.gather(1, columns.long())
         return Deployed(indices.to(candidate_dtype(self.config.num_vectors)), weights)
 
-    def factors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Target, Factors]]:
-        """Each layer's factors, composed when they are asked for: A ``(r, in_features)`` and B ``(r, out_features)``.
-
-        Raises:
-            ValueError: a sub-vector is not finite.
-        """
+    def all_factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
         deployed = self.deployed()
         bank = scaled(self.bank, self.config.scaling)
         sizes = self.sizes
@@ -174,16 +271,36 @@ class Contents:
             rows = slice(start, start := start + sum(size))
             subvectors = torch.ops.vblora.compose(bank, deployed.indices[rows], deployed.weights[rows], dtype)
             (factors,) = as_factors(subvectors.split_with_sizes(size), (target,), self.config.r)
-            if not all(factor.isfinite().all() for factor in (factors.A, factors.B)):
-                raise ValueError(f"the update of layer `{target.name}` is not finite.")
             yield target, factors
 
-    def kept(self) -> "Contents":
+    def kept(self) -> "VBLoRAContents":
         """A deployed form made trainable: with the k vectors of each row as its only candidates."""
         if isinstance(self.rows, Trained):
             return self
         rows = Trained(self.rows.weights.log().to(self.bank.dtype), self.rows.indices)
         return replace(self, rows=rows, config=replace(self.config, num_candidates=self.config.topk, seed=None))
+
+    def adapter(self, device: torch.device | str | None = None, bank: VectorBank | None = None) -> VBLoRAAdapter:
+        if bank is None:
+            bank = VectorBank(*self.bank.shape, self.config.init_vector_bank_bound, device="meta")
+            bank.vectors = nn.Parameter(self.bank.to(device))
+        rows = type(self.rows)(*(x.to(device) if isinstance(x, Tensor) else x for x in self.rows))
+        return new_adapter(self.config, self.targets, bank=bank, rows=rows)
+
+    def check_sizes(self, other: "VBLoRAContents") -> None:
+        for name, ours, theirs in zip(type(other.rows)._fields, self.rows, other.rows, strict=False):
+            shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in (ours, theirs)]
+            if type(other.rows) is not type(self.rows) or shapes[0] != shapes[1]:
+                raise ValueError(f"`model` has an adapter with other `{name}`. Eject it first.")
+
+    def write_over(self, adapter: VBLoRAAdapter) -> None:
+        for ours, theirs in zip(self.rows, adapter.rows, strict=True):
+            if isinstance(theirs, Tensor):
+                theirs.copy_(like(ours, theirs))
+        if isinstance(self.rows, Trained):
+            adapter.seed = self.rows.seed
+        if not adapter.bank.unchanged():
+            adapter.bank.vectors.copy_(like(self.bank, adapter.bank.vectors))
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, floating: bool) -> None:

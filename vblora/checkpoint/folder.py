@@ -7,34 +7,33 @@ import json
 import os
 import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..adapters.vblora import Trained
+from ..adapters import VBLoRAAdapter
 from ..bank import BankFile, VectorBank
 from ..bases import Conv1D
+from ..config import LoraConfig, VBLoRAConfig, VeraConfig
 from ..files import read_tensors, write_file, write_tensors
 from ..injected import Injected, injected, injections, refuse_if_disabled, refuse_if_merged
 from ..injection import Plan
 from ..sharding import is_sharded, like, rank, reshard, whole
-from . import lora, native, peft
-from .contents import Contents
+from . import lora, native, peft, vera
+from .contents import Contents, VBLoRAContents
+from .flat import FlatContents
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 FORMS = (*native.FORMS, *peft.FORMS, *lora.FORMS)
-# Ways to name layers and modules: what they come down to is compared by name.
-_NAMING = (
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "fan_in_fan_out",
-)
+METHOD_NAMES = {
+    "vblora": "VB-LoRA (arXiv 2405.15179)",
+    "vera": "VeRA (arXiv 2310.11454)",
+    "tied_lora": "Tied-LoRA (arXiv 2311.09578)",
+    "lora": "LoRA (arXiv 2106.09685)",
+}
+_DECODE_OF_PEFT = {"VBLORA": peft.decode, "LORA": lora.decode, "VERA": vera.decode}
 
 
 def save(
@@ -60,6 +59,8 @@ def save(
             bits. None: the first for an adapter that has logits, the second for one that was loaded without.
             For others: ``"peft"``, all logits, on which PEFT can train; ``"peft-topk"``, what PEFT's inference takes;
             ``"lora"``, the same update as a plain LoRA, for PEFT and for servers. A shared bank is written into these.
+            Of the other methods the first two hold the same, ``"peft"`` is PEFT's own format of LoRA and VeRA, and ``"lora"``
+            takes each.
         bank_dtype: of the bank in a deploy form, to make it smaller: ``torch.bfloat16``, ``torch.float16``, or ``torch.int8``
             with a scale a vector. None keeps it exactly.
 
@@ -71,9 +72,9 @@ def save(
         raise ValueError(f"`form` is {form!r}; allowed are {', '.join(map(repr, FORMS))}.")
     contents = contents_of(source)
     if form is None:
-        form = "resume" if isinstance(contents.rows, Trained) else "deploy"
-    bank = source.adapter.bank
-    bank_file = bank.file if bank_dtype is None and bank.unchanged() else None
+        form = "resume" if contents.trains else "deploy"
+    bank = getattr(source.adapter, "bank", None)
+    bank_file = bank.file if bank is not None and bank_dtype is None and bank.unchanged() else None
     if rank() and any(is_sharded(tensor) for tensor in source.model.parameters()):
         return  # it took part
     name = getattr(getattr(source.model, "config", None), "_name_or_path", None)
@@ -106,8 +107,8 @@ def load(
             those of a bank that it shares, too.
         adapter_name: of the adapter that is written over, or of a new one beside those that the model has. By default it is the
             active one; in a base model, ``"default"``.
-        directory: what :func:`save` wrote, or PEFT's ``save_pretrained`` of a VB-LoRA adapter: one of all logits can train on,
-            one of ``save_only_topk_weights`` is a deploy form.
+        directory: what :func:`save` wrote, or PEFT's ``save_pretrained`` of a LoRA, VeRA or VB-LoRA adapter: of the last, one
+            of all logits can train on, one of ``save_only_topk_weights`` is a deploy form.
         bank: the bank of an adapter that was saved without: its file, or what :meth:`VectorBank.from_file` made of that, to be
             shared by several adapters. It stays frozen.
         is_trainable: whether the adapter's parameters shall require gradients. By default they do not, and those of an
@@ -131,10 +132,10 @@ def load(
     path = Path(directory) / TENSORS_FILE
     if bank is not None and not isinstance(bank, VectorBank):
         bank = VectorBank.from_file(bank)
-    contents, shares_bank = read(directory, bank, None if present is None else present.adapter.bank)
+    contents, shares_bank = read(directory, bank, None if present is None else getattr(present.adapter, "bank", None))
     if train_kept:
         contents = contents.kept()
-    if is_trainable and not isinstance(contents.rows, Trained):
+    if is_trainable and not contents.trains:
         raise ValueError(
             f'{path} holds a deployed adapter: k weights a sub-vector, and no logits to train. Save with form="resume" to '
             "go on exactly, or load with train_kept=True to train with the k vectors that were kept as the only candidates."
@@ -165,6 +166,7 @@ def write(
     Everything that can be refused is refused before the first file. ``about``: what PEFT's config says of the base model
     besides its name, for PEFT's own ``Auto`` classes.
     """
+    contents.check_widths_known()
     if form in native.FORMS:
         description, tensors = native.encode(contents, form, bank_dtype=bank_dtype, bank_file=bank_file)
         description["base_model_name_or_path"] = base_model
@@ -176,8 +178,7 @@ def write(
             raise ValueError(
                 f'`bank_dtype` is {bank_dtype}, but only `form` "deploy" may round the bank, not "{form}".'
             )
-        encode = lora.encode if form in lora.FORMS else partial(peft.encode, form=form)
-        description, tensors = encode(contents, base_model=base_model)
+        description, tensors = _encode_for_others(contents, form, base_model)
         description |= about or {}
         metadata = {"format": "pt"}  # as PEFT's has it; of two files that do not belong together, the shapes tell
     folder = Path(directory)
@@ -217,12 +218,25 @@ def read(
     return contents, description["bank_file"] is not None
 
 
+def _encode_for_others(contents: Contents, form: str, base_model: str | None) -> tuple[dict, dict[str, torch.Tensor]]:
+    config = contents.config
+    if form in lora.FORMS or (form == "peft" and isinstance(config, LoraConfig)):
+        return lora.encode(contents, base_model)
+    if isinstance(contents, VBLoRAContents):
+        return peft.encode(contents, form, base_model)
+    if form == "peft" and isinstance(config, VeraConfig):
+        return vera.encode(contents, base_model)
+    raise ValueError(
+        f'`form` is "{form}", which there is not of a {type(config).__name__}; form="lora" holds the same update.'
+    )
+
+
 def _read_peft(path: Path, tensors: dict[str, torch.Tensor], bank: VectorBank | None) -> Contents:
     description = peft.read_config(path.with_name(CONFIG_FILE))
     try:
         if bank is not None:
             raise ValueError("it has a bank of its own, but `bank` was given. Leave that out.")
-        contents = peft.decode(description, tensors)
+        contents = _DECODE_OF_PEFT[description["peft_type"]](description, tensors)
         contents.check()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -257,15 +271,12 @@ def contents_of(source: Injected) -> Contents:
     adapter = source.adapter
     transposed = any(layer.kind is Conv1D for layer in source.layers)
     config = replace(source.config, fan_in_fan_out=transposed)  # whatever the user says: it is seen
-    rows = type(adapter.rows)(*(whole(x) if isinstance(x, torch.Tensor) else x for x in adapter.rows))
-    if isinstance(rows, Trained):
-        columns = config.num_candidates if rows.candidates is None else rows.logits.shape[1]
-        config = replace(config, seed=rows.seed, num_candidates=columns)
     copies = {}  # what is tied stays one tensor
     for replaced in source.replaced.values():
         copies.setdefault(replaced.stand_in, whole(replaced.stand_in))
     beside = {name: copies[replaced.stand_in] for name, replaced in source.replaced.items()}
-    return Contents(config, adapter.targets, whole(adapter.bank.vectors), rows, beside)
+    kind = VBLoRAContents if isinstance(adapter, VBLoRAAdapter) else FlatContents
+    return kind.of(config, adapter, beside)
 
 
 def _put_in(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
@@ -274,20 +285,16 @@ def _put_in(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainabl
     if is_trainable:
         plan.check_trainable()
     _refuse_meta(plan.device.type == "meta")
-    frozen = bank is not None
-    if bank is None:
-        bank = VectorBank(*contents.bank.shape, plan.config.init_vector_bank_bound, device="meta")
-        bank.vectors = nn.Parameter(contents.bank.to(plan.device))
-    rows = contents.rows
-    rows = type(rows)(*(x.to(plan.device) if isinstance(x, torch.Tensor) else x for x in rows))
-    adapter = plan.new_adapter(bank, rows)
+    adapter = contents.adapter(plan.device, bank)
     with torch.no_grad():
         for name, (_, _, stand_in) in plan.stand_ins.items():
             if name in contents.beside:
                 stand_in.copy_(contents.beside[name])
             stand_in.requires_grad_(is_trainable and stand_in.is_floating_point() and stand_in.requires_grad)
     adapter.requires_grad_(is_trainable)
-    plan.carry_out(adapter, freeze_bank=frozen)
+    if bank is not None:
+        bank.requires_grad_(False)
+    plan.carry_out(adapter)
 
 
 def write_over(target: Injected, contents: Contents, is_trainable: bool | None) -> None:
@@ -298,25 +305,13 @@ def write_over(target: Injected, contents: Contents, is_trainable: bool | None) 
     """
     adapter = target.adapter
     own = contents_of(target)
-    unlike = dict.fromkeys(("seed", "num_candidates", *_NAMING))
-    unlike |= {"fan_in_fan_out": False, "pad": False}  # seen from the layers, which are compared
-    if replace(own.config, **unlike) != replace(contents.config, **unlike):
-        raise ValueError("`model` has an adapter of another config. Eject it first.")
+    contents.check_config(own.config)
     contents = contents.in_order(adapter.targets)
     _check_beside(contents, {name: (r.module, r.name, r.stand_in) for name, r in target.replaced.items()})
-    for name, theirs, ours in zip(type(own.rows)._fields, contents.rows, own.rows, strict=False):
-        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (theirs, ours)]
-        if type(own.rows) is not type(contents.rows) or shapes[0] != shapes[1]:
-            raise ValueError(f"`model` has an adapter with other `{name}`. Eject it first.")
+    contents.check_sizes(own)
     _refuse_meta(any(parameter.is_meta for parameter in adapter.parameters()))
     with torch.no_grad():
-        for ours, theirs in zip(adapter.rows, contents.rows, strict=True):
-            if isinstance(ours, torch.Tensor):
-                ours.copy_(like(theirs, ours))
-        if isinstance(contents.rows, Trained):
-            adapter.seed = contents.rows.seed
-        if not adapter.bank.unchanged():
-            adapter.bank.vectors.copy_(like(contents.bank, adapter.bank.vectors))
+        contents.write_over(adapter)
         stand_ins = [replaced.stand_in for replaced in target.replaced.values()]
         for stand_in, name in zip(stand_ins, target.replaced, strict=True):
             if name in contents.beside:
@@ -367,16 +362,16 @@ def _warn_if_edited(path: Path, description: dict) -> None:
 def _card(contents: Contents, form: str, base_model: str | None) -> str:
     config = contents.config
     base = base_model or "a model"
-    if form in lora.FORMS:
-        what, how = f"a LoRA of rank {config.r}", "model = peft.PeftModel.from_pretrained(model, "
-    else:
-        what = f"r={config.r}, {config.num_vectors} bank vectors of length {config.vector_length}, k={config.topk}"
-        how = "vblora.load(model, "
+    what, how = f"{METHOD_NAMES[config.method]}, r={config.r}", "vblora.load(model, "
+    if form in lora.FORMS or (form == "peft" and isinstance(config, LoraConfig)):
+        what, how = f"LoRA, r={config.r}", "model = peft.PeftModel.from_pretrained(model, "
+    elif isinstance(config, VBLoRAConfig):
+        what += f", {config.num_vectors} bank vectors of length {config.vector_length}, k={config.topk}"
     return f"""---
 library_name: {"vblora" if form in native.FORMS else "peft"}
 {f"base_model: {base_model}" if base_model else ""}
 ---
-A VB-LoRA adapter (arXiv 2405.15179) of {base}: {what}, {len(contents.targets)} layers. Put it into the model with
+An adapter of {base}: {what}, {len(contents.targets)} layers. Put it into the model with
 
     {how}"<this folder>")
 """

@@ -8,6 +8,9 @@ form          tensors beside the bank's (``bank.vectors``, ``bank.scales``) and 
               or ``logits`` ``(S, M)`` and ``candidates`` where no seed is known. ``exhausted`` (bits, packed)
 ============  =========================================================================================
 
+That is VB-LoRA's. Of the other methods both forms hold the adapter's parameters by their names there, and VeRA's projections
+``A`` and ``B`` unless ``save_projection`` is False and they are what their key draws.
+
 Everything else is JSON, in one key of the file's metadata. The same JSON stands in ``adapter_config.json``, for people: two
 files cannot be replaced at once, so one of them says all.
 """
@@ -21,9 +24,10 @@ from torch import Tensor
 from ..adapters import Target
 from ..adapters.vblora import Deployed, Trained, candidate_dtype
 from ..bank import BankFile, VectorBank, decode_vectors, encode_vectors
-from ..config import VBLoRAConfig
+from ..config import METHODS, VBLoRAConfig
 from ..sharding import whole
-from .contents import Contents, check_tensor
+from .contents import Contents, VBLoRAContents, check_tensor
+from .flat import FlatContents, with_projection
 from .packing import pack_bits, pack_prefixes, unpack_bits, unpack_prefixes
 
 FORMS = ("resume", "deploy")
@@ -41,27 +45,22 @@ def encode(
     Raises:
         ValueError: a resume form of what does not train, or with a rounded bank.
     """
-    config, rows = contents.config, contents.rows
-    if form == "resume":
-        if isinstance(rows, Deployed):
-            raise ValueError('`form` is "resume", but the adapter is a deployed one, without logits to go on with.')
+    config = contents.config
+    if isinstance(contents, FlatContents):
         if bank_dtype is not None:
-            raise ValueError(f'`bank_dtype` is {bank_dtype}, but `form` "resume" keeps the bank as it is.')
-        tensors = _encode_trained(contents, rows)
+            raise ValueError(f"`bank_dtype` is {bank_dtype}, but a {type(config).__name__} has no bank.")
+        tensors = dict(contents.stored())
     else:
-        deployed = contents.deployed()
-        tensors = {
-            "indices": pack_bits(deployed.indices, _bits(config.num_vectors)),
-            "weights": deployed.weights,
-        }
+        tensors = _encode_rows(contents, form, bank_dtype)
+        if bank_file is None:
+            tensors |= {_BANK + name: tensor for name, tensor in encode_vectors(contents.bank, bank_dtype).items()}
     beside, aliases = _untied(contents.beside)
     tensors |= {_BESIDE + name: tensor for name, tensor in beside.items()}
-    if bank_file is None:
-        tensors |= {_BANK + name: tensor for name, tensor in encode_vectors(contents.bank, bank_dtype).items()}
     description = {
         "format": "vblora",
         "version": VERSION,
         "form": form,
+        "method": config.method,
         "config": config.to_dict(),
         "targets": [_without_defaults(astuple(target)) for target in contents.targets],
         "aliases": aliases,
@@ -79,7 +78,7 @@ def decode(description: dict, tensors: dict[str, Tensor], bank: VectorBank | Non
     if description.get("version") != VERSION:
         raise ValueError(f"it is of version {description.get('version')}; this vblora reads version {VERSION}.")
     try:
-        config = VBLoRAConfig.from_dict(description["config"])
+        config = METHODS[description["method"]].from_dict(description["config"])
         targets = tuple(_target(*entry) for entry in description["targets"])
         form, aliases, bank_file = description["form"], dict(description["aliases"]), description["bank_file"]
         hash_of_bank = None if bank_file is None else (str(bank_file["name"]), str(bank_file["sha256"]))
@@ -88,13 +87,17 @@ def decode(description: dict, tensors: dict[str, Tensor], bank: VectorBank | Non
     if form not in FORMS:
         raise ValueError(f"it is of form {form!r}; known are 'resume' and 'deploy'.")
     tensors = dict(tensors)
-    banks = {name.removeprefix(_BANK): tensors.pop(name) for name in list(tensors) if name.startswith(_BANK)}
     beside = {name.removeprefix(_BESIDE): tensors.pop(name) for name in list(tensors) if name.startswith(_BESIDE)}
     if missing := sorted(set(aliases.values()) - beside.keys()):
         raise ValueError(f"it lacks tensor `{missing[0]}`.")
     beside |= {alias: beside[name] for alias, name in aliases.items()}
+    if not isinstance(config, VBLoRAConfig):
+        if hash_of_bank is not None or bank is not None:
+            raise ValueError(f"it is a {type(config).__name__}'s, which has no bank. Leave `bank` out.")
+        return FlatContents(config, targets, with_projection(config, targets, tensors), beside=beside)
+    banks = {name.removeprefix(_BANK): tensors.pop(name) for name in list(tensors) if name.startswith(_BANK)}
     vectors = _bank_of(hash_of_bank, banks, bank)
-    contents = Contents(config, targets, vectors, Deployed(torch.empty(0), torch.empty(0)), beside)
+    contents = VBLoRAContents(config, targets, vectors, Deployed(torch.empty(0), torch.empty(0)), beside=beside)
     contents.check_layout()
     rows = _decode_trained(contents, tensors) if form == "resume" else _decode_deployed(contents, tensors)
     if form == "deploy" and vectors.dtype != torch.float64:
@@ -106,7 +109,20 @@ def decode(description: dict, tensors: dict[str, Tensor], bank: VectorBank | Non
     return replace(contents, rows=rows)
 
 
-def _encode_trained(contents: Contents, rows: Trained) -> dict[str, Tensor]:
+def _encode_rows(contents: VBLoRAContents, form: str, bank_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    rows = contents.rows
+    if form == "deploy":
+        deployed = contents.deployed()
+        indices = pack_bits(deployed.indices, _bits(contents.config.num_vectors))
+        return {"indices": indices, "weights": deployed.weights}
+    if isinstance(rows, Deployed):
+        raise ValueError('`form` is "resume", but the adapter is a deployed one, without logits to go on with.')
+    if bank_dtype is not None:
+        raise ValueError(f'`bank_dtype` is {bank_dtype}, but `form` "resume" keeps the bank as it is.')
+    return _encode_trained(contents, rows)
+
+
+def _encode_trained(contents: VBLoRAContents, rows: Trained) -> dict[str, Tensor]:
     tensors = {}
     if rows.seed is None:
         tensors["logits"] = rows.logits
@@ -121,7 +137,7 @@ def _encode_trained(contents: Contents, rows: Trained) -> dict[str, Tensor]:
     return tensors
 
 
-def _decode_trained(contents: Contents, tensors: dict[str, Tensor]) -> Trained:
+def _decode_trained(contents: VBLoRAContents, tensors: dict[str, Tensor]) -> Trained:
     seed = contents.config.seed
     exhausted = None
     if "exhausted" in tensors:
@@ -137,7 +153,7 @@ def _decode_trained(contents: Contents, tensors: dict[str, Tensor]) -> Trained:
     return Trained(torch.empty_like(logits).scatter_(1, initial.candidates.long(), logits), seed=seed)
 
 
-def _decode_deployed(contents: Contents, tensors: dict[str, Tensor]) -> Deployed:
+def _decode_deployed(contents: VBLoRAContents, tensors: dict[str, Tensor]) -> Deployed:
     config = contents.config
     indices = unpack_bits(_take(tensors, "indices"), _bits(config.num_vectors), contents.num_rows * config.topk).view(
         -1, config.topk

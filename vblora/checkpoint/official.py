@@ -16,13 +16,13 @@ from ..adapters import Target
 from ..adapters.vblora import Trained
 from ..config import VBLoRAConfig
 from ..files import read_tensors
-from .contents import Contents
+from .contents import VBLoRAContents
 
 _FILE = "model.safetensors"
 _PARTS = ("logits_A", "logits_B", "vector_bank")
 
 
-def read(path: Path, topk: int | None = None) -> Contents:
+def read(path: Path, topk: int | None = None) -> VBLoRAContents:
     """The checked contents of such a checkpoint: of its folder, or of a file with (at least) the adapter's tensors.
 
     Args:
@@ -65,7 +65,7 @@ def _topk(config: Path, topk: int | None) -> int:
     return values["topk"]
 
 
-def _decode(tensors: dict[str, Tensor], topk: int) -> Contents:
+def _decode(tensors: dict[str, Tensor], topk: int) -> VBLoRAContents:
     layers: dict[str, dict[str, Tensor]] = {}
     others = {}
     for name, tensor in tensors.items():
@@ -110,4 +110,4 @@ def _decode(tensors: dict[str, Tensor], topk: int) -> Contents:
         modules_to_save=sorted({name.partition(".")[0] for name in beside}) or None,
         num_candidates=None,
     )
-    return Contents(config, tuple(targets), bank, Trained(torch.cat(rows)), beside)
+    return VBLoRAContents(config, tuple(targets), bank, Trained(torch.cat(rows)), beside=beside)

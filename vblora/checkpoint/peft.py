@@ -18,7 +18,8 @@ tensor                                                    shape
 
 import json
 import re
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -26,32 +27,29 @@ from torch import Tensor
 
 from ..adapters import Target
 from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled, uneven
-from ..config import BEYOND_PEFT, VBLoRAConfig
-from .contents import Contents, check_tensor
+from ..config import BEYOND_PEFT, PEFT_METADATA, AdapterConfig, VBLoRAConfig
+from .contents import Contents, VBLoRAContents, check_tensor
 
 FORMS = ("peft", "peft-topk")
 PREFIX = "base_model.model."
 _BANK = "base_model.vblora_vector_bank"
 _LOGITS = re.compile(re.escape(PREFIX) + r"(.+)\.vblora_logits_([AB])(|_topk_indices|_topk_weights)")
+_OF_AN_ADAPTER = re.compile(r"\.(vblora_logits|vera_lambda|lora)_")
 _INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LISTS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _HEADS = ("classifier", "score")  # PEFT adds these to `modules_to_save` of a classifier, which has one of them
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # it writes these, unasked, where the vocabulary was resized
 
 
-def encode(contents: Contents, form: str, base_model: str | None = None) -> tuple[dict, dict[str, Tensor]]:
+def encode(contents: VBLoRAContents, form: str, base_model: str | None = None) -> tuple[dict, dict[str, Tensor]]:
     """The config and the tensors of PEFT's files for ``contents``.
 
     Raises:
         ValueError: dense logits that are not known, or weights or cut sub-vectors, which this format cannot hold.
     """
     config = contents.config
-    for target in contents.targets:
-        if target.kind != "linear":
-            raise ValueError(
-                f'`form` is "{form}", but `{target.name}` is no linear layer (its kind is "{target.kind}"), and PEFT\'s VB-LoRA '
-                'takes no other; form="lora" holds it.'
-            )
+    refuse_other_kinds(contents, form, "VB-LoRA")
     for target in uneven(contents.targets, config.vector_length):
         raise ValueError(
             f'`form` is "{form}", but layer `{target.name}` ({target.in_features} -> {target.out_features}) has sub-vectors that '
@@ -71,7 +69,7 @@ def encode(contents: Contents, form: str, base_model: str | None = None) -> tupl
     return description, tensors | encode_beside(contents)
 
 
-def decode(description: dict, tensors: dict[str, Tensor]) -> Contents:
+def decode(description: dict, tensors: dict[str, Tensor]) -> VBLoRAContents:
     """The contents of PEFT's files; half precision becomes float32, which holds it exactly.
 
     Dense logits with ``-inf`` among them come from a compact file that PEFT loaded and saved again. They have no gradient, so
@@ -100,7 +98,7 @@ def decode(description: dict, tensors: dict[str, Tensor]) -> Contents:
         raise ValueError(
             f"it names no layer: there is no tensor `{PREFIX}<layer>.vblora_logits_A{_INDICES * compact}`."
         )
-    beside, saved = _decode_beside(tensors, config, set(logits))
+    beside, saved = decode_beside(tensors, config, set(logits))
     read = _read_compact if compact else _read_dense
     rows, targets = [], []
     for name, parts in logits.items():
@@ -124,7 +122,7 @@ def decode(description: dict, tensors: dict[str, Tensor]) -> Contents:
     if config.target_modules is None:
         config = replace(config, target_modules=list(logits))
     config = replace(config, modules_to_save=saved or None)
-    contents = Contents(config, tuple(targets), bank.to(dtype), rows, beside)
+    contents = VBLoRAContents(config, tuple(targets), bank.to(dtype), rows, beside=beside)
     if not compact and first.isneginf().any():
         contents = replace(contents, rows=contents.deployed())
     return contents
@@ -145,8 +143,10 @@ def read_config(path: Path) -> dict:
         ) from None
     if kind is None:
         raise ValueError(f"{path.parent} holds no adapter of vblora's, and none of PEFT's.")
-    if kind != "VBLORA":
-        raise ValueError(f"{path.parent} holds an adapter of PEFT's of type {kind!r}; only 'VBLORA' is read.")
+    if kind not in ("VBLORA", "LORA", "VERA"):
+        raise ValueError(
+            f"{path.parent} holds an adapter of PEFT's of type {kind!r}; what is read are 'VBLORA', 'LORA' and 'VERA'."
+        )
     return description
 
 
@@ -172,13 +172,22 @@ def describe(contents: Contents, base_model: str | None) -> dict:
     }
 
 
+def refuse_other_kinds(contents: Contents, form: str, method: str) -> None:
+    for target in contents.targets:
+        if target.kind != "linear":
+            raise ValueError(
+                f'`form` is "{form}", but `{target.name}` is no linear layer (its kind is "{target.kind}"), and PEFT\'s {method} '
+                'takes no other; form="lora" holds it.'
+            )
+
+
 def encode_beside(contents: Contents) -> dict[str, Tensor]:
     """What trained beside the adapter, by PEFT's names. Each is a copy: safetensors does not store what is tied."""
     biases = {f"{target.name}.bias": f"{target.name}.base_layer.bias" for target in contents.targets}
     return {PREFIX + biases.get(name, name): tensor.clone() for name, tensor in contents.beside.items()}
 
 
-def _dense_logits(contents: Contents) -> Tensor:
+def _dense_logits(contents: VBLoRAContents) -> Tensor:
     """All h logits of each row, ``(S, h)``.
 
     Those that are no candidates are drawn again, and lowered to below the k-th best where the training of the others (weight
@@ -226,7 +235,7 @@ def _largest_last(rows: Deployed) -> Deployed:
     return Deployed(rows.indices.gather(1, order), weights)
 
 
-def _by_layer(contents: Contents, values: Tensor, kind: str) -> dict[str, Tensor]:
+def _by_layer(contents: VBLoRAContents, values: Tensor, kind: str) -> dict[str, Tensor]:
     """Rows ``(S, n)`` as PEFT's tensors."""
     config = contents.config
     parts = values.split(rows_of_factors(contents.targets, config.r, config.vector_length))
@@ -253,7 +262,7 @@ def _decode_config(description: dict) -> tuple[VBLoRAConfig, bool, bool]:
         )
     if values.get("bias") == "vera_only":  # the authors' name
         values["bias"] = "vblora_only"
-    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+    for name in _LISTS:
         if values.get(name) in ([], ""):
             del values[name]
     for name in sorted(BEYOND_PEFT & values.keys()):
@@ -263,6 +272,36 @@ def _decode_config(description: dict) -> tuple[VBLoRAConfig, bool, bool]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"its config is not what it should be: {error}") from None
     return config, bool(compact), is_of_authors
+
+
+def decode_config(kind: type[AdapterConfig], description: dict, neutral: Collection[str] = ()) -> AdapterConfig:
+    """The config of another method than VB-LoRA.
+
+    Args:
+        neutral: names of fields that we do not have and that mean nothing by themselves. Of the others those that are None,
+            False, 0 or empty are passed over, too.
+
+    Raises:
+        ValueError: a field that changes what the adapter means and that we do not have, named.
+    """
+    known = {field.name for field in fields(kind)}
+    values = {}
+    for name, value in description.items():
+        if name in known and value is not None and not (name in _LISTS and not value):
+            values[name] = value
+        elif name not in known and name not in PEFT_METADATA and name not in neutral and value:
+            raise ValueError(f"its config has `{name}` = {value!r}, which vblora does not do.")
+    try:
+        return kind.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"its config is not what it should be: {error}") from None
+
+
+def as_float(key: str, tensor: Tensor) -> Tensor:
+    """Half precision becomes float32, which holds it exactly."""
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"`{key}` is {tensor.dtype}; allowed are {', '.join(map(str, _FLOATS))}.")
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _read_dense(key: str, parts: dict[str, Tensor], config: VBLoRAConfig, blocks_first: bool) -> list[Tensor]:
@@ -309,14 +348,14 @@ def _check_shape(key: str, tensor: Tensor, r: int, last: int, blocks_first: bool
     check_tensor(key, tensor, (blocks, r, last) if blocks_first else (r, blocks, last), floating=floating)
 
 
-def _decode_beside(
-    tensors: dict[str, Tensor], config: VBLoRAConfig, targets: set[str]
+def decode_beside(
+    tensors: dict[str, Tensor], config: AdapterConfig, targets: set[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """What trained beside by its names in the model, and the modules that were saved in full."""
     beside = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        if name == key or _LOGITS.fullmatch(key):
+        if name == key or _OF_AN_ADAPTER.search(key):
             raise ValueError(f"it has an unknown tensor `{key}`.")
         # With bias="all" PEFT writes the biases of `modules_to_save` three times: the base model's, and the trained ones again.
         if ".original_module." in name or any(PREFIX + again in tensors for again in _without_wrapper(name)):

@@ -60,6 +60,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
         FileNotFoundError: the base model's files are not there.
         ValueError: they are damaged, a name is not found in them or found twice, or a tensor does not fit.
     """
+    contents.check_widths_known()
     stored = _read_headers(base)
     config = _read_config(base)
     _refuse_tied(contents, config)

@@ -8,23 +8,27 @@ namespace vblora::cpu {
 namespace {
 
 // The words of columns [column, column + kDrawn) of a row; column is a multiple of 4.
-void draw_run(uint64_t seed, int64_t row, int64_t column, uint32_t* words) {
+void draw_run(uint64_t seed, Stream stream, int64_t row, int64_t column, uint32_t* words) {
   for (int64_t i = 0; i < kDrawn / 4; ++i) {
-    const Words drawn = draw_words(seed, Stream::logits, row, column / 4 + i);
+    const Words drawn = draw_words(seed, stream, row, column / 4 + i);
     for (int64_t j = 0; j < 4; ++j) words[4 * i + j] = drawn.word[j];
   }
 }
 
-template <class T>
-void draw_all(const Draw& problem, int64_t row) {
-  T* logits = static_cast<T*>(problem.logits) + row * problem.columns;
+// All numbers of rows [begin, end).
+template <class T, class Number>
+void draw_all(void* values, int64_t begin, int64_t end, int64_t columns, uint64_t seed, Stream stream,
+              const Number& number) {
   uint32_t words[kDrawn];
-  double normals[kDrawn];
-  for (int64_t column = 0; column < problem.columns; column += kDrawn) {
-    draw_run(problem.seed, row, column, words);
-    for (int64_t i = 0; i < kDrawn; ++i) normals[i] = draw_normal(words[i], problem.std);
-    const int64_t count = problem.columns - column < kDrawn ? problem.columns - column : kDrawn;
-    for (int64_t i = 0; i < count; ++i) store(logits + column + i, normals[i]);
+  double numbers[kDrawn];
+  for (int64_t row = begin; row < end; ++row) {
+    T* to = static_cast<T*>(values) + row * columns;
+    for (int64_t column = 0; column < columns; column += kDrawn) {
+      draw_run(seed, stream, row, column, words);
+      for (int64_t i = 0; i < kDrawn; ++i) numbers[i] = number(words[i]);
+      const int64_t count = columns - column < kDrawn ? columns - column : kDrawn;
+      for (int64_t i = 0; i < count; ++i) store(to + column + i, numbers[i]);
+    }
   }
 }
 
@@ -72,7 +76,7 @@ const uint64_t* select(const Draw& problem, int64_t row, uint32_t threshold, uin
       found = problem.columns;
       threshold = static_cast<uint32_t>(keys[found - 1] >> 32);
     }
-    draw_run(problem.seed, row, column, words);
+    draw_run(problem.seed, Stream::logits, row, column, words);
     const int64_t count = problem.vectors - column < kDrawn ? problem.vectors - column : kDrawn;
     for (int64_t i = 0; i < count; ++i) {
       keys[found] = uint64_t{words[i]} << 32 | static_cast<uint32_t>(~(column + i));
@@ -92,7 +96,7 @@ void draw_largest(const Draw& problem, int64_t begin, int64_t end, uint64_t* scr
     T* logits = static_cast<T*>(problem.logits) + row * columns;
     Index* candidates = static_cast<Index*>(problem.candidates) + row * columns;
     for (int64_t i = 0; i < columns; ++i) {
-      store(logits + i, draw_normal(static_cast<uint32_t>(keys[i] >> 32), problem.std));
+      store(logits + i, Normal{problem.std}(static_cast<uint32_t>(keys[i] >> 32)));
       candidates[i] = static_cast<Index>(~static_cast<uint32_t>(keys[i]));
     }
   }
@@ -103,17 +107,25 @@ void draw_largest(const Draw& problem, int64_t begin, int64_t end, uint64_t* scr
 namespace VBLORA_ISA {
 
 void draw(const Draw& problem, int64_t begin, int64_t end, uint64_t* scratch);
+void draw_uniform(const UniformDraw& problem, int64_t begin, int64_t end);
 
 void draw(const Draw& problem, int64_t begin, int64_t end, uint64_t* scratch) {
   with_type(problem.type, [&](auto element) {
     using T = decltype(element);
     if (!problem.candidates) {
-      for (int64_t row = begin; row < end; ++row) draw_all<T>(problem, row);
+      draw_all<T>(problem.logits, begin, end, problem.columns, problem.seed, Stream::logits, Normal{problem.std});
     } else if (problem.candidate_type == Type::i16) {
       draw_largest<T, int16_t>(problem, begin, end, scratch);
     } else {
       draw_largest<T, int32_t>(problem, begin, end, scratch);
     }
+  });
+}
+
+void draw_uniform(const UniformDraw& problem, int64_t begin, int64_t end) {
+  with_type(problem.type, [&](auto element) {
+    draw_all<decltype(element)>(problem.values, begin, end, problem.columns, problem.seed,
+                                static_cast<Stream>(problem.stream), Uniform{problem.bound});
   });
 }
 

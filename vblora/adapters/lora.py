@@ -1,0 +1,91 @@
+"""LoRA: every layer has a pair of factors of its own (arXiv 2106.09685)."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..bank import check_count
+from ..sharding import gather
+from .base import Adapter, Factors, Target
+
+
+class LoRAAdapter(Adapter):
+    """One LoRA adapter of one model: the factors of all layers in one tensor, which is cast once and split once.
+
+    Args:
+        targets: the layers.
+        r: rank of each layer's update.
+        scaling: factor of every update, above 0. Both factors get its square root.
+        init: True starts A as ``nn.Linear`` starts its weight, and B as zeros; ``"gaussian"`` A normal, with a standard
+            deviation of ``1 / r``; False both as ``nn.Linear``'s. Of an embedding A starts as zeros and B normal; with False
+            both normal.
+        device, dtype: of the parameter.
+
+    Attributes:
+        factors: parameter: of each target its A ``(r, in_features)`` and its B ``(r, out_features)``, flat.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        *,
+        r: int = 8,
+        scaling: float = 1.0,
+        init: bool | str = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(targets)
+        check_count("r", r)
+        self.r = r
+        self.scaling = scaling
+        self.init = init
+        self._sizes = [r * width for target in self.targets for width in (target.in_features, target.out_features)]
+        self._starts = [0, *itertools.accumulate(self._sizes)][::2]
+        self.factors = nn.Parameter(torch.empty(sum(self._sizes), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @staticmethod
+    def parts(targets: Sequence[Target], r: int) -> dict[str, list[int]]:
+        """Of each tensor that has a part for each target, along its first dimension: their sizes."""
+        return {"factors": [r * (target.in_features + target.out_features) for target in targets]}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the factors anew, from torch's generator."""
+        if self.factors.is_meta:
+            return
+        parts = self.factors.split_with_sizes(self._sizes)
+        for target, A, B in zip(self.targets, parts[::2], parts[1::2], strict=True):
+            if target.kind == "embedding":  # its inputs are one-hot: A is what is looked up
+                A.normal_(std=0.0 if self.init else 1.0)
+                B.normal_()
+                continue
+            if self.init == "gaussian":
+                A.normal_(std=1 / self.r)
+            else:
+                bound = 1 / math.sqrt(target.in_features)
+                A.uniform_(-bound, bound)
+            bound = 0.0 if self.init else 1 / math.sqrt(self.r)
+            B.uniform_(-bound, bound)
+
+    def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
+        factors, sizes = gather(self.factors), self._sizes
+        if index is not None:
+            sizes = sizes[2 * index : 2 * index + 2]
+            factors = factors.narrow(0, self._starts[index], sum(sizes))
+        parts = _scaled(factors, self.scaling).to(dtype).split_with_sizes(sizes)
+        return [Factors(a.view(self.r, -1), b.view(self.r, -1)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"factors": [self.factors]}
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling}, targets={len(self.targets)}"
+
+
+def _scaled(factors: Tensor, scaling: float) -> Tensor:
+    return factors if scaling == 1.0 else factors * math.sqrt(scaling)

@@ -1,0 +1,77 @@
+"""What VeRA and Tied-LoRA share: one pair of projections for all layers, and two vectors for each."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..bank import check_count
+from ..sharding import gather
+from .base import Adapter, Factors, Target
+
+
+class SharedPairAdapter(Adapter):
+    """``A`` ``(r, in)`` and ``B`` ``(r, out)`` of the largest widths; a layer's are their first columns, which are never copied.
+
+    What is a layer's own is two vectors: a row of the one scales the ranks, a run of the other the outputs. A subclass makes the
+    pair, as parameters or buffers, and the vectors, whose names are in ``VECTORS``.
+    """
+
+    VECTORS: tuple[str, str]
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, targets: Sequence[Target], r: int) -> None:
+        super().__init__(targets)
+        check_count("r", r)
+        self.r = r
+        self._widths = [target.out_features for target in self.targets]
+        self._starts = [0, *itertools.accumulate(self._widths)]
+
+    @classmethod
+    def parts(cls, targets: Sequence[Target], r: int) -> dict[str, list[int]]:
+        """Of each tensor that has a part for each target, along its first dimension: their sizes."""
+        return {cls.VECTORS[0]: [1] * len(targets), cls.VECTORS[1]: [target.out_features for target in targets]}
+
+    @staticmethod
+    def pair_sizes(targets: Sequence[Target], r: int) -> dict[str, tuple[int, int]]:
+        return {"A": (r, max(t.in_features for t in targets)), "B": (r, max(t.out_features for t in targets))}
+
+    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` in ``dtype``."""
+        return gather(self.A).to(dtype), gather(self.B).to(dtype)
+
+    def _make_vectors(
+        self, of_ranks: float, of_outputs: float, device: torch.device | str | None, dtype: torch.dtype
+    ) -> None:
+        sizes = (len(self.targets), self.r), (sum(self._widths),)
+        for name, size, value in zip(self.VECTORS, sizes, (of_ranks, of_outputs), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.full(size, value, device=device, dtype=dtype)))
+
+    def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
+        A, B = self.pair(dtype)
+        d, e = (gather(getattr(self, name)) for name in self.VECTORS)
+        targets = self.targets
+        if index is None:
+            ds, es = d.to(dtype).unbind(), e.to(dtype).split_with_sizes(self._widths)
+        else:
+            targets = targets[index : index + 1]
+            ds, es = [d[index].to(dtype)], [e.narrow(0, self._starts[index], self._widths[index]).to(dtype)]
+        # One view a width, not a layer: where the pair trains, each view's gradient is a whole pair.
+        of_width = {}
+        for target in targets:
+            for name, tensor, width in (("A", A, target.in_features), ("B", B, target.out_features)):
+                if (name, width) not in of_width:
+                    of_width[name, width] = tensor if width == tensor.shape[1] else tensor.narrow(1, 0, width)
+        return [
+            Factors(of_width["A", target.in_features], of_width["B", target.out_features], d, e)
+            for target, d, e in zip(targets, ds, es, strict=True)
+        ]
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        vectors = [getattr(self, name) for name in self.VECTORS]
+        return {"factors": [p for p in (self.A, self.B) if isinstance(p, nn.Parameter)], "vectors": vectors}
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, targets={len(self.targets)}"

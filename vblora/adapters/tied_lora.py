@@ -1,0 +1,53 @@
+"""Tied-LoRA: one trained pair of projections for all layers, and two trained vectors for each (arXiv 2311.09578)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..sharding import gather
+from .base import Target
+from .shared import SharedPairAdapter
+
+
+class TiedLoRAAdapter(SharedPairAdapter):
+    """One Tied-LoRA adapter of one model: the update of a layer is ``(((x Aᵀ) ∘ u) B) ∘ v``, and all four train (vBuA).
+
+    A starts uniform up to Kaiming's bound, sqrt(6 / in), B as zeros, u and v as ones.
+
+    Args:
+        targets: the layers.
+        r: rank.
+        scaling: factor of every update.
+        device, dtype: of the parameters.
+
+    Attributes:
+        A, B: parameters ``(r, in)``, ``(r, out)`` of the largest widths.
+        u: parameter ``(layers, r)``.
+        v: parameter, the ``out_features`` of each layer in turn.
+    """
+
+    VECTORS = ("u", "v")
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        *,
+        r: int = 8,
+        scaling: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(targets, r)
+        self.scaling = scaling
+        for name, size in self.pair_sizes(targets, r).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(size, device=device, dtype=dtype)))
+        bound = math.sqrt(6 / self.A.shape[1])
+        if not self.A.is_meta:
+            nn.init.uniform_(self.A, -bound, bound)
+        self._make_vectors(1.0, 1.0, device, dtype)
+
+    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        B = gather(self.B)
+        return gather(self.A).to(dtype), (B if self.scaling == 1.0 else B * self.scaling).to(dtype)

@@ -1,0 +1,104 @@
+"""VeRA: one frozen random pair of projections for all layers, and two trained vectors for each (arXiv 2310.11454)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops  # noqa: F401  (registers torch.ops.vblora)
+from .base import Target
+from .shared import SharedPairAdapter
+
+_STREAMS = {"A": 1, "B": 2}  # csrc/random.h
+
+
+class VeRAAdapter(SharedPairAdapter):
+    """One VeRA adapter of one model: the update of a layer is ``(((x Aᵀ) ∘ d) B) ∘ e`` (eq. 2, where e is called b).
+
+    Args:
+        targets: the layers.
+        r: rank.
+        key: what the projections are drawn by: the same bits on every device.
+        d_initial: the vectors d start as this, and e as zeros, so that the first update is 0.
+        init: False starts d normal and e as ones.
+        save_projection: whether A and B are in the state dict.
+        projection: A ``(r, in)`` and B ``(r, out)`` of a file, instead of a draw.
+        device, dtype: of the parameters and the projections.
+
+    Attributes:
+        A, B: buffers ``(r, in)``, ``(r, out)`` of the largest widths.
+        d: parameter ``(layers, r)``.
+        e: parameter, the ``out_features`` of each layer in turn.
+    """
+
+    VECTORS = ("d", "e")
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        *,
+        r: int = 256,
+        key: int = 0,
+        d_initial: float = 0.1,
+        init: bool = True,
+        save_projection: bool = True,
+        projection: tuple[Tensor, Tensor] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(targets, r)
+        self.key = key
+        if projection is None:
+            projection = draw_projection(targets, r, key, device=device, dtype=dtype)
+        for name, tensor in zip("AB", projection, strict=True):
+            self.register_buffer(name, tensor, persistent=save_projection)
+        self._cast: tuple[Tensor, Tensor] | None = None
+        self._make_vectors(d_initial, 0.0 if init else 1.0, device, dtype)
+        if not init and not self.d.is_meta:
+            torch.nn.init.normal_(self.d)
+
+    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` in ``dtype``. They are frozen, so another dtype's are kept."""
+        if self.A.dtype == dtype or torch.compiler.is_compiling():
+            return super().pair(dtype)
+        if self._cast is None or self._cast[0].dtype != dtype:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cast = super().pair(dtype)
+        return self._cast
+
+    def invalidate(self) -> None:
+        self._cast = None
+        super().invalidate()
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_cast": None}
+
+
+def draw_projection(
+    targets: Sequence[Target],
+    r: int,
+    key: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A ``(r, in)`` and B ``(r, out)`` of the largest widths: uniform up to Kaiming's bound, sqrt(6 / fan-in), as PEFT's."""
+    pair = []
+    for name, size in SharedPairAdapter.pair_sizes(targets, r).items():
+        fan_in = size[1] if name == "A" else r
+        values = torch.empty(size, device=device, dtype=dtype)
+        torch.ops.vblora.draw_uniform_(values, key, _STREAMS[name], math.sqrt(6 / fan_in))
+        pair.append(values)
+    return tuple(pair)
+
+
+def pefts_projection(targets: Sequence[Target], r: int, key: int) -> tuple[Tensor, Tensor]:
+    """The pair that PEFT draws by ``key``, from torch's generator on the CPU: as far as that is what it was there and then."""
+    sizes = SharedPairAdapter.pair_sizes(targets, r)
+    generator = torch.Generator().manual_seed(key)
+    pair = []
+    for size, fan_in in ((sizes["A"], sizes["A"][1]), (sizes["B"][::-1], r)):
+        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in))
+        pair.append(torch.empty(size, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+    return pair[0], pair[1].T.contiguous()
