@@ -188,6 +188,25 @@ def test_growing_with_a_gradient_under_way():
     assert torch.equal(layer.adapter.logits.grad[:, :8], 2 * before)
 
 
+def test_growing_in_a_loop_that_keeps_its_loss():
+    """The graph's end at the logits would refuse their next gradient, of another size."""
+    layer = vblora.VBLinear(16, 16, num_candidates=6, seed=1)
+    optimizer = torch.optim.AdamW(vblora.parameter_groups(layer))
+    loss = None
+    for step in range(3):
+        if step == 1:
+            with pytest.raises(ValueError, match="del loss"):
+                vblora.grow(layer, 12, optimizer)
+            assert layer.adapter.logits.shape[1] == 6
+            loss = None
+            vblora.grow(layer, 12, optimizer)
+        loss = layer(torch.randn(3, 16)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert layer.adapter.logits.grad.shape[1] == 12
+
+
 def test_growing_to_all_is_dense():
     layer, dense = small(), small(num_candidates=None)
     vblora.grow(layer, 40)

@@ -99,7 +99,7 @@ def test_eject_after_moving_and_casting():
             lambda: Net(blocks=1),
             {"target_modules": ["up", "head"]},
             ValueError,
-            r"`vector_length` is 8.*head \(16 -> 3\)",
+            r"`vector_length` is 8.*head \(16 -> 3\).*would do: 1; or any, with pad=True",
         ),
         (lambda: Net(blocks=1), {"target_modules": ["blocks"]}, TypeError, "`blocks`, a ModuleList"),
         (bert, {"target_modules": ["LayerNorm"]}, TypeError, "a LayerNorm; allowed are nn.Linear, nn.Embedding"),

@@ -59,6 +59,8 @@ def test_wraps_a_layer_and_keeps_it():
 def test_default_vector_length_divides_both_widths():
     assert vblora.VBLinear(768, 3072).adapter.bank.vector_length == 256
     assert vblora.VBLinear(12, 20).adapter.bank.vector_length == 4
+    assert vblora.VBLinear(700, 3001, pad=True).adapter.bank.vector_length == 256
+    assert vblora.VBLinear(12, 19, pad=True).adapter.bank.vector_length == 19
 
 
 def test_layers_share_a_bank():
@@ -118,7 +120,11 @@ def test_compiles_in_one_graph():
             ValueError,
             "num_vectors",
         ),
-        ({"in_features": 8, "out_features": 12, "vector_length": 8}, ValueError, "vector_length.*would do: 1, 2, 4"),
+        (
+            {"in_features": 8, "out_features": 12, "vector_length": 8},
+            ValueError,
+            "vector_length.*would do: 1, 2, 4; .*pad=True",
+        ),
         ({"in_features": 8, "out_features": 8, "num_vectors": 2, "topk": 3}, ValueError, "topk"),
         ({"in_features": 8, "out_features": 8, "r": 0}, ValueError, "`r`"),
         ({"in_features": 8, "out_features": 8, "dropout": 1.0}, ValueError, "dropout"),

@@ -287,7 +287,8 @@ def test_counted_and_grown_by_name():
     assert vblora.stats(model, "second").num_candidates == 8
     vblora.grow(model, 10, adapter_name="second")
     assert (vblora.stats(model).num_candidates, vblora.stats(model, "second").num_candidates) == (4, 10)
-    of_one = vblora.count_parameters(model).trainable
+    of_one, stored = vblora.count_parameters(model)
+    assert (of_one, stored) == vblora.count_parameters(vblora.inject(base(), replace(FIRST, num_candidates=4)))
     vblora.set_adapter(model, ["second"])
     assert vblora.count_parameters(model).trainable - of_one == 6 * model.vblora.second.num_subvectors
 

@@ -22,9 +22,10 @@ def injected(make=bert, **choice):
 
 @pytest.mark.parametrize("make", [bert, llama, gpt2])
 @pytest.mark.parametrize("num_candidates", [None, 8])
+@pytest.mark.parametrize("choice", [{}, {"pad": True, "vector_length": 20}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_noop_start_is_the_base_model_and_trains(make, num_candidates, dtype):
-    base, model = injected(make, init="noop", num_candidates=num_candidates)
+def test_a_noop_start_is_the_base_model_and_trains(make, num_candidates, choice, dtype):
+    base, model = injected(make, init="noop", num_candidates=num_candidates, **choice)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         output = model(IDS).logits
         assert torch.equal(output, base(IDS).logits)
@@ -87,12 +88,16 @@ def test_a_noop_start_over_a_shared_bank_needs_pairs():
 
 
 def test_one_layer_starts_as_nothing_too():
-    layer = vblora.VBLinear(16, 24, init="noop")
-    x = torch.randn(3, 16)
-    assert torch.equal(layer(x), layer.base_layer(x))
+    for layer in (vblora.VBLinear(16, 24, init="noop"), vblora.VBLinear(16, 25, init="noop", pad=True)):
+        x = torch.randn(3, 16)
+        assert torch.equal(layer(x), layer.base_layer(x))
+        layer(x).square().sum().backward()
+        assert layer.adapter.logits.grad.any() and layer.adapter.bank.vectors.grad.any()
 
 
-@pytest.mark.parametrize("choice", [{"scaling": 4.0}, {"scaling": 0.3, "init": "noop", "num_candidates": 8}])
+@pytest.mark.parametrize(
+    "choice", [{"scaling": 4.0}, {"scaling": 0.3, "init": "noop", "num_candidates": 8, "pad": True}]
+)
 @pytest.mark.parametrize("form", ["resume", "deploy", "peft", "peft-topk", "lora"])
 def test_scaling_and_start_survive_every_form(choice, form, tmp_path):
     base, model = injected(**choice)

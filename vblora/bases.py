@@ -6,17 +6,25 @@ An update is ``B`` transposed times ``A``, in the shape of the layer's weight se
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .adapters.base import Factors
+from .adapters.base import Factors, Target
 from .lowrank import add_product
 
 
 class Linear:
     """``nn.Linear``."""
 
+    name = "linear"
+
     @staticmethod
     def takes(layer: nn.Module) -> bool:
         return isinstance(layer, nn.Linear)
+
+    @staticmethod
+    def refusal(layer: nn.Module) -> str | None:
+        """What about a layer of this kind keeps an update from it; None: nothing."""
+        return None
 
     @staticmethod
     def widths(layer: nn.Module) -> tuple[int, int]:
@@ -54,11 +62,20 @@ class Conv1D(Linear):
 class Embedding(Linear):
     """``nn.Embedding``, as the linear layer of one-hot inputs that it is: ``in`` counts the entries. It has no dropout."""
 
+    name = "embedding"
+
     @staticmethod
     def takes(layer: nn.Module) -> bool:
-        # One that changes its weight as it is read (max_norm), or its output in a way that is not known, is not taken.
-        plain = type(layer).forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
-        return isinstance(layer, nn.Embedding) and plain and layer.max_norm is None
+        return isinstance(layer, nn.Embedding)
+
+    @staticmethod
+    def refusal(layer: nn.Module) -> str | None:
+        if layer.max_norm is not None:
+            return "changes its weight as it is read (`max_norm`)"
+        if layer.scale_grad_by_freq:
+            return "has a rule of its own for gradients (`scale_grad_by_freq`)"
+        scaled = type(layer).__name__.endswith("ScaledWordEmbedding") and hasattr(layer, "embed_scale")  # transformers'
+        return None if scaled else _other_forward(layer, nn.Embedding)
 
     @staticmethod
     def widths(layer: nn.Module) -> tuple[int, int]:
@@ -66,9 +83,14 @@ class Embedding(Linear):
 
     @staticmethod
     def add_update(layer: nn.Module, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        hidden = F.embedding(x, factors.A.T, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
-        scale = getattr(layer, "embed_scale", None)  # transformers' scaled embeddings
-        return add_product(y, hidden if scale is None else hidden * scale, factors)
+        hidden = F.embedding(x, factors.A.T)
+        scale = getattr(layer, "embed_scale", None)
+        y = add_product(y, hidden if scale is None else hidden * scale, factors)
+        if layer.padding_idx is None:
+            return y
+        return torch.where(
+            (x == layer.padding_idx).unsqueeze(-1), y.detach(), y
+        )  # trains nothing, as in the layer itself
 
     @staticmethod
     def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
@@ -78,9 +100,18 @@ class Embedding(Linear):
 class Convolution:
     """``nn.Conv1d`` and ``nn.Conv2d``, by their weight flattened to ``(out_channels, in_channels / groups * kernel)``."""
 
+    name = "convolution"
+
     @staticmethod
     def takes(layer: nn.Module) -> bool:
         return isinstance(layer, (nn.Conv1d, nn.Conv2d))
+
+    @staticmethod
+    def refusal(layer: nn.Module) -> str | None:
+        base = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
+        if type(layer)._conv_forward is not base._conv_forward:
+            return "has a `_conv_forward` of its own"
+        return _other_forward(layer, base)
 
     @staticmethod
     def widths(layer: nn.Module) -> tuple[int, int]:
@@ -105,18 +136,39 @@ class Convolution:
         return (B.T @ A).view_as(layer.weight)
 
 
+def _other_forward(layer: nn.Module, base: type[nn.Module]) -> str | None:
+    same = type(layer).forward is base.forward
+    return None if same else f"is no plain nn.{base.__name__}: what its `forward` does is not known"
+
+
 KINDS = (Linear, Conv1D, Embedding, Convolution)
 ALLOWED = "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d and transformers' Conv1D"
 
 
 def kind_of(layer: nn.Module) -> type[Linear] | type[Convolution] | None:
-    """The kind of a layer, or None: it takes no update."""
+    """The kind of a layer, or None: it is of none of them."""
     return next((kind for kind in KINDS if kind.takes(layer)), None)
 
 
-def widths(layer: nn.Module) -> tuple[int, int]:
-    """Columns and rows of a layer's weight as a matrix ``(out, in)``."""
-    return kind_of(layer).widths(layer)
+def refusal(layer: nn.Module) -> str | None:
+    """Why a layer takes no update, to be said after what it is; None: it takes one."""
+    kind = kind_of(layer)
+    if kind is None:
+        return f"; allowed are {ALLOWED}"
+    if is_lazy(layer.weight):
+        return ", which has no sizes yet; run the model once"
+    reason = kind.refusal(layer)
+    return reason and f", which {reason}"
+
+
+def target_of(name: str, layer: nn.Module) -> Target:
+    """A layer as an adapter and its files see it."""
+    kind = kind_of(layer)
+    if kind is not Convolution:
+        return Target(name, *kind.widths(layer), kind.name)
+    usual = {"groups": 1, "dilation": (1,) * len(layer.kernel_size), "padding_mode": "zeros"}
+    unusual = [attribute for attribute, value in usual.items() if getattr(layer, attribute) != value]
+    return Target(name, *kind.widths(layer), kind.name, tuple(layer.weight.shape[1:]), tuple(unusual))
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 
 from .adapters import VBLoRAAdapter
@@ -54,8 +55,8 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_
         adapter_name: which adapter of an injected model, if not the one that is active.
 
     Raises:
-        ValueError: it has no candidates or no seed to draw more by, FSDP2 has sharded it, or ``num_candidates`` is out of
-            range.
+        ValueError: it has no candidates or no seed to draw more by, FSDP2 has sharded it, ``num_candidates`` is out of range,
+            or the loss of an earlier step is still there.
     """
     adapter = _trained_adapter(model, adapter_name)
     check_count("num_candidates", num_candidates)
@@ -73,6 +74,11 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_
     drawn = adapter.initial(num_candidates)
     if not torch.equal(drawn.candidates[:, :columns], adapter.candidates):
         raise ValueError("the adapter's candidates are not those that its seed draws, so the next best are not known.")
+
+    if _held_by_a_graph(adapter.logits):
+        raise ValueError(
+            "the graph of an earlier forward still refers to the logits as they are. Let go of its outputs first: `del loss`."
+        )
 
     def extended(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor.new_zeros(rows, num_candidates - columns)], 1)
@@ -114,6 +120,14 @@ def moves_untouched(model: nn.Module, optimizer: Optimizer) -> str | None:
     return None
 
 
+def _held_by_a_graph(parameter: Tensor) -> bool:
+    """Whether some output's history leads to it: the node there, which knows its shape, is made anew where there is none."""
+    if not parameter.requires_grad:
+        return False
+    get_gradient_edge(parameter).node.metadata["vblora"] = True
+    return "vblora" in get_gradient_edge(parameter).node.metadata
+
+
 _COUPLED = frozenset({"Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD"})
 _NOT_ELEMENTWISE = frozenset({"Adafactor", "LBFGS", "LAMB", "Lamb", "LARS", "Muon", "Shampoo", "SOAP"})
 
@@ -123,7 +137,7 @@ def _trained_adapter(model: nn.Module, adapter_name: str | None) -> VBLoRAAdapte
         model = injected(model, adapter_name).adapter
     adapters = {module: None for module in model.modules() if isinstance(module, VBLoRAAdapter)}
     if len(adapters) != 1:
-        raise ValueError(f"`model` has {len(adapters) or 'no'} adapters; pass one that has one.")
+        raise ValueError(f"`model` has {len(adapters) or 'no'} VB-LoRA adapters; pass one that has one.")
     (adapter,) = adapters
     if adapter.logits is None:
         raise ValueError("the adapter is a deployed one, which has no logits and no candidates.")

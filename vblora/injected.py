@@ -12,6 +12,7 @@ from .adapters import Adapter
 from .bases import compute_dtype
 from .config import AdapterConfig
 from .layers import AdaptedLayer, Replaced, Update, adapted_layers
+from .quantised import is_packed, keep_unpacked, let_pack
 
 ADAPTERS = "vblora"  # name of the adapters among an injected model's modules
 
@@ -78,11 +79,13 @@ class Injected:
             self.adapter.begin_forward(compute_dtype(self.layers[0].weight.device, self._layers_dtype()))
 
     def _layers_dtype(self) -> torch.dtype:
-        """The widest among the layers' dtypes. Remembered, but not in a graph, which would be another one then."""
+        """The widest among the layers' dtypes, or among the model's where packed layers have none. Remembered, but not in a
+        graph, which would be another one then."""
         remember = not torch.compiler.is_compiling()
         dtype = self.adapter.compute_dtype if remember else None
         if dtype is None:
-            dtype = functools.reduce(torch.promote_types, [layer.weight.dtype for layer in self.layers])
+            dtypes = [layer.weight.dtype for layer in self.layers if not layer.packed] or _dtypes_of(self.model)
+            dtype = functools.reduce(torch.promote_types, dtypes)
             if remember:
                 self.adapter.compute_dtype = dtype
         return dtype
@@ -96,6 +99,7 @@ class Injection:
         self.adapters: dict[str, Injected] = {}
         self.names: dict[AdaptedLayer, list[str]] = {}  # of each layer; several if the model uses it in several places
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.unpacked = keep_unpacked(model)
         self._active: tuple[Injected, ...] = ()
         self._hooks: list[RemovableHandle] = []
 
@@ -185,6 +189,7 @@ class Injection:
             self._unwrap(layer)
         for hook in self._hooks:
             hook.remove()
+        let_pack(self.unpacked)
         delattr(self.model, ADAPTERS)
         del self.model._vblora_injection
         self.adapters, self._active = {}, ()
@@ -367,6 +372,14 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             replaced.swap()
         for layer in enabled:
             layer.set(enabled=True)
+
+
+def _dtypes_of(model: nn.Module) -> list[torch.dtype]:
+    """Those of the base model's parameters that say what it computes in."""
+    if torch.compiler.is_compiling():
+        return [torch.float32]  # each layer casts its factors, which costs nothing in a graph
+    own = set(getattr(model, ADAPTERS).parameters())
+    return [p.dtype for p in model.parameters() if p not in own and not is_packed(p)] or [torch.get_default_dtype()]
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -7,13 +7,15 @@ import warnings
 import torch
 from torch import nn
 
-from .adapters import Adapter, Target
+from .adapters import Adapter
+from .adapters.base import warn_of_half_precision
 from .bank import VectorBank
-from .bases import widths
+from .bases import target_of
 from .config import AdapterConfig, VBLoRAConfig
 from .injected import ADAPTERS, Adapters, Injected, Injection, injections, refuse_if_disabled, refuse_if_merged
 from .layers import AdaptedLayer, Replaced
 from .methods import check_config, check_targets, new_adapter
+from .quantised import is_quantised, passes_gradients, said
 from .targets import base_modules, find_targets, matches
 
 
@@ -44,15 +46,17 @@ def inject(
         freeze_bank: of VB-LoRA: leave the bank as it is; the logits alone train. An adapter whose bank is still its file's is
             saved without it.
 
-    Cast the base model before, not after: the adapter is float32 then, and casting logits changes which vectors are chosen.
+    Cast the base model before, not after: the adapter is float32 then, and casting logits changes which vectors are chosen. A
+    cast to half precision afterwards warns of that.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: the model has an adapter of that name, is merged or disabled; nothing matches; a width that
-            ``vector_length`` does not divide; or a ``bank`` of another size, or for another method.
-        TypeError: a match that takes no update, or a model that cannot be called.
+            ``vector_length`` does not divide (without ``pad``); or a ``bank`` of another size, or for another method.
+        TypeError: a match that takes no update or passes no gradient on, a quantised weight that would train, or a model that
+            cannot be called.
         FileNotFoundError: there is no such file of a bank.
 
     Example::
@@ -61,6 +65,7 @@ def inject(
         optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
     """
     plan = Plan(model, config, adapter_name)
+    plan.check_trainable()
     if isinstance(plan.config, VBLoRAConfig):
         adapter = plan.new_adapter(bank=_bank(plan.config, bank, plan.device))
         if freeze_bank:
@@ -70,6 +75,7 @@ def inject(
         raise ValueError(f"`{given}` is of VB-LoRA, but `config` is a {type(config).__name__}. Leave it out.")
     else:
         adapter = plan.new_adapter()
+    warn_of_half_precision({name: parameter.dtype for name, parameter in adapter.named_parameters()})
     return plan.carry_out(adapter)
 
 
@@ -119,7 +125,7 @@ class Plan:
         modules = base_modules(model)
         self._found = find_targets(model, self.config)
         saved = _find_saved(list(modules), self.config)
-        self.targets = tuple(Target(names[0], *widths(layer)) for layer, names in self._found.items())
+        self.targets = tuple(target_of(names[0], layer) for layer, names in self._found.items())
         check_targets(self.config, self.targets)
         in_place = [] if self.record is None else self.record.in_place()
         for replaced in in_place:  # what is copied are the base model's
@@ -134,6 +140,20 @@ class Plan:
     def new_adapter(self, **given: object) -> Adapter:
         """An adapter for the targets, with what is ``given`` of it (:func:`vblora.methods.new_adapter`)."""
         return new_adapter(self.config, self.targets, device=self.device, **given)
+
+    def check_trainable(self) -> None:
+        """Refuses layers that would hand no gradient on to those before them.
+
+        Raises:
+            TypeError: named.
+        """
+        for layer, names in self._found.items():
+            if not passes_gradients(layer.weight):
+                raise TypeError(
+                    f"`target_modules` matches `{names[0]}`, which quantises its input, too ({said(layer.weight)}), and passes "
+                    "no gradient on to the layers before it. Quantise weights only, as torchao's Int8WeightOnlyConfig does; or "
+                    "load a trained adapter."
+                )
 
     def carry_out(self, adapter: Adapter) -> nn.Module:
         """Changes the model, and returns it. A model's first adapter is active then; later ones wait to be."""
@@ -220,6 +240,8 @@ def _stand_ins(
         tensor = getattr(module, name)
         if tensor.is_meta and getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(f"`{full_name}` would train, but accelerate has offloaded it. Keep it on a device.")
+        if is_quantised(tensor):
+            raise TypeError(f"`{full_name}` would train, but is quantised ({said(tensor)}). Leave its module out.")
         if tensor not in copies:
             copy = tensor.detach().clone()
             if isinstance(tensor, nn.Parameter):

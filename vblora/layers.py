@@ -1,6 +1,5 @@
 """Where factors meet a frozen layer."""
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -8,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Slot, Target, VBLoRAAdapter
+from .adapters import Slot, VBLoRAAdapter
+from .adapters.vblora import default_length
 from .bank import VectorBank
-from .bases import compute_dtype, is_linear, kind_of, widths
+from .bases import compute_dtype, is_linear, kind_of, target_of
+from .quantised import Rounding, exchange, format_of, is_packed, keep_unpacked, rounding
 
 
 class Replaced:
@@ -29,11 +30,7 @@ class Replaced:
     @torch.no_grad()
     def swap(self) -> None:
         """Puts the one that stands aside in place, moved and cast to where the model went meanwhile, and that one aside."""
-        current = getattr(self.module, self.name)
-        if (self._aside.device, self._aside.dtype) != (current.device, current.dtype):
-            self._aside.data = self._aside.data.to(current.device, current.dtype)
-        setattr(self.module, self.name, self._aside)
-        self._aside = current
+        self._aside = exchange(self.module, self.name, self._aside)
         self.in_place = not self.in_place
 
 
@@ -57,17 +54,20 @@ class AdaptedLayer(nn.Module):
         enabled: False leaves all updates out.
         merged: names of the adapters whose updates are in ``base_layer.weight`` (see :func:`vblora.merge`).
         unmerged: the weight without and with those, unless the former was released.
+        rounding: what was lost as a merged weight was quantised again; None if none was.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.kind = kind_of(base_layer)
+        self.packed = is_packed(base_layer.weight)
         self.updates: dict[str, Update] = {}
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.unmerged: Replaced | None = None
+        self.rounding: Rounding | None = None
         self.running: dict[str, Update] = {}
         self.train(base_layer.training)
 
@@ -119,21 +119,29 @@ class AdaptedLayer(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def merged_weight(self, names: Iterable[str]) -> Tensor:
-        """The weight with the updates of ``names`` and of those merged before in it, rounded once to the weight's dtype."""
+        """The weight with the updates of ``names`` and of those merged before in it, rounded once to its dtype. Not quantised."""
         if self.unmerged is None:
-            return self.delta_weight(names).add_(self.weight).to(self.weight.dtype)
+            stored = format_of(self.weight)
+            return self.delta_weight(names).add_(stored.read(self.base_layer)).to(stored.dtype(self.base_layer))
         self.unmerged.swap()
+        unmerged, self.unmerged = self.unmerged, None
         try:
-            return self.delta_weight((*self.merged, *names)).add_(self.weight).to(self.weight.dtype)
+            return self.merged_weight((*self.merged, *names))
         finally:
+            self.unmerged = unmerged
             self.unmerged.swap()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge(self, names: Iterable[str], release: bool) -> None:
         """Puts updates into a new weight; the old one is kept for :meth:`unmerge`, or released."""
         names = tuple(names)
-        merged = nn.Parameter(self.merged_weight(names), requires_grad=self.weight.requires_grad)
+        weight = self.merged_weight(names)
         if self.unmerged is not None:
             self.unmerged.swap()
+        stored = format_of(self.weight)
+        merged = stored.stored(self.base_layer, weight)
+        self.rounding = None if stored.exact else rounding(self.base_layer, weight, merged)
         replaced = Replaced(self.base_layer, "weight", merged)
         replaced.swap()
         self.unmerged = None if release else replaced
@@ -149,6 +157,7 @@ class AdaptedLayer(nn.Module):
         if self.unmerged is not None:
             self.unmerged.swap()
             self.unmerged = None
+            self.rounding = None
             self.merged = ()
             self.set()
 
@@ -198,12 +207,13 @@ class VBLinear(AdaptedLayer):
         r: rank of the update.
         topk: k, bank vectors mixed into a sub-vector.
         bank: the vector bank. Without it a new one is made from ``num_vectors`` and ``vector_length``.
-        num_vectors, vector_length: h and b of a new bank. ``vector_length`` must divide both widths; by default it is the
-            largest such length up to 256.
+        num_vectors, vector_length: h and b of a new bank. ``vector_length`` must divide both widths unless ``pad``; by
+            default it is the largest such length up to 256.
         num_candidates: M, bank vectors that a sub-vector may choose from while it trains (:class:`VBLoRAConfig`).
         dropout: probability of dropping an element of the update's input while training.
         init_logits_std: logits start normal with this standard deviation.
         init, scaling: how the adapter starts, and the factor of its update (:class:`VBLoRAConfig`).
+        pad: let ``vector_length`` be any (:class:`VBLoRAConfig`); by default it is 256, or the larger width if that is less.
         seed: of that draw; from torch's generator if None.
         device, dtype: of a new ``nn.Linear``. Adapter parameters go to the layer's device and are float32.
 
@@ -237,6 +247,7 @@ class VBLinear(AdaptedLayer):
         init_logits_std: float = 0.1,
         init: str = "paper",
         scaling: float = 1.0,
+        pad: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -257,14 +268,11 @@ class VBLinear(AdaptedLayer):
             base_layer = nn.Linear(in_features, out_features, bias is not False, device=device, dtype=dtype)
         elif not is_linear(base_layer):
             raise TypeError(f"`base_layer` is a {type(base_layer).__name__}; allowed are nn.Linear and Conv1D.")
-        target = Target("base_layer", *widths(base_layer))
+        target = target_of("base_layer", base_layer)
         if bank is None:
-            common = math.gcd(target.in_features, target.out_features)
-            if vector_length is None:
-                vector_length = max(length for length in range(1, min(common, 256) + 1) if common % length == 0)
             bank = VectorBank(
                 256 if num_vectors is None else num_vectors,
-                vector_length,
+                default_length((target,), pad) if vector_length is None else vector_length,
                 pairs=init == "noop",
                 device=base_layer.weight.device,
             )
@@ -277,10 +285,12 @@ class VBLinear(AdaptedLayer):
             init_logits_std=init_logits_std,
             init=init,
             scaling=scaling,
+            pad=pad,
             seed=seed,
         )
         super().__init__(base_layer)
         self.base_layer.requires_grad_(False)
+        keep_unpacked(self)
         self.adapter = adapter
         self.updates["default"] = Update(adapter.slots[0], dropout)
         self.set(active=["default"])

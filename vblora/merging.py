@@ -1,11 +1,13 @@
 """Putting updates into weights, and taking them out again."""
 
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
 
 from .injected import refuse_if_disabled
 from .layers import AdaptedLayer, adapted_layers
+from .quantised import Rounding, format_of, said
 
 
 def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None, *, release: bool = False) -> nn.Module:
@@ -13,6 +15,10 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None, *,
 
     The sum is formed in float32 (float64 for a float64 weight) and rounded once to the weight's dtype. Each merged layer gets
     a weight of its own: one that is tied to another layer's leaves that layer alone.
+
+    A quantised weight (bitsandbytes' 8 and 4 bits, torchao's int8) is dequantised, and its sum with the updates quantised again
+    in the same way. A warning tells what that rounds away, and each layer's ``rounding``: the relative error of the weight
+    (``of_weight``), and the same error by the norm of the update (``of_update``).
 
     Args:
         model: an injected model, or any module that holds :class:`VBLinear` layers.
@@ -27,7 +33,7 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None, *,
     Raises:
         ValueError: no adapted layers, an adapter that is not active, is merged already or disabled, or a sum that is not
             finite in the weight's dtype. Nothing is merged then.
-        TypeError: a base weight that is no floating-point parameter.
+        TypeError: a base weight that is computed from others, or quantised in a way that nothing can be merged into.
     """
     layers = adapted_layers(model)
     refuse_if_disabled([layer for _, layer in layers])
@@ -44,16 +50,20 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None, *,
             raise TypeError(
                 f"the weight of layer `{name}` is computed from others (parametrized), and cannot be replaced."
             )
-        if not layer.weight.is_floating_point():
-            raise TypeError(f"layer `{name}` has a weight of {layer.weight.dtype}, which cannot be merged into.")
-        if not layer.merged_weight(chosen[layer]).isfinite().all():
+        if format_of(layer.weight) is None:
+            raise TypeError(f"layer `{name}` has a weight of {said(layer.weight)}, which cannot be merged into.")
+        weight = layer.merged_weight(chosen[layer])
+        if not weight.isfinite().all():
             raise ValueError(
-                f"merged, the weight of layer `{name}` would not be finite in {layer.weight.dtype}: the adapter is broken, "
+                f"merged, the weight of layer `{name}` would not be finite in {weight.dtype}: the adapter is broken, "
                 "or too large for that dtype. Nothing was merged."
             )
     for layer, names in chosen.items():
         if names:
             layer.merge(names, release)
+    _warn_of_rounding(
+        [(name, layer.rounding) for name, layer in layers if chosen[layer] and layer.rounding is not None]
+    )
     return model
 
 
@@ -71,6 +81,17 @@ def unmerge(model: nn.Module) -> nn.Module:
     for _, layer in layers:
         layer.unmerge()
     return model
+
+
+def _warn_of_rounding(quantised: list[tuple[str, Rounding]]) -> None:
+    if not quantised:
+        return
+    name, worst = max(quantised, key=lambda item: item[1].of_update)
+    warnings.warn(
+        f"{len(quantised)} merged weights were quantised again. The error is largest in layer `{name}`: {worst.of_weight:.2g} of "
+        f"its weight's norm, {worst.of_update:.2g} of its update's. Each layer's is its `rounding`; unmerged there is none.",
+        stacklevel=3,
+    )
 
 
 def _chosen(layers: list[tuple[str, AdaptedLayer]], names: Sequence[str] | None) -> dict[AdaptedLayer, list[str]]:

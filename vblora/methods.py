@@ -27,7 +27,7 @@ def check_config(config: object) -> None:
 def check_targets(config: AdapterConfig, targets: tuple[Target, ...]) -> None:
     """Refuses layers that the method cannot adapt."""
     if isinstance(config, VBLoRAConfig):
-        check_widths(targets, config.vector_length)
+        check_widths(targets, config.vector_length, config.pad)
 
 
 def new_adapter(
@@ -58,6 +58,7 @@ def new_adapter(
                 init_logits_std=config.init_logits_std,
                 init=config.init,
                 scaling=config.scaling,
+                pad=config.pad,
                 seed=config.seed,
                 rows=rows,
             )

@@ -5,7 +5,7 @@ import re
 
 from torch import nn
 
-from .bases import ALLOWED, is_linear, kind_of
+from .bases import is_linear, refusal
 from .config import AdapterConfig, VBLoRAConfig
 from .injected import Adapters
 from .layers import AdaptedLayer
@@ -47,7 +47,6 @@ _OF_OTHERS = _DEFAULT_TARGETS | {
     "falcon": ["query_key_value"],
     "mt5": ["q", "v"],
     "opt": ["q_proj", "v_proj"],
-    "phi": ["q_proj", "v_proj"],
     "t5": ["q", "v"],
 }
 # Layers whose weight the module around them reads, never calling the layer (always, or in evaluation): an update there would
@@ -74,9 +73,9 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
     targets: dict[nn.Module, list[str]] = {}
     for name in wanted:
         module = modules[name]
-        if kind_of(module) is None:
+        if reason := refusal(module):
             raise TypeError(
-                f"`target_modules` matches `{name}`, a {type(module).__name__}; allowed are {ALLOWED}. "
+                f"`target_modules` matches `{name}`, a {type(module).__name__}{reason}. "
                 "Narrow the match, or name it in `exclude_modules`."
             )
         parent, child = modules[name.rpartition(".")[0]], name.rpartition(".")[2]

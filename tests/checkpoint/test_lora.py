@@ -10,6 +10,7 @@ import torch
 
 import vblora
 from tests.small_models import gpt2, llama, relative_error
+from vblora.adapters import LoRAAdapter
 
 from .test_peft import CASES, ROUNDING, SIZES, from_peft, ours, outputs, shaken
 
@@ -48,11 +49,14 @@ def test_an_update_that_is_not_finite_is_refused(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
-def test_is_not_read_back(tmp_path):
+def test_is_read_back_as_a_lora(tmp_path):
     base, model = ours(gpt2)
     vblora.save(model, tmp_path, form="lora")
-    with pytest.raises(ValueError, match="type 'LORA'"):
-        vblora.load(copy.deepcopy(base), tmp_path)
+    loaded = vblora.load(copy.deepcopy(base), tmp_path)
+    assert isinstance(loaded.vblora.default, LoRAAdapter)
+    assert relative_error(outputs(loaded), outputs(model)) < ROUNDING
+    with pytest.raises(ValueError, match="another config"):
+        vblora.load(model, tmp_path)
 
 
 def test_pefts_auto_classes_find_the_model(tmp_path):

@@ -94,6 +94,15 @@ def test_the_baseline_changes_nothing_else(finetune, table, tmp_path):
     assert_same_tensors(tmp_path / "without", tmp_path / "with")
 
 
+@pytest.mark.parametrize(("given", "length"), [(["--vector-length", "24"], 24), ([], 64)])
+def test_widths_that_the_vectors_do_not_divide(given, length, tiny_model, table, tmp_path, capsys):
+    folders = ["--model", str(tiny_model), "--data", str(table), "--output", str(tmp_path / "out")]
+    assert main(["finetune", *folders, "--epochs", "1", "--r", "2", "--pad", "--no-baseline", *given]) == 0
+    assert "the same logits, to the bit" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["vector_length"], config["pad"]) == (length, True)
+
+
 def test_exhausted_candidates_are_said_once(finetune, table, tmp_path):
     with pytest.warns(UserWarning, match=r"rows have used up their 2 candidates.*`num_candidates=4`") as caught:
         assert finetune("--data", table, "--epochs", "3", "--num-candidates", "2", "--no-baseline") == 0

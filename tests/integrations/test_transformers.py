@@ -88,6 +88,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(num_candidates, by_class, tmp_pa
     assert str(ours) == str(theirs)
 
 
+@pytest.mark.parametrize("kind", [vblora.VeraConfig, vblora.TiedLoraConfig, vblora.LoraConfig])
+def test_a_resumed_run_of_another_method(kind, tmp_path):
+    def model_of(seed):
+        torch.manual_seed(seed)
+        config = kind(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+        return vblora.inject(encoder(), config)
+
+    whole = trainer_of(model_of(0), tmp_path / "whole")
+    whole.train()
+    again = trainer_of(model_of(1), tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses(again) == losses(whole) and len(set(losses(whole))) == 8
+    trained = [{n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in (again, whole)]
+    assert trained[0].keys() == trained[1].keys() and all(torch.equal(p, trained[1][n]) for n, p in trained[0].items())
+
+
 def test_a_checkpoint_is_an_adapters_folder_without_base_weights(tmp_path):
     trainer = trainer_of(injected(), tmp_path, max_steps=2, save_steps=2)
     trainer.train()

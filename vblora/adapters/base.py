@@ -5,6 +5,7 @@ whole model composes them once, before its first layer runs, and hands them out 
 """
 
 import threading
+import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,11 +34,20 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """A layer, as an adapter sees it."""
+    """A layer, as an adapter and its files see it.
+
+    Attributes:
+        kind: ``"linear"``, ``"embedding"`` or ``"convolution"``.
+        kernel: of a convolution, what ``in_features`` is the product of: ``(in_channels / groups, *kernel_size)``.
+        unusual: of a convolution, which of ``groups``, ``dilation`` and ``padding_mode`` are not those of most.
+    """
 
     name: str
     in_features: int
     out_features: int
+    kind: str = "linear"
+    kernel: tuple[int, ...] = ()
+    unusual: tuple[str, ...] = ()
 
 
 _optimizer_steps = 0
@@ -185,7 +195,11 @@ class Adapter(nn.Module):
     def _apply(self, *args, **kwargs) -> "Adapter":
         self.compute_dtype = None
         self.invalidate()
-        return super()._apply(*args, **kwargs)
+        before = {name: parameter.dtype for name, parameter in self.named_parameters()}
+        super()._apply(*args, **kwargs)
+        after = {name: parameter.dtype for name, parameter in self.named_parameters()}
+        warn_of_half_precision({name: dtype for name, dtype in after.items() if dtype != before[name]})
+        return self
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}  # composed anew by the copy
@@ -205,6 +219,18 @@ class _Kept:
             len(sources) == len(self._sources)
             and all(now is then for now, (then, _) in zip(sources, self._sources, strict=True))
             and self._made_from == (dtype, _optimizer_steps, [(s.data_ptr(), s._version) for s in sources])
+        )
+
+
+def warn_of_half_precision(dtypes: dict[str, torch.dtype]) -> None:
+    """``dtypes``: of an adapter's parameters by their names, as they are from now on."""
+    rounded = [f"`{name}`" for name, dtype in dtypes.items() if dtype in (torch.bfloat16, torch.float16)]
+    if rounded:
+        choice = "Rounded logits choose other bank vectors. " if "`logits`" in rounded else ""
+        warnings.warn(
+            f"the adapter's {' and '.join(rounded)} {'are' if len(rounded) > 1 else 'is'} half precision now, in which small "
+            f"steps of training are lost. {choice}Cast the base model before vblora.inject, which leaves the adapter in float32; "
+            "its factors are computed in the dtype of each layer's input all the same."
         )
 
 

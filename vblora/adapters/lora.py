@@ -20,7 +20,8 @@ class LoRAAdapter(Adapter):
         r: rank of each layer's update.
         scaling: factor of every update, above 0. Both factors get its square root.
         init: True starts A as ``nn.Linear`` starts its weight, and B as zeros; ``"gaussian"`` A normal, with a standard
-            deviation of ``1 / r``; False both as ``nn.Linear``'s.
+            deviation of ``1 / r``; False both as ``nn.Linear``'s. Of an embedding A starts as zeros and B normal; with False
+            both normal.
         device, dtype: of the parameter.
 
     Attributes:
@@ -49,6 +50,7 @@ class LoRAAdapter(Adapter):
 
     @staticmethod
     def parts(targets: Sequence[Target], r: int) -> dict[str, list[int]]:
+        """Of each tensor that has a part for each target, along its first dimension: their sizes."""
         return {"factors": [r * (target.in_features + target.out_features) for target in targets]}
 
     @torch.no_grad()
@@ -58,6 +60,10 @@ class LoRAAdapter(Adapter):
             return
         parts = self.factors.split_with_sizes(self._sizes)
         for target, A, B in zip(self.targets, parts[::2], parts[1::2], strict=True):
+            if target.kind == "embedding":  # its inputs are one-hot: A is what is looked up
+                A.normal_(std=0.0 if self.init else 1.0)
+                B.normal_()
+                continue
             if self.init == "gaussian":
                 A.normal_(std=1 / self.r)
             else:

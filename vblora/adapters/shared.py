@@ -31,6 +31,7 @@ class SharedPairAdapter(Adapter):
 
     @classmethod
     def parts(cls, targets: Sequence[Target], r: int) -> dict[str, list[int]]:
+        """Of each tensor that has a part for each target, along its first dimension: their sizes."""
         return {cls.VECTORS[0]: [1] * len(targets), cls.VECTORS[1]: [target.out_features for target in targets]}
 
     @staticmethod

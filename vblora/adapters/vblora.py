@@ -12,6 +12,8 @@ from ..bank import VectorBank, check_count
 from ..sharding import gather, processes
 from .base import Adapter, Factors, Target
 
+_DEFAULT_LENGTH = 256  # of bank vectors, the paper's and PEFT's
+
 
 class Trained(NamedTuple):
     """What an adapter's sub-vectors are mixed by while it trains.
@@ -37,7 +39,8 @@ class VBLoRAAdapter(Adapter):
     """One VB-LoRA adapter of one model: a bank and a row of logits a sub-vector, whatever the number of layers.
 
     Rows stand in the order of the targets, for each first those of its A, rank by rank, then those of its B: the ``r`` ranks
-    of ``in_features / b`` and of ``out_features / b`` sub-vectors. A rank of either factor is thus contiguous.
+    of ``in_features / b`` and of ``out_features / b`` sub-vectors, rounded up. A rank of either factor is thus contiguous, and of
+    its last sub-vector what goes beyond the width is cut off.
 
     A row holds the M largest of its h initial logits, in descending order, with the bank vectors that they are of. A logit
     that never was among a row's top k has no gradient and no optimizer state, so it still is what it was, and the
@@ -53,6 +56,7 @@ class VBLoRAAdapter(Adapter):
         init: ``"paper"``, or ``"noop"``: the first update is exactly 0, and bank and logits have gradients all the same. The bank
             then is one of pairs (``VectorBank(..., pairs=True)``), and a row of B begins with a pair, with half the weight each.
         scaling: factor of the update; the paper's is 1. It is applied to the bank as its square root.
+        pad: allow targets whose widths ``b`` does not divide.
         seed: of that draw, which is the same on every device; from torch's generator if None.
         rows: what a file holds, instead of a draw.
         device, dtype: of the logits; the bank's unless told otherwise.
@@ -65,7 +69,8 @@ class VBLoRAAdapter(Adapter):
         seed: what the logits were drawn with, or None if that is not known.
 
     Raises:
-        ValueError: ``r``, ``topk`` or ``num_candidates`` out of range, or a target whose width ``b`` does not divide.
+        ValueError: ``r``, ``topk`` or ``num_candidates`` out of range, or a target whose width ``b`` does not divide, without
+            ``pad``.
     """
 
     logits: Tensor | None
@@ -85,6 +90,7 @@ class VBLoRAAdapter(Adapter):
         init_logits_std: float = 0.1,
         init: str = "paper",
         scaling: float = 1.0,
+        pad: bool = False,
         seed: int | None = None,
         rows: Trained | Deployed | None = None,
         device: torch.device | str | None = None,
@@ -99,7 +105,7 @@ class VBLoRAAdapter(Adapter):
             raise ValueError(f"`topk` is {topk}, but must be at most `num_vectors`, {bank.num_vectors}.")
         if num_candidates is not None and num_candidates < topk:
             raise ValueError(f"`num_candidates` is {num_candidates}, but must be at least `topk`, {topk}.")
-        check_widths(self.targets, bank.vector_length)
+        check_widths(self.targets, bank.vector_length, pad)
         self.r = r
         self.topk = topk
         self.init_logits_std = init_logits_std
@@ -178,10 +184,10 @@ class VBLoRAAdapter(Adapter):
             self.exhausted.zero_()
 
     def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
-        rows = self._rows
+        rows, targets = self._rows, self.targets
         start, count = 0, self.num_subvectors
         if index is not None:
-            rows = rows[2 * index : 2 * index + 2]
+            rows, targets = rows[2 * index : 2 * index + 2], targets[index : index + 1]
             start, count = self._starts[index], sum(rows)
 
         def part(tensor: Tensor | None) -> Tensor | None:
@@ -195,9 +201,7 @@ class VBLoRAAdapter(Adapter):
             subvectors, columns, _ = torch.ops.vblora.admixture(logits, bank, part(self.candidates), self.topk, dtype)
             if self.exhausted is not None and logits.requires_grad and torch.is_grad_enabled():
                 _note_exhausted(part(self.exhausted), logits.detach(), columns)
-        # One split for all: its backward is one concatenation, that of a slice is a whole tensor of zeros.
-        parts = subvectors.split_with_sizes(rows)
-        return [Factors(a.view(self.r, -1), b.view(self.r, -1)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return as_factors(subvectors, rows, targets, self.r)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"bank": [self.bank.vectors], "logits": [] if self.logits is None else [self.logits]}
@@ -310,20 +314,54 @@ def candidate_dtype(num_vectors: int) -> torch.dtype:
 
 
 def rows_of_factors(targets: tuple[Target, ...], r: int, vector_length: int) -> list[int]:
-    """Rows of each factor in turn: A and B of the first target, of the second, ..."""
-    return [r * width // vector_length for t in targets for width in (t.in_features, t.out_features)]
+    """Rows of each factor in turn: A and B of the first target, of the second, ... A rank has as many as reach its width."""
+    return [r * -(-width // vector_length) for width in _widths(targets)]
 
 
-def check_widths(targets: tuple[Target, ...], vector_length: int) -> None:
-    """Refuses a ``vector_length`` that does not divide every width, naming the layers and the lengths that would."""
-    odd = [t for t in targets if t.in_features % vector_length or t.out_features % vector_length]
+def as_factors(subvectors: Tensor, sizes: list[int], targets: tuple[Target, ...], r: int) -> list[Factors]:
+    """The factors that sub-vectors ``(rows, b)`` make up, as views of them: A ``(r, in_features)`` and B ``(r, out_features)``.
+
+    Args:
+        sizes: rows of each factor in turn, as of :func:`rows_of_factors`.
+    """
+    # One split for all: its backward is one concatenation, that of a slice is a whole tensor of zeros. Where something is cut,
+    # it is sliced from what the split has handed out, so that those zeros are only as many as this factor's own.
+    factors = []
+    for part, width in zip(subvectors.split_with_sizes(sizes), _widths(targets), strict=True):
+        ranks = part.view(r, -1)
+        factors.append(ranks if ranks.shape[1] == width else ranks[:, :width])
+    return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
+
+
+def default_length(targets: tuple[Target, ...], pad: bool) -> int:
+    """The longest b up to 256 that divides every width; with ``pad``, 256, or the largest width if that is less."""
+    if pad:
+        return min(max(_widths(targets)), _DEFAULT_LENGTH)
+    common = math.gcd(*_widths(targets))
+    return max(length for length in range(1, min(common, _DEFAULT_LENGTH) + 1) if common % length == 0)
+
+
+def uneven(targets: tuple[Target, ...], vector_length: int) -> list[Target]:
+    """Those with a width that ``vector_length`` does not divide."""
+    return [t for t in targets if t.in_features % vector_length or t.out_features % vector_length]
+
+
+def check_widths(targets: tuple[Target, ...], vector_length: int, pad: bool) -> None:
+    """Refuses a ``vector_length`` that does not divide every width, naming the layers and the lengths that would, unless
+    ``pad``."""
+    odd = [] if pad else uneven(targets, vector_length)
     if not odd:
         return
-    common = math.gcd(*(width for t in targets for width in (t.in_features, t.out_features)))
+    common = math.gcd(*_widths(targets))
     layers = ", ".join(f"{t.name} ({t.in_features} -> {t.out_features})" for t in odd[:5])
     more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
     lengths = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
     raise ValueError(
         f"`vector_length` is {vector_length}, but must divide `in_features` and `out_features` of each target. "
-        f"It does not for: {layers}{more}. Lengths that would do: {lengths}."
+        f"It does not for: {layers}{more}. Lengths that would do: {lengths}; "
+        "or any, with pad=True: a rank's last sub-vector is then cut."
     )
+
+
+def _widths(targets: tuple[Target, ...]) -> list[int]:
+    return [width for target in targets for width in (target.in_features, target.out_features)]

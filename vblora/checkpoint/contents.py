@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, Target, VBLoRAAdapter
 from ..adapters.base import Factors
-from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled
+from ..adapters.vblora import Deployed, Trained, as_factors, candidate_dtype, draw_rows, rows_of_factors, scaled
 from ..bank import VectorBank
 from ..config import AdapterConfig, VBLoRAConfig
 from ..methods import check_targets, new_adapter
 from ..sharding import like, whole
 
-# Ways to name layers and modules, which come down to names, and ways to begin, which are over.
+# Ways to name layers and modules, which come down to names; what is seen from the layers; and ways to begin, which are over.
 _OF_NO_MATTER = (
     "target_modules",
     "exclude_modules",
@@ -24,6 +24,7 @@ _OF_NO_MATTER = (
     "layers_pattern",
     "modules_to_save",
     "fan_in_fan_out",
+    "pad",
     "seed",
     "num_candidates",
     "save_projection",
@@ -73,6 +74,13 @@ class Contents:
             ValueError: named, without saying where it was read.
         """
 
+    def check_widths_known(self) -> None:
+        """Refuses, for what is done without a model, contents that do not say how wide their layers are.
+
+        Raises:
+            ValueError: it is not known before they are in a model.
+        """
+
     def in_order(self, targets: tuple[Target, ...]) -> Self:
         """The same in the order of ``targets``.
 
@@ -87,9 +95,13 @@ class Contents:
             raise ValueError(f"it is for other layers than the model's: {which} `{name}`, {other}.")
         for name, target in wanted.items():
             if own[name] != target:
+                kinds = own[name].kind != target.kind
+                there, here = (
+                    f"{kinds * f'{t.kind} '}{t.in_features} -> {t.out_features}" for t in (own[name], target)
+                )
+                also = " of another kernel, groups, dilation or padding_mode" * (there == here)
                 raise ValueError(
-                    f"it is for other layers than the model's: `{name}` is {own[name].in_features} -> "
-                    f"{own[name].out_features} there, {target.in_features} -> {target.out_features} here."
+                    f"it is for other layers than the model's: `{name}` is {there} there, {here}{also} here."
                 )
         if list(own) == list(wanted):
             return self
@@ -123,15 +135,23 @@ class Contents:
     def adapter(self, device: torch.device | str | None = None, bank: VectorBank | None = None) -> Adapter:
         """An adapter of these contents, on ``device``. ``bank``: one that is there and equals these contents'."""
 
-    def check_fits(self, other: "Contents") -> None:
-        """Refuses to be written over an adapter whose contents are ``other``.
+    def check_config(self, other: AdapterConfig) -> None:
+        """Refuses to be written over an adapter of another config.
 
         Raises:
-            ValueError: it is of another config or size.
+            ValueError: it is one.
         """
         unlike = {f.name: f.default for f in fields(self.config) if f.name in _OF_NO_MATTER}
-        if type(self) is not type(other) or replace(self.config, **unlike) != replace(other.config, **unlike):
+        if type(self.config) is not type(other) or replace(self.config, **unlike) != replace(other, **unlike):
             raise ValueError("`model` has an adapter of another config. Eject it first.")
+
+    @abstractmethod
+    def check_sizes(self, other: Self) -> None:
+        """Refuses to be written over an adapter of the same config whose contents, ``other``, are of other sizes.
+
+        Raises:
+            ValueError: they are; named.
+        """
 
     @abstractmethod
     def write_over(self, adapter: Adapter) -> None:
@@ -250,8 +270,8 @@ class VBLoRAContents(Contents):
         for target, *size in zip(self.targets, sizes[::2], sizes[1::2], strict=True):
             rows = slice(start, start := start + sum(size))
             subvectors = torch.ops.vblora.compose(bank, deployed.indices[rows], deployed.weights[rows], dtype)
-            A, B = subvectors.split(size)
-            yield target, Factors(A.view(self.config.r, -1), B.view(self.config.r, -1))
+            (factors,) = as_factors(subvectors, size, (target,), self.config.r)
+            yield target, factors
 
     def kept(self) -> "VBLoRAContents":
         """A deployed form made trainable: with the k vectors of each row as its only candidates."""
@@ -267,8 +287,7 @@ class VBLoRAContents(Contents):
         rows = type(self.rows)(*(x.to(device) if isinstance(x, Tensor) else x for x in self.rows))
         return new_adapter(self.config, self.targets, bank=bank, rows=rows)
 
-    def check_fits(self, other: Contents) -> None:
-        super().check_fits(other)
+    def check_sizes(self, other: "VBLoRAContents") -> None:
         for name, ours, theirs in zip(type(other.rows)._fields, self.rows, other.rows, strict=False):
             shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in (ours, theirs)]
             if type(other.rows) is not type(self.rows) or shapes[0] != shapes[1]:

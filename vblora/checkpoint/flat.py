@@ -28,7 +28,10 @@ class FlatContents(Contents):
 
     def check(self) -> None:
         self.check_layout()
-        wanted = _tensors_of(new_adapter(self.config, self.targets, device="meta"))
+        try:
+            wanted = _tensors_of(new_adapter(self.config, self.targets, device="meta"))
+        except (RuntimeError, TypeError, OverflowError):
+            raise ValueError(f"its `r` is {self.config.r}: no tensors of such sizes can be made.") from None
         for name in sorted(wanted.keys() ^ self.tensors.keys()):
             raise ValueError(f"it {'lacks' if name in wanted else 'has an unknown'} tensor `{name}`.")
         for name, tensor in self.tensors.items():
@@ -47,8 +50,7 @@ class FlatContents(Contents):
             setattr(adapter, name, nn.Parameter(tensor) if name in adapter._parameters else tensor)
         return adapter
 
-    def check_fits(self, other: Contents) -> None:
-        super().check_fits(other)
+    def check_sizes(self, other: "FlatContents") -> None:
         for name, tensor in self.tensors.items():
             if tensor.shape != other.tensors[name].shape:
                 raise ValueError(f"`model` has an adapter with other `{name}`. Eject it first.")

@@ -59,6 +59,8 @@ def save(
             bits. None: the first for an adapter that has logits, the second for one that was loaded without.
             For others: ``"peft"``, all logits, on which PEFT can train; ``"peft-topk"``, what PEFT's inference takes;
             ``"lora"``, the same update as a plain LoRA, for PEFT and for servers. A shared bank is written into these.
+            Of the other methods the first two hold the same, ``"peft"`` is PEFT's own format of LoRA and VeRA, and ``"lora"``
+            takes each.
         bank_dtype: of the bank in a deploy form, to make it smaller: ``torch.bfloat16``, ``torch.float16``, or ``torch.int8``
             with a scale a vector. None keeps it exactly.
 
@@ -105,8 +107,8 @@ def load(
             those of a bank that it shares, too.
         adapter_name: of the adapter that is written over, or of a new one beside those that the model has. By default it is the
             active one; in a base model, ``"default"``.
-        directory: what :func:`save` wrote, or PEFT's ``save_pretrained`` of a VB-LoRA adapter: one of all logits can train on,
-            one of ``save_only_topk_weights`` is a deploy form.
+        directory: what :func:`save` wrote, or PEFT's ``save_pretrained`` of a LoRA, VeRA or VB-LoRA adapter: of the last, one
+            of all logits can train on, one of ``save_only_topk_weights`` is a deploy form.
         bank: the bank of an adapter that was saved without: its file, or what :meth:`VectorBank.from_file` made of that, to be
             shared by several adapters. It stays frozen.
         is_trainable: whether the adapter's parameters shall require gradients. By default they do not, and those of an
@@ -164,6 +166,7 @@ def write(
     Everything that can be refused is refused before the first file. ``about``: what PEFT's config says of the base model
     besides its name, for PEFT's own ``Auto`` classes.
     """
+    contents.check_widths_known()
     if form in native.FORMS:
         description, tensors = native.encode(contents, form, bank_dtype=bank_dtype, bank_file=bank_file)
         description["base_model_name_or_path"] = base_model
@@ -279,6 +282,8 @@ def contents_of(source: Injected) -> Contents:
 def _put_in(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
     contents = contents.in_order(plan.targets)
     _check_beside(contents, plan.stand_ins)
+    if is_trainable:
+        plan.check_trainable()
     _refuse_meta(plan.device.type == "meta")
     adapter = contents.adapter(plan.device, bank)
     with torch.no_grad():
@@ -300,9 +305,10 @@ def write_over(target: Injected, contents: Contents, is_trainable: bool | None) 
     """
     adapter = target.adapter
     own = contents_of(target)
+    contents.check_config(own.config)
     contents = contents.in_order(adapter.targets)
     _check_beside(contents, {name: (r.module, r.name, r.stand_in) for name, r in target.replaced.items()})
-    contents.check_fits(own)
+    contents.check_sizes(own)
     _refuse_meta(any(parameter.is_meta for parameter in adapter.parameters()))
     with torch.no_grad():
         contents.write_over(adapter)

@@ -34,17 +34,30 @@ _INITS_OF_FACTORS = ("eva", "orthogonal")
 def encode(contents: Contents, base_model: str | None = None) -> tuple[dict, dict[str, Tensor]]:
     """The config and the tensors of a LoRA with the same update, float32. A LoRA's own factors are written as they are.
 
+    A convolution's are ``(r, in_channels, *kernel_size)`` and ``(out_channels, r, 1, ...)``.
+
     Raises:
-        ValueError: an update that is not finite.
+        ValueError: an update that is not finite, or a convolution of a kind that PEFT's LoRA computes otherwise.
     """
     config = contents.config
-    is_lora = isinstance(config, LoraConfig)
+    is_lora, dtype = isinstance(config, LoraConfig), torch.float32
     if is_lora:  # unscaled
         contents = replace(contents, config=replace(config, lora_alpha=config.r, use_rslora=False))
+        dtype = contents.tensors["factors"].dtype
     tensors = {}
-    for target, (A, B, *_) in contents.factors():
-        tensors[f"{PREFIX}{target.name}.lora_A.weight"] = A
-        tensors[f"{PREFIX}{target.name}.lora_B.weight"] = B.T
+    for target, (A, B, *_) in contents.factors(dtype):
+        name = f"{PREFIX}{target.name}.lora_"
+        if target.unusual:
+            raise ValueError(
+                f'`form` is "lora", but layer `{target.name}` is a convolution with other {", ".join(target.unusual)} than most, '
+                "which PEFT's LoRA leaves out of its update."
+            )
+        if target.kind == "embedding":
+            tensors |= {f"{name}embedding_A": A, f"{name}embedding_B": B.T}
+            continue
+        point = (1,) * len(target.kernel[1:])
+        tensors[f"{name}A.weight"] = A.reshape(-1, *target.kernel) if target.kernel else A
+        tensors[f"{name}B.weight"] = B.T.reshape(*B.T.shape, *point)
     description = describe(contents, base_model) | {
         "peft_type": "LORA",
         "lora_alpha": config.lora_alpha if is_lora else config.r,  # LoRA scales its update by alpha / r
@@ -71,12 +84,17 @@ def decode(description: dict, tensors: dict[str, Tensor]) -> FlatContents:
     config = decode_config(LoraConfig, description, _NEUTRAL)
     tensors = dict(tensors)
     layers: dict[str, dict[str, Tensor]] = {}
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     for key in list(tensors):
         if found := _FACTOR.fullmatch(key):
             factor = as_float(key, tensors.pop(key))
             if factor.dim() < 2:
                 raise ValueError(f"`{key}` is {tuple(factor.shape)}, but must have at least two dimensions.")
             layers.setdefault(found[1], {})[found[2] or found[3]] = factor.flatten(1)
+            if found[3]:
+                kinds[found[1]] = "embedding", ()
+            elif factor.dim() > 2 and found[2] == "A":
+                kinds[found[1]] = "convolution", tuple(factor.shape[1:])
     targets, parts = [], []
     for name, pair in layers.items():
         for side in "AB":
@@ -88,7 +106,7 @@ def decode(description: dict, tensors: dict[str, Tensor]) -> FlatContents:
                 raise ValueError(
                     f"`{PREFIX}{name}.lora_{side}.weight` is of rank {factor.shape[0]}, but `r` is {config.r}."
                 )
-        targets.append(Target(name, A.shape[1], B.shape[1]))
+        targets.append(Target(name, A.shape[1], B.shape[1], *kinds.get(name, ())))
         parts += [A.reshape(-1), B.reshape(-1)]
     if not layers:
         raise ValueError(f"it names no layer: there is no tensor `{PREFIX}<layer>.lora_A.weight`.")

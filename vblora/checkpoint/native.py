@@ -15,7 +15,8 @@ Everything else is JSON, in one key of the file's metadata. The same JSON stands
 files cannot be replaced at once, so one of them says all.
 """
 
-from dataclasses import replace
+import math
+from dataclasses import astuple, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from .packing import pack_bits, pack_prefixes, unpack_bits, unpack_prefixes
 FORMS = ("resume", "deploy")
 METADATA = "vblora"  # the key
 VERSION = 1
+KINDS = ("linear", "embedding", "convolution")
 _BANK, _BESIDE = "bank.", "beside."
 
 
@@ -60,7 +62,7 @@ def encode(
         "form": form,
         "method": config.method,
         "config": config.to_dict(),
-        "targets": [[t.name, t.in_features, t.out_features] for t in contents.targets],
+        "targets": [_without_defaults(astuple(target)) for target in contents.targets],
         "aliases": aliases,
         "bank_file": None if bank_file is None else {"name": bank_file.name, "sha256": bank_file.sha256},
     }
@@ -77,7 +79,7 @@ def decode(description: dict, tensors: dict[str, Tensor], bank: VectorBank | Non
         raise ValueError(f"it is of version {description.get('version')}; this vblora reads version {VERSION}.")
     try:
         config = METHODS[description["method"]].from_dict(description["config"])
-        targets = tuple(Target(str(name), int(width), int(out)) for name, width, out in description["targets"])
+        targets = tuple(_target(*entry) for entry in description["targets"])
         form, aliases, bank_file = description["form"], dict(description["aliases"]), description["bank_file"]
         hash_of_bank = None if bank_file is None else (str(bank_file["name"]), str(bank_file["sha256"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -177,6 +179,23 @@ def _bank_of(file: tuple[str, str] | None, tensors: dict[str, Tensor], bank: Vec
     if not bank.unchanged():
         raise ValueError(f"`bank` is not what its file, {bank.file.name}, holds any more.")
     return whole(bank.vectors)
+
+
+def _without_defaults(values: tuple) -> list:
+    """Most targets are linear layers, of which name and widths say all."""
+    values = list(values)
+    while values[-1] in ("linear", ()):
+        values.pop()
+    return values
+
+
+def _target(
+    name: str, in_features: int, out_features: int, kind: str = "linear", kernel: list = (), unusual: list = ()
+) -> Target:
+    kernel = tuple(map(int, kernel))
+    if kind not in KINDS or (kind == "convolution") != bool(kernel) or (kernel and math.prod(kernel) != in_features):
+        raise ValueError(f"layer {name!r}: {kind!r}, {kernel}")
+    return Target(str(name), int(in_features), int(out_features), kind, kernel, tuple(map(str, unusual)))
 
 
 def _take(tensors: dict[str, Tensor], name: str) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Target
-from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled
+from ..adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled, uneven
 from ..config import BEYOND_PEFT, PEFT_METADATA, AdapterConfig, VBLoRAConfig
 from .contents import Contents, VBLoRAContents, check_tensor
 
@@ -46,9 +46,16 @@ def encode(contents: VBLoRAContents, form: str, base_model: str | None = None) -
     """The config and the tensors of PEFT's files for ``contents``.
 
     Raises:
-        ValueError: dense logits that are not known, or weights that this format cannot hold.
+        ValueError: dense logits that are not known, or weights or cut sub-vectors, which this format cannot hold.
     """
     config = contents.config
+    refuse_other_kinds(contents, form, "VB-LoRA")
+    for target in uneven(contents.targets, config.vector_length):
+        raise ValueError(
+            f'`form` is "{form}", but layer `{target.name}` ({target.in_features} -> {target.out_features}) has sub-vectors that '
+            f"are cut (`pad`, `vector_length`={config.vector_length}), which PEFT's VB-LoRA has not; "
+            'form="lora" holds the same update.'
+        )
     tensors = {_BANK: scaled(contents.bank, config.scaling)}
     if form == "peft":
         tensors |= _by_layer(contents, _dense_logits(contents), "")
@@ -163,6 +170,15 @@ def describe(contents: Contents, base_model: str | None) -> dict:
         "fan_in_fan_out": config.fan_in_fan_out,
         "modules_to_save": list(_saved_modules(list(contents.beside), config.modules_to_save or [])) or None,
     }
+
+
+def refuse_other_kinds(contents: Contents, form: str, method: str) -> None:
+    for target in contents.targets:
+        if target.kind != "linear":
+            raise ValueError(
+                f'`form` is "{form}", but `{target.name}` is no linear layer (its kind is "{target.kind}"), and PEFT\'s {method} '
+                'takes no other; form="lora" holds it.'
+            )
 
 
 def encode_beside(contents: Contents) -> dict[str, Tensor]:

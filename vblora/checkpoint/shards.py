@@ -19,6 +19,8 @@ from .contents import Contents
 
 # Models of transformers that are made of Conv1D, which stores its weight (in, out). Only a square weight leaves that open.
 _CONV1D_MODELS = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+# Models whose embeddings have no head to be tied to, whatever their config says.
+_WITHOUT_WORD_HEAD = ("Classification", "QuestionAnswering", "MultipleChoice")
 # Weights in other formats, which would still be the base model's.
 _OTHER_WEIGHTS = (".gguf", ".h5", ".mlmodel", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pth")
 _OTHER_WEIGHTS_AT_TOP = (*_OTHER_WEIGHTS, ".bin", ".bin.index.json", ".pt", ".safetensors")
@@ -58,6 +60,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
         FileNotFoundError: the base model's files are not there.
         ValueError: they are damaged, a name is not found in them or found twice, or a tensor does not fit.
     """
+    contents.check_widths_known()
     stored = _read_headers(base)
     config = _read_config(base)
     _refuse_tied(contents, config)
@@ -77,7 +80,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
             return replacements[name].to(tensor.dtype)
         target, transposed = updates[name]
         A, B, *_ = factors(torch.promote_types(tensor.dtype, torch.float32))[target.name]
-        merged = (A.T @ B if transposed else B.T @ A).add_(tensor).to(tensor.dtype)
+        merged = (A.T @ B if transposed else B.T @ A).view_as(tensor).add_(tensor).to(tensor.dtype)
         if not merged.isfinite().all():
             raise ValueError(f"merged, `{name}` would not be finite in {tensor.dtype}.")
         return merged
@@ -172,15 +175,21 @@ def _find_updates(contents: Contents, stored: dict[str, _Stored], is_of_conv1d: 
         if name in updates:
             raise ValueError(f"`{name}` is the weight of both `{updates[name][0].name}` and `{target.name}`.")
         shape, size = stored[name].shape, (target.out_features, target.in_features)
-        if shape not in (size, size[::-1]):
-            raise ValueError(
-                f"`{name}` is {shape}, but the adapter is for {target.in_features} -> {target.out_features}."
-            )
         if stored[name].dtype not in ("F64", "F32", "BF16", "F16"):
             raise ValueError(
                 f"`{name}` is {stored[name].dtype}, which nothing can be added to. Take a model that is not quantised."
             )
-        updates[name] = target, is_of_conv1d if size == size[::-1] else shape != size
+        if target.kind == "convolution":
+            fits, transposed = shape == (target.out_features, *target.kernel), False
+        elif target.kind == "embedding":
+            fits, transposed = shape == size[::-1], True
+        else:
+            fits, transposed = shape in (size, size[::-1]), is_of_conv1d if size == size[::-1] else shape != size
+        if not fits:
+            raise ValueError(
+                f"`{name}` is {shape}, but the adapter is for a {target.kind} {target.in_features} -> {target.out_features}."
+            )
+        updates[name] = target, transposed
     return updates
 
 
@@ -217,12 +226,19 @@ def _read_config(base: Path) -> dict:
 
 
 def _refuse_tied(contents: Contents, config: dict) -> None:
-    """An update of a head alone, whose weight is made to be the embeddings' again when the model is loaded."""
+    """An update of a head or of embeddings, whose weights are made to be one again when the model is loaded."""
+    if config.get("tie_word_embeddings") is not True:
+        return
+    architectures = config.get("architectures") or [""]
     for target in contents.targets:
-        if config.get("tie_word_embeddings") is True and target.out_features == config.get("vocab_size"):
+        if target.kind == "embedding" and all(str(name).endswith(_WITHOUT_WORD_HEAD) for name in architectures):
+            continue
+        of_vocabulary = target.in_features if target.kind == "embedding" else target.out_features
+        if of_vocabulary == config.get("vocab_size"):
+            other = "head" if target.kind == "embedding" else "embeddings"
             raise ValueError(
-                f"`{target.name}.weight` is the embeddings' too (`tie_word_embeddings` in the base model's config.json), which "
-                "the adapter does not update. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
+                f"`{target.name}.weight` is that of the {other}, too (`tie_word_embeddings` in the base model's config.json), to "
+                "which the update does not belong. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
             )
 
 

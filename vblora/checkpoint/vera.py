@@ -24,7 +24,7 @@ from ..bank import VectorBank
 from ..config import VeraConfig
 from .contents import Contents, check_tensor
 from .flat import FlatContents
-from .peft import PREFIX, as_float, decode_beside, decode_config, describe, encode_beside
+from .peft import PREFIX, as_float, decode_beside, decode_config, describe, encode_beside, refuse_other_kinds
 
 _PAIR = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 _VECTOR = re.compile(re.escape(PREFIX) + r"(.+)\.vera_lambda_([bd])")
@@ -36,7 +36,12 @@ _FIELDS = ("projection_prng_key", "vera_dropout", "d_initial", "init_weights", "
 
 def encode(contents: FlatContents, base_model: str | None = None) -> tuple[dict, dict[str, Tensor]]:
     """The config and the tensors of PEFT's files for ``contents``. The projection is in them, unless ``save_projection`` is
-    False and PEFT draws the same."""
+    False and PEFT draws the same.
+
+    Raises:
+        ValueError: a layer that is not linear.
+    """
+    refuse_other_kinds(contents, "peft", "VeRA")
     config, own = contents.config, contents.tensors
     tensors = {}
     widths = [target.out_features for target in contents.targets]
@@ -113,6 +118,9 @@ class UnplacedContents(Contents):
     def check(self) -> None:
         """It was, when it was read."""
 
+    def check_widths_known(self) -> None:
+        raise ValueError(_NOT_KNOWN)
+
     def in_order(self, targets: tuple[Target, ...]) -> FlatContents:
         widths = {target.name: target.in_features for target in targets}
         known = tuple(replace(t, in_features=widths.get(t.name, t.in_features)) for t in self.targets)
@@ -133,6 +141,9 @@ class UnplacedContents(Contents):
         raise ValueError(_NOT_KNOWN)
 
     def adapter(self, device: torch.device | str | None = None, bank: VectorBank | None = None) -> Adapter:
+        raise ValueError(_NOT_KNOWN)
+
+    def check_sizes(self, other: Contents) -> None:
         raise ValueError(_NOT_KNOWN)
 
     def write_over(self, adapter: Adapter) -> None:

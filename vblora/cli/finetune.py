@@ -68,6 +68,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="their length; it divides the layers' widths (the longest possible, up to 256)",
     )
     group.add_argument(
+        "--pad",
+        action="store_true",
+        help="cut the last sub-vectors where --vector-length does not divide a width (then 256 by default, or the largest width)",
+    )
+    group.add_argument(
         "--topk", type=_at_least(1), default=2, metavar="N", help="bank vectors mixed into a sub-vector (%(default)s)"
     )
     group.add_argument(

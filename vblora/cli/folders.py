@@ -22,7 +22,7 @@ class Adapter(NamedTuple):
 
 
 def add_adapter(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument(name, type=Path, metavar=name.upper(), help="folder of an adapter, vblora's or PEFT's VB-LoRA")
+    parser.add_argument(name, type=Path, metavar=name.upper(), help="folder of an adapter, vblora's or PEFT's")
 
 
 def add_bank(parser: argparse.ArgumentParser) -> None:

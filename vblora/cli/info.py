@@ -14,19 +14,18 @@ _PARTS = {
     "weights": r"weights|.*_topk_weights",
     "logits": r"logits|logits\..*|.*\.vblora_logits_[AB]",
     "candidates": r"candidates|exhausted",
+    "projections": r"[AB]|base_model\.vera_[AB]",
+    "vectors": r"[deuv]|.*\.vera_lambda_[bd]",
+    "factors": r"factors|.*\.lora_([AB]\.weight|embedding_[AB])",
 }
 _BESIDE = "beside: biases, modules_to_save"
 _OPTIMIZER = re.compile(r"optimi[sz]er.*\.(pt|pth|bin|safetensors)")
-_FIELDS = (
-    "r",
-    "topk",
-    "num_vectors",
-    "vector_length",
-    "num_candidates",
-    "seed",
-    "vblora_dropout",
-    "bias",
-    "modules_to_save",
+# What a config says beyond which layers it is for, and how an adapter began.
+_LEFT_OUT = frozenset(
+    {
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        *("init", "init_logits_std", "init_vector_bank_bound", "init_weights", "init_lora_weights", "d_initial"),
+    }
 )
 _SHOWN_TARGETS = 8
 
@@ -49,16 +48,22 @@ def _print(folder: Path, adapter) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..checkpoint import folder as files
+    from ..checkpoint.contents import VBLoRAContents
+
     contents = adapter.contents
     table = Table(title=str(folder), show_header=False)
     table.add_row("form", _form(folder, contents))
     table.add_row("base model", adapter.base_model or "not said")
-    for name in _FIELDS:
-        table.add_row(name, str(getattr(contents.config, name)))
-    names = [f"{t.name} ({t.in_features} -> {t.out_features})" for t in contents.targets]
+    table.add_row("method", files.METHOD_NAMES[contents.config.method])
+    for name, value in contents.config.to_dict().items():
+        if name not in _LEFT_OUT:
+            table.add_row(name, str(value))
+    names = [f"{t.name} ({_kind(t.kind)}{t.in_features or '?'} -> {t.out_features})" for t in contents.targets]
     more = f"\n... and {len(names) - _SHOWN_TARGETS} more" if len(names) > _SHOWN_TARGETS else ""
     table.add_row(f"{len(names)} layers", "\n".join(names[:_SHOWN_TARGETS]) + more)
-    table.add_row("sub-vectors", f"{contents.num_rows:,}")
+    if isinstance(contents, VBLoRAContents):
+        table.add_row("sub-vectors", f"{contents.num_rows:,}")
     if adapter.bank_file is not None:
         table.add_row("bank file", f"{adapter.bank_file.name}, SHA-256 {adapter.bank_file.sha256}")
     table.add_section()
@@ -72,12 +77,15 @@ def _print(folder: Path, adapter) -> None:
     console.print(table)
 
 
+def _kind(kind: str) -> str:
+    return "" if kind == "linear" else f"{kind} "
+
+
 def _form(folder: Path, contents) -> str:
     import json
 
     from safetensors import safe_open
 
-    from ..adapters.vblora import Deployed
     from ..checkpoint import folder as files
     from ..checkpoint import native
 
@@ -86,9 +94,13 @@ def _form(folder: Path, contents) -> str:
     if native.METADATA in metadata:
         form = json.loads(metadata[native.METADATA])["form"]
         return f"vblora, {form}: " + ("training goes on from it" if form == "resume" else "for inference")
-    if isinstance(contents.rows, Deployed):
-        return "PEFT, save_only_topk_weights: for inference"
-    return "PEFT, all logits: training goes on from it"
+    if contents.config.method != "vblora":
+        return "PEFT: training goes on from it"
+    return (
+        "PEFT, all logits: training goes on from it"
+        if contents.trains
+        else "PEFT, save_only_topk_weights: for inference"
+    )
 
 
 def sizes_by_part(folder: Path) -> dict[str, int]:

@@ -24,7 +24,8 @@ from transformers.trainer_utils import PredictionOutput
 
 import vblora
 
-from ..bases import widths
+from ..adapters.vblora import default_length
+from ..bases import target_of
 from ..injected import injected
 from ..integrations.transformers import VBLoRACallback
 from ..targets import find_targets
@@ -36,7 +37,6 @@ from .report import Results, folder_bytes, lora_bytes, print_table
 
 _WARMUP = 0.06  # share of the steps, as in the paper
 _MAX_LENGTH = 128
-_MAX_VECTOR_LENGTH = 256
 
 
 def run(arguments: argparse.Namespace, task: Task) -> int:
@@ -214,14 +214,15 @@ def _inject(arguments: argparse.Namespace, model: nn.Module) -> None:
             num_vectors=arguments.num_vectors,
             topk=arguments.topk,
             num_candidates=arguments.num_candidates,
+            pad=arguments.pad,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             modules_to_save=_head(model),
         )
         if arguments.vector_length is not None:
             config.vector_length = arguments.vector_length
         else:
-            common = math.gcd(*(width for layer in find_targets(model, config) for width in widths(layer)))
-            config.vector_length = max(b for b in range(1, min(common, _MAX_VECTOR_LENGTH) + 1) if common % b == 0)
+            layers = tuple(target_of(names[0], layer) for layer, names in find_targets(model, config).items())
+            config.vector_length = default_length(layers, config.pad)
         vblora.inject(model, config, bank=arguments.bank, freeze_bank=arguments.bank is not None)
     except FileNotFoundError as error:
         raise CommandError(f"--bank: {error}") from None

@@ -6,7 +6,7 @@ from ..bank import check_count
 from .base import AdapterConfig
 
 # Fields of ours that PEFT does not have.
-BEYOND_PEFT = frozenset({"init", "num_candidates", "scaling", "seed"})
+BEYOND_PEFT = frozenset({"init", "num_candidates", "pad", "scaling", "seed"})
 
 
 @dataclass
@@ -17,7 +17,8 @@ class VBLoRAConfig(AdapterConfig):
     Args:
         r: rank of each layer's update.
         num_vectors: h, vectors in the bank.
-        vector_length: b, elements of a bank vector; must divide ``in_features`` and ``out_features`` of each target.
+        vector_length: b, elements of a bank vector; must divide ``in_features`` and ``out_features`` of each target, unless
+            ``pad``.
         topk: k, bank vectors mixed into a sub-vector. The paper and we recommend 2.
         vblora_dropout: probability of dropping an element of the update's input while training.
         init_vector_bank_bound: the bank starts uniform in ``[-bound, bound]``.
@@ -26,6 +27,9 @@ class VBLoRAConfig(AdapterConfig):
             the same. Bank vectors start as pairs, each the other's negative, and B's sub-vectors as one half of each of a pair.
             For ``topk=2``.
         scaling: factor of every update; 1 is the paper's.
+        pad: let ``vector_length`` be any. A rank then takes as many sub-vectors as reach the layer's width, and of the last one
+            what goes beyond is cut off. It costs as much as a whole one. Where every width is divided this changes nothing;
+            otherwise PEFT's format cannot express it.
         num_candidates: M, bank vectors that a sub-vector may choose from while it trains: those of its M largest initial logits.
             Training is the same as with all of them until a row has used its candidates up, which
             :func:`vblora.stats` counts; it takes M / h of the memory. None, or as many as ``num_vectors``, is the paper's
@@ -50,6 +54,7 @@ class VBLoRAConfig(AdapterConfig):
     init_logits_std: float = 0.1
     init: str = "paper"
     scaling: float = 1.0
+    pad: bool = False
     num_candidates: int | None = 128
     seed: int | None = None
 
@@ -74,5 +79,7 @@ class VBLoRAConfig(AdapterConfig):
             raise ValueError(f"`init_logits_std` is {self.init_logits_std}, but must be at least 0.")
         if not 0 < self.scaling < float("inf"):
             raise ValueError(f"`scaling` is {self.scaling}, but must be above 0 and finite.")
+        if not isinstance(self.pad, bool):
+            raise TypeError(f"`pad` is {self.pad!r}, but must be True or False.")
         if self.init not in ("paper", "noop"):
             raise ValueError(f'`init` is {self.init!r}; allowed are "paper" and "noop".')

@@ -40,18 +40,25 @@ class VBLoRACallback(TrainerCallback):
         optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
         trainer = Trainer(model, arguments, ..., optimizers=(optimizer, None), callbacks=[VBLoRACallback()])
 
+    Args:
+        model: the injected model, where its base is quantised. The Trainer asks whether such a model has adapters before it looks
+            at its callbacks; so this one has to see to the answer when it is made.
+
     How: the Trainer writes a model through its ``save_pretrained`` and reads one through its ``load_state_dict``, so the
     model's own two are replaced by the adapter's. They stay after training; after :func:`vblora.eject` they are the model's
     again.
 
     Raises:
+        TypeError, ValueError: when it is made: a ``model`` that is not a ``PreTrainedModel``, or has no adapter.
         ValueError: when training begins: from a checkpoint whose adapter the Trainer could not restore, as it got to know the
             callback too late, or whose packed state it could not, as it was not given the optimizer; or under the Trainer's
             FSDP or DeepSpeed, which write and read models in ways of their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: PreTrainedModel | None = None) -> None:
         self._warned = False
+        if model is not None:
+            _attach(model)
 
     def on_init_end(
         self,
@@ -120,6 +127,16 @@ class VBLoRACallback(TrainerCallback):
     on_train_end = on_log
 
 
+class _HasAdapter:
+    """What transformers finds in a model's ``_hf_peft_config_loaded``: true for as long as that has an adapter of ours."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __bool__(self) -> bool:
+        return bool(injections(self.model))
+
+
 def _has_candidates(model: nn.Module) -> bool:
     return any(m.candidates is not None for m in model.modules() if isinstance(m, VBLoRAAdapter))
 
@@ -134,6 +151,8 @@ def _attach(model: nn.Module) -> bool:
     # Partials and not closures: a copied or pickled model takes them along, and they it.
     model.save_pretrained = partial(_save_pretrained, model)
     model.load_state_dict = partial(_load_state_dict, model)
+    if getattr(model, "is_quantized", False):
+        model._hf_peft_config_loaded = _HasAdapter(model)
     return True
 
 
