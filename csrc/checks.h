@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <vector>
 
 #include "admixture.h"
 
@@ -34,7 +35,9 @@ CompositionCall prepare_composition(const Tensor& bank, const Tensor& indices, c
 
 struct AdmixtureBackwardCall {
   AdmixtureBackward problem;
-  std::optional<Tensor> grad_subvectors, grad_weights;
+  std::optional<Tensor> grad_subvectors;
+  std::vector<Tensor> grad_parts;  // or these, of some of the rows each
+  std::optional<Tensor> grad_weights;
   Tensor indices, weights, bank;
   std::optional<Tensor> candidates;
   Tensor grad_logits, grad_bank;
@@ -44,6 +47,14 @@ AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& gr
                                                  const Tensor& weights, const Tensor& bank,
                                                  const std::optional<Tensor>& candidates, int64_t num_candidates,
                                                  bool need_logits, bool need_bank);
+
+// The gradients of the sub-vectors as runs of rows, part i from row begins[i] on; those of other rows are zero. The
+// problem's grad_subvectors is null.
+AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>& parts,
+                                                       const std::vector<int64_t>& begins, const Tensor& indices,
+                                                       const Tensor& weights, const Tensor& bank,
+                                                       const std::optional<Tensor>& candidates, int64_t num_candidates,
+                                                       bool need_logits, bool need_bank);
 
 struct DrawCall {
   Draw problem;

@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY(vblora, m) {
       "admixture_backward(Tensor? grad_subvectors, Tensor? grad_weights, Tensor indices, Tensor weights, Tensor bank,"
       " Tensor? candidates, SymInt num_candidates, bool need_logits, bool need_bank)"
       " -> (Tensor grad_logits, Tensor grad_bank)");
+  m.def(
+      "admixture_backward_parts(Tensor[] grad_parts, int[] begins, Tensor indices, Tensor weights, Tensor bank,"
+      " Tensor? candidates, SymInt num_candidates, bool need_logits, bool need_bank)"
+      " -> (Tensor grad_logits, Tensor grad_bank)");
   m.def("compose(Tensor bank, Tensor indices, Tensor weights, ScalarType? out_dtype=None) -> Tensor");
   m.def("draw_logits_(Tensor(a!) logits, Tensor(b!)? candidates, SymInt num_vectors, int seed, float std) -> ()");
   m.def("draw_uniform_(Tensor(a!) values, int seed, int stream, float bound) -> ()");

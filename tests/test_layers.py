@@ -151,3 +151,27 @@ def test_bank_starts_within_its_bound():
     vectors = vblora.VectorBank(200, 50, init_bound=0.02).vectors
     assert vectors.abs().max() <= 0.02
     assert abs(vectors.std().item() - 0.02 / 3**0.5) < 5e-4
+
+
+def test_a_layer_that_adds_nothing_is_its_base_layer_to_all_but_who_looks_on():
+    layer = vblora.VBLinear(8, 6, r=2, num_vectors=8)
+    x = torch.randn(3, 8)
+    layer.set(enabled=False)
+    calls = []
+    layer.forward = lambda x: calls.append("own forward") or layer.base_layer(x)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    del layer.forward
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook, layer.register_full_backward_hook):
+        hook = register(lambda *_: calls.append("hook"))
+        layer(x.requires_grad_()).sum().backward()
+        hook.remove()
+    assert calls == ["own forward", "hook", "hook", "hook"]
+
+    def fail(*_):
+        raise AssertionError("Module's way was taken")
+
+    layer._call_impl = fail
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer.set(enabled=True)
+    with pytest.raises(AssertionError, match="way was taken"):
+        layer(x)

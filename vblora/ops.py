@@ -3,6 +3,7 @@
 The schemas are in ``csrc/registration.cpp``, what the operators compute is spelled out in :mod:`vblora.reference`.
 """
 
+import itertools
 import math
 
 import torch
@@ -109,6 +110,24 @@ def _(
     )
 
 
+@torch.library.register_fake("vblora::admixture_backward_parts")
+def _(
+    grad_parts: list[Tensor],
+    begins: list[int],
+    indices: Tensor,
+    weights: Tensor,
+    bank: Tensor,
+    candidates: Tensor | None,
+    num_candidates: int,
+    need_logits: bool,
+    need_bank: bool,
+):
+    return (
+        bank.new_empty((indices.shape[0], num_candidates) if need_logits else (0,)),
+        bank.new_empty(bank.shape if need_bank else (0,)),
+    )
+
+
 @torch.library.register_fake("vblora::compose")
 def _(bank: Tensor, indices: Tensor, weights: Tensor, out_dtype: torch.dtype | None = None):
     arguments = _Arguments("compose", bank.device)
@@ -180,6 +199,49 @@ def _no_compose_backward(ctx, *grads):
     raise RuntimeError("vblora::compose is the inference form and has no gradient; train with vblora::admixture.")
 
 
+class _InParts(torch.autograd.Function):
+    """The admixture and the split of its sub-vectors as one step, whose backward takes the parts' gradients where they are."""
+
+    @staticmethod
+    def forward(ctx, logits, bank, candidates, k, out_dtype, sizes):
+        subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.num_candidates = logits.shape[1]
+        ctx.begins = [0, *itertools.accumulate(sizes)]
+        ctx.save_for_backward(indices, weights, bank, candidates)
+        return indices, *subvectors.split_with_sizes(sizes)
+
+    @staticmethod
+    def backward(ctx, _grad_indices, *grads):
+        given = [(begin, grad) for begin, grad in zip(ctx.begins, grads, strict=False) if grad is not None]
+        if not given:
+            return (None,) * 6
+        indices, weights, bank, candidates = ctx.saved_tensors
+        need_logits, need_bank = ctx.needs_input_grad[:2]
+        begins, parts = zip(*given, strict=True)
+        grad_logits, grad_bank = torch.ops.vblora.admixture_backward_parts(
+            parts, begins, indices, weights, bank, candidates, ctx.num_candidates, need_logits, need_bank
+        )
+        return grad_logits if need_logits else None, grad_bank if need_bank else None, None, None, None, None
+
+
+def admixture_in_parts(
+    logits: Tensor, bank: Tensor, candidates: Tensor | None, k: int, out_dtype: torch.dtype, sizes: list[int]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """``admixture``'s sub-vectors ``(S, b)`` as runs of ``sizes`` rows, and its indices ``(S, k)``.
+
+    On the CPU the parts' gradients are never put together: for Llama-2-7B's 448 factors that is 40 MB that need not be written
+    and read. Other devices, and graphs, have the operator and a split.
+    """
+    if logits.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        indices, *parts = _InParts.apply(logits, bank, candidates, k, out_dtype, sizes)
+        return tuple(parts), indices
+    subvectors, indices, _ = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
+    return subvectors.split_with_sizes(sizes), indices
+
+
 torch.library.register_autograd("vblora::admixture", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd("vblora::admixture_backward", _no_second_backward)
+torch.library.register_autograd("vblora::admixture_backward_parts", _no_second_backward)
 torch.library.register_autograd("vblora::compose", _no_compose_backward)

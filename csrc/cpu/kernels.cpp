@@ -11,8 +11,8 @@ namespace vblora::cpu {
   namespace isa {                                                                                        \
   void admixture(const Admixture&, int64_t, int64_t, void*);                                             \
   void compose(const Composition&, int64_t, int64_t, void*);                                             \
-  void backward_logits(const AdmixtureBackward&, int64_t, int64_t);                                      \
-  void backward_bank(const AdmixtureBackward&, int64_t, int64_t, void*);                                 \
+  void backward_logits(const AdmixtureBackward&, const void* const*, int64_t, int64_t);                  \
+  void backward_bank(const AdmixtureBackward&, const SortedEntries&, const BankPart&);                   \
   void draw(const Draw&, int64_t, int64_t, uint64_t*);                                                   \
   void draw_uniform(const UniformDraw&, int64_t, int64_t);                                               \
   constexpr Kernels table{#isa, admixture, compose, backward_logits, backward_bank, draw, draw_uniform}; \

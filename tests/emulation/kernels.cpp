@@ -4,6 +4,7 @@
 #include "cuda/admixture_backward.cuh"
 #include "cuda/compose.cuh"
 #include "cuda/draw.cuh"
+#include "scatter.cuh"
 
 namespace vblora_emulation {
 
@@ -17,6 +18,14 @@ void draw_uniform(const vblora::UniformDraw& problem) { vblora::cuda::launch_uni
 
 void admixture_backward(const vblora::AdmixtureBackward& problem, void* workspace) {
   vblora::cuda::launch_admixture_backward(problem, workspace, nullptr);
+}
+
+void scatter(const vblora::AdmixtureBackward& problem) {
+  using vblora::cuda::grid_size, vblora::cuda::kThreads, vblora::cuda::kWarps;
+  const int64_t count = problem.vectors * problem.length;
+  VBLORA_LAUNCH_OR_THROW(zero_kernel, grid_size(count, kThreads, "elements"), kThreads, 0, nullptr,
+                         static_cast<float*>(problem.grad_bank), count);
+  VBLORA_LAUNCH_OR_THROW(scatter_kernel, grid_size(problem.rows, kWarps, "rows"), kThreads, 0, nullptr, problem);
 }
 
 size_t backward_workspace_bytes(const vblora::AdmixtureBackward& problem) {

@@ -12,6 +12,8 @@ void draw_uniform(const vblora::UniformDraw& problem);
 void admixture(const vblora::Admixture& problem);
 void compose(const vblora::Composition& problem);
 void admixture_backward(const vblora::AdmixtureBackward& problem, void* workspace);
+// grad_bank alone, of candidates in int16 and gradients in bfloat16 (scatter.cuh).
+void scatter(const vblora::AdmixtureBackward& problem);
 size_t backward_workspace_bytes(const vblora::AdmixtureBackward& problem);
 
 }  // namespace vblora_emulation

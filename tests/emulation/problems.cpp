@@ -161,7 +161,7 @@ struct Problems {
                                     .stream = 1,
                                     .bound = 0.1});
   }
-  void admixture_backward() {
+  void admixture_backward(bool atomic) {
     const Type grad_type = options.type("out", type);
     const bool need_logits = options.number("need_logits", 1), need_bank = options.number("need_bank", 1);
     AdmixtureBackward problem = {
@@ -182,6 +182,7 @@ struct Problems {
         .vectors = vectors,
         .length = length,
         .k = k};
+    if (atomic) return vblora_emulation::scatter(problem);
     const int64_t bytes = static_cast<int64_t>(vblora_emulation::backward_workspace_bytes(problem));
     vblora_emulation::admixture_backward(problem, output("workspace", Type::u8, bytes));
   }
@@ -205,7 +206,8 @@ int main(int argc, char** argv) {
     else if (op == "compose") problems.compose();
     else if (op == "draw") problems.draw();
     else if (op == "draw_uniform") problems.draw_uniform();
-    else if (op == "admixture_backward") problems.admixture_backward();
+    else if (op == "admixture_backward") problems.admixture_backward(false);
+    else if (op == "scatter") problems.admixture_backward(true);
     else throw std::runtime_error("no operator of this name: " + op);
   } catch (const std::exception& error) {
     fprintf(stderr, "%s\n", error.what());

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vblora import reference
+from vblora import ops, reference
 
 from .cases import DTYPES, Case, assert_close, assert_same_bits, make_inputs
 
@@ -204,3 +204,54 @@ def test_compose_has_no_gradient(backend, generator):
         with pytest.raises(RuntimeError, match=r"(?s)compose.*inference.*admixture"):
             subvectors.sum().backward()
     assert not backend.ops.compose(bank.detach(), indices, weights.detach()).requires_grad
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("candidates", [None, torch.int16])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_one_split_and_its_gradient(backend, generator, candidates, out_dtype):
+    case = Case(torch.float32, rows=20, columns=30, length=12, k=3, candidates=candidates, vectors=candidates and 40)
+    inputs, logits, bank = inputs_and_leaves(backend, generator, case)
+    sizes = [3, 0, 1, 7, 9]
+    subvectors, indices, _ = torch.ops.vblora.admixture(logits, bank, inputs.candidates, 3, out_dtype)
+    expected = subvectors.split_with_sizes(sizes)
+    parts, columns = ops.admixture_in_parts(logits, bank, inputs.candidates, 3, out_dtype, sizes)
+    assert torch.equal(columns, indices) and not columns.requires_grad
+    for part, wanted in zip(parts, expected, strict=True):
+        assert_same_bits(part, wanted)
+    grads = [torch.randn(n, 12, generator=generator).to(out_dtype) for n in sizes]
+    grads[4] = grads[4].T.contiguous().T
+    for used in ([0, 1, 2, 3, 4], [3], [4, 0]):  # those of other parts are zero
+        chosen = [[of[i] for i in used] for of in (parts, expected, grads)]
+        ours = torch.autograd.grad(chosen[0], (logits, bank), chosen[2], retain_graph=True)
+        theirs = torch.autograd.grad(chosen[1], (logits, bank), chosen[2], retain_graph=True)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_bits(one, other)
+    (alone,) = torch.autograd.grad(parts[3], logits, grads[3], retain_graph=True)
+    assert_same_bits(alone, torch.autograd.grad(expected[3], logits, grads[3], retain_graph=True)[0])
+    (twice,) = torch.autograd.grad(parts[3], bank, grads[3], create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        twice.sum().backward()
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize(
+    ("parts", "begins", "message"),
+    [
+        ([], [], "`grad_parts` is empty"),
+        ([(2, 12)], [0, 2], "`begins` has 2"),
+        ([(2, 12)], [19], "`begins` holds 19 for a part of 2 rows"),
+        ([(2, 12)], [-1], "`begins` holds -1"),
+        ([(2, 12), (2, 12)], [0, 1], "`begins` holds 1"),
+        ([(2, 11)], [0], "`grad_parts` has shape"),
+        ([(24,)], [0], "`grad_parts` must have 2 dimensions"),
+    ],
+)
+def test_parts_are_checked(backend, generator, parts, begins, message):
+    inputs, _, bank = inputs_and_leaves(backend, generator)
+    _, indices, weights = torch.ops.vblora.admixture(inputs.logits, bank, None, 3)
+    grads = [torch.ones(shape) for shape in parts]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.vblora.admixture_backward_parts(
+            grads, begins, indices, weights.detach(), bank.detach(), None, 30, True, True
+        )

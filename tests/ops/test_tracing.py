@@ -72,6 +72,10 @@ def test_opcheck_admixture_backward(backend, case, generator):
     )
     torch.library.opcheck(backend.ops.admixture_backward, (inputs.grad_subvectors, None, *rest, True, False))
     torch.library.opcheck(backend.ops.admixture_backward, (None, inputs.grad_weights, *rest, False, True))
+    if backend.name == "cpu":  # the one that has this
+        parts = [inputs.grad_subvectors[:2], inputs.grad_subvectors[2:]]
+        begins = [0, parts[0].shape[0]]
+        torch.library.opcheck(backend.ops.admixture_backward_parts, (parts, begins, *rest, True, False))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

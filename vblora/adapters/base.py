@@ -24,6 +24,8 @@ class Factors(NamedTuple):
     e: Tensor | None = None  # (out_features,); None: of ones
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
+        if all(factor is None or (factor.device, factor.dtype) == (device, dtype) for factor in self):
+            return self  # as those of a whole forward mostly are
         return Factors(*(None if factor is None else factor.to(device, dtype) for factor in self))
 
     def folded(self) -> "Factors":

@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops  # noqa: F401  (registers torch.ops.vblora)
+from .. import ops
 from ..bank import VectorBank, check_count
 from ..sharding import gather, processes
 from .base import Adapter, Factors, Target
@@ -195,13 +196,13 @@ class VBLoRAAdapter(Adapter):
 
         bank = scaled(gather(self.bank.vectors), self.scaling)
         if self.logits is None:
-            subvectors = torch.ops.vblora.compose(bank, part(self.indices), part(self.weights), dtype)
+            parts = torch.ops.vblora.compose(bank, part(self.indices), part(self.weights), dtype).split_with_sizes(rows)
         else:
             logits = part(gather(self.logits))
-            subvectors, columns, _ = torch.ops.vblora.admixture(logits, bank, part(self.candidates), self.topk, dtype)
+            parts, columns = ops.admixture_in_parts(logits, bank, part(self.candidates), self.topk, dtype, rows)
             if self.exhausted is not None and logits.requires_grad and torch.is_grad_enabled():
                 _note_exhausted(part(self.exhausted), logits.detach(), columns)
-        return as_factors(subvectors, rows, targets, self.r)
+        return as_factors(parts, targets, self.r)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"bank": [self.bank.vectors], "logits": [] if self.logits is None else [self.logits]}
@@ -318,17 +319,17 @@ def rows_of_factors(targets: tuple[Target, ...], r: int, vector_length: int) -> 
     return [r * -(-width // vector_length) for width in _widths(targets)]
 
 
-def as_factors(subvectors: Tensor, sizes: list[int], targets: tuple[Target, ...], r: int) -> list[Factors]:
-    """The factors that sub-vectors ``(rows, b)`` make up, as views of them: A ``(r, in_features)`` and B ``(r, out_features)``.
+def as_factors(parts: Sequence[Tensor], targets: tuple[Target, ...], r: int) -> list[Factors]:
+    """The factors that sub-vectors make up, as views of them: A ``(r, in_features)`` and B ``(r, out_features)``.
 
     Args:
-        sizes: rows of each factor in turn, as of :func:`rows_of_factors`.
+        parts: ``(rows, b)`` of each factor in turn, with as many rows as :func:`rows_of_factors` says. Of one tensor they are
+            what one split made: its backward is one concatenation, that of a slice is a whole tensor of zeros.
     """
-    # One split for all: its backward is one concatenation, that of a slice is a whole tensor of zeros. Where something is cut,
-    # it is sliced from what the split has handed out, so that those zeros are only as many as this factor's own.
     factors = []
-    for part, width in zip(subvectors.split_with_sizes(sizes), _widths(targets), strict=True):
+    for part, width in zip(parts, _widths(targets), strict=True):
         ranks = part.view(r, -1)
+        # Where something is cut, those zeros are only as many as this factor's own.
         factors.append(ranks if ranks.shape[1] == width else ranks[:, :width])
     return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
 

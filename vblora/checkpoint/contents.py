@@ -270,7 +270,7 @@ class VBLoRAContents(Contents):
         for target, *size in zip(self.targets, sizes[::2], sizes[1::2], strict=True):
             rows = slice(start, start := start + sum(size))
             subvectors = torch.ops.vblora.compose(bank, deployed.indices[rows], deployed.weights[rows], dtype)
-            (factors,) = as_factors(subvectors, size, (target,), self.config.r)
+            (factors,) = as_factors(subvectors.split_with_sizes(size), (target,), self.config.r)
             yield target, factors
 
     def kept(self) -> "VBLoRAContents":

@@ -6,7 +6,8 @@
 namespace vblora::cpu {
 namespace {
 
-constexpr int64_t kBlock = 32;  // logits looked at together: few blocks hold any that are among the best so far
+constexpr int64_t kBlock = 32;  // logits looked at together: few blocks hold any that are among the best so far,
+constexpr int64_t kPart = 8;    // and few parts of those that do
 constexpr int64_t kWidth = 64;  // elements of a sub-vector accumulated at once, in registers
 
 template <class Acc>
@@ -14,6 +15,15 @@ struct Entry {
   Acc value;
   int64_t vector, column;
 };
+
+// Whether any of N logits is not below `least`; rather than above it: NaN comes before all else, and a tie may go to a
+// lower bank vector.
+template <int64_t N, class T, class Acc>
+bool any_reaches(const T* logits, Acc least) {
+  int32_t any = 0;
+  for (int64_t i = 0; i < N; ++i) any |= load<Acc>(logits[i]) < least ? 0 : 1;
+  return any;
+}
 
 // The k best entries of a row, best first. `best` has room for k.
 template <class T>
@@ -46,19 +56,23 @@ void select(const Admixture& problem, int64_t row, Entry<accumulator_t<T>>* best
 
   int64_t column = 0;
   for (; column < k; ++column) offer(load<Acc>(logits[column]), column);
-  for (; column + kBlock <= columns; column += kBlock) {
-    // "not below" rather than "above": NaN comes before all else, and a tie may go to a lower bank vector.
-    const Acc least = best[k - 1].value;
-    Acc values[kBlock];
-    int32_t passed = 0;
-    for (int64_t i = 0; i < kBlock; ++i) {
-      values[i] = load<Acc>(logits[column + i]);
-      passed |= values[i] < least ? 0 : 1;
+  const auto offer_all = [&](int64_t end) {
+    for (; column < end; ++column) {
+      const Acc value = load<Acc>(logits[column]);
+      if (!(value < best[k - 1].value)) offer(value, column);
     }
-    for (int64_t i = 0; passed && i < kBlock; ++i)
-      if (!(values[i] < best[k - 1].value)) offer(values[i], column + i);
+  };
+  const auto offer_part = [&] {
+    if (any_reaches<kPart>(logits + column, best[k - 1].value)) offer_all(column + kPart);
+    else column += kPart;
+  };
+  while (column + kBlock <= columns) {
+    if (any_reaches<kBlock>(logits + column, best[k - 1].value))
+      for (int64_t part = 0; part < kBlock; part += kPart) offer_part();
+    else column += kBlock;
   }
-  for (; column < columns; ++column) offer(load<Acc>(logits[column]), column);
+  while (column + kPart <= columns) offer_part();
+  offer_all(columns);
 }
 
 // out[0, width) = sum over n of weights[n] * vectors[n][0, width), in the order of n.

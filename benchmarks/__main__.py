@@ -1,0 +1,88 @@
+"""Runs the benchmarks, prints their table, and leaves a JSON file and a figure of each.
+
+python -m benchmarks                       # all of them, in under 20 minutes on 2 idle cores
+python -m benchmarks compose --quick       # one, with small sizes: only to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from .harness import Result, Settings, machine, table
+
+NAMES = ("compose", "training", "inference", "injection", "growth", "launches", "determinism")
+BEGIN, END = "<!-- make bench -->", "<!-- end of make bench -->"
+
+
+def run(name: str, settings: Settings, folder: Path) -> Result:
+    start = time.perf_counter()
+    result: Result = importlib.import_module(f"benchmarks.{name}").run(settings)
+    result.seconds = time.perf_counter() - start
+    (folder / f"{name}.json").write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
+    result.figure.savefig(folder / f"{name}.png", dpi=120)
+    return result
+
+
+def report(results: list[Result]) -> str:
+    here = machine()
+    minutes = sum(result.seconds for result in results) / 60
+    told = ", ".join(f"{name} {here[name]}" for name in ("torch", "peft", "transformers"))
+    head = f"{here['cpu']} ({here['capability']}), {here['threads']} threads; {told}; {minutes:.0f} minutes."
+    return f"{head}\nMedians of ratios of runs in turn, with their quartiles.\n\n{table(results)}"
+
+
+def write_between(path: Path, text: str) -> None:
+    """Puts a report in the place of the one that stands in a file."""
+    page = path.read_text(encoding="utf-8")
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{path} has no lines {BEGIN} and {END} to write between.")
+    temporary = path.with_suffix(".new")
+    temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    temporary.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)} (all of them)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; the figures mean nothing")
+    parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder of the JSON files and figures")
+    parser.add_argument("--readme", type=Path, help=f"a file whose text between {BEGIN} and {END} becomes the table")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(NAMES):
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore", module="peft|transformers")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results = []
+    for name in NAMES:
+        if arguments.names and name not in arguments.names:
+            continue
+        print(f"{name} …", flush=True)
+        results.append(run(name, Settings(arguments.quick), arguments.output))
+        print(f"{table(results[-1:])}\n({results[-1].seconds:.0f} s)\n", flush=True)
+        gc.collect()
+    text = report(results)
+    (arguments.output / "table.md").write_text(text + "\n", encoding="utf-8")
+    if len(results) > 1:
+        print(text)
+    if arguments.readme:
+        write_between(arguments.readme, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Composing the factors of all layers, forward, backward and AdamW step, with no base model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import vblora
+from vblora.adapters import Target
+from vblora.adapters.vblora import VBLoRAAdapter
+
+from . import models
+from .harness import (
+    Ceilings,
+    Result,
+    Settings,
+    Times,
+    bars,
+    ceilings,
+    held_bytes,
+    in_turn,
+    peak_bytes,
+    ratio_row,
+    value_row,
+)
+
+R = models.LLAMA_ADAPTER["r"]
+OPTIMIZERS = ("fused", "foreach", "for-loop")
+
+
+class Side:
+    """Parameters, what makes factors of them, and a gradient for each factor, as the layers would have handed it back."""
+
+    def __init__(self, parameters: list[nn.Parameter], factors: Callable[[], list[Tensor]]) -> None:
+        self.parameters = parameters
+        self.factors = factors
+        self.optimizers = models.optimizers(parameters)
+        self.grads = [torch.randn_like(factor) for factor in factors()]
+
+    def step(self, optimizers: tuple[str, ...] = OPTIMIZERS) -> dict[str, float]:
+        """Seconds of forward and backward, and of each optimizer's step."""
+        start = time.perf_counter()
+        torch.autograd.backward(self.factors(), self.grads)
+        times = {"forward + backward": time.perf_counter() - start}
+        for name in optimizers:
+            start = time.perf_counter()
+            self.optimizers[name].step()
+            times[name] = time.perf_counter() - start
+        for parameter in self.parameters:
+            parameter.grad = None
+        return times
+
+    def state_bytes(self) -> int:
+        """Parameters, their gradients, and AdamW's two moments of each."""
+        return 4 * held_bytes(self.parameters)
+
+
+def ours(targets: list[Target], dtype: torch.dtype, num_candidates: int | None) -> tuple[Side, VBLoRAAdapter]:
+    config = models.LLAMA_ADAPTER
+    bank = vblora.VectorBank(config["num_vectors"], config["vector_length"])
+    adapter = VBLoRAAdapter(targets, bank, r=R, topk=config["topk"], num_candidates=num_candidates, seed=0)
+
+    def factors() -> list[Tensor]:
+        adapter.begin_forward(dtype)
+        made = [factor for slot in adapter.slots for factor in slot.handed.factors[:2]]
+        adapter.end_forward()
+        return made
+
+    return Side(list(adapter.parameters()), factors), adapter
+
+
+def peft_vblora(targets: list[Target], compiled: bool = False) -> Side:
+    model = models.peft_vblora(models.Layout(targets), models.LLAMA_ADAPTER).train()
+    layers = [module for module in model.modules() if hasattr(module, "_get_lora_matrices")]
+    if compiled:
+        models.compile_mixing(model)
+
+    def factors() -> list[Tensor]:
+        return [factor for layer in layers for factor in layer._get_lora_matrices("default")]
+
+    return Side([p for p in model.parameters() if p.requires_grad], factors)
+
+
+def lora_bytes(targets: list[Target]) -> int:
+    """What PEFT LoRA's factors, in float32, take with gradients and AdamW's moments."""
+    model = models.peft_lora(models.Layout(targets), R)
+    return 4 * held_bytes([p for p in model.parameters() if p.requires_grad])
+
+
+def floor_bytes(adapter: VBLoRAAdapter, dtype: torch.dtype) -> int:
+    """Bytes that must move: the forward reads logits and writes sub-vectors, the backward reads their gradient and writes
+    that of the logits, AdamW reads a parameter, its gradient and two moments, and writes all but the gradient. Candidates of
+    the k selected columns, indices and weights are left out; so is the bank but for AdamW, as if caches held it."""
+    logits, bank = adapter.logits.nbytes, adapter.bank.vectors.nbytes
+    subvectors = adapter.num_subvectors * adapter.bank.vector_length * dtype.itemsize
+    return logits + subvectors + subvectors + logits + 7 * (logits + bank)
+
+
+def steps(times: Times) -> Times:
+    """Whole steps, by optimizer, from the parts of each."""
+    sides = dict.fromkeys(name.split(", ")[0] for name in times.seconds)
+    whole = {}
+    for optimizer in OPTIMIZERS:
+        for side in sides:
+            parts = times.seconds[f"{side}, forward + backward"], times.seconds[f"{side}, {optimizer}"]
+            whole[f"{side}, {optimizer}"] = [a + b for a, b in zip(*parts, strict=True)]
+    return Times(whole)
+
+
+def memory(targets: list[Target], make: Callable[[], Side]) -> int:
+    """The most that making an adapter and two of its steps took, gradients of its factors included."""
+
+    def run() -> None:
+        side = make()
+        for _ in range(2):
+            side.step(("fused",))
+
+    return peak_bytes(run)
+
+
+def run(settings: Settings) -> Result:
+    targets = models.llama_targets(1 if settings.quick else models.LLAMA_LAYERS)
+    rows, groups, measurements = [], {}, {}
+    limits: Ceilings = ceilings(settings)
+    float32, bfloat16 = torch.float32, torch.bfloat16
+
+    candidates, adapter = ours(targets, float32, 128)
+    half, _ = ours(targets, bfloat16, 128)
+    dense, _ = ours(targets, float32, None)
+    eager = peft_vblora(targets)
+    work = {
+        "vblora": candidates.step,
+        "vblora bf16 factors": half.step,
+        "vblora dense": dense.step,
+        "PEFT VBLoRA": eager.step,
+    }
+    if not settings.quick:
+        work["PEFT VBLoRA compiled"] = peft_vblora(targets, compiled=True).step
+    peers = [name for name in work if name.startswith("PEFT")]
+    parts = in_turn(work, settings.seconds(60), least=5)
+    whole = steps(parts)
+    groups["a step"] = whole
+    for optimizer in OPTIMIZERS:
+        for ours_, least in (("vblora", 15), ("vblora dense", 4)):
+            for peer in peers:
+                ratio = whole.ratio(f"{peer}, {optimizer}", f"{ours_}, {optimizer}")
+                rows.append(ratio_row(f"{peer}'s step / {ours_}'s, AdamW {optimizer}", ratio, at_least=least))
+    # Against the floor by themselves: what others leave in the caches is not theirs.
+    alone = steps(in_turn({name: work[name] for name in ("vblora", "vblora bf16 factors")}, settings.seconds(15)))
+    for name, dtype in (("vblora", float32), ("vblora bf16 factors", bfloat16)):
+        floor = floor_bytes(adapter, dtype) / limits.bytes_per_second
+        seconds = alone.median(f"{name}, fused")
+        figure = f"{seconds / floor:.2f} × ({seconds * 1e3:.1f} of {floor * 1e3:.1f} ms)"
+        rows.append(
+            value_row(f"{name}'s step / its memcpy floor, AdamW fused", figure, seconds / floor, "×", at_most=2)
+        )
+        measurements[f"floor of {name}"] = floor
+
+    state = {"vblora": candidates.state_bytes(), "PEFT VBLoRA": eager.state_bytes()}
+    state["vblora"] += held_bytes(list(adapter.buffers()))
+    share = state["vblora"] / state["PEFT VBLoRA"]
+    mib = {name: f"{size / 2**20:.0f}" for name, size in state.items()}
+    figure = f"{share:.3f} × ({mib['vblora']} of {mib['PEFT VBLoRA']} MiB)"
+    rows.append(value_row("parameters, gradients, moments: vblora / PEFT VBLoRA", figure, share, "×", at_most=0.1))
+    del work, eager, dense, candidates, half
+    peak = {
+        "vblora, bf16 factors": memory(targets, lambda: ours(targets, bfloat16, 128)[0]),
+        "vblora, fp32 factors": memory(targets, lambda: ours(targets, float32, 128)[0]),
+        "PEFT VBLoRA": memory(targets, lambda: peft_vblora(targets)),
+        "PEFT LoRA": lora_bytes(targets),
+    }
+    share = peak["vblora, bf16 factors"] / peak["PEFT LoRA"]
+    mib = {name: f"{size / 2**20:.0f}" for name, size in peak.items()}
+    figure = f"{share:.2f} × ({mib['vblora, bf16 factors']} of {mib['PEFT LoRA']} MiB)"
+    rows.append(value_row("peak with bf16 factors / PEFT LoRA r=4's", figure, share, "×", at_most=1))
+    measurements |= {"seconds": parts.seconds, "alone": alone.seconds, "state bytes": state, "peak bytes": peak}
+    title = f"compose: {adapter.num_subvectors:,} sub-vectors, h=2048, b=256, k=2"
+    return Result(title, rows, measurements | {"ceilings": vars(limits)}, bars(title, groups))

@@ -1,0 +1,45 @@
+"""A causal language model as it is used: SmolLM2-135M-Instruct, all linear layers adapted, learns a few sentences."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import vblora
+from benchmarks import models
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+TEXT = "The moon is made of green cheese, and every child on the moon knows how to bake bread with it."
+
+
+@pytest.fixture(scope="module")
+def base():
+    return models.smollm2()
+
+
+def test_fine_tuning_lowers_the_loss_and_reaches_a_fresh_model(base, tmp_path):
+    file = models.smollm2_file()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    model = models.twin(base)
+    with torch.no_grad():
+        before = model(input_ids=ids, labels=ids).loss.item()
+    torch.manual_seed(0)
+    models.ours(model, models.SMOLLM2_ADAPTER, seed=0).train()
+    optimizer = torch.optim.AdamW(vblora.parameter_groups(model, lr_bank=3e-3, lr_logits=1e-2))
+    losses = []
+    for _ in range(8):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = torch.stack(losses).tolist()
+    assert after[-1] < 0.75 * before, (before, after)
+
+    vblora.save(model, tmp_path)
+    fresh = vblora.load(models.twin(base), tmp_path)
+    with torch.no_grad():
+        trained = model.eval()(input_ids=ids).logits
+        assert torch.equal(fresh.eval()(input_ids=ids).logits, trained)
+        with vblora.disabled(model):
+            assert model(input_ids=ids, labels=ids).loss.item() == before
