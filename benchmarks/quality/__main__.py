@@ -1,8 +1,8 @@
 """How well methods learn: tasks × methods × seeds, each run written to a file as it ends, a table, and a picture.
 
-    python -m benchmarks.quality --data GLUE            the table of README.md; interrupted, it goes on where it was
-    python -m benchmarks.quality --data GLUE --quick    a short form
-    python -m benchmarks.quality --data GLUE --methods VB-LoRA --set lr_logits=0.1 scaling=4    one recipe, changed
+python -m benchmarks.quality --data GLUE            the table of README.md; interrupted, it goes on where it was
+python -m benchmarks.quality --data GLUE --quick    a short form
+python -m benchmarks.quality --data GLUE --methods VB-LoRA --set lr_logits=0.1 scaling=4    one recipe, changed
 """
 
 import argparse
@@ -62,17 +62,25 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.quality", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("GLUE"), help="folder of TASK/train.tsv, TASK/dev.tsv")
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("GLUE"), help="folder of TASK/train.tsv, TASK/dev.tsv"
+    )
     parser.add_argument("--model", type=Path, help="folder of an encoder (the demo's all-MiniLM-L6-v2)")
     parser.add_argument("--tasks", nargs="+", help="all in the folder")
-    parser.add_argument("--methods", nargs="+", choices=list(RECIPES), metavar="METHOD", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(RECIPES), metavar="METHOD", help=f"of {', '.join(RECIPES)}"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--max-train", type=int, help="training rows of each task (all)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes fields and rates of the methods")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes fields and rates of the methods"
+    )
     parser.add_argument("--float32", action="store_true", help="instead of bfloat16 autocast")
     parser.add_argument("--output", type=Path, default=Path("build/quality.jsonl"), help="where runs are kept")
-    parser.add_argument("--quick", action="store_true", help=f"one seed, {_QUICK_ROWS} rows, the methods that matter most")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"one seed, {_QUICK_ROWS} rows, the methods that matter most"
+    )
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("give --data, or set GLUE, to a folder of GLUE's tasks")

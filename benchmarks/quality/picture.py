@@ -10,7 +10,9 @@ def draw(rows: list[dict], tasks: list[str], path: Path) -> None:
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for row in rows:
             if row["stored"]:
-                axes.errorbar(row["stored"], row["mean"][task], row["std"][task], marker="o", capsize=3, label=row["name"])
+                axes.errorbar(
+                    row["stored"], row["mean"][task], row["std"][task], marker="o", capsize=3, label=row["name"]
+                )
             else:
                 axes.axhline(row["mean"][task], color="grey", linestyle=":", label=row["name"])
         axes.set(title=task, xscale="log", xlabel="stored parameters beside the head")
