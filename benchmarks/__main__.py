@@ -1,7 +1,8 @@
 """Runs the benchmarks, prints their table, and leaves a JSON file and a figure of each.
 
 python -m benchmarks                       # all of them, in under 20 minutes on 2 idle cores
-python -m benchmarks compose --quick       # one, with small sizes: only to see that it runs
+python -m benchmarks compose               # one; the table holds what the others found before
+python -m benchmarks compose --quick       # with small sizes: only to see that it runs
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ def run(name: str, settings: Settings, folder: Path) -> Result:
     return result
 
 
+def earlier(name: str, folder: Path) -> Result | None:
+    """What a benchmark that is not run now found on this machine, with the same packages and threads."""
+    path = folder / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return Result.from_json(found) if found.get("machine") == machine() else None
+
+
 def report(results: list[Result]) -> str:
     here = machine()
     minutes = sum(result.seconds for result in results) / 60
@@ -58,24 +66,28 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)} (all of them)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; the figures mean nothing")
-    parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder of the JSON files and figures")
+    parser.add_argument("--output", type=Path, help="folder of the JSON files and figures (build/bench)")
     parser.add_argument("--readme", type=Path, help=f"a file whose text between {BEGIN} and {END} becomes the table")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
 
+    if arguments.output is None:
+        arguments.output = Path("build/bench-quick" if arguments.quick else "build/bench")
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", module="peft|transformers")
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = []
     for name in NAMES:
         if arguments.names and name not in arguments.names:
+            results.append(earlier(name, arguments.output))
             continue
         print(f"{name} …", flush=True)
         results.append(run(name, Settings(arguments.quick), arguments.output))
         print(f"{table(results[-1:])}\n({results[-1].seconds:.0f} s)\n", flush=True)
         gc.collect()
+    results = [result for result in results if result is not None]
     text = report(results)
     (arguments.output / "table.md").write_text(text + "\n", encoding="utf-8")
     if len(results) > 1:

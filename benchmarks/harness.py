@@ -208,6 +208,12 @@ class Result:
             "measurements": self.measurements,
         }
 
+    @classmethod
+    def from_json(cls, found: dict) -> "Result":
+        """What :meth:`as_json` was of, without its figure."""
+        rows = [Row(**row) for row in found["rows"]]
+        return cls(found["title"], rows, found["measurements"], Figure(), found["seconds"])
+
 
 def table(results: list[Result]) -> str:
     lines = ["| benchmark | | figure | target | |", "|---|---|---|---|---|"]

@@ -90,6 +90,9 @@ def compile_mixing(model: nn.Module) -> list[nn.Module]:
 
     Not all of the model: each layer asks its logits whether one is infinite, and there a graph ends.
     """
+    torch._dynamo.config.recompile_limit = (
+        64  # beyond it shapes would run uncompiled, and a model has more than the default 8
+    )
     layers = [module for module in model.modules() if hasattr(module, "_get_low_rank_matrix")]
     mix = torch.compile(layers[0]._get_low_rank_matrix)
     for layer in layers:

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks.__main__ import BEGIN, END, NAMES, run, table, write_between
-from benchmarks.harness import Result, Row, Settings, Times, in_turn, peak_bytes, ratio_row, value_row
+from benchmarks.__main__ import BEGIN, END, NAMES, earlier, run, table, write_between
+from benchmarks.harness import Result, Row, Settings, Times, in_turn, machine, peak_bytes, ratio_row, value_row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,6 +21,7 @@ def test_runs(name, tmp_path):
     assert all(bool(row.target) == (row.holds is not None) for row in result.rows)
     assert found["measurements"]
     assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    assert table([earlier(name, tmp_path)]) == table([result])
 
 
 def test_runs_in_turn_are_paired_and_change_their_order():
@@ -52,6 +53,12 @@ def test_peak_memory_is_what_was_held_at_once():
         return held
 
     assert 6_000_000 <= peak_bytes(run) < 6_100_000
+
+
+def test_what_another_machine_found_is_not_shown(tmp_path):
+    assert earlier("compose", tmp_path) is None
+    (tmp_path / "compose.json").write_text(json.dumps({"machine": machine() | {"threads": 99}, "rows": []}))
+    assert earlier("compose", tmp_path) is None
 
 
 def test_a_report_replaces_the_one_that_stands_in_a_file(tmp_path):

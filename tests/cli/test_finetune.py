@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -348,16 +350,24 @@ def test_a_real_ctrl_c(tiny_model, table, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "vblora.cli", "finetune", "--data", table, "--model", tiny_model, "--output", out]
     command += ["--epochs", "100000", "--num-vectors", "16", "--vector-length", "16"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-    ) as process:
+    started = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
+    watch = threading.Timer(120, started.kill)
+    watch.start()
+    with started as process:
         seen = ""
         while not re.search(r" [1-9]\d*/\d+ \[", seen):  # the progress bar has moved
             seen += process.stderr.read(1) or pytest.fail(f"it ended by itself: {seen}")
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait() == 130, seen + rest
+    watch.cancel()
     assert re.search(r"interrupted after step \d+ of \d+", rest.splitlines()[-1])
     assert logits_of(tiny_model, out, "a film").isfinite().all()
 
