@@ -85,7 +85,7 @@ def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, caps
 
     def command(*more: str) -> list[dict]:
         output = tmp_path / "out" / "runs.jsonl"
-        names = ["--methods", "frozen encoder", "VB-LoRA, query and value", "--seeds", "2", "--epochs", "8"]
+        names = ["--methods", "frozen encoder", "VB-LoRA, query and value", "--seeds", "2", "--epochs", "20"]
         monkeypatch.setattr("sys.argv", ["quality", "--data", str(tmp_path), "--model", str(tiny_model), *names])
         monkeypatch.setattr("sys.argv", [*quality.sys.argv, "--output", str(output), *more])
         assert quality.main() == 0
@@ -95,7 +95,7 @@ def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, caps
     runs = command(*fits)
     assert len(ran) == len(runs) == 4
     frozen, adapted = (run["result"]["losses"][-1] for run in runs[:2])
-    assert adapted < frozen - 0.01
+    assert adapted < 0.95 * frozen
     assert runs[0]["result"]["stored"] == 0
     rows = 2 * 2 * 4 * (32 + 32) // 16  # layers, query and value, r
     assert runs[1]["result"]["stored"] == 24 * 16 + rows * 2 * 5 // 4
