@@ -91,7 +91,15 @@ def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, caps
         assert quality.main() == 0
         return [json.loads(line) for line in output.read_text().splitlines()]
 
-    fits = ["--set", "vector_length=16", "num_vectors=24", "lr_bank=0.02", "init_vector_bank_bound=0.5"]
+    fits = [
+        "--set",
+        "vector_length=16",
+        "num_vectors=24",
+        "lr_bank=0.02",
+        "init_vector_bank_bound=0.5",
+        "scaling=1",
+        "lr_logits=0.01",
+    ]
     runs = command(*fits)
     assert len(ran) == len(runs) == 4
     frozen, adapted = (run["result"]["losses"][-1] for run in runs[:2])
