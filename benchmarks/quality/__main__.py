@@ -1,0 +1,177 @@
+"""How well methods learn: tasks × methods × seeds, each run written to a file as it ends, a table, and a picture.
+
+python -m benchmarks.quality --data GLUE            the table of README.md; interrupted, it goes on where it was
+python -m benchmarks.quality --data GLUE --quick    a short form
+python -m benchmarks.quality --data GLUE --methods VB-LoRA --set lr_logits=0.1 scaling=4    one recipe, changed
+"""
+
+import argparse
+import ast
+import json
+import os
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from vblora.cli.demo import find_model
+from vblora.files import write_file
+
+from .methods import RECIPES, Recipe
+from .picture import draw
+from .tasks import Task, read_tasks
+from .training import Settings, run, steps_of
+
+_QUICK = ("frozen encoder", "LoRA r=8", "VB-LoRA", "VB-LoRA, the paper's rates")
+_QUICK_ROWS = 1000
+
+
+def main() -> int:
+    arguments = _arguments()
+    try:
+        tasks = read_tasks(arguments.data, arguments.tasks, arguments.max_train)
+        recipes = _recipes(arguments)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    settings = Settings(arguments.model or find_model(), arguments.epochs, bfloat16=not arguments.float32)
+    results = _Results(arguments.output)
+    todo = [
+        (task, name, recipe, seed)
+        for seed in range(arguments.seeds)
+        for task in tasks
+        for name, recipe in recipes.items()
+        if not results.has(_key(task, recipe, seed, settings))
+    ]
+    with tqdm(total=sum(steps_of(task, settings) for task, *_ in todo), unit="step") as bar:
+        for task, name, recipe, seed in todo:
+            bar.set_description(f"{task.name}, {name}, seed {seed}")
+            result = run(task, recipe, seed, settings, bar.update)
+            results.add(_key(task, recipe, seed, settings) | {"name": name}, result)
+    rows = _summary(results, tasks, recipes, settings, arguments.seeds)
+    _print(rows, tasks, arguments.seeds)
+    if not arguments.set:
+        write_file(arguments.output.with_suffix(".json"), json.dumps(rows, indent=1).encode())
+        draw(rows, [task.name for task in tasks], arguments.output.with_suffix(".png"))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.quality", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("GLUE"), help="folder of TASK/train.tsv, TASK/dev.tsv"
+    )
+    parser.add_argument("--model", type=Path, help="folder of an encoder (the demo's all-MiniLM-L6-v2)")
+    parser.add_argument("--tasks", nargs="+", help="all in the folder")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(RECIPES), metavar="METHOD", help=f"of {', '.join(RECIPES)}"
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--max-train", type=int, help="training rows of each task (all)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes fields and rates of the methods"
+    )
+    parser.add_argument("--float32", action="store_true", help="instead of bfloat16 autocast")
+    parser.add_argument("--output", type=Path, default=Path("build/quality.jsonl"), help="where runs are kept")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"one seed, {_QUICK_ROWS} rows, the methods that matter most"
+    )
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error("give --data, or set GLUE, to a folder of GLUE's tasks")
+    arguments.data = Path(arguments.data)
+    if arguments.quick:
+        arguments.seeds, arguments.max_train = 1, arguments.max_train or _QUICK_ROWS
+        arguments.methods = arguments.methods or list(_QUICK)
+    return arguments
+
+
+def _recipes(arguments: argparse.Namespace) -> dict[str, Recipe]:
+    settings = {}
+    for pair in arguments.set:
+        name, _, value = pair.partition("=")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[name] = value
+    label = f" [{' '.join(arguments.set)}]" if settings else ""
+    chosen = arguments.methods or list(RECIPES)
+    return {name + label: RECIPES[name].changed(settings) for name in chosen}
+
+
+def _key(task: Task, recipe: Recipe, seed: int, settings: Settings) -> dict:
+    """All that a run depends on."""
+    about = {name: value for name, value in asdict(settings).items() if name != "model"}
+    about |= {"model": settings.model.name, "task": task.name, "train_rows": len(task.train), "seed": seed}
+    return about | {"recipe": recipe.to_dict()}
+
+
+class _Results:
+    """Runs by what they depend on, a line of the file each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, dict] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                self.runs[self._name(entry["key"])] = entry["result"]
+
+    @staticmethod
+    def _name(key: dict) -> str:
+        return json.dumps({name: value for name, value in key.items() if name != "name"}, sort_keys=True)
+
+    def has(self, key: dict) -> bool:
+        return self._name(key) in self.runs
+
+    def get(self, key: dict) -> dict:
+        return self.runs[self._name(key)]
+
+    def add(self, key: dict, result: dict) -> None:
+        self.runs[self._name(key)] = result
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "result": result}) + "\n")
+
+
+def _summary(
+    results: _Results, tasks: list[Task], recipes: dict[str, Recipe], settings: Settings, seeds: int
+) -> list[dict]:
+    rows = []
+    for name, recipe in recipes.items():
+        runs = {task.name: [results.get(_key(task, recipe, s, settings)) for s in range(seeds)] for task in tasks}
+        scores = {task: [run["score"] for run in of_task] for task, of_task in runs.items()}
+        every = [run for of_task in runs.values() for run in of_task]
+        rows.append(
+            {
+                "name": name,
+                "recipe": recipe.to_dict(),
+                "stored": every[0]["stored"],
+                "seconds": {task: statistics.mean(run["seconds"] for run in of_task) for task, of_task in runs.items()},
+                "scores": scores,
+                "mean": {task: statistics.mean(of_task) for task, of_task in scores.items()},
+                "std": {task: statistics.stdev(s) if seeds > 1 else 0.0 for task, s in scores.items()},
+                "average": statistics.mean(run["score"] for run in every),
+            }
+        )
+    return rows
+
+
+def _print(rows: list[dict], tasks: list[Task], seeds: int) -> None:
+    table = Table(caption=f"Mean ± standard deviation of {seeds} seeds. Stored: parameters beside the head.")
+    for name in ("method", "stored", *(f"{task.name}, {task.metric}" for task in tasks), "average", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        cells = [f"{row['mean'][task.name]:.1f} ± {row['std'][task.name]:.1f}" for task in tasks]
+        seconds = sum(row["seconds"].values())
+        table.add_row(row["name"], f"{row['stored']:,}", *cells, f"{row['average']:.2f}", f"{seconds:.0f}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""GLUE's tasks from a folder of TSV files in their official layouts: ``FOLDER/TASK/train.tsv`` and ``dev.tsv``."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# Names of the columns, in whichever of GLUE's layouts.
+_TEXTS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("#1 String", "#2 String"),
+    ("sentence",),
+)
+_LABELS = ("score", "gold_label", "label", "is_duplicate", "Quality")
+_COLA = ["source", "label", "star", "sentence"]  # its files have no header
+
+
+class Example(NamedTuple):
+    texts: tuple[str, ...]
+    label: float | int
+
+
+class Task(NamedTuple):
+    """``labels`` is empty where a score is predicted."""
+
+    name: str
+    train: list[Example]
+    dev: list[Example]
+    labels: list[str]
+
+    @property
+    def metric(self) -> str:
+        return "Pearson" if not self.labels else "Matthews" if self.name == "CoLA" else "accuracy"
+
+    def score(self, predicted: np.ndarray) -> float:
+        """The metric on the development set, times 100."""
+        wanted = np.array([example.label for example in self.dev])
+        return 100 * float(_METRICS[self.metric](predicted, wanted))
+
+
+def _accuracy(predicted: np.ndarray, wanted: np.ndarray) -> float:
+    return (predicted == wanted).mean()
+
+
+def _correlation(predicted: np.ndarray, wanted: np.ndarray) -> float:
+    """Pearson's; between two binary labels it is Matthews' coefficient. 0 where one of the two is constant."""
+    if predicted.std() == 0 or wanted.std() == 0:
+        return 0.0
+    return np.corrcoef(predicted, wanted)[0, 1]
+
+
+_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": _accuracy,
+    "Pearson": _correlation,
+    "Matthews": _correlation,
+}
+
+
+def read_tasks(folder: Path, names: list[str] | None = None, max_train: int | None = None) -> list[Task]:
+    """All tasks in a folder, or those named.
+
+    Raises:
+        FileNotFoundError, ValueError: no such task, or a file that is none of GLUE's layouts; named.
+    """
+    found = {path.parent.name: path.parent for path in sorted(folder.glob("*/train.tsv"))}
+    missing = [name for name in names or [] if name not in found]
+    if missing or not found:
+        raise FileNotFoundError(
+            f"{folder} has no {missing[0] if missing else '*'}/train.tsv; there are {', '.join(found) or 'none'}."
+        )
+    return [_read_task(found[name], max_train) for name in names or found]
+
+
+def _read_task(folder: Path, max_train: int | None) -> Task:
+    train, dev = (_read_rows(folder / f"{part}.tsv") for part in ("train", "dev"))
+    is_score = train[1]
+    if is_score:
+        label_of, labels = float, []
+    else:
+        labels = sorted({label for _, label in train[0]})
+        label_of = {label: index for index, label in enumerate(labels)}.__getitem__
+    examples = [[Example(texts, label_of(label)) for texts, label in rows] for rows, _ in (train, dev)]
+    return Task(folder.name, examples[0][:max_train], examples[1], labels)
+
+
+def _read_rows(path: Path) -> tuple[list[tuple[tuple[str, ...], str]], bool]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    header = rows[0]
+    if len(header) == len(_COLA) and header[1] in ("0", "1"):
+        header = _COLA
+    else:
+        rows = rows[1:]
+    texts = next((names for names in _TEXTS if set(names) <= set(header)), None)
+    label = next((name for name in _LABELS if name in header), None)
+    if texts is None or label is None:
+        raise ValueError(f"{path} has the columns {', '.join(header)}, which are none of GLUE's.")
+    columns = [header.index(name) for name in texts]
+    label_column = header.index(label)
+    complete = [row for row in rows if len(row) == len(header)]  # a few of the official files' lines are not
+    return [(tuple(row[i].strip() for i in columns), row[label_column]) for row in complete], label == "score"

@@ -1,0 +1,115 @@
+"""`python -m benchmarks.quality`: it reads GLUE's layouts, learns, goes on where it was, and reports what it ran."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality.methods import RECIPES, Recipe
+from benchmarks.quality.tasks import Example, Task, read_tasks
+
+from .conftest import make_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYOUTS = {
+    "CoLA": ("gj04\t1\t\tThey sang.\nbc01\t0\t*\tThey sang on.\n", [(("They sang.",), 1), (("They sang on.",), 0)]),
+    "SST-2": ('sentence\tlabel\na "fine" film \t1\nnot\t0\n', [(('a "fine" film',), 1), (("not",), 0)]),
+    "MRPC": (
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe ran .\tHe did run .\n0\t9\t10\tA\tB\n",
+        [(("He ran .", "He did run ."), 1), (("A", "B"), 0)],
+    ),
+    "STS-B": (
+        "index\tgenre\tsentence1\tsentence2\tscore\n0\tx\tA\tB\t4.25\n1\tx\tC\tD\t0\n",
+        [(("A", "B"), 4.25), (("C", "D"), 0.0)],
+    ),
+    "RTE": (
+        "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tentailment\n1\tC\tD\tnot_entailment\ncut off\n",
+        [(("A", "B"), 0), (("C", "D"), 1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name, tmp_path):
+    text, expected = LAYOUTS[name]
+    (tmp_path / name).mkdir()
+    for part in ("train", "dev"):
+        (tmp_path / name / f"{part}.tsv").write_text(text, encoding="utf-8")
+    (task,) = read_tasks(tmp_path)
+    assert task.train == task.dev == expected
+    assert bool(task.labels) == (name != "STS-B")
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there are none"):
+        read_tasks(tmp_path)
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "train.tsv").write_text("a\tb\nc\td\n")
+    with pytest.raises(ValueError, match="columns a, b"):
+        read_tasks(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no RTE.*there are SST-2"):
+        read_tasks(tmp_path, ["RTE"])
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "predicted", "score"),
+    [
+        ("MRPC", ["0", "1"], [1, 0, 1, 0], 75.0),
+        ("CoLA", ["0", "1"], [1, 0, 1, 0], 100 / np.sqrt(3)),
+        ("CoLA", ["0", "1"], [1, 1, 1, 1], 0.0),
+        ("STS-B", [], [3.0, 1.0, 3.0, 3.0], 100.0),
+    ],
+)
+def test_scores(name, labels, predicted, score):
+    examples = [Example(("x",), label) for label in (1, 0, 1, 1)]
+
+    assert Task(name, [], examples, labels).score(np.array(predicted)) == pytest.approx(score)
+
+
+def test_a_setting_goes_where_its_name_belongs():
+    changed = RECIPES["VB-LoRA"].changed({"lr_bank": 0.5, "topk": 3, "warm_up": 0.2})
+    assert changed.rates["lr_bank"] == 0.5 and changed.config["topk"] == 3 and changed.warm_up == 0.2
+    assert changed.config["r"] == RECIPES["VB-LoRA"].config["r"]
+    assert Recipe(None).changed({}) == Recipe(None)
+
+
+def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, capsys):
+    for part, count in (("train", 240), ("dev", 60)):
+        (tmp_path / "SST-2").mkdir(exist_ok=True)
+        rows = [f"{row['text']}\t{row['label']}\n" for row in make_rows(count, seed=count)]
+        (tmp_path / "SST-2" / f"{part}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
+    ran = []
+    monkeypatch.setattr(quality, "run", lambda *arguments, run=quality.run: ran.append(arguments) or run(*arguments))
+
+    def command(*more: str) -> list[dict]:
+        output = tmp_path / "out" / "runs.jsonl"
+        names = ["--methods", "frozen encoder", "VB-LoRA, query and value", "--seeds", "2", "--epochs", "20"]
+        monkeypatch.setattr("sys.argv", ["quality", "--data", str(tmp_path), "--model", str(tiny_model), *names])
+        monkeypatch.setattr("sys.argv", [*quality.sys.argv, "--output", str(output), *more])
+        assert quality.main() == 0
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    fits = [
+        "--set",
+        "vector_length=16",
+        "num_vectors=24",
+        "lr_bank=0.02",
+        "init_vector_bank_bound=0.5",
+        "scaling=1",
+        "lr_logits=0.01",
+    ]
+    runs = command(*fits)
+    assert len(ran) == len(runs) == 4
+    frozen, adapted = (run["result"]["losses"][-1] for run in runs[:2])
+    assert adapted < 0.95 * frozen
+    assert runs[0]["result"]["stored"] == 0
+    rows = 2 * 2 * 4 * (32 + 32) // 16  # layers, query and value, r
+    assert runs[1]["result"]["stored"] == 24 * 16 + rows * 2 * 5 // 4
+    del runs[-1]
+    (tmp_path / "out" / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    ran.clear()
+    assert len(command(*fits)) == 4 and len(ran) == 1  # what was missing
+    assert "VB-LoRA, query and value" in capsys.readouterr().out
+    assert len(command(*fits, "--float32")) == 8  # others
