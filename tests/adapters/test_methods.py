@@ -270,8 +270,8 @@ def test_activation_checkpointing_has_the_same_gradients(config, reentrant):
 @methods
 def test_compiles_to_one_graph(config):
     torch.manual_seed(0)
-    model = injected(config, torch.float32)
-    x = torch.randn(5, 16)
+    model = injected(config, torch.float64)
+    x = torch.randn(5, 16, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for mode in (True, False):
         with torch.set_grad_enabled(mode):
