@@ -1,6 +1,6 @@
 """A training step with our LoRA beside one with PEFT's of the same rank, layers and dtype, in turn in one process.
 
-    python benchmarks/lora.py --threads 2
+    python -m benchmarks.lora --threads 2
 
 Both are the same model with the same parameters, AdamW included. Each round times a step of both, first the one, then the other,
 in turns; the ratio is the median of the rounds' ratios, with their quartiles. Below 1 ours is the faster one. "one sequence" has
@@ -10,9 +10,7 @@ next to no base model to compute. `--vera` does the same with VeRA, r=256.
 import argparse
 import copy
 import itertools
-import statistics
 import tempfile
-import time
 from contextlib import nullcontext
 
 import peft
@@ -22,6 +20,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 import vblora
 from vblora.cli import demo
+
+from .harness import in_turn
 
 
 def minilm() -> nn.Module:
@@ -48,14 +48,12 @@ class Training:
         causal = model.config.model_type == "llama"
         self.batch = {"input_ids": ids, "labels": ids if causal else ids[:, 0] % 2}
 
-    def seconds(self) -> float:
-        start = time.perf_counter()
+    def step(self) -> None:
         with nullcontext() if self.dtype == torch.float32 else torch.autocast("cpu", self.dtype):
             loss = self.model(**self.batch).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - start
 
 
 def pair(base: nn.Module, config: peft.PeftConfig, batch: int, length: int, dtype: torch.dtype) -> list[Training]:
@@ -93,19 +91,14 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for (title, make), config, (name, size) in itertools.product(MODELS.items(), configs, BATCHES.items()):
         torch.manual_seed(0)
-        both = pair(make(), config, *size, dtype)
-        times = []
-        for round_ in range(-3, arguments.rounds):  # the first three warm up
-            order = (0, 1) if round_ % 2 else (1, 0)
-            seconds = {which: both[which].seconds() for which in order}
-            if round_ >= 0:
-                times.append((seconds[0], seconds[1]))
-        milliseconds = [statistics.median(column) * 1e3 for column in zip(*times, strict=True)]
-        low, middle, high = statistics.quantiles([ours / theirs for theirs, ours in times], n=4)
+        theirs, ours = pair(make(), config, *size, dtype)
+        work = {"PEFT": theirs.step, "ours": ours.step}
+        times = in_turn(work, 1e-9, least=arguments.rounds, most=arguments.rounds)
+        ratio = times.ratio("ours", "PEFT")
         method = f"{config.peft_type.value} r={config.r}"
         print(
-            f"| {title} | {method} | {name} | {milliseconds[0]:.1f} ms | {milliseconds[1]:.1f} ms "
-            f"| **{middle:.2f}** | {low:.2f} to {high:.2f} |",
+            f"| {title} | {method} | {name} | {1e3 * times.median('PEFT'):.1f} ms | {1e3 * times.median('ours'):.1f} ms "
+            f"| **{ratio.middle:.2f}** | {ratio.low:.2f} to {ratio.high:.2f} |",
             flush=True,
         )
 

@@ -1,15 +1,13 @@
 """A training step of PEFT's own VB-LoRA beside the accelerated one, in turn in one process.
 
-    python benchmarks/peft_accelerate.py --threads 2
+    python -m benchmarks.peft_accelerate --threads 2
 
-Both are the same model with the same parameters, AdamW included. Each round times a step of both, first the one, then the other;
+Both are the same model with the same parameters, AdamW included. Each round times a step of both in turn;
 the speed-up is the median of the rounds' ratios, with their quartiles. "one sequence" has next to no base model to compute.
 """
 
 import argparse
 import copy
-import statistics
-import time
 
 import peft
 import torch
@@ -18,6 +16,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, LlamaCo
 
 from vblora.cli import demo
 from vblora.integrations.peft import accelerate
+
+from .harness import in_turn
 
 SIZES = {"r": 4, "topk": 2, "target_modules": "all-linear"}
 
@@ -58,12 +58,10 @@ class Training:
         causal = isinstance(model.get_base_model(), LlamaForCausalLM)
         self.batch = {"input_ids": ids, "labels": ids if causal else ids[:, 0] % 2}
 
-    def seconds(self) -> float:
-        start = time.perf_counter()
+    def step(self) -> None:
         self.model(**self.batch).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - start
 
 
 def main() -> None:
@@ -82,21 +80,15 @@ def main() -> None:
         torch.manual_seed(0)
         theirs = peft.get_peft_model(*make())
         for name, (batch, length) in {"one sequence of 8": (1, 8), "16 of 32": (16, 32)}.items():
-            pair = [
-                Training(copy.deepcopy(theirs), batch, length),
-                Training(accelerate(copy.deepcopy(theirs)), batch, length),
-            ]
-            times = []
-            for round_ in range(-3, arguments.rounds):  # the first three warm up
-                order = (0, 1) if round_ % 2 else (1, 0)
-                seconds = {which: pair[which].seconds() for which in order}
-                if round_ >= 0:
-                    times.append((seconds[0], seconds[1]))
-            milliseconds = [statistics.median(column) * 1e3 for column in zip(*times, strict=True)]
-            low, middle, high = statistics.quantiles([one / other for one, other in times], n=4)
+            work = {
+                "PEFT": Training(copy.deepcopy(theirs), batch, length).step,
+                "accelerated": Training(accelerate(copy.deepcopy(theirs)), batch, length).step,
+            }
+            times = in_turn(work, 1e-9, least=arguments.rounds, most=arguments.rounds)
+            ratio = times.ratio("PEFT", "accelerated")
             print(
-                f"| {title} | {name} | {milliseconds[0]:.1f} ms | {milliseconds[1]:.1f} ms "
-                f"| **{middle:.2f}** | {low:.2f} to {high:.2f} |",
+                f"| {title} | {name} | {1e3 * times.median('PEFT'):.1f} ms | {1e3 * times.median('accelerated'):.1f} ms "
+                f"| **{ratio.middle:.2f}** | {ratio.low:.2f} to {ratio.high:.2f} |",
                 flush=True,
             )
 

@@ -132,9 +132,9 @@ class Injection:
 
     def wrap(self, layer: nn.Module, names: list[str]) -> AdaptedLayer:
         """The adapted layer around a layer of the base model."""
-        for adapted in self.names:
-            if adapted.base_layer is layer:
-                return adapted
+        present = self.model.get_submodule(names[0])
+        if present is not layer:  # another adapter has it, too
+            return present
         adapted = AdaptedLayer(layer)
         self.names[adapted] = names
         for name in names:
@@ -155,7 +155,6 @@ class Injection:
         """Makes these adapters the active ones, which alone have parameters that require gradients."""
         for injected in self._active:
             injected.note_what_trains()
-        for injected in self._active:
             for replaced in injected.replaced.values():
                 replaced.swap()
         self._active = tuple(self.adapters[name] for name in names)

@@ -178,7 +178,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_model(model: nn.Module, record: Injection | None, adapter_name: str) -> None:
-    own = [] if record is None else record.layers
+    own = {} if record is None else record.names
     if any(isinstance(module, AdaptedLayer) and module not in own for module in model.modules()):
         raise ValueError(
             "`model` holds adapted layers already, of VBLinear or of a model within it that has an adapter. "
