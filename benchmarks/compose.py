@@ -31,6 +31,19 @@ R = models.LLAMA_ADAPTER["r"]
 OPTIMIZERS = ("fused", "foreach", "for-loop")
 
 
+class Layers(torch.autograd.Function):
+    """In the place of the layers: takes factors, and hands back a gradient for each."""
+
+    @staticmethod
+    def forward(ctx, grads: list[Tensor], *factors: Tensor) -> Tensor:
+        ctx.grads = grads
+        return factors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _grad: Tensor):
+        return None, *ctx.grads
+
+
 class Side:
     """Parameters, what makes factors of them, and a gradient for each factor, as the layers would have handed it back."""
 
@@ -43,7 +56,7 @@ class Side:
     def step(self, optimizers: tuple[str, ...] = OPTIMIZERS) -> dict[str, float]:
         """Seconds of forward and backward, and of each optimizer's step."""
         start = time.perf_counter()
-        torch.autograd.backward(self.factors(), self.grads)
+        Layers.apply(self.grads, *self.factors()).backward()
         times = {"forward + backward": time.perf_counter() - start}
         for name in optimizers:
             start = time.perf_counter()
@@ -129,14 +142,13 @@ def run(settings: Settings) -> Result:
 
     candidates, adapter = ours(targets, float32, 128)
     half, _ = ours(targets, bfloat16, 128)
+    # Against the floor by themselves: before there are others.
+    work = {"vblora": candidates.step, "vblora bf16 factors": half.step}
+    alone = steps(in_turn(work, settings.seconds(15)))
+
     dense, _ = ours(targets, float32, None)
     eager = peft_vblora(targets)
-    work = {
-        "vblora": candidates.step,
-        "vblora bf16 factors": half.step,
-        "vblora dense": dense.step,
-        "PEFT VBLoRA": eager.step,
-    }
+    work |= {"vblora dense": dense.step, "PEFT VBLoRA": eager.step}
     if not settings.quick:
         work["PEFT VBLoRA compiled"] = peft_vblora(targets, compiled=True).step
     peers = [name for name in work if name.startswith("PEFT")]
@@ -148,8 +160,6 @@ def run(settings: Settings) -> Result:
             for peer in peers:
                 ratio = whole.ratio(f"{peer}, {optimizer}", f"{ours_}, {optimizer}")
                 rows.append(ratio_row(f"{peer}'s step / {ours_}'s, AdamW {optimizer}", ratio, at_least=least))
-    # Against the floor by themselves: what others leave in the caches is not theirs.
-    alone = steps(in_turn({name: work[name] for name in ("vblora", "vblora bf16 factors")}, settings.seconds(15)))
     for name, dtype in (("vblora", float32), ("vblora bf16 factors", bfloat16)):
         floor = floor_bytes(adapter, dtype) / limits.bytes_per_second
         seconds = alone.median(f"{name}, fused")

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import vblora
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -92,6 +94,7 @@ def in_turn(
 def peak_bytes(function: Callable[[], object]) -> int:
     """The most that tensors allocated within ``function`` took at once, by torch's own allocator: no sampling, no noise."""
     gc.collect()
+    vblora.empty_cache()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -136,8 +139,6 @@ def ceilings(settings: Settings) -> Ceilings:
 def machine() -> dict[str, object]:
     import peft
     import transformers
-
-    import vblora
 
     cpu = platform.processor() or platform.machine()
     try:

@@ -1,12 +1,9 @@
 #include "checks.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <sstream>
@@ -16,6 +13,7 @@
 #include <utility>
 
 #include "numeric.h"
+#include "outputs.h"
 
 namespace vblora {
 namespace {
@@ -118,24 +116,6 @@ struct Arguments {
   }
 };
 
-// What is large comes fresh from the system each time, and to be given it page by page takes longer than to fill it:
-// 10,000 faults for the 40 MB of Llama-2-7B's sub-vectors. Huge pages make that 20.
-void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t huge = 2 << 20;
-  if (bytes < 4 * huge || tensor.device().type() != DeviceType::CPU) return;
-  const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t begin = (address + huge - 1) / huge * huge, end = (address + bytes) / huge * huge;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: where it is refused, all is as before
-#endif
-}
-
-Tensor allocate(const Tensor& like, int64_t rows, int64_t columns, ScalarType type) {
-  const int64_t sizes[] = {rows, columns};
-  Tensor tensor = torch::stable::new_empty(like, {sizes, 2}, type);
-  ask_for_huge_pages(tensor, static_cast<size_t>(rows * columns) * tensor.element_size());
-  return tensor;
-}
 Tensor nothing(const Tensor& like, ScalarType type) {
   const int64_t sizes[] = {0};
   return torch::stable::new_empty(like, {sizes, 1}, type);
@@ -185,11 +165,36 @@ AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const 
                   .subvectors = call.subvectors.mutable_data_ptr(),
                   .indices = static_cast<int32_t*>(call.indices.mutable_data_ptr()),
                   .weights = call.weights.mutable_data_ptr(),
+                  .exhausted = nullptr,
                   .rows = rows,
                   .columns = columns,
                   .vectors = vectors,
                   .length = length,
                   .k = k};
+  return call;
+}
+
+AdmixtureCall prepare_admixture_parts(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
+                                      const std::optional<Tensor>& exhausted, int64_t k,
+                                      std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
+                                      int64_t ranks) {
+  const Arguments arguments{"admixture_parts", logits.device()};
+  AdmixtureCall call = prepare_admixture(logits, bank, candidates, k, out_dtype);
+  const int64_t rows = call.problem.rows;
+  if (exhausted) {
+    arguments.check(exhausted->device() == logits.device() && exhausted->scalar_type() == ScalarType::Bool &&
+                        exhausted->is_contiguous() && exhausted->dim() == 1 && exhausted->size(0) == rows,
+                    "exhausted", "must be a contiguous bool tensor of ", rows, " elements beside logits.");
+    call.problem.exhausted = static_cast<bool*>(exhausted->mutable_data_ptr());
+  }
+  arguments.check(ranks >= 1, "ranks", "is ", ranks, ", but must be at least 1.");
+  int64_t left = rows;
+  for (const int64_t size : sizes) {
+    arguments.check(size >= 0 && size <= left && size % ranks == 0, "sizes", "holds ", size,
+                    ", but must hold multiples of `ranks`, ", ranks, ", that add up to the ", rows, " rows of logits.");
+    left -= size;
+  }
+  arguments.check(left == 0, "sizes", "leaves out ", left, " of the ", rows, " rows of logits.");
   return call;
 }
 
@@ -323,15 +328,17 @@ AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>
   const Type type = arguments.floating("grad_parts", parts[0].scalar_type());
   std::vector<Tensor> dense;
   dense.reserve(parts.size());
+  const int64_t length = std::max<int64_t>(bank.size(1), 1);  // of none, parts have no elements
   int64_t end = 0;
   for (size_t i = 0; i < parts.size(); ++i) {
-    arguments.matrix("grad_parts", parts[i]);
-    arguments.sizes("grad_parts", parts[i], parts[i].size(0), bank.size(1), "rows of the bank's length");
+    const int64_t elements = parts[i].numel(), rows = elements / length;
+    arguments.check(elements % length == 0, "grad_parts", "has a part of ", elements,
+                    " elements, but parts must be whole sub-vectors of ", length, " elements.");
     arguments.dtype("grad_parts", parts[i], parts[0].scalar_type(), "the dtype of the others");
-    arguments.check(begins[i] >= end && begins[i] <= indices.size(0) - parts[i].size(0), "begins", "holds ", begins[i],
-                    " for a part of ", parts[i].size(0), " rows; parts must be within ", indices.size(0),
+    arguments.check(begins[i] >= end && begins[i] <= indices.size(0) - rows, "begins", "holds ", begins[i],
+                    " for a part of ", rows, " rows; parts must be within ", indices.size(0),
                     " rows, one after the other.");
-    end = begins[i] + parts[i].size(0);
+    end = begins[i] + rows;
     dense.push_back(torch::stable::contiguous(parts[i]));
   }
   AdmixtureBackwardCall call = prepare_backward(arguments, type, std::nullopt, std::nullopt, indices, weights, bank,

@@ -25,6 +25,12 @@ struct AdmixtureCall {
 AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
                                 int64_t k, std::optional<ScalarType> out_dtype);
 
+// For an admixture whose sub-vectors are handed out as runs of `sizes` rows, each a matrix of `ranks` rows.
+AdmixtureCall prepare_admixture_parts(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
+                                      const std::optional<Tensor>& exhausted, int64_t k,
+                                      std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
+                                      int64_t ranks);
+
 struct CompositionCall {
   Composition problem;
   Tensor bank, indices, weights;
@@ -48,8 +54,8 @@ AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& gr
                                                  const std::optional<Tensor>& candidates, int64_t num_candidates,
                                                  bool need_logits, bool need_bank);
 
-// The gradients of the sub-vectors as runs of rows, part i from row begins[i] on; those of other rows are zero. The
-// problem's grad_subvectors is null.
+// The gradients of the sub-vectors as runs of rows, part i, of any shape, from row begins[i] on; those of other rows
+// are zero. The problem's grad_subvectors is null.
 AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>& parts,
                                                        const std::vector<int64_t>& begins, const Tensor& indices,
                                                        const Tensor& weights, const Tensor& bank,

@@ -3,11 +3,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/kernels.h"
+#include "outputs.h"
 
 STABLE_TORCH_LIBRARY(vblora, m) {
   m.def(
       "admixture(Tensor logits, Tensor bank, Tensor? candidates, int k, ScalarType? out_dtype=None)"
       " -> (Tensor subvectors, Tensor indices, Tensor weights)");
+  m.def(
+      "admixture_parts(Tensor logits, Tensor bank, Tensor? candidates, Tensor(a!)? exhausted, int k,"
+      " ScalarType? out_dtype, int[] sizes, int ranks) -> (Tensor[] parts, Tensor indices, Tensor weights)");
   m.def(
       "admixture_backward(Tensor? grad_subvectors, Tensor? grad_weights, Tensor indices, Tensor weights, Tensor bank,"
       " Tensor? candidates, SymInt num_candidates, bool need_logits, bool need_bank)"
@@ -22,6 +26,7 @@ STABLE_TORCH_LIBRARY(vblora, m) {
 }
 
 PYBIND11_MODULE(_C, m) {
+  m.def("empty_cache", &vblora::empty_cache);
   m.def("build_info", [] {
     pybind11::dict info;
     info["version"] = VBLORA_VERSION;

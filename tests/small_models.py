@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import vblora  # noqa: F401  # its operators
+
 
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
@@ -33,6 +35,9 @@ class Net(nn.Module):
         return self.head(x)
 
 
+MIXING = (torch.ops.vblora.admixture.default, torch.ops.vblora.admixture_parts.default)
+
+
 class ComposedRows(TorchDispatchMode):
     """Counts the sub-vectors composed within it, and the calls that composed them."""
 
@@ -41,7 +46,7 @@ class ComposedRows(TorchDispatchMode):
         self.rows = self.calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.vblora.admixture.default:
+        if function in MIXING:
             self.rows += args[0].shape[0]
             self.calls += 1
         return function(*args, **(kwargs or {}))

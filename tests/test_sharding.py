@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vblora
-from tests.small_models import Net
+from tests.small_models import MIXING, Net
 from tests.workers import run_in_processes
 
 CONFIG = {"r": 2, "num_vectors": 40, "vector_length": 8, "init_vector_bank_bound": 0.5, "seed": 3}
@@ -225,7 +225,7 @@ class Logits(TorchDispatchMode):
         self.dtypes = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.vblora.admixture.default:
+        if function in MIXING:
             self.dtypes.add(args[0].dtype)
         return function(*args, **(kwargs or {}))
 

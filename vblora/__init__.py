@@ -13,7 +13,7 @@ from .injected import active_adapters, delete_adapter, disabled, eject, set_adap
 from .injection import inject
 from .layers import VBLinear
 from .merging import merge, unmerge
-from .ops import build_info
+from .ops import build_info, empty_cache
 from .parameters import count_parameters, parameter_groups
 
 __version__ = build_info()["version"]
@@ -31,6 +31,7 @@ __all__ = [
     "delete_adapter",
     "disabled",
     "eject",
+    "empty_cache",
     "grow",
     "inject",
     "load",

@@ -20,5 +20,7 @@ def add_product(y: Tensor, hidden: Tensor, factors: Factors) -> Tensor:
         return y + (update if e is None else update * e).to(y.device, y.dtype)
     if e is not None:
         return torch.addcmul(y, hidden @ B, e)
+    if y.dim() == 3 and y.shape[0] == 1 and not torch.is_grad_enabled():  # a token's decoding: three calls less
+        return torch.baddbmm(y, hidden, B[None])
     # The sum is formed while the product is: a pass over `y` less than a product and a sum take.
     return torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), B).view(y.shape)

@@ -13,6 +13,13 @@ from . import _C  # registers the operators and their kernels
 
 build_info = _C.build_info
 
+
+def empty_cache() -> None:
+    """Gives back to the system the memory that is kept on the CPU for the next large sub-vectors and gradients: as much as the
+    last training steps needed of it. (As ``torch.cuda.empty_cache`` does for CUDA.)"""
+    _C.empty_cache()
+
+
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CANDIDATES = (torch.int16, torch.int32)
 _INDICES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -71,6 +78,22 @@ def _(logits: Tensor, bank: Tensor, candidates: Tensor | None, k: int, out_dtype
         logits.new_empty((rows, k), dtype=torch.int32),
         logits.new_empty((rows, k), dtype=_weight_dtype(logits.dtype)),
     )
+
+
+@torch.library.register_fake("vblora::admixture_parts")
+def _(
+    logits: Tensor,
+    bank: Tensor,
+    candidates: Tensor | None,
+    exhausted: Tensor | None,
+    k: int,
+    out_dtype: torch.dtype | None,
+    sizes: list[int],
+    ranks: int,
+):
+    subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
+    shapes = [(ranks, size * bank.shape[1] // ranks) for size in sizes]
+    return [subvectors.new_empty(shape) for shape in shapes], indices, weights
 
 
 @torch.library.register_fake("vblora::admixture_backward")
@@ -200,45 +223,65 @@ def _no_compose_backward(ctx, *grads):
 
 
 class _InParts(torch.autograd.Function):
-    """The admixture and the split of its sub-vectors as one step, whose backward takes the parts' gradients where they are."""
+    """The admixture in parts, whose backward takes the parts' gradients where they are."""
 
     @staticmethod
-    def forward(ctx, logits, bank, candidates, k, out_dtype, sizes):
-        subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
+    def forward(ctx, logits, bank, candidates, exhausted, k, out_dtype, sizes, ranks):
+        parts, indices, weights = torch.ops.vblora.admixture_parts(
+            logits, bank, candidates, exhausted, k, out_dtype, sizes, ranks
+        )
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.num_candidates = logits.shape[1]
         ctx.begins = [0, *itertools.accumulate(sizes)]
         ctx.save_for_backward(indices, weights, bank, candidates)
-        return indices, *subvectors.split_with_sizes(sizes)
+        return indices, *parts
 
     @staticmethod
     def backward(ctx, _grad_indices, *grads):
         given = [(begin, grad) for begin, grad in zip(ctx.begins, grads, strict=False) if grad is not None]
         if not given:
-            return (None,) * 6
+            return (None,) * 8
         indices, weights, bank, candidates = ctx.saved_tensors
         need_logits, need_bank = ctx.needs_input_grad[:2]
         begins, parts = zip(*given, strict=True)
         grad_logits, grad_bank = torch.ops.vblora.admixture_backward_parts(
             parts, begins, indices, weights, bank, candidates, ctx.num_candidates, need_logits, need_bank
         )
-        return grad_logits if need_logits else None, grad_bank if need_bank else None, None, None, None, None
+        return grad_logits if need_logits else None, grad_bank if need_bank else None, *(None,) * 6
 
 
 def admixture_in_parts(
-    logits: Tensor, bank: Tensor, candidates: Tensor | None, k: int, out_dtype: torch.dtype, sizes: list[int]
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """``admixture``'s sub-vectors ``(S, b)`` as runs of ``sizes`` rows, and its indices ``(S, k)``.
+    logits: Tensor,
+    bank: Tensor,
+    candidates: Tensor | None,
+    exhausted: Tensor | None,
+    k: int,
+    out_dtype: torch.dtype,
+    sizes: list[int],
+    ranks: int,
+) -> tuple[Tensor, ...]:
+    """``admixture``'s sub-vectors ``(S, b)`` as runs of ``sizes`` rows, each run a matrix of ``ranks`` rows.
+
+    In ``exhausted`` ``(S,)`` those rows are marked whose k-th selected logit is no longer above their last one.
 
     On the CPU the parts' gradients are never put together: for Llama-2-7B's 448 factors that is 40 MB that need not be written
     and read. Other devices, and graphs, have the operator and a split.
     """
     if logits.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        indices, *parts = _InParts.apply(logits, bank, candidates, k, out_dtype, sizes)
-        return tuple(parts), indices
+        return _InParts.apply(logits, bank, candidates, exhausted, k, out_dtype, sizes, ranks)[1:]
     subvectors, indices, _ = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
-    return subvectors.split_with_sizes(sizes), indices
+    if exhausted is not None:
+        logits = logits.detach()
+        selected = logits.gather(1, indices[:, -1:].long())
+        exhausted.logical_or_((selected <= logits[:, -1:]).squeeze(1))
+    return in_parts(subvectors, sizes, ranks)
+
+
+def in_parts(subvectors: Tensor, sizes: list[int], ranks: int) -> tuple[Tensor, ...]:
+    """Runs of ``sizes`` rows of ``(S, b)``, each as a matrix of ``ranks`` rows: views that one split made, whose backward is one
+    concatenation, where that of a slice is a whole tensor of zeros."""
+    return tuple(part.view(ranks, -1) for part in subvectors.split_with_sizes(sizes))
 
 
 torch.library.register_autograd("vblora::admixture", _backward, setup_context=_save_for_backward)

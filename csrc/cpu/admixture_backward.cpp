@@ -13,69 +13,78 @@
 namespace vblora::cpu {
 namespace {
 
-constexpr int64_t kColumns = 64;  // no narrower part of a bank vector is a task of its own
+constexpr int64_t kSums = 1 << 19;  // elements of a part of the bank: what a cache holds
+constexpr int64_t kRows =
+    1024;  // rows whose gradients are read for the logits and, while a cache holds them, for the bank
 
-// Entries by bank vector, by counting: those of a vector stay in their order.
-class Sorter {
+// Of each entry its bank vector, or -1: there is none, or its row has no gradient.
+std::unique_ptr<int32_t[]> vectors_of(const AdmixtureBackward& problem, const void* const* grads) {
+  std::unique_ptr<int32_t[]> vectors(new int32_t[problem.rows * problem.k]);
+  torch::stable::parallel_for(0, problem.rows, grain(32 * problem.k), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t entry = row * problem.k; entry < (row + 1) * problem.k; ++entry) {
+        const int64_t vector = vector_of(problem, row, problem.indices[entry]);
+        vectors[entry] = grads[row] && vector >= 0 && vector < problem.vectors ? static_cast<int32_t>(vector) : -1;
+      }
+  });
+  return vectors;
+}
+
+// Which parts the bank's gradient is computed in: runs of vectors that have about as much to do each.
+class Parts {
  public:
-  Sorter(const AdmixtureBackward& problem, const void* const* grads)
-      : begins_(static_cast<size_t>(problem.vectors) + 1) {
-    const int64_t count = problem.rows * problem.k;
-    vectors_.reset(new int32_t[count]);
-    torch::stable::parallel_for(0, problem.rows, grain(32 * problem.k), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        for (int64_t place = row * problem.k; place < (row + 1) * problem.k; ++place) {
-          const int64_t vector = vector_of(problem, row, problem.indices[place]);
-          const bool counts = grads[row] && vector >= 0 && vector < problem.vectors;
-          vectors_[place] = counts ? static_cast<int32_t>(vector) : -1;
-        }
-    });
-    for (int64_t place = 0; place < count; ++place)
-      if (vectors_[place] >= 0) ++begins_[vectors_[place] + 1];
-    std::partial_sum(begins_.begin(), begins_.end(), begins_.begin());
-    entries_.reset(new Entry[begins_.back()]);
-    std::vector<int64_t> next(begins_.begin(), begins_.end() - 1);
-    for (int64_t row = 0, place = 0; row < problem.rows; ++row)
-      for (int64_t j = 0; j < problem.k; ++j, ++place)
-        if (vectors_[place] >= 0) entries_[next[vectors_[place]]++] = {grads[row], place};
+  Parts(const AdmixtureBackward& problem, const Entries& entries)
+      : before_(static_cast<size_t>(problem.vectors) + 1),
+        count_(std::max<int64_t>(torch::stable::get_num_threads(), problem.vectors * problem.length / kSums)) {
+    for (int64_t place = 0; place < problem.rows * problem.k; ++place)
+      if (entries.vectors[place] >= 0) ++before_[entries.vectors[place] + 1];
+    std::partial_sum(before_.begin(), before_.end(), before_.begin());
   }
 
-  SortedEntries sorted() const { return {begins_.data(), entries_.get()}; }
+  int64_t count() const { return count_; }
 
-  // The first vector of part `i` of `parts`, which have about as much to do each.
-  int64_t first_vector(int64_t i, int64_t parts) const {
-    const int64_t vectors = static_cast<int64_t>(begins_.size()) - 1;
-    const int64_t wanted = (begins_.back() + vectors) * i / parts;  // a vector without entries is work, too
+  // The first vector of part i.
+  int64_t begin(int64_t i) const {
+    const int64_t vectors = static_cast<int64_t>(before_.size()) - 1;
+    const int64_t wanted = (before_.back() + vectors) * i / count_;  // a vector without entries is work, too
     int64_t low = 0, high = vectors;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (begins_[middle] + middle < wanted) low = middle + 1;
+      if (before_[middle] + middle < wanted) low = middle + 1;
       else high = middle;
     }
     return low;
   }
 
  private:
-  std::vector<int64_t> begins_;
-  std::unique_ptr<int32_t[]> vectors_;
-  std::unique_ptr<Entry[]> entries_;
+  std::vector<int64_t> before_;  // entries of the vectors before one
+  int64_t count_;
 };
 
-void backward_bank(const AdmixtureBackward& problem, const void* const* grads) {
-  if (problem.length == 0) return;
-  const Sorter sorter(problem, grads);
-  const SortedEntries sorted = sorter.sorted();
-  // By columns first: threads have the same to do then, however popular some vector is.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t columns = std::max((problem.length / threads + kColumns - 1) / kColumns, int64_t{1}) * kColumns;
-  const int64_t slices = (problem.length + columns - 1) / columns, groups = (threads + slices - 1) / slices;
-  const int64_t work = (problem.rows * problem.k + problem.vectors) * problem.length / (slices * groups);
-  torch::stable::parallel_for(0, slices * groups, grain(work), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t slice = task / groups, group = task % groups;
-      kernels().backward_bank(problem, sorted,
-                              {sorter.first_vector(group, groups), sorter.first_vector(group + 1, groups),
-                               slice * columns, std::min((slice + 1) * columns, problem.length)});
+// Both gradients, row by row from one end to the other: a task has a part of the bank, and its share of the logits'
+// rows.
+void backward(const AdmixtureBackward& problem, const Entries& entries) {
+  const Parts parts(problem, entries);
+  const int64_t vectors = problem.grad_bank ? problem.vectors : 0;
+  const int64_t columns = problem.grad_logits ? problem.columns : 0;
+  const int64_t work =
+      (problem.rows * (columns + 2 * problem.k * problem.length) + vectors * problem.length) / parts.count();
+  torch::stable::parallel_for(0, parts.count(), grain(work), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = parts.begin(i), count = parts.begin(i + 1) - first;
+      const std::unique_ptr<bool[]> reached(new bool[count]());
+      const std::unique_ptr<int64_t[]> places(new int64_t[std::min(kRows, problem.rows) * problem.k + 1]);
+      const bool half = problem.type == Type::bf16 || problem.type == Type::f16;
+      const std::unique_ptr<float[]> sums(problem.grad_bank && half ? new float[count * problem.length] : nullptr);
+      const BankPart part{first, first + count, reached.get(), places.get(), sums.get()};
+      for (int64_t row = 0; row < problem.rows; row += kRows) {
+        const int64_t rows = std::min(kRows, problem.rows - row);
+        if (problem.grad_logits)
+          kernels().backward_logits(problem, entries, row + rows * i / parts.count(),
+                                    row + rows * (i + 1) / parts.count());
+        if (problem.grad_bank) kernels().backward_bank(problem, entries, part, row, row + rows);
+      }
+      if (problem.grad_bank) kernels().finish_bank(problem, part);
     }
   });
 }
@@ -87,23 +96,20 @@ std::vector<const void*> rows_of(const AdmixtureBackwardCall& call, const std::v
   const auto point_into = [&](const Tensor& tensor, int64_t begin) {
     const char* data = static_cast<const char*>(tensor.const_data_ptr());
     const int64_t bytes = problem.length * static_cast<int64_t>(tensor.element_size());
-    for (int64_t row = 0; row < tensor.size(0); ++row) grads[begin + row] = data + row * bytes;
+    const int64_t rows = tensor.numel() / std::max<int64_t>(problem.length, 1);
+    for (int64_t row = 0; row < rows; ++row) grads[begin + row] = data + row * bytes;
   };
   if (call.grad_subvectors) point_into(*call.grad_subvectors, 0);
   for (size_t i = 0; i < call.grad_parts.size(); ++i) point_into(call.grad_parts[i], begins[i]);
   return grads;
 }
 
-std::tuple<Tensor, Tensor> run(const AdmixtureBackwardCall& call, const std::vector<int64_t>& begins, bool need_logits,
-                               bool need_bank) {
+std::tuple<Tensor, Tensor> run(const AdmixtureBackwardCall& call, const std::vector<int64_t>& begins) {
   if (checked()) check_values(call);
   const AdmixtureBackward& problem = call.problem;
   const std::vector<const void*> grads = rows_of(call, begins);
-  if (need_logits)
-    torch::stable::parallel_for(
-        0, problem.rows, grain(problem.columns + problem.k * problem.length),
-        [&](int64_t begin, int64_t end) { kernels().backward_logits(problem, grads.data(), begin, end); });
-  if (need_bank) backward_bank(problem, grads.data());
+  const std::unique_ptr<int32_t[]> vectors = vectors_of(problem, grads.data());
+  backward(problem, {grads.data(), vectors.get()});
   return {call.grad_logits, call.grad_bank};
 }
 
@@ -114,7 +120,7 @@ std::tuple<Tensor, Tensor> admixture_backward(const std::optional<Tensor>& grad_
                                               bool need_logits, bool need_bank) {
   return run(prepare_admixture_backward(grad_subvectors, grad_weights, indices, weights, bank, candidates,
                                         num_candidates, need_logits, need_bank),
-             {}, need_logits, need_bank);
+             {});
 }
 
 std::tuple<Tensor, Tensor> admixture_backward_parts(std::vector<Tensor> grad_parts, std::vector<int64_t> begins,
@@ -123,7 +129,7 @@ std::tuple<Tensor, Tensor> admixture_backward_parts(std::vector<Tensor> grad_par
                                                     bool need_logits, bool need_bank) {
   return run(prepare_admixture_backward_parts(grad_parts, begins, indices, weights, bank, candidates, num_candidates,
                                               need_logits, need_bank),
-             begins, need_logits, need_bank);
+             begins);
 }
 
 }  // namespace

@@ -12,19 +12,19 @@ constexpr int64_t kDrawn = 256;  // words of a row that are drawn at once
 // Candidates of a row that are kept until they are sorted: enough that this is rarely more than once.
 [[maybe_unused]] static inline int64_t draw_keys(int64_t columns) { return 2 * columns + kDrawn; }
 
-// What a backward problem's rows were mixed from, put in order: of each bank vector its entries, rows ascending.
-// Without those that are out of range.
-struct Entry {
-  const void* grad;  // of its row
-  int64_t place;     // row * k + j, where its weight stands
+// Of a backward problem: grads, of each row where the gradient of its sub-vector stands, or null: it is zero. That
+// stands for the problem's grad_subvectors. vectors: of each entry (row * k + j) the bank vector, or -1: out of range,
+// or its row has no gradient.
+struct Entries {
+  const void* const* grads;
+  const int32_t* vectors;
 };
-struct SortedEntries {
-  const int64_t* begins;  // (vectors + 1), where those of each vector begin
-  const Entry* entries;
-};
-// Of grad_bank: vectors [first, last), of each columns [first, last).
+// Some of the bank's vectors, and what their gradients take.
 struct BankPart {
-  int64_t first_vector, last_vector, first_column, last_column;
+  int64_t first, last;  // vectors
+  bool* reached;        // (last - first): which have been added to; all false in the beginning
+  int64_t* places;      // room for the entries of as many rows as are added at once, and one
+  void* sums;           // (last - first, length) in float32; null: grad_bank itself is of the accumulator's type
 };
 
 struct Kernels {
@@ -32,9 +32,10 @@ struct Kernels {
   // Rows [begin, end) of the problem. scratch: k * kScratch doubles.
   void (*admixture)(const Admixture&, int64_t begin, int64_t end, void* scratch);
   void (*compose)(const Composition&, int64_t begin, int64_t end, void* scratch);
-  // grads: of each row the gradient of its sub-vector, or null: zero. Stands for the problem's grad_subvectors.
-  void (*backward_logits)(const AdmixtureBackward&, const void* const* grads, int64_t begin, int64_t end);
-  void (*backward_bank)(const AdmixtureBackward&, const SortedEntries&, const BankPart&);
+  void (*backward_logits)(const AdmixtureBackward&, const Entries&, int64_t begin, int64_t end);
+  // To a part's gradient what rows [begin, end) contribute; rows are to come in order.
+  void (*backward_bank)(const AdmixtureBackward&, const Entries&, const BankPart&, int64_t begin, int64_t end);
+  void (*finish_bank)(const AdmixtureBackward&, const BankPart&);
   // Rows [begin, end) of the problem. scratch: 2 * draw_keys(columns) integers.
   void (*draw)(const Draw&, int64_t begin, int64_t end, uint64_t* scratch);
   void (*draw_uniform)(const UniformDraw&, int64_t begin, int64_t end);

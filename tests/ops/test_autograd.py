@@ -209,17 +209,27 @@ def test_compose_has_no_gradient(backend, generator):
 @pytest.mark.backends("cpu")
 @pytest.mark.parametrize("candidates", [None, torch.int16])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-def test_parts_are_one_split_and_its_gradient(backend, generator, candidates, out_dtype):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parts_are_one_split_and_its_gradient(backend, generator, candidates, out_dtype, ranks):
     case = Case(torch.float32, rows=20, columns=30, length=12, k=3, candidates=candidates, vectors=candidates and 40)
     inputs, logits, bank = inputs_and_leaves(backend, generator, case)
-    sizes = [3, 0, 1, 7, 9]
+    sizes = [3, 0, 1, 7, 9] if ranks == 1 else [4, 0, 2, 6, 8]
+    with torch.no_grad():  # the last logit is the largest, is as large as the third, is below it
+        logits[:3, :3] = logits.max() + 1
+        logits[:2, -1] = logits[0, 0] + torch.tensor([1, 0])
     subvectors, indices, _ = torch.ops.vblora.admixture(logits, bank, inputs.candidates, 3, out_dtype)
-    expected = subvectors.split_with_sizes(sizes)
-    parts, columns = ops.admixture_in_parts(logits, bank, inputs.candidates, 3, out_dtype, sizes)
-    assert torch.equal(columns, indices) and not columns.requires_grad
+    expected = ops.in_parts(subvectors, sizes, ranks)
+    marks = [torch.zeros(20, dtype=torch.bool) for _ in range(2)]
+    for mark in marks:
+        mark[5] = True  # a mark stays
+    parts = ops.admixture_in_parts(logits, bank, inputs.candidates, marks[0], 3, out_dtype, sizes, ranks)
+    with torch.no_grad():
+        ops.admixture_in_parts(logits, bank, inputs.candidates, marks[1], 3, out_dtype, sizes, ranks)
+    assert torch.equal(*marks) and marks[0][[0, 1, 2, 5]].tolist() == [True, True, False, True]
     for part, wanted in zip(parts, expected, strict=True):
+        assert part.is_contiguous() and part.shape[0] == ranks
         assert_same_bits(part, wanted)
-    grads = [torch.randn(n, 12, generator=generator).to(out_dtype) for n in sizes]
+    grads = [torch.randn(part.shape, generator=generator).to(out_dtype) for part in parts]
     grads[4] = grads[4].T.contiguous().T
     for used in ([0, 1, 2, 3, 4], [3], [4, 0]):  # those of other parts are zero
         chosen = [[of[i] for i in used] for of in (parts, expected, grads)]
@@ -243,8 +253,7 @@ def test_parts_are_one_split_and_its_gradient(backend, generator, candidates, ou
         ([(2, 12)], [19], "`begins` holds 19 for a part of 2 rows"),
         ([(2, 12)], [-1], "`begins` holds -1"),
         ([(2, 12), (2, 12)], [0, 1], "`begins` holds 1"),
-        ([(2, 11)], [0], "`grad_parts` has shape"),
-        ([(24,)], [0], "`grad_parts` must have 2 dimensions"),
+        ([(2, 11)], [0], "`grad_parts` has a part of 22 elements, but parts must be whole sub-vectors of 12"),
     ],
 )
 def test_parts_are_checked(backend, generator, parts, begins, message):

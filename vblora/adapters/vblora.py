@@ -196,13 +196,18 @@ class VBLoRAAdapter(Adapter):
 
         bank = scaled(gather(self.bank.vectors), self.scaling)
         if self.logits is None:
-            parts = torch.ops.vblora.compose(bank, part(self.indices), part(self.weights), dtype).split_with_sizes(rows)
+            subvectors = torch.ops.vblora.compose(bank, part(self.indices), part(self.weights), dtype)
+            parts = ops.in_parts(subvectors, rows, self.r)
         else:
             logits = part(gather(self.logits))
-            parts, columns = ops.admixture_in_parts(logits, bank, part(self.candidates), self.topk, dtype, rows)
-            if self.exhausted is not None and logits.requires_grad and torch.is_grad_enabled():
-                _note_exhausted(part(self.exhausted), logits.detach(), columns)
-        return as_factors(parts, targets, self.r)
+            # A row is exhausted once its k-th selected logit is no longer above its last candidate's: from there on, one that is
+            # no candidate might have been selected. The last one decays with the rest, so what is compared with is never stale.
+            trains = logits.requires_grad and torch.is_grad_enabled()
+            exhausted = part(self.exhausted) if trains else None
+            parts = ops.admixture_in_parts(
+                logits, bank, part(self.candidates), exhausted, self.topk, dtype, rows, self.r
+            )
+        return as_factors(parts, targets)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"bank": [self.bank.vectors], "logits": [] if self.logits is None else [self.logits]}
@@ -221,13 +226,6 @@ class VBLoRAAdapter(Adapter):
     def extra_repr(self) -> str:
         candidates = "" if self.candidates is None else f", num_candidates={self.candidates.shape[1]}"
         return f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}, targets={len(self.targets)}"
-
-
-def _note_exhausted(exhausted: Tensor, logits: Tensor, columns: Tensor) -> None:
-    """Marks the rows whose k-th selected logit is no longer above their last candidate's: from there on, one that is no
-    candidate might have been selected. The last one decays with the rest, so nothing that is compared with goes stale."""
-    selected = logits.gather(1, columns[:, -1:].long())
-    exhausted.logical_or_((selected <= logits[:, -1:]).squeeze(1))
 
 
 def draw_rows(
@@ -319,18 +317,13 @@ def rows_of_factors(targets: tuple[Target, ...], r: int, vector_length: int) -> 
     return [r * -(-width // vector_length) for width in _widths(targets)]
 
 
-def as_factors(parts: Sequence[Tensor], targets: tuple[Target, ...], r: int) -> list[Factors]:
-    """The factors that sub-vectors make up, as views of them: A ``(r, in_features)`` and B ``(r, out_features)``.
-
-    Args:
-        parts: ``(rows, b)`` of each factor in turn, with as many rows as :func:`rows_of_factors` says. Of one tensor they are
-            what one split made: its backward is one concatenation, that of a slice is a whole tensor of zeros.
-    """
-    factors = []
-    for part, width in zip(parts, _widths(targets), strict=True):
-        ranks = part.view(r, -1)
-        # Where something is cut, those zeros are only as many as this factor's own.
-        factors.append(ranks if ranks.shape[1] == width else ranks[:, :width])
+def as_factors(parts: Sequence[Tensor], targets: tuple[Target, ...]) -> list[Factors]:
+    """The factors that sub-vectors make up, A ``(r, in_features)`` and B ``(r, out_features)``: ``parts``, ``(r, *)`` of each
+    factor in turn, without what goes beyond a layer's width."""
+    # Where something is cut, the zeros that a slice's backward makes are only as many as this factor's own.
+    factors = [
+        part if part.shape[1] == width else part[:, :width] for part, width in zip(parts, _widths(targets), strict=True)
+    ]
     return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
 
 

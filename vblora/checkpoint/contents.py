@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..adapters import Adapter, Target, VBLoRAAdapter
 from ..adapters.base import Factors
 from ..adapters.vblora import Deployed, Trained, as_factors, candidate_dtype, draw_rows, rows_of_factors, scaled
@@ -270,7 +271,7 @@ class VBLoRAContents(Contents):
         for target, *size in zip(self.targets, sizes[::2], sizes[1::2], strict=True):
             rows = slice(start, start := start + sum(size))
             subvectors = torch.ops.vblora.compose(bank, deployed.indices[rows], deployed.weights[rows], dtype)
-            (factors,) = as_factors(subvectors.split_with_sizes(size), (target,), self.config.r)
+            (factors,) = as_factors(ops.in_parts(subvectors, size, self.config.r), (target,))
             yield target, factors
 
     def kept(self) -> "VBLoRAContents":

@@ -5,8 +5,9 @@
 namespace vblora::cpu {
 namespace {
 
-constexpr int64_t kLanes = 32;   // partial sums of a dot product, a fixed number and order on every instruction set
-constexpr int64_t kWidth = 128;  // columns of a bank vector's gradient that are added up at once
+constexpr int64_t kLanes = 32;  // partial sums of a dot product, a fixed number and order on every instruction set
+constexpr int64_t kLine = 64;   // bytes that memory comes in
+constexpr int64_t kAhead = 3;   // entries that are on their way from memory while one is added
 
 // <a, b>: element i goes to partial sum i % kLanes, then the halves are added up.
 template <class A, class B, class Acc>
@@ -25,15 +26,13 @@ Acc dot(const A* a, const B* b, int64_t length) {
 
 // d loss / d weight j of a row.
 template <class T, class Grad, class Acc>
-Acc grad_weight(const AdmixtureBackward& problem, const void* const* grads, int64_t row, int64_t j) {
+Acc grad_weight(const AdmixtureBackward& problem, const Entries& entries, int64_t row, int64_t j) {
   const int64_t entry = row * problem.k + j;
   Acc grad = 0;
-  if (grads[row]) {
-    const int64_t vector = vector_of(problem, row, problem.indices[entry]);
-    if (vector >= 0 && vector < problem.vectors)
-      grad = dot<Grad, T, Acc>(static_cast<const Grad*>(grads[row]),
-                               static_cast<const T*>(problem.bank) + vector * problem.length, problem.length);
-  }
+  if (entries.vectors[entry] >= 0)
+    grad = dot<Grad, T, Acc>(static_cast<const Grad*>(entries.grads[row]),
+                             static_cast<const T*>(problem.bank) + entries.vectors[entry] * problem.length,
+                             problem.length);
   if (problem.grad_weights) grad += static_cast<const Acc*>(problem.grad_weights)[entry];
   return grad;
 }
@@ -41,7 +40,7 @@ Acc grad_weight(const AdmixtureBackward& problem, const void* const* grads, int6
 // A row of grad_logits: the softmax Jacobian on the selected columns, zero on all others, each written once but for
 // those k.
 template <class T, class Grad>
-void logits_rows(const AdmixtureBackward& problem, const void* const* grads, int64_t begin, int64_t end) {
+void logits_rows(const AdmixtureBackward& problem, const Entries& entries, int64_t begin, int64_t end) {
   using Acc = accumulator_t<T>;
   const int64_t k = problem.k, columns = problem.columns;
   constexpr int64_t kKept = 8;  // gradients kept between the two passes over a row's entries; others are computed twice
@@ -52,71 +51,79 @@ void logits_rows(const AdmixtureBackward& problem, const void* const* grads, int
     memset(grad_logits, 0, static_cast<size_t>(columns) * sizeof(T));
     Acc mean = 0;
     for (int64_t j = 0; j < k; ++j) {
-      const Acc grad = grad_weight<T, Grad, Acc>(problem, grads, row, j);
+      const Acc grad = grad_weight<T, Grad, Acc>(problem, entries, row, j);
       if (j < kKept) kept[j] = grad;
       mean = multiply_add(weights[j], grad, mean);
     }
     for (int64_t j = 0; j < k; ++j) {
       const int64_t column = problem.indices[row * k + j];
       if (column < 0 || column >= columns) continue;
-      const Acc grad = j < kKept ? kept[j] : grad_weight<T, Grad, Acc>(problem, grads, row, j);
+      const Acc grad = j < kKept ? kept[j] : grad_weight<T, Grad, Acc>(problem, entries, row, j);
       store(grad_logits + column, weights[j] * (grad - mean));
     }
   }
 }
 
-// sums[i] += weights[n] * grads[n][i], one n after the other: `sums` is read and written once for all N.
-template <int64_t N, class Grad, class Acc>
-void add_few(const Grad* const* grads, const Acc* weights, int64_t width, Acc* sums) {
-  for (int64_t i = 0; i < width; ++i) {
-    Acc sum = sums[i];
-    for (int64_t n = 0; n < N; ++n) sum = multiply_add(weights[n], load<Acc>(grads[n][i]), sum);
-    sums[i] = sum;
-  }
+template <class T>
+void prefetch(const T* row, int64_t length) {
+  for (int64_t i = 0; i < length; i += kLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
 }
 
-// Columns [column, column + width) of a vector's gradient: what its entries add up to, in their order.
-template <class T, class Grad, class Acc>
-void add_entries(const AdmixtureBackward& problem, const Entry* entries, int64_t count, int64_t column, int64_t width,
-                 T* out) {
-  constexpr int64_t kAtOnce = 4;
-  Acc sums[kWidth] = {};
-  const Grad* grads[kAtOnce];
-  Acc weights[kAtOnce];
-  const auto read = [&](int64_t i, int64_t n) {
-    grads[n] = static_cast<const Grad*>(entries[i].grad) + column;
-    weights[n] = static_cast<const Acc*>(problem.weights)[entries[i].place];
-  };
-  int64_t i = 0;
-  for (; i + kAtOnce <= count; i += kAtOnce) {
-    for (int64_t n = 0; n < kAtOnce; ++n) read(i + n, n);
-    if (width == kWidth) add_few<kAtOnce>(grads, weights, kWidth, sums);
-    else add_few<kAtOnce>(grads, weights, width, sums);
-  }
-  for (; i < count; ++i) {
-    read(i, 0);
-    if (width == kWidth) add_few<1>(grads, weights, kWidth, sums);
-    else add_few<1>(grads, weights, width, sums);
-  }
-  for (i = 0; i < width; ++i) store(out + i, sums[i]);
+// sums[i] = weight * grad[i] + (first ? 0 : sums[i])
+template <class Grad, class Acc>
+void add(const Grad* __restrict grad, Acc weight, int64_t length, bool first, Acc* __restrict sums) {
+  if (first)
+    for (int64_t i = 0; i < length; ++i) sums[i] = multiply_add(weight, load<Acc>(grad[i]), Acc(0));
+  else
+    for (int64_t i = 0; i < length; ++i) sums[i] = multiply_add(weight, load<Acc>(grad[i]), sums[i]);
 }
 
-// A part of grad_bank: to each vector, weight times gradient of all the rows that it was mixed into. Those stand in
-// ascending order, so that the sums are the same on any number of threads.
+template <class T>
+accumulator_t<T>* sums_of(const AdmixtureBackward& problem, const BankPart& part) {
+  if (part.sums) return static_cast<accumulator_t<T>*>(part.sums);
+  return static_cast<accumulator_t<T>*>(problem.grad_bank) + part.first * problem.length;
+}
+
+// A part of grad_bank: to each vector, weight times gradient of all the rows that it was mixed into. Those come in
+// ascending order, so that the sums are the same however the bank is cut into parts, and so that memory is read in
+// order; what is written in any order are the sums, which a cache holds.
 template <class T, class Grad>
-void bank_part(const AdmixtureBackward& problem, const SortedEntries& sorted, const BankPart& part) {
-  for (int64_t vector = part.first_vector; vector < part.last_vector; ++vector) {
-    T* out = static_cast<T*>(problem.grad_bank) + vector * problem.length;
-    const int64_t first = sorted.begins[vector], count = sorted.begins[vector + 1] - first;
-    if (count == 0) {
-      memset(out + part.first_column, 0, static_cast<size_t>(part.last_column - part.first_column) * sizeof(T));
-      continue;
+void bank_rows(const AdmixtureBackward& problem, const Entries& entries, const BankPart& part, int64_t begin,
+               int64_t end) {
+  using Acc = accumulator_t<T>;
+  const int64_t length = problem.length, k = problem.k;
+  int64_t count = 0;
+  for (int64_t place = begin * k; place < end * k; ++place) {
+    const int64_t vector = entries.vectors[place];
+    part.places[count] = place;
+    count += vector >= part.first && vector < part.last;
+  }
+  const auto vector_at = [&](int64_t i) { return entries.vectors[part.places[i]] - part.first; };
+  const auto grad_at = [&](int64_t i) { return static_cast<const Grad*>(entries.grads[part.places[i] / k]); };
+  Acc* sums = sums_of<T>(problem, part);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) {
+      prefetch(grad_at(i + kAhead), length);
+      prefetch(sums + vector_at(i + kAhead) * length, length);
     }
-    for (int64_t column = part.first_column; column < part.last_column; column += kWidth) {
-      const int64_t left = part.last_column - column;
-      add_entries<T, Grad, accumulator_t<T>>(problem, sorted.entries + first, count, column,
-                                             left < kWidth ? left : kWidth, out + column);
-    }
+    const int64_t vector = vector_at(i);
+    const Acc weight = static_cast<const Acc*>(problem.weights)[part.places[i]];
+    add(grad_at(i), weight, length, !part.reached[vector], sums + vector * length);
+    part.reached[vector] = true;
+  }
+}
+
+// Rounds the sums to grad_bank's type; the gradient of a vector that is in no mixture is zero.
+template <class T>
+void round_bank(const AdmixtureBackward& problem, const BankPart& part) {
+  const accumulator_t<T>* sums = sums_of<T>(problem, part);
+  T* out = static_cast<T*>(problem.grad_bank) + part.first * problem.length;
+  for (int64_t vector = 0; vector < part.last - part.first; ++vector) {
+    if (!part.reached[vector]) memset(out, 0, static_cast<size_t>(problem.length) * sizeof(T));
+    else if (part.sums)
+      for (int64_t i = 0; i < problem.length; ++i) store(out + i, sums[i]);
+    out += problem.length;
+    sums += problem.length;
   }
 }
 
@@ -124,21 +131,28 @@ void bank_part(const AdmixtureBackward& problem, const SortedEntries& sorted, co
 
 namespace VBLORA_ISA {
 
-void backward_logits(const AdmixtureBackward& problem, const void* const* grads, int64_t begin, int64_t end);
-void backward_bank(const AdmixtureBackward& problem, const SortedEntries& sorted, const BankPart& part);
+void backward_logits(const AdmixtureBackward& problem, const Entries& entries, int64_t begin, int64_t end);
+void backward_bank(const AdmixtureBackward& problem, const Entries& entries, const BankPart& part, int64_t begin,
+                   int64_t end);
+void finish_bank(const AdmixtureBackward& problem, const BankPart& part);
 
-void backward_logits(const AdmixtureBackward& problem, const void* const* grads, int64_t begin, int64_t end) {
+void backward_logits(const AdmixtureBackward& problem, const Entries& entries, int64_t begin, int64_t end) {
   with_type(problem.type, [&](auto element) {
     with_type(problem.grad_type,
-              [&](auto grad) { logits_rows<decltype(element), decltype(grad)>(problem, grads, begin, end); });
+              [&](auto grad) { logits_rows<decltype(element), decltype(grad)>(problem, entries, begin, end); });
   });
 }
 
-void backward_bank(const AdmixtureBackward& problem, const SortedEntries& sorted, const BankPart& part) {
+void backward_bank(const AdmixtureBackward& problem, const Entries& entries, const BankPart& part, int64_t begin,
+                   int64_t end) {
   with_type(problem.type, [&](auto element) {
     with_type(problem.grad_type,
-              [&](auto grad) { bank_part<decltype(element), decltype(grad)>(problem, sorted, part); });
+              [&](auto grad) { bank_rows<decltype(element), decltype(grad)>(problem, entries, part, begin, end); });
   });
+}
+
+void finish_bank(const AdmixtureBackward& problem, const BankPart& part) {
+  with_type(problem.type, [&](auto element) { round_bank<decltype(element)>(problem, part); });
 }
 
 }  // namespace VBLORA_ISA
