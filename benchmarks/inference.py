@@ -48,7 +48,7 @@ def run(settings: Settings) -> Result:
         sides = {name: Decoder(model.eval(), prompt) for name, model in made.items()}
         name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
         prefill = in_turn({key: side.prefill for key, side in sides.items()}, settings.seconds(25), least=11)
-        decode = in_turn({key: side.decode for key, side in sides.items()}, settings.seconds(25), least=11, most=300)
+        decode = in_turn({key: side.decode for key, side in sides.items()}, settings.seconds(40), least=11, most=500)
         for case, times in (("prefill of 128", prefill), ("decoding a token", decode)):
             groups[f"{case}, {name}"] = times
             ratio = times.ratio("vblora", "PEFT LoRA")

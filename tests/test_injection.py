@@ -309,11 +309,19 @@ def test_a_disabled_adapter_gets_no_gradient():
 def test_parameter_groups():
     model = vblora.inject(bert(), vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
     groups = {group["name"]: group for group in vblora.parameter_groups(model)}
-    assert groups["bank"]["params"] == [model.vblora.default.bank.vectors] and groups["bank"]["lr"] == 1e-3
-    assert groups["logits"]["params"] == [model.vblora.default.logits] and groups["logits"]["lr"] == 1e-2
+    assert groups["bank"]["params"] == [model.vblora.default.bank.vectors] and groups["bank"]["lr"] == 3e-3
+    assert groups["logits"]["params"] == [model.vblora.default.logits] and groups["logits"]["lr"] == 0.5
     assert groups["logits"]["weight_decay"] == 0
     assert set(groups["other"]["params"]) == set(model.classifier.parameters())
     torch.optim.AdamW(vblora.parameter_groups(model, lr_bank=1.0, lr_logits=2.0, lr_other=3.0))
+
+    def rates(**arguments):
+        return {group["name"]: group["lr"] for group in vblora.parameter_groups(model, **arguments)}
+
+    assert rates(recipe="paper") == {"bank": 1e-3, "logits": 1e-2, "other": 1e-3}
+    assert rates(recipe="paper", lr_logits=0.0, lr_other=3.0) == {"bank": 1e-3, "logits": 0.0, "other": 3.0}
+    with pytest.raises(ValueError, match="`recipe` is 'best'; allowed are 'default', 'paper'"):
+        rates(recipe="best")
     model.vblora.default.bank.requires_grad_(False)
     assert [group["name"] for group in vblora.parameter_groups(model)] == ["logits", "other"]
 

@@ -9,17 +9,24 @@ from .injected import injections, refuse_if_disabled
 from .layers import AdaptedLayer
 from .sharding import reshard
 
+# Learning rates of the two groups of VB-LoRA. docs/training.md has what led to the default.
+RECIPES = {
+    "default": {"bank": 3e-3, "logits": 0.5},
+    "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix B: for 20 to 80 epochs
+}
+
 
 def parameter_groups(
     model: nn.Module,
     *,
-    lr_bank: float = 1e-3,
-    lr_logits: float = 1e-2,
+    recipe: str = "default",
+    lr_bank: float | None = None,
+    lr_logits: float | None = None,
     lr_factors: float = 1e-3,
     lr_vectors: float = 1e-2,
     lr_other: float = 1e-3,
 ) -> list[dict]:
-    """Trainable parameters as optimizer groups: for bank and logits with the learning rates of VB-LoRA's paper (its appendix B).
+    """Trainable parameters as optimizer groups, each with a learning rate for AdamW.
 
     Of several adapters those that are active have parameters to train.
 
@@ -27,16 +34,25 @@ def parameter_groups(
 
     Args:
         model: an injected model, or any module that holds :class:`VBLinear` layers.
-        lr_bank, lr_logits: learning rates of VB-LoRA's vector bank and of its logits.
+        recipe: VB-LoRA's learning rates: ``"default"``, with which it learns within a few epochs, or ``"paper"``, those of its
+            appendix B, for 20 to 80.
+        lr_bank, lr_logits: learning rates of VB-LoRA's vector bank and of its logits, other than the recipe's.
         lr_factors: learning rate of LoRA's factors, and of the pair that Tied-LoRA shares.
         lr_vectors: learning rate of VeRA's and Tied-LoRA's vectors.
         lr_other: learning rate of everything else that trains: biases, ``modules_to_save``.
 
     Returns:
         Groups named ``bank``, ``logits``, ``factors``, ``vectors`` and ``other``, without those that would be empty.
+
+    Raises:
+        ValueError: no such recipe, or a model without an active adapter.
     """
+    if recipe not in RECIPES:
+        raise ValueError(f"`recipe` is {recipe!r}; allowed are {', '.join(map(repr, RECIPES))}.")
+    rates = RECIPES[recipe] | {"factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
+    given = {"bank": lr_bank, "logits": lr_logits}
+    rates |= {name: rate for name, rate in given.items() if rate is not None}
     reshard(model)
-    rates = {"bank": lr_bank, "logits": lr_logits, "factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
     refuse_if_disabled([module for module in model.modules() if isinstance(module, AdaptedLayer)])
     group_of = {
         parameter: name

@@ -8,12 +8,17 @@ python -m benchmarks.quality --data GLUE --methods VB-LoRA --set lr_logits=0.1 s
 import argparse
 import ast
 import json
+import multiprocessing
 import os
 import statistics
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -22,12 +27,19 @@ from vblora.cli.demo import find_model
 from vblora.files import write_file
 
 from .methods import RECIPES, Recipe
-from .picture import draw
+from .picture import draw, draw_losses
 from .tasks import Task, read_tasks
-from .training import Settings, run, steps_of
+from .training import STEPS_A_LOSS, Settings, run, steps_of
 
 _QUICK = ("frozen encoder", "LoRA r=8", "VB-LoRA", "VB-LoRA, the paper's rates")
 _QUICK_ROWS = 1000
+
+
+class _Run(NamedTuple):
+    task: Task
+    name: str
+    recipe: Recipe
+    seed: int
 
 
 def main() -> int:
@@ -41,23 +53,37 @@ def main() -> int:
     settings = Settings(arguments.model or find_model(), arguments.epochs, bfloat16=not arguments.float32)
     results = _Results(arguments.output)
     todo = [
-        (task, name, recipe, seed)
+        _Run(task, name, recipe, seed)
         for seed in range(arguments.seeds)
         for task in tasks
         for name, recipe in recipes.items()
         if not results.has(_key(task, recipe, seed, settings))
     ]
     with tqdm(total=sum(steps_of(task, settings) for task, *_ in todo), unit="step") as bar:
-        for task, name, recipe, seed in todo:
-            bar.set_description(f"{task.name}, {name}, seed {seed}")
-            result = run(task, recipe, seed, settings, bar.update)
+        for (task, name, recipe, seed), result in _outcomes(todo, settings, arguments.processes):
             results.add(_key(task, recipe, seed, settings) | {"name": name}, result)
+            bar.update(steps_of(task, settings))
+            bar.set_description(f"{task.name}, {name}, seed {seed}: {result['score']:.1f}")
     rows = _summary(results, tasks, recipes, settings, arguments.seeds)
     _print(rows, tasks, arguments.seeds)
     if not arguments.set:
         write_file(arguments.output.with_suffix(".json"), json.dumps(rows, indent=1).encode())
-        draw(rows, [task.name for task in tasks], arguments.output.with_suffix(".png"))
+        names = [task.name for task in tasks]
+        draw(rows, names, arguments.output.with_suffix(".png"))
+        draw_losses(rows, names, arguments.output.with_name(f"{arguments.output.stem}-losses.png"))
     return 0
+
+
+def _outcomes(todo: list[_Run], settings: Settings, processes: int) -> Iterator[tuple[_Run, dict]]:
+    """What each run came to, as it ends. Small steps gain little from a second thread, so a processor has a run of its own."""
+    if processes == 1:
+        yield from ((one, run(one.task, one.recipe, one.seed, settings)) for one in todo)
+        return
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
+        futures = {pool.submit(run, one.task, one.recipe, one.seed, settings): one for one in todo}
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
 def _arguments() -> argparse.Namespace:
@@ -77,6 +103,7 @@ def _arguments() -> argparse.Namespace:
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes fields and rates of the methods"
     )
     parser.add_argument("--float32", action="store_true", help="instead of bfloat16 autocast")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="runs at once (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("build/quality.jsonl"), help="where runs are kept")
     parser.add_argument(
         "--quick", action="store_true", help=f"one seed, {_QUICK_ROWS} rows, the methods that matter most"
@@ -157,9 +184,18 @@ def _summary(
                 "mean": {task: statistics.mean(of_task) for task, of_task in scores.items()},
                 "std": {task: statistics.stdev(s) if seeds > 1 else 0.0 for task, s in scores.items()},
                 "average": statistics.mean(run["score"] for run in every),
+                "losses": {task: _mean_losses(of_task) for task, of_task in runs.items()},
+                "exhausted": max(run["exhausted"] for run in every),
             }
         )
     return rows
+
+
+def _mean_losses(runs: list[dict]) -> list[tuple[int, float]]:
+    """The training loss of all seeds, with the step in the middle of those that it is the mean of."""
+    means = [statistics.mean(losses) for losses in zip(*(run["losses"] for run in runs), strict=True)]
+    steps = [min((i + 1) * STEPS_A_LOSS, runs[0]["steps"]) for i in range(len(means))]
+    return [((before + after) // 2, loss) for before, after, loss in zip([0, *steps], steps, means, strict=False)]
 
 
 def _print(rows: list[dict], tasks: list[Task], seeds: int) -> None:

@@ -3,7 +3,6 @@
 import math
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from .methods import CONFIGS, Recipe
 from .tasks import Example, Task
 
 _BATCHES_SORTED_TOGETHER = 32
+STEPS_A_LOSS = 50  # of which the mean is kept
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Settings:
     bfloat16: bool = True
 
 
-def run(task: Task, recipe: Recipe, seed: int, settings: Settings, advance: Callable[[], object]) -> dict:
-    """Trains and scores. ``advance`` is called after each step."""
+def run(task: Task, recipe: Recipe, seed: int, settings: Settings) -> dict:
+    """Trains and scores."""
     transformers.utils.logging.set_verbosity_error()  # that the head is new is no news
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(seed)
@@ -58,7 +58,6 @@ def run(task: Task, recipe: Recipe, seed: int, settings: Settings, advance: Call
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
-            advance()
     seconds = time.perf_counter() - begin
     count = None if recipe.method is None else vblora.count_parameters(model)
     head = sum(p.numel() for p in model.classifier.parameters())
@@ -69,7 +68,7 @@ def run(task: Task, recipe: Recipe, seed: int, settings: Settings, advance: Call
         "trainable": 0 if count is None else count.trainable - head,
         "seconds": seconds,
         "steps": steps,
-        "losses": [round(float(part.mean()), 4) for part in torch.stack(losses).chunk(50)],
+        "losses": [round(float(part.mean()), 4) for part in torch.stack(losses).split(STEPS_A_LOSS)],
         "exhausted": _exhausted(model),
     }
 

@@ -87,7 +87,7 @@ def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, caps
         output = tmp_path / "out" / "runs.jsonl"
         names = ["--methods", "frozen encoder", "VB-LoRA, query and value", "--seeds", "2", "--epochs", "20"]
         monkeypatch.setattr("sys.argv", ["quality", "--data", str(tmp_path), "--model", str(tiny_model), *names])
-        monkeypatch.setattr("sys.argv", [*quality.sys.argv, "--output", str(output), *more])
+        monkeypatch.setattr("sys.argv", [*quality.sys.argv, "--output", str(output), "--processes", "1", *more])
         assert quality.main() == 0
         return [json.loads(line) for line in output.read_text().splitlines()]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..parameters import RECIPES
 from . import data, demo
 from .errors import CommandError
 from .folders import check_output, need
@@ -106,8 +107,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="tokens of a text; the rest is cut off (128, or the model's)",
     )
     positive = _number(float, "above 0 and at most 100", lambda x: 0 < x <= 100)
-    group.add_argument("--lr-bank", type=positive, default=5e-3, metavar="X", help="of the bank (%(default)s)")
-    group.add_argument("--lr-logits", type=positive, default=2e-2, metavar="X", help="of the logits (%(default)s)")
+    group.add_argument(
+        "--recipe", choices=list(RECIPES), default="default",
+        help="learning rates of the bank and of the logits: for a few epochs, or the paper's, for many (%(default)s)",
+    )  # fmt: skip
+    group.add_argument("--lr-bank", type=positive, metavar="X", help="of the bank, instead of the recipe's")
+    group.add_argument("--lr-logits", type=positive, metavar="X", help="of the logits, instead of the recipe's")
     group.add_argument("--lr-head", type=positive, default=5e-3, metavar="X", help="of the head (%(default)s)")
     group.add_argument(
         "--seed", type=_number(int, "a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32), default=0,

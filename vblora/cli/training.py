@@ -272,7 +272,11 @@ def _optimizer(
     arguments: argparse.Namespace, model: nn.Module, rows: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     groups = vblora.parameter_groups(
-        model, lr_bank=arguments.lr_bank, lr_logits=arguments.lr_logits, lr_other=arguments.lr_head
+        model,
+        recipe=arguments.recipe,
+        lr_bank=arguments.lr_bank,
+        lr_logits=arguments.lr_logits,
+        lr_other=arguments.lr_head,
     )
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps = arguments.epochs * math.ceil(rows / arguments.batch_size)
