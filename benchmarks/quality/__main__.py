@@ -28,7 +28,7 @@ from vblora.files import write_file
 
 from .methods import RECIPES, Recipe
 from .picture import draw, draw_losses
-from .tasks import Task, read_tasks
+from .tasks import WORD_ORDER, Task, read_tasks
 from .training import STEPS_A_LOSS, Settings, run, steps_of
 
 _QUICK = ("frozen encoder", "LoRA r=8", "VB-LoRA", "VB-LoRA, the paper's rates")
@@ -92,7 +92,7 @@ def _arguments() -> argparse.Namespace:
         "--data", type=Path, default=os.environ.get("GLUE"), help="folder of TASK/train.tsv, TASK/dev.tsv"
     )
     parser.add_argument("--model", type=Path, help="folder of an encoder (the demo's all-MiniLM-L6-v2)")
-    parser.add_argument("--tasks", nargs="+", help="all in the folder")
+    parser.add_argument("--tasks", nargs="+", help=f"all in the folder; {WORD_ORDER} is made from the texts in it")
     parser.add_argument(
         "--methods", nargs="+", choices=list(RECIPES), metavar="METHOD", help=f"of {', '.join(RECIPES)}"
     )

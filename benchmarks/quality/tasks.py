@@ -1,6 +1,7 @@
 """GLUE's tasks from a folder of TSV files in their official layouts: ``FOLDER/TASK/train.tsv`` and ``dev.tsv``."""
 
 import csv
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ _TEXTS = (
     ("sentence",),
 )
 _LABELS = ("score", "gold_label", "label", "is_duplicate", "Quality")
+WORD_ORDER = "word-order"
 _COLA = ["source", "label", "star", "sentence"]  # its files have no header
 
 
@@ -61,18 +63,46 @@ _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def read_tasks(folder: Path, names: list[str] | None = None, max_train: int | None = None) -> list[Task]:
-    """All tasks in a folder, or those named.
+    """All tasks in a folder, or those named, of which one may be ``"word-order"``.
 
     Raises:
         FileNotFoundError, ValueError: no such task, or a file that is none of GLUE's layouts; named.
     """
     found = {path.parent.name: path.parent for path in sorted(folder.glob("*/train.tsv"))}
-    missing = [name for name in names or [] if name not in found]
+    missing = [name for name in names or [] if name not in (*found, WORD_ORDER)]
     if missing or not found:
         raise FileNotFoundError(
             f"{folder} has no {missing[0] if missing else '*'}/train.tsv; there are {', '.join(found) or 'none'}."
         )
-    return [_read_task(found[name], max_train) for name in names or found]
+    return [
+        _word_order([_read_task(path, None) for path in found.values()], max_train)
+        if name == WORD_ORDER
+        else _read_task(found[name], max_train)
+        for name in names or found
+    ]
+
+
+def _word_order(tasks: list[Task], max_train: int | None) -> Task:
+    """Sentences of tasks about pairs, in half of which a word was moved: to be told from the others. A stand-in for
+    acceptability, which a sentence encoder has to learn, and where there are no other data."""
+    examples = [example for task in tasks for example in (*task.train, *task.dev) if len(example.texts) == 2]
+    sentences = sorted({text for example in examples for text in example.texts if 6 <= len(text.split()) <= 22})
+    rng = random.Random(0)
+    rng.shuffle(sentences)
+    made = [_with_a_word_moved(sentence, rng) if rng.random() < 0.5 else sentence for sentence in sentences]
+    labelled = [Example((new,), int(new == old)) for new, old in zip(made, sentences, strict=True)]
+    return Task(WORD_ORDER, labelled[1000:][:max_train], labelled[:1000], ["0", "1"])
+
+
+def _with_a_word_moved(sentence: str, rng: random.Random) -> str:
+    words = sentence.split()
+    source = rng.randrange(len(words) - 2)
+    for _ in range(20):  # to where it makes a difference
+        place = rng.randrange(len(words) - 1)
+        if place != source and words[place].lower() != words[source].lower():
+            break
+    words.insert(place, words.pop(source))
+    return " ".join(words)
 
 
 def _read_task(folder: Path, max_train: int | None) -> Task:

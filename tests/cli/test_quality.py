@@ -53,6 +53,27 @@ def test_what_is_not_there_is_named(tmp_path):
         read_tasks(tmp_path, ["RTE"])
 
 
+def test_word_order_is_made_from_pairs(tmp_path):
+    sentence = "the cat sat on the mat with number"
+    rows = "".join(f"0\tx\t{sentence} {i}\t{sentence} {i + 1500}\t4.25\n" for i in range(1500))
+    for task, header, text in (
+        ("STS-B", "index\tgenre\tsentence1\tsentence2\tscore\n", rows),
+        ("SST-2", "sentence\tlabel\n", "a b c d e f g\t1\n"),
+    ):
+        (tmp_path / task).mkdir()
+        for part in ("train", "dev"):
+            (tmp_path / task / f"{part}.tsv").write_text(header + text)
+    (task,) = read_tasks(tmp_path, ["word-order"], max_train=900)
+    assert [len(task.train), len(task.dev)] == [900, 1000] and task.metric == "accuracy"
+    assert 0.4 < np.mean([example.label for example in task.train]) < 0.6
+    for (text,), label in task.train:
+        assert text.startswith(sentence) == bool(label)
+        assert sorted(text.split())[1:] == sorted(sentence.split())  # after the number, which never moves
+    assert task == read_tasks(tmp_path, ["word-order"], max_train=900)[0]
+    with pytest.raises(FileNotFoundError, match="SST-2, STS-B"):
+        read_tasks(tmp_path, ["CoLA"])
+
+
 @pytest.mark.parametrize(
     ("name", "labels", "predicted", "score"),
     [
