@@ -13,9 +13,10 @@
 namespace vblora::cpu {
 namespace {
 
-constexpr int64_t kSums = 1 << 19;  // elements of a part of the bank: what a cache holds
-constexpr int64_t kRows =
-    1024;  // rows whose gradients are read for the logits and, while a cache holds them, for the bank
+// Elements of a part of the bank, and rows whose gradients are read for the logits and again for the bank: what a cache
+// holds.
+constexpr int64_t kSums = 1 << 19;
+constexpr int64_t kRows = 1024;
 
 // Of each entry its bank vector, or -1: there is none, or its row has no gradient.
 std::unique_ptr<int32_t[]> vectors_of(const AdmixtureBackward& problem, const void* const* grads) {
