@@ -66,7 +66,7 @@ def run(settings: Settings) -> Result:
             if shape[0] > 1:  # no target there for PEFT's VB-LoRA, and it would take minutes
                 here = {name: side for name, side in sides.items() if "VBLoRA" not in name}
             work = {name: partial(side.step, ids, dtype) for name, side in here.items()}
-            whole = steps(in_turn(work, settings.seconds(40 if shape[0] == 1 else 100), least=7))
+            whole = steps(in_turn(work, settings.seconds(40 if shape[0] == 1 else 70), least=7))
             floor = in_turn({"base model": partial(base_step, base, ids, dtype)}, settings.seconds(8), warm_up=1)
             groups[f"{shape_name} tokens, {dtype_name}"] = Times(whole.seconds | floor.seconds)
             case = f"{shape_name}, {dtype_name}, AdamW"

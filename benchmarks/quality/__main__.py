@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from vblora.cli.demo import find_model
@@ -199,14 +197,15 @@ def _mean_losses(runs: list[dict]) -> list[tuple[int, float]]:
 
 
 def _print(rows: list[dict], tasks: list[Task], seeds: int) -> None:
-    table = Table(caption=f"Mean ± standard deviation of {seeds} seeds. Stored: parameters beside the head.")
-    for name in ("method", "stored", *(f"{task.name}, {task.metric}" for task in tasks), "average", "seconds"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    columns = ["", "stored", *(f"{task.name}, {task.metric}" for task in tasks), "mean", "seconds"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
-        cells = [f"{row['mean'][task.name]:.1f} ± {row['std'][task.name]:.1f}" for task in tasks]
-        seconds = sum(row["seconds"].values())
-        table.add_row(row["name"], f"{row['stored']:,}", *cells, f"{row['average']:.2f}", f"{seconds:.0f}")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        scores = [f"{row['mean'][task.name]:.1f} ± {row['std'][task.name]:.1f}" for task in tasks]
+        seconds = f"{sum(row['seconds'].values()):.0f}"
+        cells = [row["name"], f"{row['stored']:,}", *scores, f"{row['average']:.1f}", seconds]
+        print(f"| {' | '.join(cells)} |")
+    print(f"\nMean ± standard deviation of seeds 0 to {seeds - 1}. Stored: parameters beside the head.")
+    print("Seconds: of training once on each task.")
 
 
 if __name__ == "__main__":

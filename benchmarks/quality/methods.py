@@ -54,7 +54,7 @@ def _vb(targets: dict[str, Any], recipe: str = "default", **config: Any) -> Reci
 
 
 RECIPES = {
-    "frozen encoder": Recipe(None),
+    "frozen encoder": Recipe(None, rates={"lr_other": 1e-2}),
     "LoRA r=8": Recipe("lora", _LORA | _ALL, {"lr_factors": 1e-3}),
     "LoRA r=8, query and value": Recipe("lora", _LORA | _QUERY_VALUE, {"lr_factors": 1e-3}),
     "VeRA r=256": Recipe("vera", {"r": 256} | _ALL, {"lr_vectors": 1e-2}),
