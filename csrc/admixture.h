@@ -20,7 +20,7 @@ struct Admixture {
   void* subvectors;        // (rows, length)
   int32_t* indices;        // (rows, k): columns of logits, best first
   void* weights;           // (rows, k)
-  bool* exhausted;         // (rows), or null: true is written where the k-th best logit is not above the last column's.
+  bool* exhausted;         // (rows), or null: whether the k-th best logit is not above the last column's.
                            // The CPU's alone; elsewhere a few operators of torch's do that.
   int64_t rows, columns, vectors, length, k;
 };

@@ -155,7 +155,8 @@ AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const 
                      candidates ? std::optional(torch::stable::contiguous(*candidates)) : std::nullopt,
                      allocate(logits, rows, length, out),
                      allocate(logits, rows, k, ScalarType::Int),
-                     allocate(logits, rows, k, weight_type(type))};
+                     allocate(logits, rows, k, weight_type(type)),
+                     std::nullopt};
   call.problem = {.type = type,
                   .candidate_type = candidate_type,
                   .out_type = out_type,
@@ -175,18 +176,13 @@ AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const 
 }
 
 AdmixtureCall prepare_admixture_parts(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
-                                      const std::optional<Tensor>& exhausted, int64_t k,
-                                      std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
+                                      int64_t k, std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
                                       int64_t ranks) {
   const Arguments arguments{"admixture_parts", logits.device()};
   AdmixtureCall call = prepare_admixture(logits, bank, candidates, k, out_dtype);
   const int64_t rows = call.problem.rows;
-  if (exhausted) {
-    arguments.check(exhausted->device() == logits.device() && exhausted->scalar_type() == ScalarType::Bool &&
-                        exhausted->is_contiguous() && exhausted->dim() == 1 && exhausted->size(0) == rows,
-                    "exhausted", "must be a contiguous bool tensor of ", rows, " elements beside logits.");
-    call.problem.exhausted = static_cast<bool*>(exhausted->mutable_data_ptr());
-  }
+  call.exhausted = torch::stable::new_empty(logits, {&rows, 1}, ScalarType::Bool);
+  call.problem.exhausted = static_cast<bool*>(call.exhausted->mutable_data_ptr());
   arguments.check(ranks >= 1, "ranks", "is ", ranks, ", but must be at least 1.");
   int64_t left = rows;
   for (const int64_t size : sizes) {

@@ -21,14 +21,15 @@ struct AdmixtureCall {
   Tensor logits, bank;
   std::optional<Tensor> candidates;
   Tensor subvectors, indices, weights;
+  std::optional<Tensor> exhausted;
 };
 AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
                                 int64_t k, std::optional<ScalarType> out_dtype);
 
-// For an admixture whose sub-vectors are handed out as runs of `sizes` rows, each a matrix of `ranks` rows.
+// For an admixture whose sub-vectors are handed out as runs of `sizes` rows, each a matrix of `ranks` rows, and that
+// says which rows are exhausted.
 AdmixtureCall prepare_admixture_parts(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
-                                      const std::optional<Tensor>& exhausted, int64_t k,
-                                      std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
+                                      int64_t k, std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
                                       int64_t ranks);
 
 struct CompositionCall {

@@ -10,8 +10,8 @@ STABLE_TORCH_LIBRARY(vblora, m) {
       "admixture(Tensor logits, Tensor bank, Tensor? candidates, int k, ScalarType? out_dtype=None)"
       " -> (Tensor subvectors, Tensor indices, Tensor weights)");
   m.def(
-      "admixture_parts(Tensor logits, Tensor bank, Tensor? candidates, Tensor(a!)? exhausted, int k,"
-      " ScalarType? out_dtype, int[] sizes, int ranks) -> (Tensor[] parts, Tensor indices, Tensor weights)");
+      "admixture_parts(Tensor logits, Tensor bank, Tensor? candidates, int k, ScalarType? out_dtype, int[] sizes,"
+      " int ranks) -> (Tensor[] parts, Tensor indices, Tensor weights, Tensor exhausted)");
   m.def(
       "admixture_backward(Tensor? grad_subvectors, Tensor? grad_weights, Tensor indices, Tensor weights, Tensor bank,"
       " Tensor? candidates, SymInt num_candidates, bool need_logits, bool need_bank)"

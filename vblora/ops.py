@@ -85,7 +85,6 @@ def _(
     logits: Tensor,
     bank: Tensor,
     candidates: Tensor | None,
-    exhausted: Tensor | None,
     k: int,
     out_dtype: torch.dtype | None,
     sizes: list[int],
@@ -93,7 +92,8 @@ def _(
 ):
     subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
     shapes = [(ranks, size * bank.shape[1] // ranks) for size in sizes]
-    return [subvectors.new_empty(shape) for shape in shapes], indices, weights
+    exhausted = logits.new_empty(logits.shape[:1], dtype=torch.bool)
+    return [subvectors.new_empty(shape) for shape in shapes], indices, weights, exhausted
 
 
 @torch.library.register_fake("vblora::admixture_backward")
@@ -226,29 +226,29 @@ class _InParts(torch.autograd.Function):
     """The admixture in parts, whose backward takes the parts' gradients where they are."""
 
     @staticmethod
-    def forward(ctx, logits, bank, candidates, exhausted, k, out_dtype, sizes, ranks):
-        parts, indices, weights = torch.ops.vblora.admixture_parts(
-            logits, bank, candidates, exhausted, k, out_dtype, sizes, ranks
+    def forward(ctx, logits, bank, candidates, k, out_dtype, sizes, ranks):
+        parts, indices, weights, exhausted = torch.ops.vblora.admixture_parts(
+            logits, bank, candidates, k, out_dtype, sizes, ranks
         )
-        ctx.mark_non_differentiable(indices)
+        ctx.mark_non_differentiable(exhausted)
         ctx.set_materialize_grads(False)
         ctx.num_candidates = logits.shape[1]
         ctx.begins = [0, *itertools.accumulate(sizes)]
         ctx.save_for_backward(indices, weights, bank, candidates)
-        return indices, *parts
+        return exhausted, *parts
 
     @staticmethod
-    def backward(ctx, _grad_indices, *grads):
+    def backward(ctx, _grad_exhausted, *grads):
         given = [(begin, grad) for begin, grad in zip(ctx.begins, grads, strict=False) if grad is not None]
         if not given:
-            return (None,) * 8
+            return (None,) * 7
         indices, weights, bank, candidates = ctx.saved_tensors
         need_logits, need_bank = ctx.needs_input_grad[:2]
         begins, parts = zip(*given, strict=True)
         grad_logits, grad_bank = torch.ops.vblora.admixture_backward_parts(
             parts, begins, indices, weights, bank, candidates, ctx.num_candidates, need_logits, need_bank
         )
-        return grad_logits if need_logits else None, grad_bank if need_bank else None, *(None,) * 6
+        return grad_logits if need_logits else None, grad_bank if need_bank else None, *(None,) * 5
 
 
 def admixture_in_parts(
@@ -269,7 +269,10 @@ def admixture_in_parts(
     and read. Other devices, and graphs, have the operator and a split.
     """
     if logits.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _InParts.apply(logits, bank, candidates, exhausted, k, out_dtype, sizes, ranks)[1:]
+        now, *parts = _InParts.apply(logits, bank, candidates, k, out_dtype, sizes, ranks)
+        if exhausted is not None:
+            exhausted.logical_or_(now)
+        return tuple(parts)
     subvectors, indices, _ = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
     if exhausted is not None:
         logits = logits.detach()

@@ -275,15 +275,12 @@ def test_parts_are_checked(backend, generator, parts, begins, message):
         ({"sizes": [-2, 22]}, "`sizes` holds -2"),
         ({"sizes": [3, 17], "ranks": 2}, "`sizes` holds 3, but must hold multiples of `ranks`, 2"),
         ({"ranks": 0}, "`ranks` is 0"),
-        ({"exhausted": torch.zeros(19, dtype=torch.bool)}, "`exhausted` must be a contiguous bool tensor of 20"),
-        ({"exhausted": torch.zeros(20)}, "`exhausted` must be"),
-        ({"exhausted": torch.zeros(40, dtype=torch.bool)[::2]}, "`exhausted` must be"),
     ],
 )
 def test_what_is_handed_out_in_parts_is_checked(backend, generator, changed, message):
     inputs, _, _ = inputs_and_leaves(backend, generator)
     assert inputs.logits.shape[0] == 20
-    arguments = {"exhausted": None, "sizes": [4, 16], "ranks": 1} | changed
+    arguments = {"sizes": [4, 16], "ranks": 1} | changed
     with pytest.raises(RuntimeError, match=message):
         torch.ops.vblora.admixture_parts(
             inputs.logits, inputs.bank, inputs.candidates, k=3, out_dtype=None, **arguments

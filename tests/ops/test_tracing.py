@@ -73,11 +73,10 @@ def test_opcheck_admixture_backward(backend, case, generator):
     torch.library.opcheck(backend.ops.admixture_backward, (inputs.grad_subvectors, None, *rest, True, False))
     torch.library.opcheck(backend.ops.admixture_backward, (None, inputs.grad_weights, *rest, False, True))
     if backend.name == "cpu":  # the one that has these
-        exhausted = torch.zeros(case.rows, dtype=torch.bool)
         sizes = [2 * (case.rows // 2), case.rows % 2]
         torch.library.opcheck(
             backend.ops.admixture_parts,
-            (inputs.logits, inputs.bank, inputs.candidates, exhausted, case.k, case.out_dtype, sizes, 1),
+            (inputs.logits, inputs.bank, inputs.candidates, case.k, case.out_dtype, sizes, 1),
         )
         parts = [inputs.grad_subvectors[:2], inputs.grad_subvectors[2:]]
         begins = [0, parts[0].shape[0]]

@@ -135,9 +135,10 @@ void admixture_rows(const Admixture& problem, int64_t begin, int64_t end, void* 
   const auto [best, vectors, factors] = Scratch<T>(scratch, k);
   for (int64_t row = begin; row < end; ++row) {
     select<T>(problem, row, best);
-    if (problem.exhausted &&
-        best[k - 1].value <= load<Acc>(static_cast<const T*>(problem.logits)[(row + 1) * problem.columns - 1]))
-      problem.exhausted[row] = true;
+    if (problem.exhausted) {
+      const T last = static_cast<const T*>(problem.logits)[(row + 1) * problem.columns - 1];
+      problem.exhausted[row] = best[k - 1].value <= load<Acc>(last);
+    }
     Acc* weights = static_cast<Acc*>(problem.weights) + row * k;
     Acc total = 0;
     for (int64_t j = 0; j < k; ++j) total += weights[j] = exponential(best[j].value - best[0].value);
