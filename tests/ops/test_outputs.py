@@ -36,6 +36,13 @@ def test_memory_is_used_again():
     assert compose(bank).data_ptr() == address
 
 
+def test_two_at_once_have_memory_of_their_own():
+    bank = torch.randn(8, LENGTH)
+    compose(bank)  # leaves a block for one of them
+    outputs = [compose(bank + i) for i in range(3)]
+    assert len({output.data_ptr() for output in outputs}) == 3
+
+
 @pytest.mark.parametrize("hold", [lambda x: x, lambda x: x[5:9], lambda x: x.detach(), lambda x: x.numpy()])
 def test_not_while_something_has_it(hold):
     bank = torch.randn(8, LENGTH)
