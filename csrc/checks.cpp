@@ -463,12 +463,15 @@ void check_indices(const Arguments& arguments, const char* name, const Tensor& t
   }
 }
 
-void check_numbers(const Arguments& arguments, const char* name, const Tensor& tensor) {
+void check_numbers(const Arguments& arguments, const char* name, const Tensor& tensor, int64_t columns) {
   const Tensor host = torch::stable::to(on_cpu(tensor), ScalarType::Double);
   const double* values = static_cast<const double*>(host.const_data_ptr());
-  const int64_t columns = host.size(1);
   for (int64_t i = 0; i < host.numel(); ++i)
     arguments.check(values[i] == values[i], name, "holds NaN at row ", i / columns, ", column ", i % columns, ".");
+}
+
+void check_numbers(const Arguments& arguments, const char* name, const Tensor& matrix) {
+  check_numbers(arguments, name, matrix, matrix.size(1));
 }
 
 }  // namespace
@@ -490,7 +493,7 @@ void check_values(const CompositionCall& call) {
 void check_values(const AdmixtureBackwardCall& call) {
   const Arguments arguments{"admixture_backward", call.bank.device()};
   if (call.grad_subvectors) check_numbers(arguments, "grad_subvectors", *call.grad_subvectors);
-  for (const Tensor& part : call.grad_parts) check_numbers(arguments, "grad_parts", part);
+  for (const Tensor& part : call.grad_parts) check_numbers(arguments, "grad_parts", part, call.problem.length);
   check_numbers(arguments, "bank", call.bank);
   check_indices(arguments, "indices", call.indices, call.problem.columns);
   if (call.candidates) check_indices(arguments, "candidates", *call.candidates, call.problem.vectors);

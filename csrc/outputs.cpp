@@ -98,7 +98,7 @@ std::vector<Tensor> in_parts(const Tensor& whole, const std::vector<int64_t>& si
   char* data = static_cast<char*>(whole.mutable_data_ptr());
   for (const int64_t rows : sizes) {
     const int64_t elements = rows * whole.size(1);
-    const int64_t shape[] = {ranks, elements / ranks}, strides[] = {elements / ranks, 1};
+    const int64_t shape[] = {ranks, elements / ranks}, strides[] = {std::max<int64_t>(elements / ranks, 1), 1};
     parts.push_back(torch::stable::from_blob(data, {shape, 2}, {strides, 2}, whole.device(), whole.scalar_type(),
                                              [whole](void*) {}));
     data += elements * static_cast<int64_t>(whole.element_size());

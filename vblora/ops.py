@@ -15,8 +15,8 @@ build_info = _C.build_info
 
 
 def empty_cache() -> None:
-    """Gives back to the system the memory that is kept on the CPU for the next large sub-vectors and gradients: as much as the
-    last training steps needed of it. (As ``torch.cuda.empty_cache`` does for CUDA.)"""
+    """Gives back to the system the memory that is kept on the CPU for the next large sub-vectors and gradients: up to eight
+    blocks, of the last ones' sizes. (As ``torch.cuda.empty_cache`` does for CUDA.)"""
     _C.empty_cache()
 
 
@@ -26,7 +26,7 @@ _INDICES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 class _Arguments:
-    """Checks of an operator's arguments while tracing: the same as in ``csrc/checks.cpp``, where a kernel is behind it."""
+    """Checks of an operator's arguments while tracing: those of ``csrc/checks.cpp`` that an adapter could run into."""
 
     def __init__(self, op: str, device: torch.device) -> None:
         self.op = op
@@ -91,6 +91,11 @@ def _(
     ranks: int,
 ):
     subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
+    arguments = _Arguments("admixture_parts", logits.device)
+    arguments.check(ranks >= 1, "ranks", f"is {ranks}, but must be at least 1.")
+    whole = all(size >= 0 and size * bank.shape[1] % ranks == 0 for size in sizes)
+    arguments.check(whole, "sizes", f"holds {list(sizes)}, which {ranks} ranks do not divide.")
+    arguments.check(sum(sizes) == logits.shape[0], "sizes", f"adds up to {sum(sizes)}, not {logits.shape[0]} rows.")
     shapes = [(ranks, size * bank.shape[1] // ranks) for size in sizes]
     exhausted = logits.new_empty(logits.shape[:1], dtype=torch.bool)
     return [subvectors.new_empty(shape) for shape in shapes], indices, weights, exhausted
@@ -235,10 +240,10 @@ class _InParts(torch.autograd.Function):
         ctx.num_candidates = logits.shape[1]
         ctx.begins = [0, *itertools.accumulate(sizes)]
         ctx.save_for_backward(indices, weights, bank, candidates)
-        return exhausted, *parts
+        return exhausted, weights, *parts  # weights: saved with its history, so that a second backward is refused
 
     @staticmethod
-    def backward(ctx, _grad_exhausted, *grads):
+    def backward(ctx, _grad_exhausted, _grad_weights, *grads):
         given = [(begin, grad) for begin, grad in zip(ctx.begins, grads, strict=False) if grad is not None]
         if not given:
             return (None,) * 7
@@ -269,7 +274,7 @@ def admixture_in_parts(
     and read. Other devices, and graphs, have the operator and a split.
     """
     if logits.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        now, *parts = _InParts.apply(logits, bank, candidates, k, out_dtype, sizes, ranks)
+        now, _, *parts = _InParts.apply(logits, bank, candidates, k, out_dtype, sizes, ranks)
         if exhausted is not None:
             exhausted.logical_or_(now)
         return tuple(parts)

@@ -23,7 +23,7 @@ def parameter_groups(
     lr_bank: float | None = None,
     lr_logits: float | None = None,
     lr_factors: float = 1e-3,
-    lr_vectors: float = 1e-2,
+    lr_vectors: float = 3e-2,
     lr_other: float = 1e-3,
 ) -> list[dict]:
     """Trainable parameters as optimizer groups, each with a learning rate for AdamW.

@@ -7,6 +7,7 @@ python -m benchmarks.quality --data GLUE --methods VB-LoRA --set lr_logits=0.1 s
 
 import argparse
 import ast
+import hashlib
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from vblora.cli.demo import find_model
+from vblora.cli.errors import CommandError
 from vblora.files import write_file
 
 from .methods import RECIPES, Recipe
@@ -45,10 +47,10 @@ def main() -> int:
     try:
         tasks = read_tasks(arguments.data, arguments.tasks, arguments.max_train)
         recipes = _recipes(arguments)
-    except (OSError, ValueError) as error:
+        settings = Settings(arguments.model or find_model(), arguments.epochs, bfloat16=not arguments.float32)
+    except (OSError, ValueError, CommandError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    settings = Settings(arguments.model or find_model(), arguments.epochs, bfloat16=not arguments.float32)
     results = _Results(arguments.output)
     todo = [
         _Run(task, name, recipe, seed)
@@ -79,9 +81,12 @@ def _outcomes(todo: list[_Run], settings: Settings, processes: int) -> Iterator[
         return
     threads = max(1, (os.cpu_count() or 1) // processes)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
+    pool = ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,))
+    try:
         futures = {pool.submit(run, one.task, one.recipe, one.seed, settings): one for one in todo}
         yield from ((futures[future], future.result()) for future in as_completed(futures))
+    finally:  # where one failed, those that wait are not run for nobody
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -132,8 +137,12 @@ def _recipes(arguments: argparse.Namespace) -> dict[str, Recipe]:
 def _key(task: Task, recipe: Recipe, seed: int, settings: Settings) -> dict:
     """All that a run depends on."""
     about = {name: value for name, value in asdict(settings).items() if name != "model"}
-    about |= {"model": settings.model.name, "task": task.name, "train_rows": len(task.train), "seed": seed}
+    about |= {"model": str(settings.model.resolve()), "task": task.name, "data": _digest(task), "seed": seed}
     return about | {"recipe": recipe.to_dict()}
+
+
+def _digest(task: Task) -> str:
+    return hashlib.sha256(repr((task.train, task.dev)).encode()).hexdigest()[:16]
 
 
 class _Results:

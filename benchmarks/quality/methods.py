@@ -43,7 +43,7 @@ class Recipe:
 _QUERY_VALUE = {"target_modules": ["query", "value"]}
 _ALL = {"target_modules": "all-linear"}
 _LORA = {"r": 8, "lora_alpha": 16}
-_BANK = {"r": 4, "num_vectors": 180, "vector_length": 128}  # with all-linear, a thirteenth of what LoRA stores
+_BANK = {"r": 4, "num_vectors": 180, "vector_length": 128}  # with all-linear, a thirteenth of what LoRA r=8 stores
 
 # Said outright, since a run is found again by what its recipe says.
 _RATES = {recipe: {f"lr_{name}": rate for name, rate in rates.items()} for recipe, rates in VB_RATES.items()}
@@ -57,10 +57,12 @@ RECIPES = {
     "frozen encoder": Recipe(None, rates={"lr_other": 1e-2}),
     "LoRA r=8": Recipe("lora", _LORA | _ALL, {"lr_factors": 1e-3}),
     "LoRA r=8, query and value": Recipe("lora", _LORA | _QUERY_VALUE, {"lr_factors": 1e-3}),
-    "VeRA r=256": Recipe("vera", {"r": 256} | _ALL, {"lr_vectors": 1e-2}),
-    "Tied-LoRA r=4": Recipe("tied_lora", {"r": 4} | _ALL, {"lr_factors": 1e-3, "lr_vectors": 1e-2}),
+    "VeRA r=256": Recipe("vera", {"r": 256} | _ALL, {"lr_vectors": 3e-2}),
+    "Tied-LoRA r=4": Recipe("tied_lora", {"r": 4} | _ALL, {"lr_factors": 1e-3, "lr_vectors": 3e-2}),
     "VB-LoRA": _vb(_ALL),
-    "VB-LoRA, query and value": _vb(_QUERY_VALUE, num_vectors=40),
+    "VB-LoRA, query and value": _vb(_QUERY_VALUE, num_vectors=50),  # a tenth, of the same targets
+    "VB-LoRA, h=236": _vb(_ALL, num_vectors=236),  # a tenth
+    "VB-LoRA, h=1024": _vb(_ALL, num_vectors=1024),
     "VB-LoRA, the paper's rates": _vb(_ALL, "paper"),
     "VB-LoRA, dense": _vb(_ALL, num_candidates=None),
     "VB-LoRA, M=64": _vb(_ALL, num_candidates=64),

@@ -37,6 +37,7 @@ class Parts {
   Parts(const AdmixtureBackward& problem, const Entries& entries)
       : before_(static_cast<size_t>(problem.vectors) + 1),
         count_(std::max<int64_t>(torch::stable::get_num_threads(), problem.vectors * problem.length / kSums)) {
+    if (!problem.grad_bank) return;
     for (int64_t place = 0; place < problem.rows * problem.k; ++place)
       if (entries.vectors[place] >= 0) ++before_[entries.vectors[place] + 1];
     std::partial_sum(before_.begin(), before_.end(), before_.begin());

@@ -13,6 +13,7 @@ from torch import nn
 
 import vblora
 from tests.small_models import Block, ComposedRows, Net, llama, relative_error
+from vblora.adapters.base import PACKING
 
 CONFIG = vblora.VBLoRAConfig(
     r=2, num_vectors=16, vector_length=8, target_modules=["up", "down"], init_vector_bank_bound=1.0
@@ -112,6 +113,25 @@ def test_offloading_hooks_do_not_see_the_composition(net, x):
     assert net.vblora.default.logits.shape not in packed
     assert net.vblora.default.bank.vectors.shape not in packed
     assert (net.vblora.default.num_subvectors, net.vblora.default.topk) not in packed
+
+
+def test_an_optimizer_step_between_forward_and_backward_is_refused(net, x):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    early, late = net(x).square().sum(), net(x).square().sum()
+    early.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+def test_a_forward_without_backward_is_freed(net, x):
+    adapter = net.vblora.default
+    operator = torch.ops.vblora.admixture  # as on other devices: unlike the CPU's, its graph holds outputs of its own
+    with torch.autograd.graph.saved_tensors_hooks(*PACKING):
+        *_, weights = operator(adapter.logits, adapter.bank.vectors, adapter.candidates, adapter.topk)
+    freed = weakref.ref(weights)
+    del weights, _
+    assert freed() is None
 
 
 def test_a_submodule_called_alone_composes_its_own_rows(net, x):

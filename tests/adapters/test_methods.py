@@ -246,6 +246,9 @@ def test_another_projection_is_seen_in_every_dtype():
         state["default.A"] -= 1
         model.vblora.load_state_dict(state)
         torch.testing.assert_close(model(x), y)
+        model.vblora.default.A.mul_(2)
+        assert not torch.equal(model(x), y)
+        model.vblora.default.A.div_(2)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):  # none from what was rounded for another
         A, B, *_ = model.vblora.default.compose(dtype)[0]
         assert torch.equal(A, model.vblora.default.A[:, :16].to(dtype)) and A.dtype == dtype

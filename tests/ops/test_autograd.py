@@ -242,6 +242,11 @@ def test_parts_are_one_split_and_its_gradient(backend, generator, candidates, ou
     (twice,) = torch.autograd.grad(parts[3], bank, grads[3], create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         twice.sum().backward()
+    # ... nor where all that the gradient depends on is the logits' weights
+    frozen = ops.admixture_in_parts(logits, bank.detach(), inputs.candidates, None, 3, out_dtype, sizes, ranks)
+    (twice,) = torch.autograd.grad(frozen[3], logits, grads[3], create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        twice.sum().backward()
 
 
 @pytest.mark.backends("cpu")

@@ -92,6 +92,19 @@ def test_nan_of_each_dtype_is_found(backend, monkeypatch, dtype, generator):
         backend.ops.admixture(inputs.logits, inputs.bank, None, 2)
 
 
+@pytest.mark.backends("cpu")
+def test_parts_of_any_shape_are_looked_at(monkeypatch):
+    monkeypatch.setenv("VBLORA_CHECKED", "1")
+    indices, weights = torch.zeros(4, 1, dtype=torch.int32), torch.ones(4, 1)
+    rest = indices, weights, torch.randn(2, 3), None, 2, True, True
+    for shape in ((12,), (1, 12), (2, 2, 3)):
+        part = torch.randn(shape)
+        torch.ops.vblora.admixture_backward_parts([part], [0], *rest)
+        part.view(-1)[7] = NAN
+        with pytest.raises((RuntimeError, ValueError), match=r"`grad_parts` .*\brow 2\b.*column 1\b"):
+            torch.ops.vblora.admixture_backward_parts([part], [0], *rest)
+
+
 def test_what_is_allowed_passes_and_is_not_changed(backend, monkeypatch, generator):
     for operator, arguments in calls(backend, generator).items():
         run = getattr(backend.ops, operator)

@@ -100,8 +100,23 @@ class Slot:
         return {**self.__dict__, "handed": None}  # a forward's own: it may have a history, which cannot be copied
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _pack(tensor: Tensor) -> tuple[Tensor, int]:
+    # Detached: a graph that holds its own outputs through a hook is never freed.
+    return tensor.detach(), tensor._version
+
+
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    tensor, version = packed
+    if tensor._version != version:  # torch checks this only without hooks
+        raise RuntimeError(
+            "one of the adapter's tensors needed for gradient computation has been modified by an inplace operation "
+            f"(of shape {tuple(tensor.shape)}, version {tensor._version}, expected {version}): run backward before an "
+            "optimizer steps."
+        )
     return tensor
+
+
+PACKING = _pack, _unpack
 
 
 class Adapter(nn.Module):
@@ -172,7 +187,7 @@ class Adapter(nn.Module):
             return self._compose(dtype)
         if self._kept is None or not self._kept.is_current(dtype, self._sources()):
             sources = self._sources()
-            if not all(_is_plain(source) for source in sources):
+            if not all(is_plain(source) for source in sources):
                 return self._compose(dtype)
             # Outside of inference mode: its tensors could not be used where gradients are recorded.
             with torch.inference_mode(False), torch.no_grad():
@@ -187,7 +202,7 @@ class Adapter(nn.Module):
             return self.compose(dtype, index)
         # Activation checkpointing and offloading see what a layer saves through hooks. Factors are composed in another
         # place when a layer is recomputed, so these tensors must be neither counted nor moved.
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        with torch.autograd.graph.saved_tensors_hooks(*PACKING):
             return self.compose(dtype, index)
 
     def train(self, mode: bool = True) -> "Adapter":
@@ -236,7 +251,7 @@ def warn_of_half_precision(dtypes: dict[str, torch.dtype]) -> None:
         )
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's changes can be told from the tensor itself."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
         return False

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (registers torch.ops.vblora)
-from .base import Target
+from .base import Target, is_plain
 from .shared import SharedPairAdapter
 
 _STREAMS = {"A": 1, "B": 2}  # csrc/random.h
@@ -53,19 +53,21 @@ class VeRAAdapter(SharedPairAdapter):
             projection = draw_projection(targets, r, key, device=device, dtype=dtype)
         for name, tensor in zip("AB", projection, strict=True):
             self.register_buffer(name, tensor, persistent=save_projection)
-        self._cast: tuple[Tensor, Tensor] | None = None
+        self._cast: tuple[tuple, tuple[Tensor, Tensor]] | None = None  # with what it was made from
         self._make_vectors(d_initial, 0.0 if init else 1.0, device, dtype)
         if not init and not self.d.is_meta:
             torch.nn.init.normal_(self.d)
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` in ``dtype``. They are frozen, so another dtype's are kept."""
-        if self.A.dtype == dtype or torch.compiler.is_compiling():
+        sources = self.A, self.B
+        if self.A.dtype == dtype or torch.compiler.is_compiling() or not all(map(is_plain, sources)):
             return super().pair(dtype)
-        if self._cast is None or self._cast[0].dtype != dtype:
+        made_from = dtype, *((source.data_ptr(), source._version) for source in sources)
+        if self._cast is None or self._cast[0] != made_from:
             with torch.inference_mode(False), torch.no_grad():
-                self._cast = super().pair(dtype)
-        return self._cast
+                self._cast = made_from, super().pair(dtype)
+        return self._cast[1]
 
     def invalidate(self) -> None:
         self._cast = None

@@ -1,4 +1,4 @@
-// What both kernel files read a row's entries with. `static`, for the reason that numeric.h gives.
+// What the kernel files read a row's entries with. `static`, for the reason that numeric.h gives.
 #pragma once
 
 #include "../../admixture.h"
