@@ -14,11 +14,13 @@ from vblora.adapters.vblora import VBLoRAAdapter
 
 from . import models
 from .harness import (
+    COPIED,
     Result,
     Settings,
     Times,
     bars,
     ceilings,
+    copying,
     held_bytes,
     in_turn,
     peak_bytes,
@@ -27,7 +29,6 @@ from .harness import (
 )
 
 R = models.LLAMA_ADAPTER["r"]
-COPIED = 1 << 29
 OPTIMIZERS = ("fused", "foreach", "for-loop")
 
 
@@ -108,12 +109,6 @@ def lora_bytes(targets: list[Target]) -> int:
     """What PEFT LoRA's factors, in float32, take with gradients and AdamW's moments."""
     model = models.peft_lora(models.Layout(targets), R)
     return 4 * held_bytes([p for p in model.parameters() if p.requires_grad])
-
-
-def copying() -> Callable[[], object]:
-    """A copy that reads and writes ``COPIED`` bytes in all."""
-    source, target = torch.ones(COPIED // 8), torch.ones(COPIED // 8)
-    return lambda: target.copy_(source)
 
 
 def floor_bytes(adapter: VBLoRAAdapter, dtype: torch.dtype) -> int:

@@ -118,9 +118,16 @@ class Ceilings:
     flops_bf16: float
 
 
+COPIED = 1 << 29
+
+
+def copying() -> Callable[[], object]:
+    """A copy that reads and writes ``COPIED`` bytes in all."""
+    source, target = torch.ones(COPIED // 8), torch.ones(COPIED // 8)
+    return lambda: target.copy_(source)
+
+
 def ceilings(settings: Settings) -> Ceilings:
-    size = 1 << (16 if settings.quick else 26)
-    source, target = torch.ones(size), torch.ones(size)
     width = 64 if settings.quick else 1536
 
     def fastest(function: Callable[[], object]) -> float:
@@ -130,7 +137,7 @@ def ceilings(settings: Settings) -> Ceilings:
     matrices = {dtype: torch.randn(width, width).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     flops = {dtype: 2 * width**3 / fastest(lambda m=m: torch.mm(m, m)) for dtype, m in matrices.items()}
     return Ceilings(
-        (source.nbytes + target.nbytes) / fastest(lambda: target.copy_(source)),
+        COPIED / fastest(copying()),
         flops[torch.float32],
         flops[torch.bfloat16],
     )

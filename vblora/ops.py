@@ -93,9 +93,12 @@ def _(
     subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
     arguments = _Arguments("admixture_parts", logits.device)
     arguments.check(ranks >= 1, "ranks", f"is {ranks}, but must be at least 1.")
-    whole = all(size >= 0 and size * bank.shape[1] % ranks == 0 for size in sizes)
-    arguments.check(whole, "sizes", f"holds {list(sizes)}, which {ranks} ranks do not divide.")
-    arguments.check(sum(sizes) == logits.shape[0], "sizes", f"adds up to {sum(sizes)}, not {logits.shape[0]} rows.")
+    left = rows = logits.shape[0]
+    for size in sizes:
+        allowed = f"must hold multiples of `ranks`, {ranks}, that add up to the {rows} rows of logits."
+        arguments.check(0 <= size <= left and size % ranks == 0, "sizes", f"holds {size}, but {allowed}")
+        left -= size
+    arguments.check(left == 0, "sizes", f"leaves out {left} of the {rows} rows of logits.")
     shapes = [(ranks, size * bank.shape[1] // ranks) for size in sizes]
     exhausted = logits.new_empty(logits.shape[:1], dtype=torch.bool)
     return [subvectors.new_empty(shape) for shape in shapes], indices, weights, exhausted

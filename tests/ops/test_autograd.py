@@ -282,11 +282,12 @@ def test_parts_are_checked(backend, generator, parts, begins, message):
         ({"ranks": 0}, "`ranks` is 0"),
     ],
 )
-def test_what_is_handed_out_in_parts_is_checked(backend, generator, changed, message):
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_handed_out_in_parts_is_checked(backend, generator, changed, message, device):
     inputs, _, _ = inputs_and_leaves(backend, generator)
-    assert inputs.logits.shape[0] == 20
+    assert inputs.logits.shape[0] == 20 and inputs.candidates is None
     arguments = {"sizes": [4, 16], "ranks": 1} | changed
     with pytest.raises(RuntimeError, match=message):
         torch.ops.vblora.admixture_parts(
-            inputs.logits, inputs.bank, inputs.candidates, k=3, out_dtype=None, **arguments
+            inputs.logits.to(device), inputs.bank.to(device), None, k=3, out_dtype=None, **arguments
         )
