@@ -3,6 +3,7 @@
 python -m benchmarks.quality --data GLUE            the table of README.md; interrupted, it goes on where it was
 python -m benchmarks.quality --data GLUE --quick    a short form
 python -m benchmarks.quality --data GLUE --methods VB-LoRA --set lr_logits=0.1 scaling=4    one recipe, changed
+python -m benchmarks.quality --data GLUE --max-train 2000 --held-out --search 12    as many settings of each method
 """
 
 import argparse
@@ -26,8 +27,8 @@ from vblora.cli.demo import find_model
 from vblora.cli.errors import CommandError
 from vblora.files import write_file
 
-from .methods import RECIPES, Recipe
-from .picture import draw, draw_losses
+from .methods import RECIPES, Recipe, draw
+from .picture import draw_losses, draw_scores
 from .tasks import WORD_ORDER, Task, read_tasks
 from .training import STEPS_A_LOSS, Settings, run, steps_of
 
@@ -45,13 +46,36 @@ class _Run(NamedTuple):
 def main() -> int:
     arguments = _arguments()
     try:
-        tasks = read_tasks(arguments.data, arguments.tasks, arguments.max_train)
+        tasks = read_tasks(arguments.data, arguments.tasks, arguments.max_train, arguments.held_out)
         recipes = _recipes(arguments)
         settings = Settings(arguments.model or find_model(), arguments.epochs, bfloat16=not arguments.float32)
     except (OSError, ValueError, CommandError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results = _Results(arguments.output)
+    if arguments.search:  # the worse half on the first task is not tried on the others
+        _run_missing(tasks[:1], recipes, settings, arguments, results)
+        recipes = _better_half(_summary(results, tasks[:1], recipes, settings, arguments.seeds), recipes)
+    _run_missing(tasks, recipes, settings, arguments, results)
+    rows = _summary(results, tasks, recipes, settings, arguments.seeds)
+    if arguments.search:
+        rows.sort(key=lambda row: (_method(row["name"]), -row["average"]))
+    _print(rows, tasks, arguments.seeds)
+    if not (arguments.set or arguments.search):
+        write_file(arguments.output.with_suffix(".json"), json.dumps(rows, indent=1).encode())
+        names = [task.name for task in tasks]
+        draw_scores(rows, names, arguments.output.with_suffix(".png"))
+        draw_losses(rows, names, arguments.output.with_name(f"{arguments.output.stem}-losses.png"))
+    return 0
+
+
+def _run_missing(
+    tasks: list[Task],
+    recipes: dict[str, Recipe],
+    settings: Settings,
+    arguments: argparse.Namespace,
+    results: "_Results",
+) -> None:
     todo = [
         _Run(task, name, recipe, seed)
         for seed in range(arguments.seeds)
@@ -64,14 +88,14 @@ def main() -> int:
             results.add(_key(task, recipe, seed, settings) | {"name": name}, result)
             bar.update(steps_of(task, settings))
             bar.set_description(f"{task.name}, {name}, seed {seed}: {result['score']:.1f}")
-    rows = _summary(results, tasks, recipes, settings, arguments.seeds)
-    _print(rows, tasks, arguments.seeds)
-    if not arguments.set:
-        write_file(arguments.output.with_suffix(".json"), json.dumps(rows, indent=1).encode())
-        names = [task.name for task in tasks]
-        draw(rows, names, arguments.output.with_suffix(".png"))
-        draw_losses(rows, names, arguments.output.with_name(f"{arguments.output.stem}-losses.png"))
-    return 0
+
+
+def _better_half(rows: list[dict], recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    """Of each method's settings those that scored best, in half the number."""
+    of_method: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: -row["average"]):
+        of_method.setdefault(_method(row["name"]), []).append(row)
+    return {row["name"]: recipes[row["name"]] for own in of_method.values() for row in own[: -(-len(own) // 2)]}
 
 
 def _outcomes(todo: list[_Run], settings: Settings, processes: int) -> Iterator[tuple[_Run, dict]]:
@@ -105,6 +129,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes fields and rates of the methods"
     )
+    parser.add_argument(
+        "--search",
+        type=int,
+        metavar="N",
+        help="instead of each method's recipe: N settings, its own and others drawn, of which the first task lets half pass",
+    )
+    parser.add_argument(
+        "--held-out", action="store_true", help="score on the training rows beyond --max-train, not on dev.tsv"
+    )
     parser.add_argument("--float32", action="store_true", help="instead of bfloat16 autocast")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="runs at once (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("build/quality.jsonl"), help="where runs are kept")
@@ -129,9 +162,19 @@ def _recipes(arguments: argparse.Namespace) -> dict[str, Recipe]:
             settings[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             settings[name] = value
-    label = f" [{' '.join(arguments.set)}]" if settings else ""
-    chosen = arguments.methods or list(RECIPES)
-    return {name + label: RECIPES[name].changed(settings) for name in chosen}
+    return {
+        _label(name, changes): RECIPES[name].changed(changes)
+        for name in arguments.methods or list(RECIPES)
+        for changes in [settings | drawn for drawn in draw(RECIPES[name].method, arguments.search or 1)]
+    }
+
+
+def _label(name: str, changes: dict[str, object]) -> str:
+    return f"{name} [{' '.join(f'{key}={value}' for key, value in changes.items())}]" if changes else name
+
+
+def _method(label: str) -> str:
+    return label.split(" [")[0]
 
 
 def _key(task: Task, recipe: Recipe, seed: int, settings: Settings) -> dict:

@@ -1,5 +1,6 @@
 """What is compared: each method's config and learning rates. docs/training.md says how they were found."""
 
+import random
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -43,7 +44,7 @@ class Recipe:
 _QUERY_VALUE = {"target_modules": ["query", "value"]}
 _ALL = {"target_modules": "all-linear"}
 _LORA = {"r": 8, "lora_alpha": 16}
-_BANK = {"r": 4, "num_vectors": 180, "vector_length": 128}  # with all-linear, a thirteenth of what LoRA r=8 stores
+_BANK = {"r": 4, "num_vectors": 236, "vector_length": 128}  # with all-linear, a tenth of what LoRA r=8 stores
 
 # Said outright, since a run is found again by what its recipe says.
 _RATES = {recipe: {f"lr_{name}": rate for name, rate in rates.items()} for recipe, rates in VB_RATES.items()}
@@ -60,11 +61,49 @@ RECIPES = {
     "VeRA r=256": Recipe("vera", {"r": 256} | _ALL, {"lr_vectors": 3e-2}),
     "Tied-LoRA r=4": Recipe("tied_lora", {"r": 4} | _ALL, {"lr_factors": 1e-3, "lr_vectors": 3e-2}),
     "VB-LoRA": _vb(_ALL),
+    "VeRA r=256, query and value": Recipe("vera", {"r": 256} | _QUERY_VALUE, {"lr_vectors": 3e-2}),
     "VB-LoRA, query and value": _vb(_QUERY_VALUE, num_vectors=50),  # a tenth, of the same targets
-    "VB-LoRA, h=236": _vb(_ALL, num_vectors=236),  # a tenth
     "VB-LoRA, h=1024": _vb(_ALL, num_vectors=1024),
     "VB-LoRA, the paper's rates": _vb(_ALL, "paper"),
     "VB-LoRA, dense": _vb(_ALL, num_candidates=None),
     "VB-LoRA, M=64": _vb(_ALL, num_candidates=64),
     "VB-LoRA, M=32": _vb(_ALL, num_candidates=32),
 }
+
+_ANY = {"lr_other": (5e-4, 1e-3, 2e-3), "warm_up": (0.06, 0.15, 0.3)}
+# What is drawn from when a method is tuned: the same number of draws for each.
+_SPACES = {
+    "lora": {
+        "lr_factors": (3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3),
+        "lora_alpha": (8, 16, 32),
+        "lora_dropout": (0.0, 0.1),
+    },
+    "vera": {
+        "lr_vectors": (1e-2, 1.5e-2, 2e-2, 3e-2, 4e-2, 6e-2),
+        "d_initial": (0.03, 0.1, 0.3),
+        "vera_dropout": (0.0, 0.1),
+    },
+    "tied_lora": {
+        "lr_factors": (3e-4, 5e-4, 1e-3, 1.5e-3),
+        "lr_vectors": (1e-2, 2e-2, 3e-2, 6e-2),
+        "lora_alpha": (4, 8, 16),
+        "tied_lora_dropout": (0.0, 0.1),
+    },
+    "vblora": {
+        "lr_bank": (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
+        "lr_logits": (0.03, 0.1, 0.3, 0.5, 1.0),
+        "init_vector_bank_bound": (0.02, 0.04, 0.08),
+        "vblora_dropout": (0.0, 0.1),
+    },
+}
+
+
+def draw(method: str | None, count: int) -> list[dict[str, Any]]:
+    """That many settings for ``Recipe.changed``, the first of which changes nothing. The same each time."""
+    rng, settings = random.Random(0), [{}]
+    space = _ANY | _SPACES.get(method, {})
+    while len(settings) < count:
+        drawn = {name: rng.choice(values) for name, values in space.items()}
+        if drawn not in settings:
+            settings.append(drawn)
+    return settings

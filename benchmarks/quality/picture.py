@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 
-def draw(rows: list[dict], tasks: list[str], path: Path) -> None:
+def draw_scores(rows: list[dict], tasks: list[str], path: Path) -> None:
     def scores(axes: Axes, task: str) -> None:
         title = task
         for row in rows:

@@ -62,11 +62,17 @@ _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
-def read_tasks(folder: Path, names: list[str] | None = None, max_train: int | None = None) -> list[Task]:
+def read_tasks(
+    folder: Path, names: list[str] | None = None, max_train: int | None = None, held_out: bool = False
+) -> list[Task]:
     """All tasks in a folder, or those named, of which one may be ``"word-order"``.
 
+    Args:
+        max_train: rows to train on, drawn once for all (STS-B's file goes from one source of sentences to the next); all if None.
+        held_out: the other training rows stand for the development set, which a search then never sees.
+
     Raises:
-        FileNotFoundError, ValueError: no such task, or a file that is none of GLUE's layouts; named.
+        FileNotFoundError, ValueError: no such task, or a file that is none of GLUE's layouts, or no row left to hold out; named.
     """
     found = {path.parent.name: path.parent for path in sorted(folder.glob("*/train.tsv"))}
     missing = [name for name in names or [] if name not in (*found, WORD_ORDER)]
@@ -74,15 +80,26 @@ def read_tasks(folder: Path, names: list[str] | None = None, max_train: int | No
         raise FileNotFoundError(
             f"{folder} has no {missing[0] if missing else '*'}/train.tsv; there are {', '.join(found) or 'none'}."
         )
-    return [
-        _word_order([_read_task(path, None) for path in found.values()], max_train)
-        if name == WORD_ORDER
-        else _read_task(found[name], max_train)
+    tasks = [
+        _word_order([_read_task(path) for path in found.values()]) if name == WORD_ORDER else _read_task(found[name])
         for name in names or found
     ]
+    return [_cut(task, max_train, held_out) for task in tasks]
 
 
-def _word_order(tasks: list[Task], max_train: int | None) -> Task:
+def _cut(task: Task, max_train: int | None, held_out: bool) -> Task:
+    train, others = task.train, []
+    if max_train is not None:
+        rows = random.Random(0).sample(train, len(train))
+        train, others = rows[:max_train], rows[max_train:]
+    if held_out and not others:
+        raise ValueError(
+            f"{task.name} has {len(task.train)} training rows: with `max_train`={max_train} none is held out."
+        )
+    return task._replace(train=train, dev=others if held_out else task.dev)
+
+
+def _word_order(tasks: list[Task]) -> Task:
     """Sentences of tasks about pairs, in half of which a word was moved: to be told from the others. A stand-in for
     acceptability, which a sentence encoder has to learn, and where there are no other data."""
     examples = [example for task in tasks for example in (*task.train, *task.dev) if len(example.texts) == 2]
@@ -91,7 +108,7 @@ def _word_order(tasks: list[Task], max_train: int | None) -> Task:
     rng.shuffle(sentences)
     made = [_with_a_word_moved(sentence, rng) if rng.random() < 0.5 else sentence for sentence in sentences]
     labelled = [Example((new,), int(new == old)) for new, old in zip(made, sentences, strict=True)]
-    return Task(WORD_ORDER, labelled[1000:][:max_train], labelled[:1000], ["0", "1"])
+    return Task(WORD_ORDER, labelled[1000:], labelled[:1000], ["0", "1"])
 
 
 def _with_a_word_moved(sentence: str, rng: random.Random) -> str:
@@ -105,7 +122,7 @@ def _with_a_word_moved(sentence: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def _read_task(folder: Path, max_train: int | None) -> Task:
+def _read_task(folder: Path) -> Task:
     train, dev = (_read_rows(folder / f"{part}.tsv") for part in ("train", "dev"))
     is_score = train[1]
     if is_score:
@@ -114,7 +131,7 @@ def _read_task(folder: Path, max_train: int | None) -> Task:
         labels = sorted({label for _, label in train[0]})
         label_of = {label: index for index, label in enumerate(labels)}.__getitem__
     examples = [[Example(texts, label_of(label)) for texts, label in rows] for rows, _ in (train, dev)]
-    return Task(folder.name, examples[0][:max_train], examples[1], labels)
+    return Task(folder.name, examples[0], examples[1], labels)
 
 
 def _read_rows(path: Path) -> tuple[list[tuple[tuple[str, ...], str]], bool]:

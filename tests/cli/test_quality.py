@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality.methods import RECIPES, Recipe
+from benchmarks.quality.methods import CONFIGS, RECIPES, Recipe, draw
 from benchmarks.quality.tasks import Example, Task, read_tasks
 
 from .conftest import make_rows
@@ -53,6 +53,26 @@ def test_what_is_not_there_is_named(tmp_path):
         read_tasks(tmp_path, ["RTE"])
 
 
+def test_rows_are_of_all_the_file_and_the_others_are_held_out(tmp_path):
+    (tmp_path / "SST-2").mkdir()
+    for part, rows in (("train", range(300)), ("dev", range(300, 310))):
+        text = "".join(f"{row}\t{row % 2}\n" for row in rows)
+        (tmp_path / "SST-2" / f"{part}.tsv").write_text(f"sentence\tlabel\n{text}")
+
+    def numbers(examples: list[Example]) -> list[int]:
+        return [int(example.texts[0]) for example in examples]
+
+    (task,) = read_tasks(tmp_path, max_train=100)
+    assert len(task.train) == 100 and numbers(task.dev) == list(range(300, 310))
+    thirds = np.histogram(numbers(task.train), bins=[0, 100, 200, 300])[0]
+    assert thirds.min() >= 20  # not of the beginning alone
+    (other,) = read_tasks(tmp_path, max_train=100, held_out=True)
+    assert other.train == task.train and sorted(numbers(other.train + other.dev)) == list(range(300))
+    for none_left in (None, 300):
+        with pytest.raises(ValueError, match=r"SST-2 has 300 training rows.*none is held out"):
+            read_tasks(tmp_path, max_train=none_left, held_out=True)
+
+
 def test_word_order_is_made_from_pairs(tmp_path):
     sentence = "the cat sat on the mat with number"
     rows = "".join(f"0\tx\t{sentence} {i}\t{sentence} {i + 1500}\t4.25\n" for i in range(1500))
@@ -94,6 +114,48 @@ def test_a_setting_goes_where_its_name_belongs():
     assert changed.rates["lr_bank"] == 0.5 and changed.config["topk"] == 3 and changed.warm_up == 0.2
     assert changed.config["r"] == RECIPES["VB-LoRA"].config["r"]
     assert Recipe(None).changed({}) == Recipe(None)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_each_method_is_tuned_by_as_many_settings(method):
+    drawn = draw(method, 12)
+    assert len(drawn) == 12 and drawn[0] == {} and drawn == draw(method, 12)
+    assert len({tuple(settings.items()) for settings in drawn}) == 12
+    recipe = next(recipe for recipe in RECIPES.values() if recipe.method == method)
+    for settings in drawn:
+        changed = recipe.changed(settings)
+        CONFIGS[method](**changed.config)  # has such fields
+        reached = changed.rates | changed.config | {"warm_up": changed.warm_up}
+        assert {name: reached[name] for name in settings} == settings
+
+
+def test_a_search_tries_the_better_half_on_all_tasks(tmp_path, monkeypatch, capsys):
+    for task in ("A", "B"):
+        (tmp_path / task).mkdir()
+        for part in ("train", "dev"):
+            (tmp_path / task / f"{part}.tsv").write_text("sentence\tlabel\nx\t0\ny\t1\n")
+    ran = []
+
+    def run(task: Task, recipe: Recipe, seed: int, settings) -> dict:
+        ran.append((task.name, recipe.method, recipe))
+        rate = recipe.rates["lr_bank" if recipe.method == "vblora" else "lr_factors"]
+        about = {"stored": 1, "seconds": 1.0, "steps": 1, "losses": [1.0], "exhausted": 0}
+        return about | {"score": 100 * rate + 1000 * recipe.warm_up}
+
+    monkeypatch.setattr(quality, "run", run)
+    options = ["--methods", "VB-LoRA", "LoRA r=8", "--search", "5", "--seeds", "1", "--processes", "1"]
+    paths = ["--data", str(tmp_path), "--model", str(tmp_path), "--output", str(tmp_path / "runs.jsonl")]
+    monkeypatch.setattr("sys.argv", ["quality", *options, *paths])
+    assert quality.main() == 0
+    for method in ("vblora", "lora"):
+        first = [recipe for task, of, recipe in ran if (task, of) == ("A", method)]
+        second = [recipe for task, of, recipe in ran if (task, of) == ("B", method)]
+        assert len(first) == 5 and len(second) == 3 and all(recipe in first for recipe in second)
+        assert {recipe.warm_up for recipe in first} > {recipe.warm_up for recipe in second}
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "LoRA" in line]
+    means = [float(row[-2]) for row in rows]
+    assert len(rows) == 6 and means[:3] == sorted(means[:3])[::-1] and means[3:] == sorted(means[3:])[::-1]
+    assert not (tmp_path / "runs.png").exists()
 
 
 def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, capsys):
