@@ -22,9 +22,9 @@ def parameter_groups(
     recipe: str = "default",
     lr_bank: float | None = None,
     lr_logits: float | None = None,
-    lr_factors: float = 1e-3,
-    lr_vectors: float = 3e-2,
-    lr_other: float = 1e-3,
+    lr_factors: float = 7e-4,
+    lr_vectors: float = 2e-2,
+    lr_other: float = 2e-3,
 ) -> list[dict]:
     """Trainable parameters as optimizer groups, each with a learning rate for AdamW.
 

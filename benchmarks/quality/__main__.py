@@ -61,7 +61,7 @@ def main() -> int:
     if arguments.search:
         rows.sort(key=lambda row: (_method(row["name"]), -row["average"]))
     _print(rows, tasks, arguments.seeds)
-    if not (arguments.set or arguments.search):
+    if not (arguments.set or arguments.search or arguments.held_out):
         write_file(arguments.output.with_suffix(".json"), json.dumps(rows, indent=1).encode())
         names = [task.name for task in tasks]
         draw_scores(rows, names, arguments.output.with_suffix(".png"))

@@ -43,25 +43,37 @@ class Recipe:
 
 _QUERY_VALUE = {"target_modules": ["query", "value"]}
 _ALL = {"target_modules": "all-linear"}
-_LORA = {"r": 8, "lora_alpha": 16}
 _BANK = {"r": 4, "num_vectors": 236, "vector_length": 128}  # with all-linear, a tenth of what LoRA r=8 stores
 
-# Said outright, since a run is found again by what its recipe says.
-_RATES = {recipe: {f"lr_{name}": rate for name, rate in rates.items()} for recipe, rates in VB_RATES.items()}
+
+# Rates are said outright, since a run is found again by what its recipe says.
+def _lora(targets: dict[str, Any]) -> Recipe:
+    config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.1}
+    return Recipe("lora", config | targets, {"lr_factors": 7e-4, "lr_other": 2e-3}, warm_up=0.15)
+
+
+def _vera(targets: dict[str, Any]) -> Recipe:
+    return Recipe("vera", {"r": 256, "d_initial": 0.03} | targets, {"lr_vectors": 2e-2, "lr_other": 2e-3})
 
 
 def _vb(targets: dict[str, Any], recipe: str = "default", **config: Any) -> Recipe:
-    return Recipe("vblora", _BANK | targets | config, _RATES[recipe])
+    rates = {f"lr_{name}": rate for name, rate in VB_RATES[recipe].items()}
+    return Recipe("vblora", _BANK | targets | config, rates | {"lr_other": 2e-3}, warm_up=0.3)
 
 
 RECIPES = {
     "frozen encoder": Recipe(None, rates={"lr_other": 1e-2}),
-    "LoRA r=8": Recipe("lora", _LORA | _ALL, {"lr_factors": 1e-3}),
-    "LoRA r=8, query and value": Recipe("lora", _LORA | _QUERY_VALUE, {"lr_factors": 1e-3}),
-    "VeRA r=256": Recipe("vera", {"r": 256} | _ALL, {"lr_vectors": 3e-2}),
-    "Tied-LoRA r=4": Recipe("tied_lora", {"r": 4} | _ALL, {"lr_factors": 1e-3, "lr_vectors": 3e-2}),
+    "LoRA r=8": _lora(_ALL),
+    "LoRA r=8, query and value": _lora(_QUERY_VALUE),
+    "VeRA r=256": _vera(_ALL),
+    "VeRA r=256, query and value": _vera(_QUERY_VALUE),
+    "Tied-LoRA r=4": Recipe(
+        "tied_lora",
+        {"r": 4, "lora_alpha": 16} | _ALL,
+        {"lr_factors": 1.5e-3, "lr_vectors": 3e-2, "lr_other": 1e-3},
+        warm_up=0.15,
+    ),
     "VB-LoRA": _vb(_ALL),
-    "VeRA r=256, query and value": Recipe("vera", {"r": 256} | _QUERY_VALUE, {"lr_vectors": 3e-2}),
     "VB-LoRA, query and value": _vb(_QUERY_VALUE, num_vectors=50),  # a tenth, of the same targets
     "VB-LoRA, h=1024": _vb(_ALL, num_vectors=1024),
     "VB-LoRA, the paper's rates": _vb(_ALL, "paper"),
