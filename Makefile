@@ -4,8 +4,8 @@
 # make lint    style only     make format    mend the style        make clean   remove what these made
 # make test-peft VBLORA_PEFT_SOURCE=DIR   PEFT's own tests of VB-LoRA, from its source tree, on our operators
 PYTHON ?= python3
-# Settings that reach their accuracy in under five minutes on two cores.
-DEMO ?= -m vblora.cli finetune --max-train 6000 --num-vectors 90 --lr-bank 5e-3 --lr-logits 2e-2 --output build/demo-adapter --overwrite
+# So many rows that it takes under five minutes on two cores.
+DEMO ?= -m vblora.cli finetune --max-train 6000 --num-vectors 90 --output build/demo-adapter --overwrite
 BENCH ?=
 QUALITY ?= --quick
 PYTEST ?=
