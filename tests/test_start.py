@@ -52,9 +52,9 @@ def test_a_noop_start_with_candidates_is_dense_training():
     losses = {}
     for num_candidates in (None, 12):
         _, model = injected(init="noop", num_candidates=num_candidates)
-        optimizer = torch.optim.AdamW(vblora.parameter_groups(model, lr_logits=0.02))  # uses no row up within 24 steps
+        optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
         losses[num_candidates] = []
-        for _ in range(10):
+        for _ in range(5):  # four updates touch at most 2 + 4 * 2 of the 12
             loss = model(IDS).logits.square().sum()
             loss.backward()
             optimizer.step()
