@@ -1,5 +1,6 @@
 """What is compared: each method's config and learning rates. docs/training.md says how they were found."""
 
+import math
 import random
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -111,10 +112,11 @@ _SPACES = {
 
 
 def draw(method: str | None, count: int) -> list[dict[str, Any]]:
-    """That many settings for ``Recipe.changed``, the first of which changes nothing. The same each time."""
+    """That many settings for ``Recipe.changed``, or all that there are. The first changes nothing. The same each time."""
     rng, settings = random.Random(0), [{}]
     space = _ANY | _SPACES.get(method, {})
-    while len(settings) < count:
+    all_of_them = 1 + math.prod(len(values) for values in space.values())
+    while len(settings) < min(count, all_of_them):
         drawn = {name: rng.choice(values) for name, values in space.items()}
         if drawn not in settings:
             settings.append(drawn)

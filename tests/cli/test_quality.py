@@ -129,6 +129,11 @@ def test_each_method_is_tuned_by_as_many_settings(method):
         assert {name: reached[name] for name in settings} == settings
 
 
+def test_no_more_settings_are_drawn_than_there_are():
+    drawn = draw(None, 12)  # of the frozen encoder: three rates of the head by three warm-ups
+    assert len(drawn) == 10 and all(drawn.count(settings) == 1 for settings in drawn)
+
+
 def test_a_search_tries_the_better_half_on_all_tasks(tmp_path, monkeypatch, capsys):
     for task in ("A", "B"):
         (tmp_path / task).mkdir()
