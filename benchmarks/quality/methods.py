@@ -59,7 +59,7 @@ def _vera(targets: dict[str, Any]) -> Recipe:
 
 def _vb(targets: dict[str, Any], recipe: str = "default", **config: Any) -> Recipe:
     rates = {f"lr_{name}": rate for name, rate in VB_RATES[recipe].items()}
-    return Recipe("vblora", _BANK | targets | config, rates | {"lr_other": 2e-3}, warm_up=0.3)
+    return Recipe("vblora", _BANK | targets | config, rates | {"lr_other": 2e-3}, warm_up=0.02)
 
 
 RECIPES = {
@@ -75,6 +75,7 @@ RECIPES = {
         warm_up=0.15,
     ),
     "VB-LoRA": _vb(_ALL),
+    "VB-LoRA, k=1": _vb(_ALL, num_vectors=248, topk=1),  # as much stored: one index and weight a sub-vector
     "VB-LoRA, query and value": _vb(_QUERY_VALUE, num_vectors=50),  # a tenth, of the same targets
     "VB-LoRA, h=1024": _vb(_ALL, num_vectors=1024),
     "VB-LoRA, the paper's rates": _vb(_ALL, "paper"),

@@ -35,7 +35,7 @@ from .errors import CommandError
 from .finetune import Task, most_frequent, save_results
 from .report import Results, folder_bytes, lora_bytes, print_table
 
-_WARMUP = 0.3  # share of the steps: docs/training.md
+_WARMUP = 0.02  # share of the steps: docs/training.md
 _MAX_LENGTH = 128
 
 
