@@ -75,7 +75,6 @@ RECIPES = {
         warm_up=0.15,
     ),
     "VB-LoRA": _vb(_ALL),
-    "VB-LoRA, k=1": _vb(_ALL, num_vectors=248, topk=1),  # as much stored: one index and weight a sub-vector
     "VB-LoRA, query and value": _vb(_QUERY_VALUE, num_vectors=50),  # a tenth, of the same targets
     "VB-LoRA, h=1024": _vb(_ALL, num_vectors=1024),
     "VB-LoRA, the paper's rates": _vb(_ALL, "paper"),
