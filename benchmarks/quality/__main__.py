@@ -229,7 +229,9 @@ def _summary(
                 "name": name,
                 "recipe": recipe.to_dict(),
                 "stored": every[0]["stored"],
-                "seconds": {task: statistics.mean(run["seconds"] for run in of_task) for task, of_task in runs.items()},
+                "seconds": {
+                    task: statistics.median(run["seconds"] for run in of_task) for task, of_task in runs.items()
+                },
                 "scores": scores,
                 "mean": {task: statistics.mean(of_task) for task, of_task in scores.items()},
                 "std": {task: statistics.stdev(s) if seeds > 1 else 0.0 for task, s in scores.items()},
@@ -257,7 +259,7 @@ def _print(rows: list[dict], tasks: list[Task], seeds: int) -> None:
         cells = [row["name"], f"{row['stored']:,}", *scores, f"{row['average']:.1f}", seconds]
         print(f"| {' | '.join(cells)} |")
     print(f"\nMean ± standard deviation of seeds 0 to {seeds - 1}. Stored: parameters beside the head.")
-    print("Seconds: of training once on each task.")
+    print("Seconds: of training once on each task, the median of the seeds.")
 
 
 if __name__ == "__main__":
