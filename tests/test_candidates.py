@@ -77,8 +77,8 @@ class Run:
         return self
 
 
-# Steps are so many that rows come at most two thirds of 128 candidates far: another machine's rounding uses none up either.
 SGD_LR = {"bank": 0.1, "logits": 3e3, "other": 0.1}
+# Steps are so many that rows come at most two thirds of 128 candidates far: another machine's rounding uses none up either.
 OPTIMIZERS = {
     "AdamW": (lambda groups: torch.optim.AdamW(groups), {}, 200),
     "AdamW, accumulated, scheduled": (

@@ -82,8 +82,8 @@ def inject(
 def _bank(config: VBLoRAConfig, bank: VectorBank | str | os.PathLike | None, device: torch.device) -> VectorBank:
     if config.topk == 1:
         warnings.warn(
-            "`topk` is 1: the weight of a single bank vector is always 1, so logits get no gradient and each sub-vector keeps "
-            "the vector that it began with. Take 2 to let training choose.",
+            "`topk` is 1: the weight of a single bank vector is always 1, so logits get no gradient and never train: each "
+            "sub-vector keeps the vector that it began with. Take 2 to let training choose.",
             stacklevel=3,
         )
     size = (config.num_vectors, config.vector_length)

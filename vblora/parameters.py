@@ -14,6 +14,7 @@ RECIPES = {
     "default": {"bank": 3e-3, "logits": 0.5},
     "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix B: for 20 to 80 epochs
 }
+WARM_UP = 0.02  # share of the steps over which they rise: longer, and a task that starts on a plateau stays there
 
 
 def parameter_groups(

@@ -7,6 +7,7 @@ from typing import Any
 
 import vblora
 from vblora.parameters import RECIPES as VB_RATES
+from vblora.parameters import WARM_UP
 
 CONFIGS = {
     "vblora": vblora.VBLoRAConfig,
@@ -59,7 +60,7 @@ def _vera(targets: dict[str, Any]) -> Recipe:
 
 def _vb(targets: dict[str, Any], recipe: str = "default", **config: Any) -> Recipe:
     rates = {f"lr_{name}": rate for name, rate in VB_RATES[recipe].items()}
-    return Recipe("vblora", _BANK | targets | config, rates | {"lr_other": 2e-3}, warm_up=0.02)
+    return Recipe("vblora", _BANK | targets | config, rates | {"lr_other": 2e-3}, warm_up=WARM_UP)
 
 
 RECIPES = {

@@ -1,5 +1,6 @@
 """`vblora finetune` from its arguments to what it leaves behind."""
 
+import argparse
 import json
 import math
 import os
@@ -42,6 +43,27 @@ def logits_of(tiny_model: Path, adapter: Path, text: str) -> torch.Tensor:
     vblora.load(model, adapter)
     with torch.no_grad():
         return model(**AutoTokenizer.from_pretrained(tiny_model)(text, return_tensors="pt")).logits
+
+
+def test_learning_rates_rise_over_the_first_fiftieth_of_the_steps_and_fall():
+    from vblora.cli.training import _optimizer
+
+    model = vblora.inject(
+        torch.nn.Sequential(torch.nn.Linear(8, 8)),
+        vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"]),
+    )
+    arguments = argparse.Namespace(
+        recipe="default", lr_bank=None, lr_logits=None, lr_head=2e-3, epochs=2, batch_size=16
+    )
+    optimizer, schedule = _optimizer(arguments, model, rows=800)  # 100 steps
+    bank = next(group for group in optimizer.param_groups if group["name"] == "bank")
+    rates = []
+    for _ in range(100):
+        rates.append(bank["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == pytest.approx([0.0, 1.5e-3, 3e-3, 3e-3 * 97 / 98])
+    assert rates[-1] == pytest.approx(3e-3 / 98)
 
 
 def test_trains_measures_saves_and_reloads(finetune, tiny_model, table, tmp_path, capsys):

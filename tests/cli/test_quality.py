@@ -163,6 +163,23 @@ def test_a_search_tries_the_better_half_on_all_tasks(tmp_path, monkeypatch, caps
     assert not (tmp_path / "runs.png").exists()
 
 
+def test_seconds_are_those_of_the_middle_seed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "A").mkdir()
+    for part in ("train", "dev"):
+        (tmp_path / "A" / f"{part}.tsv").write_text("sentence\tlabel\nx\t0\ny\t1\n")
+
+    def run(task: Task, recipe: Recipe, seed: int, settings) -> dict:
+        about = {"score": 50.0, "stored": 1, "steps": 1, "losses": [1.0], "exhausted": 0}
+        return about | {"seconds": (20.0, 700.0, 30.0)[seed]}
+
+    monkeypatch.setattr(quality, "run", run)
+    paths = ["--data", str(tmp_path), "--model", str(tmp_path), "--output", str(tmp_path / "runs.jsonl")]
+    monkeypatch.setattr("sys.argv", ["quality", "--methods", "VB-LoRA", "--processes", "1", *paths])
+    assert quality.main() == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| VB-LoRA")]
+    assert row.split(" | ")[-1] == "30 |"
+
+
 def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, capsys):
     for part, count in (("train", 240), ("dev", 60)):
         (tmp_path / "SST-2").mkdir(exist_ok=True)

@@ -28,6 +28,7 @@ from ..adapters.vblora import default_length
 from ..bases import target_of
 from ..injected import injected
 from ..integrations.transformers import VBLoRACallback
+from ..parameters import WARM_UP
 from ..targets import find_targets
 from .baseline import frozen_accuracy
 from .data import Row
@@ -35,7 +36,6 @@ from .errors import CommandError
 from .finetune import Task, most_frequent, save_results
 from .report import Results, folder_bytes, lora_bytes, print_table
 
-_WARMUP = 0.02  # share of the steps: docs/training.md
 _MAX_LENGTH = 128
 
 
@@ -280,7 +280,7 @@ def _optimizer(
     )
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps = arguments.epochs * math.ceil(rows / arguments.batch_size)
-    return optimizer, get_linear_schedule_with_warmup(optimizer, math.ceil(_WARMUP * steps), steps)
+    return optimizer, get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
 
 
 def _first_sentence(error: Exception) -> str:
