@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError, PlatformError
 
 ROOT = Path(__file__).parent.resolve()
-OLDEST_TORCH = (2, 13)
+OLDEST_TORCH = (2, 11)
 
 
 def check_torch() -> None:

@@ -175,8 +175,13 @@ def is_linear(layer: nn.Module) -> bool:
     return Linear.takes(layer) or Conv1D.takes(layer)
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot trace it before torch 2.12
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """What a layer computes in there, given tensors of ``dtype``."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return dtype

@@ -7,19 +7,41 @@
 #include <torch/csrc/stable/tensor.h>
 
 #ifndef VBLORA_EMULATION
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <string>
+
 namespace vblora::cuda {
+
+// torch's C shim for the stream, looked up when it is first needed: it is in the library that only a torch with CUDA
+// has, and whoever links that one cannot be loaded without. (Stream::nativeHandle is in the other, from torch 2.13 on.)
+inline cudaStream_t current_stream(int32_t device) {
+  using Function = AOTITorchError(int32_t device, void** stream);
+  static Function* const function = [] {
+    constexpr const char* name = "aoti_torch_get_current_cuda_stream";
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* address = library ? dlsym(library, name) : nullptr;
+    if (!address)
+      throw std::runtime_error(std::string("vblora: torch's libtorch_cuda.so is not loaded or lacks ") + name);
+    return reinterpret_cast<Function*>(address);
+  }();
+  void* stream = nullptr;
+  if (function(device, &stream) != TORCH_SUCCESS)
+    throw std::runtime_error("vblora: torch has no current stream on cuda:" + std::to_string(device));
+  return static_cast<cudaStream_t>(stream);
+}
 
 class CurrentStream {
  public:
   explicit CurrentStream(const torch::stable::Tensor& tensor)
-      : guard_(tensor.get_device_index()),
-        stream_(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
+      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
 
-  operator cudaStream_t() const { return static_cast<cudaStream_t>(stream_.nativeHandle()); }
+  operator cudaStream_t() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  torch::stable::accelerator::Stream stream_;
+  cudaStream_t stream_;
 };
 
 }  // namespace vblora::cuda

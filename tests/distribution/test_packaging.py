@@ -96,7 +96,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     expected = files("vblora/**/*.py", "vblora/py.typed") | {binary}
     assert {name for name in names if not name.startswith(info)} == expected
     assert "vblora = vblora.cli:main" in entry_points
-    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.11", "Requires-Dist: torch>=2.13"):
+    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.11", "Requires-Dist: torch>=2.11"):
         assert line in metadata.splitlines()
 
 
@@ -167,8 +167,8 @@ def test_a_wrong_architecture(source, toolkit, value, why):
 
 
 def test_too_old_a_torch(source, tmp_path):
-    metadata = tmp_path / "torch-2.12.1.dist-info" / "METADATA"
+    metadata = tmp_path / "torch-2.10.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.12.1\n")
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.10.0\n")
     message = refusal(source, PYTHONPATH=tmp_path)
-    assert "vblora needs torch >= 2.13, but torch 2.12.1 is installed here" in message
+    assert "vblora needs torch >= 2.11, but torch 2.10.0 is installed here" in message

@@ -16,18 +16,18 @@ def script():
     return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py"), run_name="setup"))
 
 
-@pytest.mark.parametrize("version", ["2.13.0", "2.13.0+cpu", "2.14.1+cu130", "3.0.0a0+git1234"])
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.1+cu130", "3.0.0a0+git1234"])
 def test_torch_is_accepted(script, monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     script.check_torch()
 
 
-@pytest.mark.parametrize("version", ["2.12.1+cu128", "2.9.0", "1.13.1"])
+@pytest.mark.parametrize("version", ["2.10.0+cu128", "2.9.0", "1.13.1"])
 def test_too_old_a_torch_is_refused(script, monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(PlatformError) as error:
         script.check_torch()
-    assert "torch >= 2.13" in str(error.value)
+    assert "torch >= 2.11" in str(error.value)
     assert version in str(error.value)
 
 
@@ -36,7 +36,7 @@ def test_a_missing_torch_is_named(script, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(PlatformError, match=r"torch >= 2\.13.*pip install torch"):
+    with pytest.raises(PlatformError, match=r"torch >= 2\.11.*pip install torch"):
         script.check_torch()
 
 

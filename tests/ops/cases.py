@@ -20,6 +20,11 @@ NAN, INF = float("nan"), float("inf")
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
+def torch_says(message: str) -> str:
+    """How an error of torch's own begins to read, from 2.13 on; an older one prints it, and raises which call failed."""
+    return message if torch.__version__ >= (2, 13) else "API call failed"
+
+
 @dataclass(frozen=True)
 class Case:
     """A size to try. `columns` is M; without candidates it is also the number of bank vectors."""

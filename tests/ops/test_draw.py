@@ -11,7 +11,7 @@ import torch
 
 from vblora import reference
 
-from .cases import DTYPES, LAYOUTS, NAN, assert_same_bits, not_contiguous
+from .cases import DTYPES, LAYOUTS, NAN, assert_same_bits, not_contiguous, torch_says
 
 CANDIDATE_DTYPES = reference.CANDIDATE_DTYPES
 INT16_VECTORS = 2**15
@@ -320,14 +320,14 @@ def test_another_device_is_refused(backend):
 
 
 def test_elements_that_share_memory_are_refused(backend):
-    with pytest.raises(RuntimeError, match="single memory location"):
+    with pytest.raises(RuntimeError, match=torch_says("single memory location")):
         backend.ops.draw_logits_(torch.zeros(1, 9, device=backend.device).expand(6, 9), None, 9, 0, 1.0)
 
 
 @pytest.mark.backends("cpu", "cuda")  # the emulated operators are kernels only
 def test_autograd_knows_of_the_change(backend):
     parameter = torch.nn.Parameter(torch.ones(6, 9, device=backend.device))
-    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+    with pytest.raises(RuntimeError, match=torch_says("leaf Variable that requires grad")):
         backend.ops.draw_logits_(parameter, None, 9, 0, 1.0)
     assert (parameter == 1).all()
     with torch.no_grad():
