@@ -4,7 +4,6 @@ import copy
 from importlib.util import find_spec
 from pathlib import Path
 
-import peft
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -78,10 +77,14 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def peft_lora(model: nn.Module, r: int = 4) -> nn.Module:
+    import peft  # here: benchmarks of ours alone run without it
+
     return peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=r, target_modules="all-linear"))
 
 
 def peft_vblora(model: nn.Module, adapter: dict) -> nn.Module:
+    import peft
+
     return peft.get_peft_model(model, peft.VBLoRAConfig(**adapter))
 
 
