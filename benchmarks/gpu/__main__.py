@@ -148,6 +148,10 @@ def main() -> int:
         if module is None and in_tree.exists() and (arguments.device == "cpu" or "build" not in names):
             module = in_tree
         lay_out(work / "site", module)
+        if arguments.device == "cuda":  # on a fresh machine the first import reads gigabytes, which is no phase's fault
+            warm_up = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(warm_up, env=environment(work), capture_output=True, timeout=60)
         for name in names:
             print(f"{name} …", end=" ", flush=True)
             phase = Phase(

@@ -13,9 +13,7 @@ from . import ROOT
 from .phase import Phase, last_line
 
 PROGRAM = "problems"  # in the work folder; its sources are tests/emulation's, which run on the CPU there
-IMPORT = (
-    "import vblora; info = vblora.build_info(); print('CUDA', info['cuda'], info['cuda_architectures'], info['compiler'])"
-)
+IMPORT = "import vblora; info = vblora.build_info(); print('CUDA', info['cuda'], info['cuda_architectures'], info['compiler'])"
 LLAMA = "rows=39040 vectors=2048 length=256 k=2 columns=128 candidates=i16 out=bf16 repeat=50"
 
 

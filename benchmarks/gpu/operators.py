@@ -18,20 +18,7 @@ REPEATS = 20
 
 
 def run(phase: Phase) -> None:
-    rows = 300 if phase.quick else inputs.LLAMA_ROWS
-    for dense, dtype in itertools.product((False, True), DTYPES):
-        name = f"{'dense' if dense else 'candidates'}, {str(dtype).removeprefix('torch.')}"
-        with phase.attempt(f"bits, {name}"):
-            forward_bits(phase, rows, dense, dtype, name)
-            for choice in inputs.CHOICES:
-                backward_bits(phase, rows, dense, dtype, choice, name)
-    with phase.attempt("draws"):
-        draws(phase, rows)
-    for dense in (False, True):
-        name = f"{REPEATS} repeats, {'dense' if dense else 'candidates'}"
-        with phase.attempt(name):
-            repeats(phase, rows, dense, name)
-
+    results(phase, 300 if phase.quick else inputs.LLAMA_ROWS)
     where = "cuda" if phase.on_gpu else "cpu"
     selected = f"{where} and not emulated"
     if importlib.util.find_spec("expecttest") is None:
@@ -42,30 +29,47 @@ def run(phase: Phase) -> None:
     suite.run(phase, f"tests/ops on {where}", [*paths, "-k", selected])
 
 
+def results(phase: Phase, rows: int) -> None:
+    held = []
+    for dense, dtype in itertools.product((False, True), DTYPES):
+        name = f"{'dense' if dense else 'candidates'}, {str(dtype).removeprefix('torch.')}"
+        with phase.attempt(f"bits, {name}"):
+            held.append(forward_bits(phase, rows, dense, dtype, name))
+            for choice in inputs.CHOICES:
+                held += backward_bits(phase, rows, dense, dtype, choice, name)
+    with phase.attempt("draws"):
+        held.append(draws(phase, rows))
+    phase.row(f"against the CPU and float64, S={rows:,}", f"{sum(held)} of {len(held)} comparisons hold", ok=all(held))
+    for dense in (False, True):
+        name = f"{REPEATS} repeats, {'dense' if dense else 'candidates'}"
+        with phase.attempt(name):
+            repeats(phase, rows, dense, name)
+
+
 def differing(result: Tensor, expected: Tensor) -> int:
     """Elements whose bits differ."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[result.itemsize]
     return int((result.contiguous().view(integer).cpu() != expected.contiguous().view(integer).cpu()).sum())
 
 
-def same(phase: Phase, case: str, results: dict[str, tuple[Tensor, Tensor]]) -> None:
+def same(phase: Phase, case: str, results: dict[str, tuple[Tensor, Tensor]]) -> bool:
     found = {name: differing(*pair) for name, pair in results.items()}
     wrong = {name: count for name, count in found.items() if count}
     result = "differ: " + ", ".join(f"{n} of {name}" for name, n in wrong.items()) if wrong else "all bits equal"
-    phase.row(case, f"{result} ({', '.join(found)})", ok=not wrong)
+    return phase.row(case, f"{result} ({', '.join(found)})", ok=not wrong, detail=True)
 
 
-def forward_bits(phase: Phase, rows: int, dense: bool, dtype: torch.dtype, name: str) -> None:
+def forward_bits(phase: Phase, rows: int, dense: bool, dtype: torch.dtype, name: str) -> bool:
     there = inputs.make(rows, dense=dense, dtype=dtype, choice="uniform", device=phase.device, seed=0)
     here = there.to("cpu")
     results = dict(
         zip(("sub-vectors", "indices", "weights"), zip(there.admixture(), here.admixture(), strict=True), strict=True)
     )
     results["compose"] = there.compose(), here.compose()
-    same(phase, f"forward against the CPU, {name}", results)
+    return same(phase, f"forward against the CPU, {name}", results)
 
 
-def backward_bits(phase: Phase, rows: int, dense: bool, dtype: torch.dtype, choice: str, name: str) -> None:
+def backward_bits(phase: Phase, rows: int, dense: bool, dtype: torch.dtype, choice: str, name: str) -> list[bool]:
     there = inputs.make(rows, dense=dense, dtype=dtype, choice=choice, device=phase.device, seed=1)
     here = there.to("cpu")
     grad_logits, grad_bank = there.admixture_backward()
@@ -75,15 +79,16 @@ def backward_bits(phase: Phase, rows: int, dense: bool, dtype: torch.dtype, choi
         "grad_logits": (grad_logits, want_logits),
         f"grad_bank of {int(few.sum())} vectors": (grad_bank.cpu()[few], want_bank[few]),
     }
-    same(phase, f"backward against the CPU, {name}, {choice}", results)
+    held = same(phase, f"backward against the CPU, {name}, {choice}", results)
     exact = torch.zeros_like(grad_bank, dtype=torch.float64)
     terms = there.weights.double()[:, :, None] * there.grad_subvectors.double()[:, None]
     exact.index_add_(0, there.vectors.flatten().long(), terms.flatten(0, 1))
     error = float((grad_bank.double() - exact).norm() / exact.norm())
-    phase.row(f"grad_bank against float64, {name}, {choice}", f"relative error {error:.1e}", ok=error < 1e-5)
+    case = f"grad_bank against float64, {name}, {choice}"
+    return [held, phase.row(case, f"relative error {error:.1e}", ok=error < 1e-5, detail=True)]
 
 
-def draws(phase: Phase, rows: int) -> None:
+def draws(phase: Phase, rows: int) -> bool:
     results = {}
     for name, columns in (("candidates", inputs.CANDIDATES), ("dense", None)):
         drawn = []
@@ -95,7 +100,7 @@ def draws(phase: Phase, rows: int) -> None:
         results[f"logits, {name}"] = drawn[0][0], drawn[1][0]
         if columns is not None:
             results["their candidates"] = drawn[0][1], drawn[1][1]
-    same(phase, "draws against the CPU", results)
+    return same(phase, "draws against the CPU", results)
 
 
 def repeats(phase: Phase, rows: int, dense: bool, name: str) -> None:

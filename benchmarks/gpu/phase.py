@@ -38,10 +38,12 @@ class Phase:
         """Seconds that may still be spent, with some to spare for the end."""
         return self.seconds - 3 - (time.monotonic() - self.start)
 
-    def row(self, case: str, result: str, *, ok: bool | None = None, detail: bool = False, **data: object) -> None:
-        """Reports a result. `ok` is None where nothing can fail; a detail is not printed at the end, only written."""
+    def row(self, case: str, result: str, *, ok: bool | None = None, detail: bool = False, **data: object) -> bool:
+        """Reports a result, and returns `ok`, which is None where nothing can fail. A detail is printed at the end only if it
+        failed."""
         verdict = {True: "ok", False: "failed", None: ""}[ok]
         self._write({"case": case, "result": result, "verdict": verdict, "detail": detail, "data": data})
+        return ok is not False
 
     def skip(self, case: str, reason: str) -> None:
         self._write({"case": case, "result": reason, "verdict": "skipped", "detail": False, "data": {}})

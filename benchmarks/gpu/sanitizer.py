@@ -30,7 +30,8 @@ def run(phase: Phase) -> None:
         return
     problems = phase.folder / "problems.txt"
     problems.write_text("\n".join(PROBLEMS) + "\n")
-    alone = Run(phase, "alone", [str(program), "-"])
+    given = [str(program), f"@{problems}"]
+    alone = Run(phase, "alone", given)
     alone.wait(30)
     phase.row(
         "program without torch", f"{alone.solved} of {len(PROBLEMS)} problems ran{alone.error}", ok=alone.complete
@@ -41,7 +42,7 @@ def run(phase: Phase) -> None:
         phase.skip("compute-sanitizer", "it is not there")
         return
     command = [sanitizer, "--print-limit", "20", "--error-exitcode", "9"]
-    runs = {tool: Run(phase, tool, [*command, "--tool", tool, str(program), "-"]) for tool in TOOLS}
+    runs = {tool: Run(phase, tool, [*command, "--tool", tool, *given]) for tool in TOOLS}
     while runs and phase.left() > 0:  # all at once: each takes one core and little of the GPU
         time.sleep(0.1)
         for tool in [tool for tool, one in runs.items() if one.process.poll() is not None]:
@@ -56,8 +57,8 @@ class Run:
 
     def __init__(self, phase: Phase, name: str, command: list[str]) -> None:
         self.log = phase.folder / f"{name}.txt"
-        with self.log.open("wb") as output, (phase.folder / "problems.txt").open("rb") as problems:
-            self.process = subprocess.Popen(command, stdin=problems, stdout=output, stderr=subprocess.STDOUT)
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
     def wait(self, seconds: float) -> None:
         try:

@@ -12,7 +12,7 @@ from . import ROOT
 from .phase import Phase, last_line
 
 
-def run(phase: Phase, case: str, arguments: list[str], processes: int = 4) -> None:
+def run(phase: Phase, case: str, arguments: list[str], processes: int = 8) -> None:
     """`processes` share the device, if pytest-xdist is there."""
     command = [
         sys.executable,

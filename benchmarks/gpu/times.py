@@ -56,8 +56,8 @@ def operators(phase: Phase, rate: float, rows: int, dense: bool, dtype: torch.dt
 
     def time(operator: str, call: Callable[[Inputs], object], least: int, detail: bool) -> None:
         calls = [lambda given=given: call(given) for given in sets]
-        warm = clock.replayed(calls, phase.device, rounds=3 if phase.quick else 15)
-        cold = clock.flushed(calls, phase.device, rounds=3 if phase.quick else 20)
+        warm = clock.replayed(calls, phase.device, rounds=3 if phase.quick else 40)
+        cold = clock.flushed(calls, phase.device, rounds=3 if phase.quick else 60)
         floor = least / rate
         result = f"{clock.microseconds(warm)}, flushed {clock.microseconds(cold)}; {least / 1e6:,.1f} MB: floor "
         result += f"{clock.microseconds(floor)} ({warm / floor:.2f} ×, flushed {cold / floor:.2f} ×)"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,18 @@ def run(phase: Phase) -> None:
         if phase.left() < 5:
             phase.skip(name, "no time left")
             continue
-        with phase.attempt(name):
+        with fitting(phase, name):
             side(phase, name, base, adapt, lengths, held)
+
+
+@contextlib.contextmanager
+def fitting(phase: Phase, case: str) -> Iterator[None]:
+    """That something does not fit into memory is a result."""
+    with phase.attempt(case):
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            phase.row(case, f"out of memory: {str(error).splitlines()[0][:150]}", out_of_memory=True)
 
 
 def new_model(phase: Phase) -> nn.Module:
@@ -98,7 +109,7 @@ def side(phase: Phase, name: str, base: nn.Module, adapt: Callable, lengths: Ite
             if phase.left() < 3:
                 phase.skip(case, "no time left")
                 continue
-            with phase.attempt(case):
+            with fitting(phase, case):
                 measure(phase, case, model, optimizer, length, checkpointing, held)
             free(phase)
     del model, trained, optimizer
@@ -134,20 +145,14 @@ def measure(
             optimizer.step()
         return loss
 
-    try:
-        for _ in range(1 if phase.quick else 3):
-            loss = step()
-        if phase.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        loss = float(step())
-        peak = torch.cuda.max_memory_allocated() if phase.on_gpu else 0
-        whole = clock.awaited(step, phase.device, 1 if phase.quick else STEPS)
-        host = clock.issued(step, phase.device, 1 if phase.quick else STEPS)
-    except torch.OutOfMemoryError as error:
-        phase.row(case, f"out of memory: {str(error).splitlines()[0][:150]}", out_of_memory=True)
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
-        return
+    for _ in range(1 if phase.quick else 3):
+        step()
+    if phase.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    loss = float(step())
+    peak = torch.cuda.max_memory_allocated() if phase.on_gpu else 0
+    whole = clock.awaited(step, phase.device, 1 if phase.quick else STEPS)
+    host = clock.issued(step, phase.device, 1 if phase.quick else STEPS)
     result = f"{whole * 1e3:,.1f} ms a step (host {host * 1e3:,.1f} ms), peak {(peak - held) / 2**30:.2f} GiB above the weights"
     finite = loss == loss and abs(loss) != float("inf")
     phase.row(case, result, ok=finite, seconds=whole, host=host, peak_bytes=peak, weights_bytes=held, loss=loss)
@@ -163,10 +168,11 @@ def profiled(phase: Phase, case: str, step: Callable[[], object]) -> None:
         step()
         clock.synchronize(phase.device)
     name = "self_device_time_total" if phase.on_gpu else "self_cpu_time_total"
-    kernels = {event.key: [getattr(event, name), event.count] for event in profiler.key_averages()}
+    spent = {event.key: [getattr(event, name), event.count] for event in profiler.key_averages()}
+    kernels = {key: both for key, both in spent.items() if both[0] > 0}
     most = sorted(kernels, key=lambda key: kernels[key][0], reverse=True)
-    total = sum(spent for spent, _ in kernels.values())
-    own = sum(spent for key, (spent, _) in kernels.items() if any(part in key for part in OURS))
+    total = sum(time for time, _ in kernels.values())
+    own = sum(time for key, (time, _) in kernels.items() if any(part in key for part in OURS))
     count = sum(count for _, count in kernels.values())
     result = f"{total / 1e3:,.1f} ms in {count:,} launches, of which our kernels {own / 1e3:,.2f} ms"
     by_kernel = {key[:200]: kernels[key] for key in most[:25]}

@@ -1,8 +1,9 @@
 // Runs the kernels of one operator on a random problem. In the emulation every buffer is watched, and what the checker
 // found is printed; compiled by nvcc, the same problems run on a GPU.
 //   problems_trace admixture rows=64 columns=128 vectors=2048 length=256 k=2 type=f32 candidates=i16 out=bf16 seed=1
-//   problems -    for many of them, each a line of standard input
+//   problems @FILE    for many of them, a line each
 #include <algorithm>
+#include <fstream>
 #include <iostream>
 #include <map>
 #include <numeric>
@@ -230,10 +231,11 @@ void solve(std::istream& words) {
 int main(int argc, char** argv) {
   std::stringstream given;
   for (int i = 1; i < argc; ++i) given << argv[i] << ' ';
-  const bool many = given.str() == "- ";
   std::string line = given.str();
+  const bool many = line.starts_with('@');
+  std::ifstream lines(many ? argv[1] + 1 : "");
   int failures = 0;
-  while (!many || std::getline(std::cin, line)) {
+  while (!many || std::getline(lines, line)) {
     if (many) std::cout << line << ": " << std::flush;
     try {
       std::stringstream words(line);
