@@ -56,7 +56,7 @@ def flushed(calls: Sequence[Call], device: str, rounds: int = 20) -> float:
     """Of one call, each after the caches were overwritten. Events alone are about a microsecond of it."""
     if device == "cpu":
         return statistics.median(_on_host(call) for call in calls)
-    rest = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    rest = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
     times = []
     for i in range(rounds):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -149,7 +149,7 @@ def measure(
         step()
     if phase.on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    loss = float(step())
+    loss = float(step().detach())
     peak = torch.cuda.max_memory_allocated() if phase.on_gpu else 0
     whole = clock.awaited(step, phase.device, 1 if phase.quick else STEPS)
     host = clock.issued(step, phase.device, 1 if phase.quick else STEPS)
