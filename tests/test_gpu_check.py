@@ -160,7 +160,7 @@ def program(path: Path, script: str) -> None:
 # As ncu prints it with --csv --page raw: names, units, and a line for each kernel.
 NCU = """==PROF== Connected to process 7
 admixture ...: ran
-"ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum","lts__t_sector_hit_rate.pct",STALLS
+"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","lts__t_sector_hit_rate.pct",STALLS
 "","","us","Mbyte","%","inst","inst"
 "0","void vblora::cuda::admixture_kernel<float, (int)2>(vblora::Admixture, int)","18.5","1,050.3","61.2","12.50","1.25"
 ==PROF== Disconnected from process 7"""
@@ -179,7 +179,7 @@ def test_ncu_output(tmp_path, monkeypatch):
     found = rows(tmp_path)["admixture_kernel<float, 2>"]
     assert (
         found["result"]
-        == "duration 18.5 us, DRAM 1,050.3 Mbyte, L2 hits 61.2 %, stalls long_scoreboard 12.50, wait 1.25"
+        == "duration 18.5 us, DRAM read 1,050.3 Mbyte, L2 hits 61.2 %, stalls long_scoreboard 12.50, wait 1.25"
     )
     assert found["verdict"] == "ok"
 

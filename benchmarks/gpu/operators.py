@@ -18,7 +18,7 @@ REPEATS = 20
 
 
 def run(phase: Phase) -> None:
-    results(phase, 300 if phase.quick else inputs.LLAMA_ROWS)
+    results(phase, 100 if phase.quick else inputs.LLAMA_ROWS)
     where = "cuda" if phase.on_gpu else "cpu"
     selected = f"{where} and not emulated"
     if importlib.util.find_spec("expecttest") is None:
