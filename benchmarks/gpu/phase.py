@@ -70,8 +70,9 @@ def last_line(text: str, most: int = 200) -> str:
 
 def main() -> None:
     name, settings = sys.argv[1:]
+    phase = Phase(**json.loads(settings))  # first: what is imported now counts, too
     run: Callable[[Phase], None] = importlib.import_module(f"benchmarks.gpu.{name}").run
-    run(Phase(**json.loads(settings)))
+    run(phase)
     sys.stdout.flush()
     os._exit(0)  # a GPU in a bad state may hang or abort on the way out, after all has been written
 
