@@ -116,10 +116,7 @@ struct Arguments {
   }
 };
 
-Tensor nothing(const Tensor& like, ScalarType type) {
-  const int64_t sizes[] = {0};
-  return torch::stable::new_empty(like, {sizes, 1}, type);
-}
+Tensor nothing(const Tensor& like, ScalarType type) { return make_empty(like, {0}, type); }
 
 ScalarType weight_type(Type type) { return type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
 
@@ -150,9 +147,9 @@ AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const 
                   " columns of logits.");
 
   AdmixtureCall call{{},
-                     torch::stable::contiguous(logits),
-                     torch::stable::contiguous(bank),
-                     candidates ? std::optional(torch::stable::contiguous(*candidates)) : std::nullopt,
+                     make_contiguous(logits),
+                     make_contiguous(bank),
+                     candidates ? std::optional(make_contiguous(*candidates)) : std::nullopt,
                      allocate(logits, rows, length, out),
                      allocate(logits, rows, k, ScalarType::Int),
                      allocate(logits, rows, k, weight_type(type)),
@@ -181,7 +178,7 @@ AdmixtureCall prepare_admixture_parts(const Tensor& logits, const Tensor& bank, 
   const Arguments arguments{"admixture_parts", logits.device()};
   AdmixtureCall call = prepare_admixture(logits, bank, candidates, k, out_dtype);
   const int64_t rows = call.problem.rows;
-  call.exhausted = torch::stable::new_empty(logits, {&rows, 1}, ScalarType::Bool);
+  call.exhausted = make_empty(logits, {rows}, ScalarType::Bool);
   call.problem.exhausted = static_cast<bool*>(call.exhausted->mutable_data_ptr());
   arguments.check(ranks >= 1, "ranks", "is ", ranks, ", but must be at least 1.");
   int64_t left = rows;
@@ -208,11 +205,8 @@ CompositionCall prepare_composition(const Tensor& bank, const Tensor& indices, c
   const ScalarType out = out_dtype.value_or(bank.scalar_type());
   const Type out_type = arguments.floating("out_dtype", out);
 
-  CompositionCall call{{},
-                       torch::stable::contiguous(bank),
-                       torch::stable::contiguous(indices),
-                       torch::stable::contiguous(weights),
-                       allocate(bank, rows, length, out)};
+  CompositionCall call{
+      {}, make_contiguous(bank), make_contiguous(indices), make_contiguous(weights), allocate(bank, rows, length, out)};
   call.problem = {.type = type,
                   .index_type = index_type,
                   .out_type = out_type,
@@ -265,16 +259,16 @@ AdmixtureBackwardCall prepare_backward(const Arguments& arguments, std::optional
                   " columns of indices.");
 
   const auto dense = [](const std::optional<Tensor>& tensor) {
-    return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+    return tensor ? std::optional(make_contiguous(*tensor)) : std::nullopt;
   };
   const ScalarType grad = bank.scalar_type();
   AdmixtureBackwardCall call{{},
                              dense(grad_subvectors),
                              {},
                              dense(grad_weights),
-                             torch::stable::contiguous(indices),
-                             torch::stable::contiguous(weights),
-                             torch::stable::contiguous(bank),
+                             make_contiguous(indices),
+                             make_contiguous(weights),
+                             make_contiguous(bank),
                              dense(candidates),
                              need_logits ? allocate(bank, rows, num_candidates, grad) : nothing(bank, grad),
                              need_bank ? allocate(bank, vectors, length, grad) : nothing(bank, grad)};
@@ -335,7 +329,7 @@ AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>
                     " for a part of ", rows, " rows; parts must be within ", indices.size(0),
                     " rows, one after the other.");
     end = begins[i] + rows;
-    dense.push_back(torch::stable::contiguous(parts[i]));
+    dense.push_back(make_contiguous(parts[i]));
   }
   AdmixtureBackwardCall call = prepare_backward(arguments, type, std::nullopt, std::nullopt, indices, weights, bank,
                                                 candidates, num_candidates, need_logits, need_bank);
