@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import vblora  # noqa: F401 (its operators)
-from machine_code import toolkit
+from tests.machine_code import toolkit
 
 ROOT = Path(__file__).parents[2]
 ORDERS = ("ascending", "descending", "random")
