@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vblora
-from small_models import Net, relative_error
+from tests.small_models import Net, relative_error
 from vblora.adapters import VBLoRAAdapter
 
 HAS_GPU = vblora.build_info()["cuda"] != "none" and torch.cuda.is_available()

@@ -89,7 +89,7 @@ def lay_out(site: Path, module: Path | None) -> None:
 
 
 def environment(work: Path) -> dict[str, str]:
-    paths = [work / "wheels", work / "site", ROOT, ROOT / "tests"]
+    paths = [work / "wheels", work / "site", ROOT]
     inherited = os.environ.get("PYTHONPATH")
     return os.environ | {
         "PATH": os.pathsep.join(

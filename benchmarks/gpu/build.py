@@ -115,7 +115,7 @@ def capability() -> str:
 
 
 def nvcc() -> Path:
-    from machine_code import toolkit  # tests/
+    from tests.machine_code import toolkit
 
     return toolkit.tool("nvcc")
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 
-from emulation.problem_set import PROBLEMS  # tests/
+from tests.emulation.problem_set import PROBLEMS
 
 from .build import PROGRAM
 from .phase import Phase, last_line

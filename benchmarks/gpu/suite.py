@@ -14,18 +14,9 @@ from .phase import Phase, last_line
 
 def run(phase: Phase, case: str, arguments: list[str], processes: int = 8) -> None:
     """`processes` share the device, if pytest-xdist is there."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:benchmark",
-        *arguments,
-    ]
+    # importlib: pytest then leaves the source tree behind the package that is to be tested, whose `_C` it may lack.
+    options = ["-v", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    command = [sys.executable, "-m", "pytest", *options, *arguments]
     if phase.on_gpu and processes > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(processes)]
     log = phase.folder / "pytest.log"

@@ -14,7 +14,7 @@ from benchmarks.gpu.__main__ import environment, install, lay_out, run_phase
 from benchmarks.gpu.build import PROGRAM
 from benchmarks.gpu.phase import Phase
 from benchmarks.gpu.report import Outcome, Report, outcome_of, shortened
-from emulation.problem_set import PROBLEMS
+from tests.emulation.problem_set import PROBLEMS
 
 
 def phase(folder: Path, device: str = "cuda", seconds: float = 60) -> Phase:
