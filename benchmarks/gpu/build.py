@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def report(phase: Phase, name: str, build: Build, arch: str) -> bool:
     print(printed, flush=True)
     ok = build.process.returncode == 0
     seconds = time.monotonic() - build.start
-    errors = [line for line in printed.splitlines() if "error" in line.lower()]
+    errors = re.findall(r"^(?!\+ ).*(?:error|fatal) *:.*|^CMake Error.*", printed, re.MULTILINE)
     result = f"{seconds:.0f} s for {arch}" if ok else (last_line(errors[0]) if errors else last_line(printed))
     phase.row(f"{name} builds", result, ok=ok, seconds=seconds)
     return ok

@@ -1,4 +1,4 @@
-"""Whether the operators are right: bits against the CPU kernels at Llama-2-7B's size, repeats, and the tests of tests/ops."""
+"""Whether results are right: bits against the CPU kernels at Llama-2-7B's size, repeats, and the tests that take a device."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .phase import Phase
 
 DTYPES = (torch.float32, torch.bfloat16)
 REPEATS = 20
+TESTS = [f"tests/{name}" for name in ("ops", "adapters", "layers", "model", "checkpoint")]
 
 
 def run(phase: Phase) -> None:
@@ -25,8 +26,8 @@ def run(phase: Phase) -> None:
         phase.skip("opcheck", "it needs expecttest, which is not there: bring it with --wheels")
         selected += " and not opcheck"
     quick = phase.quick and not phase.on_gpu
-    paths = ["tests/ops/test_compose.py"] if quick else ["tests/ops"]
-    suite.run(phase, f"tests/ops on {where}", [*paths, "-k", selected])
+    paths = ["tests/ops/test_compose.py"] if quick else TESTS
+    suite.run(phase, f"tests on {where}", [*paths, "-k", selected])
 
 
 def results(phase: Phase, rows: int) -> None:

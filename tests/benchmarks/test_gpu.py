@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import PHASES, ROOT, counters, sanitizer, suite
+from benchmarks.gpu import PHASES, ROOT, build, counters, sanitizer, suite
 from benchmarks.gpu.__main__ import environment, install, lay_out, run_phase
 from benchmarks.gpu.build import PROGRAM
 from benchmarks.gpu.phase import Phase
@@ -213,3 +213,32 @@ else echo "========= ERROR SUMMARY: 0 errors"; fi""",
     verdicts = {name.split()[-1]: row["verdict"] for name, row in found.items() if name.startswith("compute-san")}
     assert verdicts == {"memcheck": "failed", "initcheck": "ok", "racecheck": "ok", "synccheck": "ok"}
     assert found["memcheck: compose rows=1"]["result"] == "Invalid __global__ read of size 4 bytes"
+
+
+# The build, by stand-ins for the compilers
+
+
+def build_with(monkeypatch, module: list[list[str]], problems: list[list[str]]) -> None:
+    monkeypatch.setattr(build, "capability", lambda: "9.0")
+    monkeypatch.setattr(build, "build_module", lambda *_: module)
+    monkeypatch.setattr(build, "build_program", lambda *_: problems)
+
+
+def test_without_a_module_the_program_runs(tmp_path, monkeypatch):
+    program(tmp_path / "made", "echo ran, 12.5 us $1")
+    failing = ["bash", "-c", "echo 'kernels.cu(7): error: no such type'; echo; echo stopped; exit 2"]
+    build_with(monkeypatch, [failing], [["cp", str(tmp_path / "made"), str(tmp_path / PROGRAM)]])
+    build.run(phase(tmp_path))
+    found = rows(tmp_path)
+    assert found["_C builds"]["result"] == "kernels.cu(7): error: no such type"
+    assert found["_C builds"]["verdict"] == "failed"
+    assert found["program without torch builds"]["verdict"] == "ok"
+    assert found["compose of Llama-2-7B without torch"]["result"] == "ran, 12.5 us compose"
+
+
+def test_a_build_that_takes_too_long_says_so(tmp_path, monkeypatch):
+    build_with(monkeypatch, [["sleep", "5"]], [["false"]])
+    build.run(phase(tmp_path, seconds=3.5))
+    found = rows(tmp_path)
+    assert found["_C builds"]["result"] == "not done in time"
+    assert found["program without torch builds"]["verdict"] == "failed"
