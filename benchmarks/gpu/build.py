@@ -19,7 +19,7 @@ LLAMA = "rows=39040 vectors=2048 length=256 k=2 columns=128 candidates=i16 out=b
 
 
 def run(phase: Phase) -> None:
-    module = next((phase.folder / "site" / "vblora").glob("_C.*"), None)
+    module = built_module(phase)
     if not phase.on_gpu:
         if module is None:
             phase.row("_C", "there is none in vblora/: build it first (CONTRIBUTING.md)", ok=False)
@@ -39,24 +39,28 @@ def run(phase: Phase) -> None:
         "_C": Build(build_module(phase, arch), phase.folder / "module.log"),
         "program without torch": Build(build_program(phase, arch), phase.folder / "program.log"),
     }
-    while any(build.running for build in builds.values()) and phase.left() > 0:
+    while builds and phase.left() > 0:
         time.sleep(0.1)
-        for name, build in builds.items():
-            if not build.reported and not build.running:
-                built = report(phase, name, build, arch)
-                if name == "_C" and built and not list((phase.folder / "site" / "vblora").glob("_C.*")):
-                    use_module(phase)
-    for name, build in builds.items():
-        if not build.reported:
-            phase.row(f"{name} builds", "not done in time", ok=False)
-    if not list((phase.folder / "site" / "vblora").glob("_C.*")) and (phase.folder / PROGRAM).exists():
+        for name in [name for name, build in builds.items() if build.process.poll() is not None]:
+            if report(phase, name, builds.pop(name), arch) and name == "_C" and built_module(phase) is None:
+                use_module(phase)
+    for name in builds:
+        phase.row(f"{name} builds", "not done in time", ok=False)
+    if built_module(phase) is None and (phase.folder / PROGRAM).exists():
         for op in ("admixture", "compose", "admixture_backward"):
             with phase.attempt(op):
-                ran = subprocess.run(
-                    [str(phase.folder / PROGRAM), op, *LLAMA.split()], capture_output=True, text=True, timeout=20
-                )
-                result = last_line(ran.stdout + ran.stderr)
-                phase.row(f"{op} of Llama-2-7B without torch", result, ok=ran.returncode == 0)
+                time_without_torch(phase, op)
+
+
+def built_module(phase: Phase) -> Path | None:
+    """The one that phases import."""
+    return next((phase.folder / "site" / "vblora").glob("_C.*.so"), None)
+
+
+def time_without_torch(phase: Phase, op: str) -> None:
+    command = [str(phase.folder / PROGRAM), op, *LLAMA.split()]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    phase.row(f"{op} of Llama-2-7B without torch", last_line(ran.stdout + ran.stderr), ok=ran.returncode == 0)
 
 
 class Build:
@@ -65,7 +69,6 @@ class Build:
     def __init__(self, commands: list[list[str]], log: Path) -> None:
         self.log = log
         self.start = time.monotonic()
-        self.reported = False
         script = " && ".join(["set -x", *map(shlex.join, commands)])
         environment = os.environ | {"CUDA_HOME": str(nvcc().parents[1])}
         with log.open("wb") as output:
@@ -73,13 +76,8 @@ class Build:
                 ["bash", "-c", script], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
 
-    @property
-    def running(self) -> bool:
-        return self.process.poll() is None
-
 
 def report(phase: Phase, name: str, build: Build, arch: str) -> bool:
-    build.reported = True
     printed = build.log.read_text(encoding="utf-8", errors="replace")
     print(printed, flush=True)
     ok = build.process.returncode == 0

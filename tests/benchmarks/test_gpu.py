@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import PHASES, ROOT, build, counters, sanitizer, suite
-from benchmarks.gpu.__main__ import environment, install, lay_out, run_phase
+from benchmarks.gpu.__main__ import MODULE, environment, install, lay_out, run_phase
 from benchmarks.gpu.build import PROGRAM
 from benchmarks.gpu.phase import Phase
 from benchmarks.gpu.report import Outcome, Report, outcome_of, shortened
@@ -234,6 +234,20 @@ def test_without_a_module_the_program_runs(tmp_path, monkeypatch):
     assert found["_C builds"]["verdict"] == "failed"
     assert found["program without torch builds"]["verdict"] == "ok"
     assert found["compose of Llama-2-7B without torch"]["result"] == "ran, 12.5 us compose"
+
+
+def test_a_build_is_imported_from_where_phases_look(tmp_path, monkeypatch):
+    site, native = tmp_path / "site", tmp_path / "native"
+    lay_out(site, None)
+    native.mkdir()
+    (native / MODULE).symlink_to(ROOT / "vblora" / MODULE)
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    build_with(monkeypatch, [["true"]], [["true"]])
+    build.run(phase(tmp_path))
+    assert (site / "vblora" / MODULE).is_file()
+    assert {row["verdict"] for row in rows(tmp_path).values()} == {"ok"}
+    assert "_C that was built here" in rows(tmp_path)
 
 
 def test_a_build_that_takes_too_long_says_so(tmp_path, monkeypatch):
