@@ -65,19 +65,10 @@ def install(wheels: Path, target: Path) -> str:
     files = [str(path) for path in sorted(wheels.glob("*.whl")) if not path.name.lower().startswith("torch-")]
     if not files:
         return f"{wheels} holds no wheels (one of torch is never used)"
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-index",
-        "--no-deps",
-        "--no-compile",
-        "--target",
-        str(target),
-    ]
-    process = subprocess.run([*pip, *files], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+    process = subprocess.run(
+        [*pip, "--target", str(target), *files], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     return process.stdout.strip() if process.returncode else ""
 
 
@@ -91,10 +82,9 @@ def lay_out(site: Path, module: Path | None) -> None:
 def environment(work: Path) -> dict[str, str]:
     paths = [work / "wheels", work / "site", ROOT]
     inherited = os.environ.get("PYTHONPATH")
+    programs = str(Path(sys.executable).parent)  # cmake and ninja of this Python
     return os.environ | {
-        "PATH": os.pathsep.join(
-            [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-        ),  # its cmake, ninja
+        "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join([*map(str, paths), *([inherited] if inherited else [])]),
         "PYTHONSAFEPATH": "1",  # or the package in the working folder would come first
         "PYTHONUNBUFFERED": "1",
@@ -142,7 +132,7 @@ def main() -> int:
         work = Path(folder)
         (output / "log.txt").write_bytes(b"")
         if arguments.wheels and (wrong := install(arguments.wheels, work / "wheels")):
-            print(f"--wheels: {wrong}", flush=True)
+            report.outcomes.append(Outcome("wheels", 0, status="failed", reason=wrong))
         module = arguments.prebuilt
         in_tree = ROOT / "vblora" / MODULE
         if module is None and in_tree.exists() and (arguments.device == "cpu" or "build" not in names):
