@@ -54,10 +54,10 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
-    optimizer.zero_grad(set_to_none=True)
     loss = model(x).square().mean()
     loss.backward()
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # last: what a capture frees is then its own
     return loss.detach()
 
 

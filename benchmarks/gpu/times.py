@@ -100,9 +100,9 @@ def composing_step(phase: Phase, rate: float, dense: bool) -> None:
     grads = [torch.randn_like(factor) for factor in factors()]
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(factors(), grads)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # last: what a capture frees is then its own
 
     def forward() -> None:
         with torch.no_grad():
