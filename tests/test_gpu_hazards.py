@@ -83,58 +83,6 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> No
     assert error <= tolerance, f"relative error {error:.1e}"
 
 
-# Graphs
-
-
-@needs_gpu
-def test_a_captured_training_step_is_an_eager_one():
-    model = make("cuda")
-    eager = copy.deepcopy(model)
-    optimizer, eager_optimizer = optimizer_of(model), optimizer_of(eager)
-    x = some_input("cuda")
-    graph, loss = capture(lambda: step(model, optimizer, x))
-    for _ in range(WARM_UP):
-        step(eager, eager_optimizer, x)
-    for seed in range(5):
-        x.copy_(some_input("cuda", seed))
-        graph.replay()
-        assert_near(loss, step(eager, eager_optimizer, x), 1e-3)
-    for parameter, expected in zip(adapter_of(model).parameters(), adapter_of(eager).parameters(), strict=True):
-        assert_near(parameter, expected, 1e-3)
-
-
-@needs_gpu
-def test_an_evaluation_between_capture_and_first_replay():
-    model, x = make("cuda").eval(), some_input("cuda")
-    expected = evaluated(model, x)
-
-    def work() -> Tensor:
-        model.train().eval()  # so that factors are composed within the capture
-        return model(x)
-
-    with torch.no_grad():
-        graph, captured = capture(work)
-        assert_near(model(x), expected)
-        graph.replay()
-        assert_near(captured, expected)
-        assert_near(model(x), expected)
-
-
-@needs_gpu
-def test_an_evaluation_after_a_replayed_optimizer_step():
-    model, x = make("cuda"), some_input("cuda")
-    optimizer = optimizer_of(model)
-    graph, _ = capture(lambda: step(model, optimizer, x))
-    with torch.no_grad():
-        before = model(x)  # in training mode all the while: a switch would have it forget
-        for _ in range(3):
-            graph.replay()
-            after = model(x)
-            assert_near(after, evaluated(model, x))
-            assert relative_error(after, before) > 1e-3
-            before = after
-
-
 # Streams
 
 
@@ -191,6 +139,58 @@ def test_factors_that_another_stream_uses_keep_their_memory():
     torch.cuda.synchronize()
     assert_near(using, expected)
     del overwriting
+
+
+# Graphs. After streams: once an optimizer step was captured, this process may keep no factors anymore.
+
+
+@needs_gpu
+def test_an_evaluation_between_capture_and_first_replay():
+    model, x = make("cuda").eval(), some_input("cuda")
+    expected = evaluated(model, x)
+
+    def work() -> Tensor:
+        model.train().eval()  # so that factors are composed within the capture
+        return model(x)
+
+    with torch.no_grad():
+        graph, captured = capture(work)
+        assert_near(model(x), expected)
+        graph.replay()
+        assert_near(captured, expected)
+        assert_near(model(x), expected)
+
+
+@needs_gpu
+def test_an_evaluation_after_a_replayed_optimizer_step():
+    model, x = make("cuda"), some_input("cuda")
+    optimizer = optimizer_of(model)
+    graph, _ = capture(lambda: step(model, optimizer, x))
+    with torch.no_grad():
+        before = model(x)  # in training mode all the while: a switch would have it forget
+        for _ in range(3):
+            graph.replay()
+            after = model(x)
+            assert_near(after, evaluated(model, x))
+            assert relative_error(after, before) > 1e-3
+            before = after
+
+
+@needs_gpu
+def test_a_captured_training_step_is_an_eager_one():
+    model = make("cuda")
+    eager = copy.deepcopy(model)
+    optimizer, eager_optimizer = optimizer_of(model), optimizer_of(eager)
+    x = some_input("cuda")
+    graph, loss = capture(lambda: step(model, optimizer, x))
+    for _ in range(WARM_UP):
+        step(eager, eager_optimizer, x)
+    for seed in range(5):
+        x.copy_(some_input("cuda", seed))
+        graph.replay()
+        assert_near(loss, step(eager, eager_optimizer, x), 1e-3)
+    for parameter, expected in zip(adapter_of(model).parameters(), adapter_of(eager).parameters(), strict=True):
+        assert_near(parameter, expected, 1e-3)
 
 
 # Checkpointing, memory, sizes
