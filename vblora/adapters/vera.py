@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401  (registers torch.ops.vblora)
+from .. import ops, streams  # noqa: F401  (ops registers torch.ops.vblora)
 from .base import Target, is_plain
 from .shared import SharedPairAdapter
 
@@ -59,11 +59,16 @@ class VeRAAdapter(SharedPairAdapter):
             torch.nn.init.normal_(self.d)
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``A`` and ``B`` in ``dtype``. They are frozen, so another dtype's are kept."""
+        """``A`` and ``B`` in ``dtype``. They are frozen, so another dtype's are kept, for the stream that cast them.
+
+        What is cast while a CUDA graph is captured belongs to the graph.
+        """
         sources = self.A, self.B
         if self.A.dtype == dtype or torch.compiler.is_compiling() or not all(map(is_plain, sources)):
             return super().pair(dtype)
-        made_from = dtype, *((source.data_ptr(), source._version) for source in sources)
+        if streams.capturing(self.A.device):
+            return super().pair(dtype)
+        made_from = dtype, streams.current(self.A.device), *((source.data_ptr(), source._version) for source in sources)
         if self._cast is None or self._cast[0] != made_from:
             with torch.inference_mode(False), torch.no_grad():
                 self._cast = made_from, super().pair(dtype)
