@@ -12,6 +12,7 @@ from .. import ops
 from ..bank import VectorBank, check_count
 from ..sharding import gather, processes
 from .base import Adapter, Factors, Target
+from .rows import rows_of
 
 _DEFAULT_LENGTH = 256  # of bank vectors, the paper's and PEFT's
 
@@ -192,7 +193,7 @@ class VBLoRAAdapter(Adapter):
             start, count = self._starts[index], sum(rows)
 
         def part(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None or index is None else tensor.narrow(0, start, count)
+            return tensor if tensor is None or index is None else rows_of(tensor, start, count)
 
         bank = scaled(gather(self.bank.vectors), self.scaling)
         if self.logits is None:

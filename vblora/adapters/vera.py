@@ -69,10 +69,11 @@ class VeRAAdapter(SharedPairAdapter):
         if streams.capturing(self.A.device):
             return super().pair(dtype)
         made_from = dtype, streams.current(self.A.device), *((source.data_ptr(), source._version) for source in sources)
-        if self._cast is None or self._cast[0] != made_from:
+        cast = self._cast  # another thread may put another one there
+        if cast is None or cast[0] != made_from:
             with torch.inference_mode(False), torch.no_grad():
-                self._cast = made_from, super().pair(dtype)
-        return self._cast[1]
+                cast = self._cast = made_from, super().pair(dtype)
+        return cast[1]
 
     def invalidate(self) -> None:
         self._cast = None
