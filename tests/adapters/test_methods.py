@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vblora
-from tests.small_models import Net, bert, relative_error
+from tests.small_models import Made, Net, bert, relative_error
 from vblora import reference
 from vblora.adapters.base import Factors
 from vblora.lowrank import add_product
@@ -144,22 +144,6 @@ def test_the_projection_depends_on_the_key_alone():
     narrow, wide = pair(3, width=16, blocks=1), pair(3, width=32, blocks=1)
     torch.testing.assert_close(wide[0][:, :32] * math.sqrt(2), narrow[0])  # but for the bound, one is the other's slice
     assert torch.equal(wide[1][:, :32], narrow[1])
-
-
-class Made(TorchDispatchMode):
-    """Notes the largest tensors that operators make within it; views of others are not made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if not function.is_view:
-            self.shapes += [
-                tuple(t.shape) for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t)
-            ]
-        return out
 
 
 @pytest.mark.parametrize("name", ["vera", "tied_lora"])
