@@ -45,7 +45,7 @@ def _accumulates(node: torch.autograd.graph.Node | None) -> Tensor | None:
     parameter = getattr(node, "variable", None)
     if parameter is None or torch.is_grad_enabled():  # computed from others; or a gradient with a history
         return None
-    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+    if parameter._backward_hooks:
         return None
     if parameter.grad is not None and parameter.grad.layout != torch.strided:
         return None
