@@ -24,6 +24,7 @@ CONFIGS = {
     "tied_lora": vblora.TiedLoraConfig(r=5, lora_alpha=3, target_modules=TARGETS),
 }
 methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def injected(config, dtype: torch.dtype = torch.float64, **sizes) -> nn.Module:
@@ -202,12 +203,12 @@ def test_other_dtypes(config, dtype):
 
 
 @methods
-def test_autocast_and_a_base_of_half_precision(config):
+def test_autocast_and_a_base_of_half_precision(config, device):
     torch.manual_seed(0)
     model = injected(config, torch.float32)
     x = torch.randn(6, 16)
     want = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = model(x)
     assert y.dtype == torch.bfloat16 and relative_error(y.float(), want) < 5e-2
     y.float().square().sum().backward()
@@ -217,11 +218,11 @@ def test_autocast_and_a_base_of_half_precision(config):
     assert mixed(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_another_projection_is_seen_in_every_dtype():
+def test_another_projection_is_seen_in_every_dtype(device):
     """A frozen pair is cast once."""
     model = injected(CONFIGS["vera"], torch.float32)
     x = torch.randn(6, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = model(x)
         state = copy.deepcopy(model.vblora.state_dict())
         state["default.A"] += 1

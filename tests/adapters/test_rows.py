@@ -14,7 +14,7 @@ CONFIGS = {
     "dense": vblora.VBLoRAConfig(num_vectors=300, num_candidates=None, **SIZES),
     "lora": vblora.LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["up", "down"]),
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("device", "one_thread")
 
 
 def injected(name: str = "candidates", reentrant: bool | None = True) -> Net:
