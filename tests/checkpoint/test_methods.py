@@ -88,6 +88,18 @@ def test_round_trip_has_the_same_bits(config, form, tmp_path):
     assert torch.equal(vblora.eject(loaded)(x), net(x))
 
 
+@methods
+@pytest.mark.parametrize("form", [None, "lora"])
+def test_the_default_device_has_no_part_in_it(config, form, tmp_path):
+    torch.manual_seed(0)
+    net, x = Net(blocks=2), torch.randn(4, 16)
+    model = shaken(vblora.inject(copy.deepcopy(net), config))
+    with torch.device("meta"):
+        vblora.save(model, tmp_path, form=form)
+        loaded = vblora.load(copy.deepcopy(net), tmp_path)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
 @on_each_device
 @methods
 def test_training_goes_on_from_it(config, tmp_path):

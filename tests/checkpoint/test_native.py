@@ -47,6 +47,17 @@ def test_round_trip(make, choice, tmp_path):
     assert torch.equal(loaded(ids()).logits, base(ids()).logits)
 
 
+@pytest.mark.parametrize("form", ["resume", "deploy", "peft", "peft-topk", "lora"])
+def test_the_default_device_has_no_part_in_it(form, tmp_path):
+    """The model says where it is, and files are read on the CPU."""
+    base, model = trained(bert, num_vectors=17, num_candidates=8, seed=3)
+    expected = model(ids()).logits
+    with torch.device("meta"):
+        vblora.save(model, tmp_path, form=form)
+        loaded = vblora.load(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(loaded(ids()).logits, expected)
+
+
 def test_saves_what_trains_beside(tmp_path):
     base, model = trained(bert, modules_to_save=["classifier", "pooler"], bias="vblora_only")
     vblora.save(model, tmp_path)

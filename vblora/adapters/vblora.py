@@ -305,7 +305,7 @@ def draw_seed() -> int:
             f"`seed` is None, but {processes()} processes train together, which must all draw the same logits. "
             "Give the config a `seed`."
         )
-    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def candidate_dtype(num_vectors: int) -> torch.dtype:

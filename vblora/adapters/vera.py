@@ -108,5 +108,5 @@ def pefts_projection(targets: Sequence[Target], r: int, key: int) -> tuple[Tenso
     pair = []
     for size, fan_in in ((sizes["A"], sizes["A"][1]), (sizes["B"][::-1], r)):
         bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in))
-        pair.append(torch.empty(size, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+        pair.append(torch.empty(size, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))
     return pair[0], pair[1].T.contiguous()
