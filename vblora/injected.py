@@ -1,6 +1,7 @@
 """The adapters of a model: which it has, which are active, switching them off, taking them out."""
 
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,11 +9,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapters import Adapter
+from .adapters import Adapter, Slot
 from .bases import compute_dtype
 from .config import AdapterConfig
 from .layers import AdaptedLayer, Replaced, Update, adapted_layers
 from .quantised import is_packed, keep_unpacked, let_pack
+from .reads import listed
 
 ADAPTERS = "vblora"  # name of the adapters among an injected model's modules
 
@@ -49,6 +51,7 @@ class Injected:
         self.layers = layers
         self.replaced = replaced
         self.active = False
+        self.ran = False  # in a whole forward
         self.trains: list[str] = []  # what requires gradients while it is active; when it is, its parameters say so
 
     @property
@@ -77,6 +80,28 @@ class Injected:
     def begin_forward(self) -> None:
         if any(self.name in layer.running for layer in self.layers):
             self.adapter.begin_forward(compute_dtype(self.layers[0].weight.device, self._layers_dtype()))
+
+    def end_forward(self, complete: bool) -> None:
+        """Also looks at which layers a ``complete`` one did not call, or went past."""
+        adapter = self.adapter
+        adapter.end_forward()
+        if torch.compiler.is_compiling():
+            return
+        past, adapter.past = adapter.past, {}
+        first, self.ran = complete and not self.ran, complete or self.ran
+        if first and not adapter.traced and not any(map(_is_compiled, self.model.modules())):
+            uncalled = [
+                slot for slot, layer in zip(adapter.slots, self.layers, strict=True) if self._misses(slot, layer)
+            ]
+            past |= {slot: True for slot in uncalled if slot in past}
+            _warn_of_uncalled([adapter.targets[slot.index].name for slot in uncalled if slot not in past])
+        found = [slot for slot, used in past.items() if used and not slot.read]
+        for slot in found:
+            slot.read = True
+        _warn_of_reading([adapter.targets[slot.index].name for slot in found])
+
+    def _misses(self, slot: Slot, layer: AdaptedLayer) -> bool:
+        return self.name in layer.running and not slot.asked
 
     def _layers_dtype(self) -> torch.dtype:
         """The widest among the layers' dtypes, or among the model's where packed layers have none. Remembered, but not in a
@@ -121,9 +146,9 @@ class Injection:
         for injected in self._active:
             injected.begin_forward()
 
-    def _end_forward(self, _model: nn.Module, _args: tuple, _output: object) -> None:
+    def _end_forward(self, _model: nn.Module, _args: tuple, output: object) -> None:
         for injected in self._active:
-            injected.adapter.end_forward()
+            injected.end_forward(complete=output is not None)
 
     def in_place(self) -> list[Replaced]:
         """What stands in the base model's place now."""
@@ -371,6 +396,26 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             replaced.swap()
         for layer in enabled:
             layer.set(enabled=True)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def _warn_of_uncalled(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"the first forward did not call {listed(names)}, whose updates had no part in it. Name layers that no "
+            "input reaches in `exclude_modules`."
+        )
+
+
+def _warn_of_reading(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"the model's code read the weight of {listed(names)} itself, which leaves the adapter's update out. Merged, it "
+            "would be in, so vblora.merge refuses. Name such layers in `exclude_modules`."
+        )
 
 
 def _dtypes_of(model: nn.Module) -> list[torch.dtype]:

@@ -1,5 +1,6 @@
 """Where factors meet a frozen layer."""
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from .adapters import Slot, VBLoRAAdapter
 from .adapters.vblora import default_length
 from .bank import VectorBank
-from .bases import compute_dtype, is_linear, kind_of, target_of
+from .bases import compute_dtype, is_linear, kind_of, refusal, target_of
 from .quantised import Rounding, exchange, format_of, is_packed, keep_unpacked, rounding
+from .reads import Watched
 
 
 class Replaced:
@@ -88,6 +90,19 @@ class AdaptedLayer(nn.Module):
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's. Whoever reads it in a forward, past the layer, leaves the update out, and is noticed."""
+        weight = self.base_layer.weight
+        slots = [update.slot for update in self.running.values() if update.slot.in_forward]
+        if not slots:
+            return weight
+        for slot in slots:
+            slot.adapter.past.setdefault(slot, False)
+        if type(weight) is not nn.Parameter:  # such as a quantised one, which has ways of its own
+            return weight
+        return Watched.of(weight, functools.partial(_notice, slots))
 
     @property
     def in_features(self) -> int:
@@ -180,13 +195,18 @@ class AdaptedLayer(nn.Module):
         return ", ".join(parts)
 
 
+def _notice(slots: list[Slot]) -> None:
+    for slot in slots:
+        slot.adapter.past[slot] = True
+
+
 def _of_base_layer(name: str) -> property:
     return property(lambda layer: getattr(layer.base_layer, name))
 
 
-# Models look at these on a layer that they do not call, and tie weights through the first.
+# Models look at these on a layer, too.
 for _name in (
-    *("weight", "bias", "num_embeddings", "embedding_dim", "padding_idx", "embed_scale"),
+    *("bias", "num_embeddings", "embedding_dim", "padding_idx", "embed_scale"),
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
 ):
     setattr(AdaptedLayer, _name, _of_base_layer(_name))
@@ -279,6 +299,8 @@ class VBLinear(AdaptedLayer):
             base_layer = nn.Linear(in_features, out_features, bias is not False, device=device, dtype=dtype)
         elif not is_linear(base_layer):
             raise TypeError(f"`base_layer` is a {type(base_layer).__name__}; allowed are nn.Linear and Conv1D.")
+        elif reason := refusal(base_layer):
+            raise TypeError(f"`base_layer` is a {type(base_layer).__name__}{reason}.")
         target = target_of("base_layer", base_layer)
         if bank is None:
             bank = VectorBank(

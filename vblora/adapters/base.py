@@ -88,13 +88,29 @@ class Slot:
         self.adapter = adapter
         self.index = index
         self.handed: Handed | None = None
+        self.asked = False  # whether the layer ever was called for its factors
+        self.read = False  # whether its weight was read past it by the model's code
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """This layer's factors, in ``dtype`` if they are not those of a whole forward."""
+        if torch.compiler.is_compiling():
+            self._note_tracing()
+        else:
+            self.asked = True
         handed = self.handed
         if handed is not None and (torch.compiler.is_compiling() or handed[1:] == _now()):
             return handed.factors
         return self.adapter.factors_of(self.index, dtype)
+
+    @torch.compiler.assume_constant_result  # so that it runs as a graph is made, and is not in it
+    def _note_tracing(self) -> bool:
+        self.adapter.traced = True
+        return True
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether an outermost forward is under way that is not compiled."""
+        return self.handed is not None and not torch.compiler.is_compiling() and self.handed[1:] == _now()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "handed": None}  # a forward's own: it may have a history, which cannot be copied
@@ -141,6 +157,10 @@ class Adapter(nn.Module):
             None  # of the layers, until something is cast: whoever knows them notes it
         )
         self._kept: _Kept | None = None
+        self.traced = False  # whether a graph was made of some layer, which is not seen to ask for factors
+        self.past: dict[
+            Slot, bool
+        ] = {}  # those whose layer's weight this forward asked for, and whether it used its values
         self.register_load_state_dict_post_hook(_invalidate_after_load)
 
     @abstractmethod
