@@ -18,8 +18,9 @@ _FACTS = {
     *("is_quantized", "is_sparse", "itemsize", "layout", "ndim", "numel", "requires_grad", "shape", "size", "stride"),
 }
 _ASK_FOR_FACTS = {"getattr", "hasattr", "id", "is_floating_point", "is_tensor", "isinstance", "to", "type", "type_as"}
-# What its own class does not show.
+# What its own class does not show, or an `if` with the way that nearly all models take.
 _KNOWN = {
+    "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
     "JambaMambaMixer": ("dt_proj",),  # calls it if the model is quantised
     # RwkvModel divides these weights as it is evaluated.
     "RwkvSelfAttention": ("output",),
