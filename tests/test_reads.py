@@ -72,12 +72,30 @@ class Further(Holder):
         return F.linear(x, self.read.inner.weight)
 
 
+class OtherName(Holder):
+    def use(self, x):
+        layer = self.read
+        return F.linear(layer(x), layer.weight.mT)
+
+
+class Loop(OfAList):
+    def use(self, x):
+        for _index, layer in enumerate(self.read):
+            x = F.linear(x, layer.weight)
+        return x
+
+
+class Zipped(OfAList):
+    def use(self, x):
+        return sum(F.linear(x, layer.weight) for _, layer in zip([x], self.read, strict=True))
+
+
 class Inherited(Functional):
     def use(self, x):
         return super().use(x) + 1
 
 
-READING = [Functional, Transposed, Fused, OfAList, Further, Inherited]
+READING = [Functional, Transposed, Fused, OfAList, Further, OtherName, Loop, Zipped, Inherited]
 
 
 def config(*names, **choice):
@@ -110,6 +128,16 @@ class Facts(Holder):
         return self.read
 
 
+class Called(OfAList):
+    """By another name, in a loop, and for its facts besides."""
+
+    def use(self, x):
+        for layer in self.read:
+            same = layer
+            x = same(x.to(same.weight.dtype))
+        return x
+
+
 class Either(Holder):
     """A way that another input takes, as DeBERTa's and BLOOM's."""
 
@@ -117,13 +145,13 @@ class Either(Holder):
         return self.read(x) if x.dim() == 2 else F.linear(x, self.read.weight)
 
 
-@pytest.mark.parametrize("kind", [Facts, Either])
+@pytest.mark.parametrize("kind", [Facts, Called, Either])
 def test_those_that_are_called_are_adapted(kind):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = vblora.inject(kind(), config())
-        assert {target.name for target in model.vblora.default.targets} == {"read", "called"}
+        assert [target.name.partition(".")[0] for target in model.vblora.default.targets] == ["read", "called"]
         x = torch.randn(5, 16)
         y = model(x)
         y.square().sum().backward()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapters import Adapter, Slot
+from .adapters import Adapter
 from .bases import compute_dtype
 from .config import AdapterConfig
 from .layers import AdaptedLayer, Replaced, Update, adapted_layers
@@ -90,18 +90,14 @@ class Injected:
         past, adapter.past = adapter.past, {}
         first, self.ran = complete and not self.ran, complete or self.ran
         if first and not adapter.traced and not any(map(_is_compiled, self.model.modules())):
-            uncalled = [
-                slot for slot, layer in zip(adapter.slots, self.layers, strict=True) if self._misses(slot, layer)
-            ]
+            layer_of = dict(zip(adapter.slots, self.layers, strict=True))
+            uncalled = [slot for slot in adapter.slots if self.name in layer_of[slot].running and not slot.asked]
             past |= {slot: True for slot in uncalled if slot in past}
             _warn_of_uncalled([adapter.targets[slot.index].name for slot in uncalled if slot not in past])
         found = [slot for slot, used in past.items() if used and not slot.read]
         for slot in found:
             slot.read = True
         _warn_of_reading([adapter.targets[slot.index].name for slot in found])
-
-    def _misses(self, slot: Slot, layer: AdaptedLayer) -> bool:
-        return self.name in layer.running and not slot.asked
 
     def _layers_dtype(self) -> torch.dtype:
         """The widest among the layers' dtypes, or among the model's where packed layers have none. Remembered, but not in a

@@ -23,8 +23,8 @@ _KNOWN = {
     "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
     "JambaMambaMixer": ("dt_proj",),  # calls it if the model is quantised
     # RwkvModel divides these weights as it is evaluated.
-    "RwkvSelfAttention": ("output",),
     "RwkvFeedForward": ("value",),
+    "RwkvSelfAttention": ("output",),
 }
 
 _Path = tuple[str, ...]  # from a module to one within it; "*" for any child
@@ -37,7 +37,8 @@ def readers(modules: dict[str, nn.Module]) -> dict[nn.Module, str]:
     """
     found: dict[nn.Module, str] = {}
     for name, module in modules.items():
-        for path in (*_read_by(type(module)), *((child,) for child in _KNOWN.get(type(module).__name__, ()))):
+        known = [(child,) for cls in type(module).__mro__ for child in _KNOWN.get(cls.__name__, ())]
+        for path in (*_read_by(type(module)), *known):
             for layer in _at(modules, [name, *path] if name else list(path)):
                 found[layer] = type(module).__name__  # of several, the one nearest to it
     return found
@@ -100,29 +101,55 @@ class _Use(NamedTuple):
 
 
 def _uses(tree: ast.Module) -> Iterator[_Use]:
-    own = next((argument.arg for argument in getattr(tree.body[0], "args", ast.arguments([], [])).args), None)
+    paths = _local_names(tree)
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
-        path = _path(node, own)
+        path = _path(node, paths)
         outer = parents.get(node)
         if path is None or not isinstance(node.ctx, ast.Load):
             continue
         if path[-1:] == ("weight",):
             if not _asks_for_a_fact(node, outer, parents):
                 yield _Use("read", path[:-1], _arms(node, parents))
-        elif not (isinstance(outer, (ast.Attribute, ast.Subscript)) and node is outer.value):
+        elif not (isinstance(outer, (ast.Attribute, ast.Subscript, ast.Assign)) and node is outer.value):
             yield _Use("called", path, _arms(node, parents))
 
 
-def _path(node: ast.AST, own: str | None) -> _Path | None:
-    """Of ``self.a.b[i]``, where ``self`` is called ``own``: a, b, "*"."""
+def _local_names(tree: ast.Module) -> dict[str, _Path]:
+    """What a method calls itself, and the modules within."""
+    arguments = getattr(tree.body[0], "args", None)
+    paths: dict[str, _Path] = {argument.arg: () for argument in arguments.args[:1]} if arguments else {}
+    for node in ast.walk(tree):
+        pairs = []
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            pairs = [(node.targets[0], _path(node.value, paths))]
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            targets = node.target.elts if isinstance(node.target, ast.Tuple) else [node.target]
+            within = _iterated(node.iter)
+            found = [_path(each, paths) for each in within]
+            pairs = [(target, path and (*path, "*")) for target, path in zip(targets, found, strict=False)]
+        paths |= {
+            target.id: path for target, path in pairs if isinstance(target, ast.Name) and path and path[-1] != "weight"
+        }
+    return paths
+
+
+def _iterated(node: ast.AST) -> list[ast.AST]:
+    """What a loop's targets run through, each."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("enumerate", "zip"):
+        return [node.func, *node.args] if node.func.id == "enumerate" else node.args
+    return [node]
+
+
+def _path(node: ast.AST, paths: dict[str, _Path]) -> _Path | None:
+    """Of ``self.a.b[i]``: a, b, "*"; ``paths``: of local names."""
     if isinstance(node, ast.Name):
-        return () if node.id == own else None
+        return paths.get(node.id)
     if isinstance(node, ast.Attribute):
-        path = _path(node.value, own)
+        path = _path(node.value, paths)
         return None if path is None else (*path, node.attr)
     if isinstance(node, ast.Subscript):
-        path = _path(node.value, own)
+        path = _path(node.value, paths)
         return (*path, "*") if path and path[-1] != "weight" else None
     return None
 

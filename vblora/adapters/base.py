@@ -93,12 +93,13 @@ class Slot:
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """This layer's factors, in ``dtype`` if they are not those of a whole forward."""
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             self._note_tracing()
         else:
             self.asked = True
         handed = self.handed
-        if handed is not None and (torch.compiler.is_compiling() or handed[1:] == _now()):
+        if handed is not None and (compiling or handed[1:] == _now()):
             return handed.factors
         return self.adapter.factors_of(self.index, dtype)
 
@@ -158,9 +159,8 @@ class Adapter(nn.Module):
         )
         self._kept: _Kept | None = None
         self.traced = False  # whether a graph was made of some layer, which is not seen to ask for factors
-        self.past: dict[
-            Slot, bool
-        ] = {}  # those whose layer's weight this forward asked for, and whether it used its values
+        # Of the forward under way: slots whose layer's weight was asked for, and whether its values were used.
+        self.past: dict[Slot, bool] = {}
         self.register_load_state_dict_post_hook(_invalidate_after_load)
 
     @abstractmethod
