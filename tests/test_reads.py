@@ -276,6 +276,14 @@ def test_compiled_layers_are_not_missed(what):
     assert not [warning for warning in said if "first forward" in str(warning.message)]
 
 
+def test_facts_are_told_in_a_graph():
+    torch._dynamo.reset()
+    model, x = vblora.inject(Facts(), config()), torch.randn(5, 16)
+    before = model(x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert relative_error(compiled(x), before) < 1e-6
+
+
 def test_a_copy_knows_what_was_noticed():
     model = vblora.inject(ByName(), config())
     with pytest.warns(UserWarning, match="`read`"):
