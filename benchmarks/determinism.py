@@ -5,15 +5,11 @@ Sectors of 32 bytes that warps ask for, as if there were no cache. It is no time
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 from matplotlib.figure import Figure
 
-from .harness import Result, Row, Settings
+from tests.emulation import build, checker
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from emulation import build, checker
+from .harness import Result, Row, Settings
 
 SIZES = ("columns=128", "candidates=i16", "vectors=2048", "length=256", "k=2", "out=bf16", "need_logits=0")
 KINDS = ("read", "write", "atomic")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -13,11 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.emulation import build
+
 from . import models
 from .harness import Result, Row, Settings
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from emulation import build
 
 ADAPTER = {"r": 4, "num_vectors": 256, "vector_length": 32, "topk": 2, "target_modules": "all-linear"}
 

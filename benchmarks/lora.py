@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import vblora
-from vblora.cli import demo
+from vblora.finetune import demo
 
 from .harness import in_turn
 

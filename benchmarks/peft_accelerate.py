@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig, LlamaForCausalLM
 
-from vblora.cli import demo
+from vblora.finetune import demo
 from vblora.integrations.peft import accelerate
 
 from .harness import in_turn

@@ -3,7 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <functional>
 #include <mutex>
+#include <numeric>
+#include <string>
 #include <vector>
 
 #ifdef __linux__
@@ -25,9 +28,25 @@ int64_t element_size(ScalarType type) {
       aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(torch::stable::detail::from(type))));
 }
 
+// Before 2.13, torch only says that an allocation failed. Whoever looks for torch's words (accelerate's
+// find_executable_batch_size, people who search for them) shall find them, so we say them in its place.
+Tensor allocated(const Tensor& like, double bytes, const std::function<Tensor()>& allocation) {
+  try {
+    return allocation();
+  } catch (const std::runtime_error&) {
+    if (torch_message()) throw;
+    const auto asked = std::to_string(static_cast<int64_t>(bytes / (1 << 20)));
+    if (like.device().type() == DeviceType::CPU)
+      throw std::runtime_error("vblora: DefaultCPUAllocator: can't allocate memory: you tried to allocate " + asked +
+                               " MiB.");
+    throw std::runtime_error("vblora: CUDA out of memory. Tried to allocate " + asked +
+                             " MiB on cuda:" + std::to_string(like.get_device_index()) + ".");
+  }
+}
+
 // Of fresh memory each page is to be cleared and, unless huge, a fault of its own.
 Tensor fresh(const Tensor& like, int64_t bytes) {
-  const Tensor block = torch::stable::new_empty(like, {&bytes, 1}, ScalarType::Byte);
+  const Tensor block = make_empty(like, {bytes}, ScalarType::Byte);
 #ifdef MADV_HUGEPAGE
   const auto address = reinterpret_cast<uintptr_t>(block.mutable_data_ptr());
   const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
@@ -82,11 +101,21 @@ Kept& kept() {
 
 }  // namespace
 
+Tensor make_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  const double elements = std::accumulate(sizes.begin(), sizes.end(), 1.0, std::multiplies<>());
+  return allocated(like, elements * static_cast<double>(element_size(type)),
+                   [&] { return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, type); });
+}
+
+Tensor make_contiguous(const Tensor& tensor) {
+  const auto bytes = static_cast<double>(tensor.numel()) * static_cast<double>(tensor.element_size());
+  return allocated(tensor, bytes, [&] { return torch::stable::contiguous(tensor); });
+}
+
 Tensor allocate(const Tensor& like, int64_t rows, int64_t columns, ScalarType type) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   const int64_t bytes = rows * columns * element_size(type);
-  if (like.device().type() != DeviceType::CPU || bytes < kLarge)
-    return torch::stable::new_empty(like, {sizes, 2}, type);
+  if (like.device().type() != DeviceType::CPU || bytes < kLarge) return make_empty(like, {rows, columns}, type);
   const Tensor block = kept().take(like, bytes);
   return torch::stable::from_blob(block.mutable_data_ptr(), {sizes, 2}, {strides, 2}, like.device(), type,
                                   [block](void*) { kept().give_back(block); });

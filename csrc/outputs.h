@@ -1,4 +1,5 @@
-// Memory of what operators return.
+// Memory: of what operators return, and of the copies and workspaces that they need. All allocations are made here, so
+// that running out of memory says so under every torch.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +8,13 @@
 #include <vector>
 
 namespace vblora {
+
+// An uninitialised tensor on the device of `like`.
+torch::stable::Tensor make_empty(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,
+                                 torch::headeronly::ScalarType type);
+
+// The tensor itself if it is contiguous, else a copy that is.
+torch::stable::Tensor make_contiguous(const torch::stable::Tensor& tensor);
 
 // An uninitialised (rows, columns) tensor on the device of `like`. On the CPU, large ones lie in memory that earlier
 // ones have left, where there is such.

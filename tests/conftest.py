@@ -6,13 +6,17 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
+
 import vblora
-from emulation import build
+from tests.emulation import build
+from tests.tables import FILLERS, WORDS
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marker = metafunc.definition.get_closest_marker("backends")
         backends = [backend for name, backend in _backends().items() if marker is None or name in marker.args]
         metafunc.parametrize("backend", backends, ids=lambda backend: backend.name)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT with a tokenizer of our own words, as ``save_pretrained`` writes them."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLERS, *WORDS["fresh"], *WORDS["rotten"]]
+    BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=64).save_pretrained(
+        folder
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

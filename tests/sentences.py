@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from vblora.cli import data, demo
+from vblora.finetune import data, demo
 
 
 @functools.cache

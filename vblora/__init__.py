@@ -6,15 +6,15 @@
 
 from . import ops, reference
 from .bank import VectorBank
-from .candidates import grow, stats
 from .checkpoint import load, pack_optimizer, save, unpack_optimizer
 from .config import LoraConfig, TiedLoraConfig, VBLoRAConfig, VeraConfig
-from .injected import active_adapters, delete_adapter, disabled, eject, set_adapter
-from .injection import inject
-from .layers import VBLinear
-from .merging import merge, unmerge
+from .layers.linear import VBLinear
+from .model.candidates import grow, stats
+from .model.inject import inject
+from .model.merging import merge, unmerge
+from .model.parameters import count_parameters, parameter_groups
+from .model.switching import active_adapters, delete_adapter, disabled, eject, set_adapter
 from .ops import build_info, empty_cache
-from .parameters import count_parameters, parameter_groups
 
 __version__ = build_info()["version"]
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import check_count
+from .distributed import whole
 from .files import read_tensors, write_tensors
-from .sharding import whole
 
 
 class BankFile(NamedTuple):
@@ -180,11 +181,3 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuses anything but a positive integer, by name."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"`{name}` is {value!r}, but must be an integer.")
-    if value < 1:
-        raise ValueError(f"`{name}` is {value}, but must be at least 1.")

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from vblora.cli.demo import find_model
-from vblora.cli.errors import CommandError
+from vblora.errors import CommandError
 from vblora.files import write_file
+from vblora.finetune.demo import find_model
 
 from .methods import RECIPES, Recipe, draw
 from .picture import draw_losses, draw_scores

@@ -6,7 +6,7 @@
 #include <numeric>
 #include <vector>
 
-#include "../checks.h"
+#include "../prepare.h"
 #include "isa/rows.h"
 #include "kernels.h"
 

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../checks.h"
+#include "../prepare.h"
 #include "kernels.h"
 
 namespace vblora::cpu {

@@ -2,7 +2,7 @@
 // for. VBLORA_CPU_ISA=baseline|avx2|avx512 overrides. Results have the same bits on each.
 #pragma once
 
-#include "../admixture.h"
+#include "../problems.h"
 
 namespace vblora::cpu {
 

@@ -2,7 +2,7 @@
 // run time only, and which bank vector a column stands for. The counterpart of cpu/isa/rows.h.
 #pragma once
 
-#include "../admixture.h"
+#include "../problems.h"
 #include "../numeric.h"
 #include "launch.cuh"
 

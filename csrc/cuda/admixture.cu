@@ -1,6 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
+#include "../prepare.h"
 #include "admixture.cuh"
 #include "stream.h"
 

@@ -1,7 +1,7 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include "../checks.h"
+#include "../prepare.h"
+#include "../outputs.h"
 #include "admixture_backward.cuh"
 #include "stream.h"
 
@@ -19,8 +19,8 @@ std::tuple<Tensor, Tensor> admixture_backward(const std::optional<Tensor>& grad_
   if (checked()) check_values(call);
   // Torch's own memory, so that a CUDA graph may capture this; it is reused in the order of the stream, so it may go at
   // once.
-  const int64_t bytes[] = {static_cast<int64_t>(backward_workspace_bytes(call.problem))};
-  const Tensor workspace = torch::stable::new_empty(bank, {bytes, 1}, ScalarType::Byte);
+  const auto bytes = static_cast<int64_t>(backward_workspace_bytes(call.problem));
+  const Tensor workspace = make_empty(bank, {bytes}, ScalarType::Byte);
   launch_admixture_backward(call.problem, workspace.mutable_data_ptr(), stream);
   return {call.grad_logits, call.grad_bank};
 }

@@ -1,6 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
+#include "../prepare.h"
 #include "compose.cuh"
 #include "stream.h"
 

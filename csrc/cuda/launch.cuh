@@ -30,10 +30,29 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 4;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// What you can do about an error that comes from how vblora was built; empty for all others. `driver` and `toolkit`:
+// CUDA versions as NVIDIA writes them, 12080 for 12.8.
+inline std::string remedy(cudaError_t error, int driver, int toolkit) {
+  const auto version = [](int number) {
+    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+  };
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorUnsupportedPtxVersion)
+    return ". The NVIDIA driver supports CUDA " + version(driver) + ", but vblora was built with CUDA " +
+           version(toolkit) + ". Update the driver, or build vblora with a CUDA toolkit of at most " + version(driver) +
+           ": set CUDA_HOME to its folder and run pip install --no-binary vblora --force-reinstall --no-deps vblora";
+  if (error == cudaErrorNoKernelImageForDevice)
+    return ". vblora was not built for this GPU: vblora.build_info()['cuda_architectures'] lists what it was built "
+           "for. "
+           "Set TORCH_CUDA_ARCH_LIST to the GPU's compute capability, for example 9.0, and build vblora again";
+  return "";
+}
+
 inline void check(cudaError_t error, const char* kernel) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("vblora: CUDA could not launch ") + kernel + ": " + cudaGetErrorString(error) +
-                             " (" + cudaGetErrorName(error) + ")");
+  if (error == cudaSuccess) return;
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  throw std::runtime_error(std::string("vblora: CUDA could not launch ") + kernel + ": " + cudaGetErrorString(error) +
+                           " (" + cudaGetErrorName(error) + ")" + remedy(error, driver, CUDART_VERSION));
 }
 
 // Blocks that `count` items fill, at so many a block.

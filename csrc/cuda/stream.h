@@ -7,25 +7,18 @@
 #include <torch/csrc/stable/tensor.h>
 
 #ifndef VBLORA_EMULATION
-#include <dlfcn.h>
-
 #include <stdexcept>
 #include <string>
 
 namespace vblora::cuda {
 
-// torch's C shim for the stream, looked up when it is first needed: it is in the library that only a torch with CUDA
-// has, and whoever links that one cannot be loaded without. (Stream::nativeHandle is in the other, from torch 2.13 on.)
+// By torch's C shim, which every supported torch has; torch::stable's Stream::nativeHandle came with 2.13.
 inline cudaStream_t current_stream(int32_t device) {
   using Function = AOTITorchError(int32_t device, void** stream);
-  static Function* const function = [] {
-    constexpr const char* name = "aoti_torch_get_current_cuda_stream";
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    void* address = library ? dlsym(library, name) : nullptr;
-    if (!address)
-      throw std::runtime_error(std::string("vblora: torch's libtorch_cuda.so is not loaded or lacks ") + name);
-    return reinterpret_cast<Function*>(address);
-  }();
+  constexpr const char* name = "aoti_torch_get_current_cuda_stream";
+  static Function* const function = find_in_torch<Function>("libtorch_cuda.so", name);
+  if (!function)
+    throw std::runtime_error(std::string("vblora: torch's libtorch_cuda.so is not loaded or lacks ") + name);
   void* stream = nullptr;
   if (function(device, &stream) != TORCH_SUCCESS)
     throw std::runtime_error("vblora: torch has no current stream on cuda:" + std::to_string(device));

@@ -14,7 +14,7 @@ import vblora
 from tests.small_models import Net, bert, relative_error
 from vblora import reference
 from vblora.adapters.base import Factors
-from vblora.lowrank import add_product
+from vblora.layers.kinds import add_product
 
 TARGETS = ["embed", "up", "down"]
 CONFIGS = {
@@ -390,7 +390,7 @@ def test_what_is_not_for_a_method_is_refused():
     model = Net(blocks=1)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for arguments, name in (({"bank": vblora.VectorBank(8, 8)}, "bank"), ({"freeze_bank": True}, "freeze_bank")):
-        with pytest.raises(ValueError, match=f"`{name}` is of VB-LoRA"):
+        with pytest.raises(ValueError, match=f"`{name}` applies only to VBLoRAConfig"):
             vblora.inject(model, CONFIGS["lora"], **arguments)
     import peft
 

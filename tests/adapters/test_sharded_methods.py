@@ -5,7 +5,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import vblora
-from tests.test_sharding import ROUNDING, STEPS, base, batch, sharded, train
+from tests.test_distributed import ROUNDING, STEPS, base, batch, sharded, train
 from tests.workers import run_in_processes
 
 OF_ALL = {"r": 4, "target_modules": ["up", "down"], "modules_to_save": ["head"]}

@@ -78,7 +78,7 @@ def test_round_trip_has_the_same_bits(config, form, tmp_path):
     state = model.vblora.state_dict()
     assert state.keys() == loaded.vblora.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.vblora.state_dict().items())
-    record = vblora.injected.injected(loaded)
+    record = vblora.model.record.attached_adapter(loaded)
     assert replace(record.config, fan_in_fan_out=False) == config
     assert config_in(tmp_path)["method"] == config.method
     vblora.save(loaded, tmp_path / "again", form=form)
@@ -428,7 +428,7 @@ def test_fields_that_change_what_a_lora_means_are_refused_by_name(field, value, 
 
 def test_every_field_of_pefts_is_known_or_refused():
     """Those that we do not have are at rest by default, or named here: a new one of another kind has to be looked at."""
-    from vblora.checkpoint import lora
+    from vblora.checkpoint.peft import lora
 
     ours = set(vblora.LoraConfig().to_dict()) | vblora.config.PEFT_METADATA
     for name, value in peft.LoraConfig().to_dict().items():
@@ -531,11 +531,11 @@ def test_same_defaults_as_peft():
 def test_default_layers_are_pefts():
     from peft.utils import constants
 
-    from vblora.targets import _OF_OTHERS
+    from vblora.config.default_targets import FOR_OTHERS
 
     for pefts in (
         constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
         constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
     ):
-        for model_type in _OF_OTHERS.keys() & pefts.keys():
-            assert _OF_OTHERS[model_type] == pefts[model_type], model_type
+        for model_type in FOR_OTHERS.keys() & pefts.keys():
+            assert FOR_OTHERS[model_type] == pefts[model_type], model_type

@@ -427,7 +427,7 @@ def test_a_merge_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch, capsy
     base, model = trained(bert)
     base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     vblora.save(model, tmp_path / "adapter")
-    from vblora.checkpoint import shards
+    from vblora.checkpoint import merge_files as shards
 
     whole, count = shards._write_shard, iter(range(3))
 

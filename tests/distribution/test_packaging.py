@@ -3,10 +3,12 @@
 One build for the CPU serves the whole file, from the unpacked sdist, so the working tree's own build is left alone.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -108,6 +110,15 @@ def test_the_binary_needs_libtorch_cpu_and_the_system_alone(site):
     assert needed - system == {"libtorch_cpu.so"}
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
     assert "BIND_NOW" in dynamic  # so that importing it proves every symbol to be there
+
+
+def test_the_binary_needs_no_newer_torch_than_the_oldest_supported(site):
+    audit = Path(sysconfig.get_path("scripts")) / "torch-abi-audit"
+    report = json.loads(run(audit, "--json", site / "vblora", cwd=site).stdout)
+    (module,) = report["extensions"]
+    assert module["torch"]["stable"]
+    assert module["torch"]["unknown_shim_symbols"] == []
+    assert module["torch"]["min_torch_version"] == "2.11.0"
 
 
 def test_code_for_one_instruction_set_is_called_by_its_own_name_only(source, wheel):

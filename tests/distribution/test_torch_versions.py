@@ -86,3 +86,10 @@ def test_a_bad_argument_is_named(problem):
     logits, bank, candidates = problem
     with pytest.raises(Exception, match="`k` is 6"):
         torch.ops.vblora.admixture(logits, bank, candidates, 6)
+
+
+def test_running_out_of_memory_says_so():
+    # In torch's words, which accelerate's find_executable_batch_size looks for; before 2.13, torch keeps them to itself.
+    logits, bank = torch.zeros(2**22, 1), torch.zeros(1, 2**22)  # 64 TiB of sub-vectors
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory"):
+        torch.ops.vblora.admixture(logits, bank, None, 1)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import vblora  # noqa: F401 (its operators)
-from machine_code import toolkit
+from tests.machine_code import toolkit
 
 ROOT = Path(__file__).parents[2]
 ORDERS = ("ascending", "descending", "random")
@@ -104,6 +104,11 @@ def thread_order(order: str, seed: int = 0, workers: int = 0) -> Iterator[None]:
         yield
     finally:
         functions.vblora_emulation_set(0, 0, 0)
+
+
+def fail_next_launch(error: int, driver: int = 13000) -> None:
+    """Make the next launch fail with this ``cudaError_t``, under a driver of this version (12080: CUDA 12.8)."""
+    load_operators().vblora_emulation_fail_next_launch(error, driver)
 
 
 @dataclass(frozen=True)

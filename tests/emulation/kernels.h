@@ -3,7 +3,7 @@
 
 #include <stddef.h>
 
-#include "admixture.h"
+#include "problems.h"
 
 namespace vblora_emulation {
 

@@ -21,6 +21,8 @@ std::vector<std::unique_ptr<Block>> idle;
 std::string launches;  // JSON objects, one a line
 std::map<const void*, size_t> shared_limits;
 cudaError_t last_error = cudaSuccess;
+cudaError_t next_launch = cudaSuccess;  // how it ends, whatever it is
+int driver_version = 13000;
 
 constexpr size_t kDefaultShared = 48 * 1024;  // of dynamic memory; more must be asked for with cudaFuncSetAttribute
 
@@ -97,6 +99,7 @@ cudaError_t launch(const Kernel& kernel, const void* function) {
   {
     const std::lock_guard lock(mutex);
     write_down(kernel);
+    if (next_launch != cudaSuccess) return last_error = std::exchange(next_launch, cudaSuccess);
     if (!possible(kernel, function)) return last_error = cudaErrorInvalidConfiguration;
   }
   trace::launch(kernel.name);
@@ -113,6 +116,10 @@ extern "C" {
 [[gnu::visibility("default")]] void vblora_emulation_set(int order, uint64_t seed, int workers) {
   settings = {static_cast<Order>(order), seed, workers};
 }
+[[gnu::visibility("default")]] void vblora_emulation_fail_next_launch(int error, int driver) {
+  next_launch = static_cast<cudaError_t>(error);
+  driver_version = driver;
+}
 [[gnu::visibility("default")]] void vblora_emulation_forget_launches() { launches.clear(); }
 [[gnu::visibility("default")]] const char* vblora_emulation_launches() { return launches.c_str(); }
 }
@@ -125,6 +132,10 @@ const char* cudaGetErrorName(cudaError_t error) {
 }
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver_version;
+  return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;

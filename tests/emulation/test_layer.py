@@ -54,6 +54,29 @@ def test_launches_are_counted():
     assert build.launches() == []
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            35,
+            ["The NVIDIA driver supports CUDA 12.8, but vblora was built with CUDA 13.", "at most 12.8: set CUDA_HOME"],
+        ),
+        (222, ["The NVIDIA driver supports CUDA 12.8, but vblora was built with CUDA 13.", "Update the driver"]),
+        (209, ["vblora was not built for this GPU", "Set TORCH_CUDA_ARCH_LIST"]),
+        (9, []),  # an invalid configuration has another cause
+    ],
+)
+def test_a_launch_that_the_build_cannot_serve_says_what_to_do(error, said):
+    build.load_operators()
+    build.fail_next_launch(error, driver=12080)
+    with pytest.raises(RuntimeError, match=r"vblora: CUDA could not launch .*admixture_kernel") as refusal:
+        call_everything(3, 4, 8, 2, False, "ascending")
+    message = str(refusal.value)
+    assert all(part in message for part in said)
+    assert said or "build" not in message
+    call_everything(3, 4, 8, 2, False, "ascending")  # the next launch is no failure
+
+
 def test_a_failure_names_the_kernel_and_the_thread():
     process = subprocess.run(
         [build.build("faults_asan"), "shuffle_before_barrier_under_divergence"], capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Prints the instruction set in use and a digest of all results for each case: `python -m ops.print_digests SEED`, in tests/."""
+"""Prints the instruction set in use and a digest of all results for each case: `python -m tests.ops.print_digests SEED`."""
 
 from __future__ import annotations
 

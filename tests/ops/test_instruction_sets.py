@@ -13,15 +13,15 @@ import torch
 pytestmark = [pytest.mark.backends("cpu"), pytest.mark.slow]
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # each machine that has one has those before it
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(seed: int, instruction_set: str | None) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "VBLORA_CPU_ISA"}
     if instruction_set is not None:
         environment["VBLORA_CPU_ISA"] = instruction_set
-    command = [sys.executable, "-m", "ops.print_digests", str(seed)]
-    return subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.ops.print_digests", str(seed)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def digests(seed: int, instruction_set: str | None) -> dict[str, str]:

@@ -6,13 +6,16 @@ whole model composes them once, before its first layer runs, and hands them out 
 
 import threading
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..config import AdapterConfig
 
 
 class Factors(NamedTuple):
@@ -136,7 +139,7 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
 PACKING = _pack, _unpack
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """The trained tensors of one adapter for all the layers that it serves. A method subclasses it and writes ``compose``.
 
     When factors are composed:
@@ -163,6 +166,27 @@ class Adapter(nn.Module):
         self.past: dict[Slot, bool] = {}
         self.register_load_state_dict_post_hook(_invalidate_after_load)
 
+    takes_bank: ClassVar[bool] = False  # whether from_config has an argument `bank`
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls, config: AdapterConfig, targets: Sequence[Target], *, device: torch.device | str | None = None
+    ) -> Self:
+        """A new adapter for ``targets``, in float32 on ``device``."""
+
+    @classmethod
+    def check_targets(cls, config: AdapterConfig, targets: tuple[Target, ...]) -> None:
+        """Refuses layers that the method cannot adapt.
+
+        Raises:
+            ValueError: a layer does not fit ``config``; named.
+        """
+
+    @classmethod
+    def warn_if_untrainable(cls, config: AdapterConfig) -> None:
+        """Warns of settings that keep a part of the adapter from learning. The warning points at the caller of the caller."""
+
     @abstractmethod
     def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
         """The factors of all targets in one go, or of target ``index`` alone, in ``dtype``."""
@@ -174,6 +198,10 @@ class Adapter(nn.Module):
     def stored_whole(self) -> list[Tensor]:
         """What is stored of it element by element once it is trained."""
         return list(self.parameters())
+
+    def stored_mixtures(self) -> int:
+        """What else is stored, such as indices and weights into a bank, in float32 values' worth."""
+        return 0
 
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Hands out this forward's factors."""

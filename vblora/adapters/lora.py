@@ -3,12 +3,14 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from ..bank import check_count
-from ..sharding import gather
+from ..checks import check_count
+from ..config import LoraConfig
+from ..distributed import gather
 from .base import Adapter, Factors, Target
 
 
@@ -47,6 +49,19 @@ class LoRAAdapter(Adapter):
         self._starts = [0, *itertools.accumulate(self._sizes)][::2]
         self.factors = nn.Parameter(torch.empty(sum(self._sizes), device=device, dtype=dtype))
         self.reset_parameters()
+
+    @classmethod
+    def from_config(
+        cls, config: LoraConfig, targets: Sequence[Target], *, device: torch.device | str | None = None
+    ) -> Self:
+        return cls(
+            targets,
+            r=config.r,
+            scaling=config.scaling,
+            init=config.init_lora_weights,
+            device=device,
+            dtype=torch.float32,
+        )
 
     @staticmethod
     def parts(targets: Sequence[Target], r: int) -> dict[str, list[int]]:

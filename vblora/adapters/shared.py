@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..bank import check_count
-from ..sharding import gather
+from ..checks import check_count
+from ..distributed import gather
 from .base import Adapter, Factors, Target
 
 

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from ..sharding import gather
+from ..config import TiedLoraConfig
+from ..distributed import gather
 from .base import Target
 from .shared import SharedPairAdapter
 
@@ -47,6 +49,12 @@ class TiedLoRAAdapter(SharedPairAdapter):
         if not self.A.is_meta:
             nn.init.uniform_(self.A, -bound, bound)
         self._make_vectors(1.0, 1.0, device, dtype)
+
+    @classmethod
+    def from_config(
+        cls, config: TiedLoraConfig, targets: Sequence[Target], *, device: torch.device | str | None = None
+    ) -> Self:
+        return cls(targets, r=config.r, scaling=config.scaling, device=device, dtype=torch.float32)
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         B = gather(self.B)

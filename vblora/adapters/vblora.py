@@ -2,15 +2,19 @@
 
 import itertools
 import math
+import os
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..bank import VectorBank, check_count
-from ..sharding import gather, processes
+from ..bank import VectorBank
+from ..checks import check_count
+from ..config import VBLoRAConfig
+from ..distributed import gather, processes
 from .base import Adapter, Factors, Target
 
 _DEFAULT_LENGTH = 256  # of bank vectors, the paper's and PEFT's
@@ -138,6 +142,55 @@ class VBLoRAAdapter(Adapter):
         self.register_buffer("indices", deployed.indices)
         self.register_buffer("weights", deployed.weights)
 
+    takes_bank = True
+
+    @classmethod
+    def from_config(
+        cls,
+        config: VBLoRAConfig,
+        targets: Sequence[Target],
+        *,
+        bank: VectorBank | str | os.PathLike | None = None,
+        rows: Trained | Deployed | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """A new adapter for ``targets``.
+
+        Args:
+            bank: a bank to share, or its file, instead of a new one on ``device``. The logits are on its device.
+            rows: what a file holds, instead of a draw.
+
+        Raises:
+            ValueError: a bank of another size than the config says.
+            FileNotFoundError: there is no such file of a bank.
+        """
+        return cls(
+            list(targets),
+            _bank_for(config, bank, device),
+            r=config.r,
+            topk=config.topk,
+            num_candidates=config.num_candidates,
+            init_logits_std=config.init_logits_std,
+            init=config.init,
+            scaling=config.scaling,
+            pad=config.pad,
+            seed=config.seed,
+            rows=rows,
+        )
+
+    @classmethod
+    def check_targets(cls, config: VBLoRAConfig, targets: tuple[Target, ...]) -> None:
+        check_widths(targets, config.vector_length, config.pad)
+
+    @classmethod
+    def warn_if_untrainable(cls, config: VBLoRAConfig) -> None:
+        if config.topk == 1:
+            warnings.warn(
+                "`topk` is 1: the weight of a single bank vector is always 1, so logits get no gradient and never train: each "
+                "sub-vector keeps the vector that it began with. Take 2 to let training choose.",
+                stacklevel=3,
+            )
+
     @property
     def num_subvectors(self) -> int:
         """S, the sub-vectors of all factors."""
@@ -215,6 +268,11 @@ class VBLoRAAdapter(Adapter):
     def stored_whole(self) -> list[Tensor]:
         return [self.bank.vectors]
 
+    def stored_mixtures(self) -> int:
+        # k weights and k indices a sub-vector, an index as the smallest integer type that holds all of them.
+        index = 0.25 if self.bank.num_vectors <= 256 else 0.5 if self.bank.num_vectors <= 32768 else 1.0
+        return round(self.num_subvectors * self.topk * (1 + index))
+
     def get_extra_state(self) -> Tensor:
         """The seed, so that a state dict that brings logits along brings what they were drawn with."""
         return torch.tensor([self.seed is not None, self.seed or 0], dtype=torch.int64)
@@ -226,6 +284,22 @@ class VBLoRAAdapter(Adapter):
     def extra_repr(self) -> str:
         candidates = "" if self.candidates is None else f", num_candidates={self.candidates.shape[1]}"
         return f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}, targets={len(self.targets)}"
+
+
+def _bank_for(
+    config: VBLoRAConfig, bank: VectorBank | str | os.PathLike | None, device: torch.device | str | None
+) -> VectorBank:
+    size = (config.num_vectors, config.vector_length)
+    if bank is None:
+        return VectorBank(*size, config.init_vector_bank_bound, pairs=config.init == "noop", device=device)
+    if not isinstance(bank, VectorBank):
+        bank = VectorBank.from_file(bank, device=device)
+    if (bank.num_vectors, bank.vector_length) != size:
+        raise ValueError(
+            f"`bank` has {bank.num_vectors} vectors of length {bank.vector_length}, "
+            f"but the config says `num_vectors`={size[0]}, `vector_length`={size[1]}."
+        )
+    return bank
 
 
 def draw_rows(

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (registers torch.ops.vblora)
+from ..config import VeraConfig
 from .base import Target, is_plain
 from .shared import SharedPairAdapter
 
@@ -57,6 +59,28 @@ class VeRAAdapter(SharedPairAdapter):
         self._make_vectors(d_initial, 0.0 if init else 1.0, device, dtype)
         if not init and not self.d.is_meta:
             torch.nn.init.normal_(self.d)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: VeraConfig,
+        targets: Sequence[Target],
+        *,
+        projection: tuple[Tensor, Tensor] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """``projection``: A and B of a file, instead of a draw."""
+        return cls(
+            targets,
+            r=config.r,
+            key=config.projection_prng_key,
+            d_initial=config.d_initial,
+            init=config.init_weights,
+            save_projection=config.save_projection,
+            projection=projection,
+            device=device,
+            dtype=torch.float32,
+        )
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` in ``dtype``. They are frozen, so another dtype's are kept."""

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from .. import ops
 from ..adapters import Adapter, Target, VBLoRAAdapter
 from ..adapters.base import Factors
+from ..adapters.registry import adapter_class
 from ..adapters.vblora import Deployed, Trained, as_factors, candidate_dtype, draw_rows, rows_of_factors, scaled
 from ..bank import VectorBank
 from ..config import AdapterConfig, VBLoRAConfig
-from ..methods import check_targets, new_adapter
-from ..sharding import like, whole
+from ..distributed import like, whole
 
 # Ways to name layers and modules, which come down to names; what is seen from the layers; and ways to begin, which are over.
-_OF_NO_MATTER = (
+_IRRELEVANT_FIELDS = (
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
@@ -39,15 +39,15 @@ _OF_NO_MATTER = (
 class Contents:
     """An adapter of any method, without a model. Its tensors are on the CPU.
 
-    ``beside``: tensors that trained beside the adapter (biases, ``modules_to_save``), by their names in the model.
+    ``extra_parameters``: tensors that trained beside the adapter (biases, ``modules_to_save``), by their names in the model.
     """
 
     config: AdapterConfig
     targets: tuple[Target, ...]
-    beside: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    extra_parameters: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     @property
-    def trains(self) -> bool:
+    def is_trainable(self) -> bool:
         """Whether training can go on from it."""
         return True
 
@@ -65,7 +65,7 @@ class Contents:
         for target in self.targets:
             if target.in_features < 1 or target.out_features < 1:
                 raise ValueError(f"its layer `{target.name}` is {target.in_features} -> {target.out_features}.")
-        check_targets(self.config, self.targets)
+        adapter_class(self.config).check_targets(self.config, self.targets)
 
     @abstractmethod
     def check(self) -> None:
@@ -128,7 +128,7 @@ class Contents:
                 raise ValueError(f"the update of layer `{target.name}` is not finite.")
             yield target, factors
 
-    def kept(self) -> Self:
+    def as_trainable(self) -> Self:
         """A deployed form made trainable."""
         return self
 
@@ -142,7 +142,7 @@ class Contents:
         Raises:
             ValueError: it is one.
         """
-        unlike = {f.name: f.default for f in fields(self.config) if f.name in _OF_NO_MATTER}
+        unlike = {f.name: f.default for f in fields(self.config) if f.name in _IRRELEVANT_FIELDS}
         if type(self.config) is not type(other) or replace(self.config, **unlike) != replace(other, **unlike):
             raise ValueError("`model` has an adapter of another config. Eject it first.")
 
@@ -168,15 +168,15 @@ class VBLoRAContents(Contents):
     rows: Trained | Deployed
 
     @classmethod
-    def of(cls, config: VBLoRAConfig, adapter: VBLoRAAdapter, beside: dict[str, Tensor]) -> "VBLoRAContents":
+    def of(cls, config: VBLoRAConfig, adapter: VBLoRAAdapter, extra_parameters: dict[str, Tensor]) -> "VBLoRAContents":
         rows = type(adapter.rows)(*(whole(x) if isinstance(x, Tensor) else x for x in adapter.rows))
         if isinstance(rows, Trained):
             columns = config.num_candidates if rows.candidates is None else rows.logits.shape[1]
             config = replace(config, seed=rows.seed, num_candidates=columns)
-        return cls(config, adapter.targets, whole(adapter.bank.vectors), rows, beside=beside)
+        return cls(config, adapter.targets, whole(adapter.bank.vectors), rows, extra_parameters=extra_parameters)
 
     @property
-    def trains(self) -> bool:
+    def is_trainable(self) -> bool:
         return isinstance(self.rows, Trained)
 
     @property
@@ -274,7 +274,7 @@ class VBLoRAContents(Contents):
             (factors,) = as_factors(ops.in_parts(subvectors, size, self.config.r), (target,))
             yield target, factors
 
-    def kept(self) -> "VBLoRAContents":
+    def as_trainable(self) -> "VBLoRAContents":
         """A deployed form made trainable: with the k vectors of each row as its only candidates."""
         if isinstance(self.rows, Trained):
             return self
@@ -286,7 +286,7 @@ class VBLoRAContents(Contents):
             bank = VectorBank(*self.bank.shape, self.config.init_vector_bank_bound, device="meta")
             bank.vectors = nn.Parameter(self.bank.to(device))
         rows = type(self.rows)(*(x.to(device) if isinstance(x, Tensor) else x for x in self.rows))
-        return new_adapter(self.config, self.targets, bank=bank, rows=rows)
+        return VBLoRAAdapter.from_config(self.config, self.targets, bank=bank, rows=rows)
 
     def check_sizes(self, other: "VBLoRAContents") -> None:
         for name, ours, theirs in zip(type(other.rows)._fields, self.rows, other.rows, strict=False):

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, Target
 from ..adapters.base import Factors
+from ..adapters.registry import adapter_class
 from ..adapters.vera import draw_projection
 from ..bank import VectorBank
 from ..config import AdapterConfig, VeraConfig
-from ..methods import new_adapter
-from ..sharding import like, whole
+from ..distributed import like, whole
 from .contents import Contents, check_tensor
 
 
@@ -23,13 +23,18 @@ class FlatContents(Contents):
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, config: AdapterConfig, adapter: Adapter, beside: dict[str, Tensor]) -> "FlatContents":
-        return cls(config, adapter.targets, {name: whole(x) for name, x in _tensors_of(adapter).items()}, beside=beside)
+    def of(cls, config: AdapterConfig, adapter: Adapter, extra_parameters: dict[str, Tensor]) -> "FlatContents":
+        return cls(
+            config,
+            adapter.targets,
+            {name: whole(x) for name, x in _tensors_of(adapter).items()},
+            extra_parameters=extra_parameters,
+        )
 
     def check(self) -> None:
         self.check_layout()
         try:
-            wanted = _tensors_of(new_adapter(self.config, self.targets, device="meta"))
+            wanted = _tensors_of(adapter_class(self.config).from_config(self.config, self.targets, device="meta"))
         except (RuntimeError, TypeError, OverflowError):
             raise ValueError(f"its `r` is {self.config.r}: no tensors of such sizes can be made.") from None
         for name in sorted(wanted.keys() ^ self.tensors.keys()):
@@ -44,7 +49,7 @@ class FlatContents(Contents):
             yield from zip(self.targets, self.adapter().compose(dtype), strict=True)
 
     def adapter(self, device: torch.device | str | None = None, bank: VectorBank | None = None) -> Adapter:
-        adapter = new_adapter(self.config, self.targets, device="meta")
+        adapter = adapter_class(self.config).from_config(self.config, self.targets, device="meta")
         for name, tensor in self.tensors.items():
             tensor = tensor.detach().to(device, copy=True)
             setattr(adapter, name, nn.Parameter(tensor) if name in adapter._parameters else tensor)
@@ -60,7 +65,7 @@ class FlatContents(Contents):
             tensor.copy_(like(self.tensors[name], tensor))
 
     def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> "FlatContents":
-        kind = type(new_adapter(self.config, self.targets, device="meta"))
+        kind = adapter_class(self.config)
         tensors = dict(self.tensors)
         for name, sizes in kind.parts(self.targets, self.config.r).items():
             parts = tensors[name].split(sizes)

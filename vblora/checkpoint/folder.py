@@ -14,26 +14,27 @@ from torch import nn
 
 from ..adapters import VBLoRAAdapter
 from ..bank import BankFile, VectorBank
-from ..bases import Conv1D
 from ..config import LoraConfig, VBLoRAConfig, VeraConfig
+from ..distributed import is_sharded, like, rank, reshard, whole
 from ..files import read_tensors, write_file, write_tensors
-from ..injected import Injected, injected, injections, refuse_if_disabled, refuse_if_merged
-from ..injection import Plan
-from ..sharding import is_sharded, like, rank, reshard, whole
-from . import lora, native, peft, vera
+from ..layers.kinds import Conv1D
+from ..model.inject import Plan
+from ..model.record import AttachedAdapter, adapted_models, attached_adapter, refuse_if_disabled, refuse_if_merged
+from . import native
 from .contents import Contents, VBLoRAContents
 from .flat import FlatContents
+from .peft import common, lora, vblora, vera
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
-FORMS = (*native.FORMS, *peft.FORMS, *lora.FORMS)
+FORMS = (*native.FORMS, *vblora.FORMS, *lora.FORMS)
 METHOD_NAMES = {
     "vblora": "VB-LoRA (arXiv 2405.15179)",
     "vera": "VeRA (arXiv 2310.11454)",
     "tied_lora": "Tied-LoRA (arXiv 2311.09578)",
     "lora": "LoRA (arXiv 2106.09685)",
 }
-_DECODE_OF_PEFT = {"VBLORA": peft.decode, "LORA": lora.decode, "VERA": vera.decode}
+_DECODE_OF_PEFT = {"VBLORA": vblora.decode, "LORA": lora.decode, "VERA": vera.decode}
 
 
 def save(
@@ -67,12 +68,12 @@ def save(
     Raises:
         ValueError: the model has no such adapter, or one that cannot be written so.
     """
-    source = injected(model, adapter_name)
+    source = attached_adapter(model, adapter_name)
     if form not in (None, *FORMS):
         raise ValueError(f"`form` is {form!r}; allowed are {', '.join(map(repr, FORMS))}.")
     contents = contents_of(source)
     if form is None:
-        form = "resume" if contents.trains else "deploy"
+        form = "resume" if contents.is_trainable else "deploy"
     bank = getattr(source.adapter, "bank", None)
     bank_file = bank.file if bank is not None and bank_dtype is None and bank.unchanged() else None
     if rank() and any(is_sharded(tensor) for tensor in source.model.parameters()):
@@ -124,18 +125,18 @@ def load(
             that cannot train, or the model is merged, disabled, or on the meta device.
     """
     present = None
-    for record in injections(model):
+    for record in adapted_models(model):
         refuse_if_disabled(record.layers)
         refuse_if_merged(record.layers)
         if adapter_name is None or adapter_name in record.adapters:
-            present = injected(model, adapter_name)
+            present = attached_adapter(model, adapter_name)
     path = Path(directory) / TENSORS_FILE
     if bank is not None and not isinstance(bank, VectorBank):
         bank = VectorBank.from_file(bank)
     contents, shares_bank = read(directory, bank, None if present is None else getattr(present.adapter, "bank", None))
     if train_kept:
-        contents = contents.kept()
-    if is_trainable and not contents.trains:
+        contents = contents.as_trainable()
+    if is_trainable and not contents.is_trainable:
         raise ValueError(
             f'{path} holds a deployed adapter: k weights a sub-vector, and no logits to train. Save with form="resume" to '
             "go on exactly, or load with train_kept=True to train with the k vectors that were kept as the only candidates."
@@ -223,7 +224,7 @@ def _encode_for_others(contents: Contents, form: str, base_model: str | None) ->
     if form in lora.FORMS or (form == "peft" and isinstance(config, LoraConfig)):
         return lora.encode(contents, base_model)
     if isinstance(contents, VBLoRAContents):
-        return peft.encode(contents, form, base_model)
+        return vblora.encode(contents, form, base_model)
     if form == "peft" and isinstance(config, VeraConfig):
         return vera.encode(contents, base_model)
     raise ValueError(
@@ -232,7 +233,7 @@ def _encode_for_others(contents: Contents, form: str, base_model: str | None) ->
 
 
 def _read_peft(path: Path, tensors: dict[str, torch.Tensor], bank: VectorBank | None) -> Contents:
-    description = peft.read_config(path.with_name(CONFIG_FILE))
+    description = common.read_config(path.with_name(CONFIG_FILE))
     try:
         if bank is not None:
             raise ValueError("it has a bank of its own, but `bank` was given. Leave that out.")
@@ -265,7 +266,7 @@ def _class_of(model: nn.Module) -> dict[str, str]:
     return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
-def contents_of(source: Injected) -> Contents:
+def contents_of(source: AttachedAdapter) -> Contents:
     """What a model's adapter comes down to."""
     reshard(source.model)
     adapter = source.adapter
@@ -274,22 +275,22 @@ def contents_of(source: Injected) -> Contents:
     copies = {}  # what is tied stays one tensor
     for replaced in source.replaced.values():
         copies.setdefault(replaced.stand_in, whole(replaced.stand_in))
-    beside = {name: copies[replaced.stand_in] for name, replaced in source.replaced.items()}
+    extra_parameters = {name: copies[replaced.stand_in] for name, replaced in source.replaced.items()}
     kind = VBLoRAContents if isinstance(adapter, VBLoRAAdapter) else FlatContents
-    return kind.of(config, adapter, beside)
+    return kind.of(config, adapter, extra_parameters)
 
 
 def _put_in(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
     contents = contents.in_order(plan.targets)
-    _check_beside(contents, plan.stand_ins)
+    _check_extra_parameters(contents, plan.stand_ins)
     if is_trainable:
         plan.check_trainable()
     _refuse_meta(plan.device.type == "meta")
     adapter = contents.adapter(plan.device, bank)
     with torch.no_grad():
         for name, (_, _, stand_in) in plan.stand_ins.items():
-            if name in contents.beside:
-                stand_in.copy_(contents.beside[name])
+            if name in contents.extra_parameters:
+                stand_in.copy_(contents.extra_parameters[name])
             stand_in.requires_grad_(is_trainable and stand_in.is_floating_point() and stand_in.requires_grad)
     adapter.requires_grad_(is_trainable)
     if bank is not None:
@@ -297,7 +298,7 @@ def _put_in(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainabl
     plan.carry_out(adapter)
 
 
-def write_over(target: Injected, contents: Contents, is_trainable: bool | None) -> None:
+def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool | None) -> None:
     """Puts checked contents over a model's adapter, whose parameters require gradients then if told so; None: as they did.
 
     Raises:
@@ -307,15 +308,15 @@ def write_over(target: Injected, contents: Contents, is_trainable: bool | None) 
     own = contents_of(target)
     contents.check_config(own.config)
     contents = contents.in_order(adapter.targets)
-    _check_beside(contents, {name: (r.module, r.name, r.stand_in) for name, r in target.replaced.items()})
+    _check_extra_parameters(contents, {name: (r.module, r.name, r.stand_in) for name, r in target.replaced.items()})
     contents.check_sizes(own)
     _refuse_meta(any(parameter.is_meta for parameter in adapter.parameters()))
     with torch.no_grad():
         contents.write_over(adapter)
         stand_ins = [replaced.stand_in for replaced in target.replaced.values()]
         for stand_in, name in zip(stand_ins, target.replaced, strict=True):
-            if name in contents.beside:
-                stand_in.copy_(like(contents.beside[name], stand_in))
+            if name in contents.extra_parameters:
+                stand_in.copy_(like(contents.extra_parameters[name], stand_in))
     if is_trainable is not None:
         target.requires_grad_(is_trainable)
     adapter.invalidate()
@@ -328,13 +329,15 @@ def _refuse_meta(is_meta: bool) -> None:
         )
 
 
-def _check_beside(contents: Contents, places: dict[str, tuple[nn.Module, str, torch.Tensor]]) -> None:
+def _check_extra_parameters(contents: Contents, places: dict[str, tuple[nn.Module, str, torch.Tensor]]) -> None:
     """``places``: whose they are in the model, called what there, and the tensors to be written over."""
     needless = {name for name, (module, own, _) in places.items() if own in module._non_persistent_buffers_set}
     wanted = {name: stand_in for name, (_, _, stand_in) in places.items()}
-    for name in sorted((wanted.keys() ^ contents.beside.keys()) - (needless - contents.beside.keys())):
+    for name in sorted(
+        (wanted.keys() ^ contents.extra_parameters.keys()) - (needless - contents.extra_parameters.keys())
+    ):
         raise ValueError(f"it {'lacks' if name in wanted else 'has an unknown'} tensor `{name}`.")
-    for name, tensor in contents.beside.items():
+    for name, tensor in contents.extra_parameters.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"`{name}` is {tuple(tensor.shape)}, but must be {tuple(wanted[name].shape)}.")
         if tensor.is_floating_point() != wanted[name].is_floating_point():

@@ -25,7 +25,7 @@ from ..adapters import Target
 from ..adapters.vblora import Deployed, Trained, candidate_dtype
 from ..bank import BankFile, VectorBank, decode_vectors, encode_vectors
 from ..config import METHODS, VBLoRAConfig
-from ..sharding import whole
+from ..distributed import whole
 from .contents import Contents, VBLoRAContents, check_tensor
 from .flat import FlatContents, with_projection
 from .packing import pack_bits, pack_prefixes, unpack_bits, unpack_prefixes
@@ -33,8 +33,8 @@ from .packing import pack_bits, pack_prefixes, unpack_bits, unpack_prefixes
 FORMS = ("resume", "deploy")
 METADATA = "vblora"  # the key
 VERSION = 1
-KINDS = ("linear", "embedding", "convolution")
-_BANK, _BESIDE = "bank.", "beside."
+_TARGET_KINDS = ("linear", "embedding", "convolution")
+_BANK, _EXTRA = "bank.", "beside."
 
 
 def encode(
@@ -54,8 +54,8 @@ def encode(
         tensors = _encode_rows(contents, form, bank_dtype)
         if bank_file is None:
             tensors |= {_BANK + name: tensor for name, tensor in encode_vectors(contents.bank, bank_dtype).items()}
-    beside, aliases = _untied(contents.beside)
-    tensors |= {_BESIDE + name: tensor for name, tensor in beside.items()}
+    extra_parameters, aliases = _untied(contents.extra_parameters)
+    tensors |= {_EXTRA + name: tensor for name, tensor in extra_parameters.items()}
     description = {
         "format": "vblora",
         "version": VERSION,
@@ -87,17 +87,23 @@ def decode(description: dict, tensors: dict[str, Tensor], bank: VectorBank | Non
     if form not in FORMS:
         raise ValueError(f"it is of form {form!r}; known are 'resume' and 'deploy'.")
     tensors = dict(tensors)
-    beside = {name.removeprefix(_BESIDE): tensors.pop(name) for name in list(tensors) if name.startswith(_BESIDE)}
-    if missing := sorted(set(aliases.values()) - beside.keys()):
+    extra_parameters = {
+        name.removeprefix(_EXTRA): tensors.pop(name) for name in list(tensors) if name.startswith(_EXTRA)
+    }
+    if missing := sorted(set(aliases.values()) - extra_parameters.keys()):
         raise ValueError(f"it lacks tensor `{missing[0]}`.")
-    beside |= {alias: beside[name] for alias, name in aliases.items()}
+    extra_parameters |= {alias: extra_parameters[name] for alias, name in aliases.items()}
     if not isinstance(config, VBLoRAConfig):
         if hash_of_bank is not None or bank is not None:
             raise ValueError(f"it is a {type(config).__name__}'s, which has no bank. Leave `bank` out.")
-        return FlatContents(config, targets, with_projection(config, targets, tensors), beside=beside)
+        return FlatContents(
+            config, targets, with_projection(config, targets, tensors), extra_parameters=extra_parameters
+        )
     banks = {name.removeprefix(_BANK): tensors.pop(name) for name in list(tensors) if name.startswith(_BANK)}
     vectors = _bank_of(hash_of_bank, banks, bank)
-    contents = VBLoRAContents(config, targets, vectors, Deployed(torch.empty(0), torch.empty(0)), beside=beside)
+    contents = VBLoRAContents(
+        config, targets, vectors, Deployed(torch.empty(0), torch.empty(0)), extra_parameters=extra_parameters
+    )
     contents.check_layout()
     rows = _decode_trained(contents, tensors) if form == "resume" else _decode_deployed(contents, tensors)
     if form == "deploy" and vectors.dtype != torch.float64:
@@ -193,7 +199,11 @@ def _target(
     name: str, in_features: int, out_features: int, kind: str = "linear", kernel: list = (), unusual: list = ()
 ) -> Target:
     kernel = tuple(map(int, kernel))
-    if kind not in KINDS or (kind == "convolution") != bool(kernel) or (kernel and math.prod(kernel) != in_features):
+    if (
+        kind not in _TARGET_KINDS
+        or (kind == "convolution") != bool(kernel)
+        or (kernel and math.prod(kernel) != in_features)
+    ):
         raise ValueError(f"layer {name!r}: {kind!r}, {kernel}")
     return Target(str(name), int(in_features), int(out_features), kind, kernel, tuple(map(str, unusual)))
 

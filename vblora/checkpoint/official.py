@@ -100,14 +100,14 @@ def _decode(tensors: dict[str, Tensor], topk: int) -> VBLoRAContents:
             rows.append(logits.float().transpose(0, 1).flatten(0, 1))
         targets.append(Target(layer, *widths))
     encoders = {layer.partition(".")[0] for layer in layers}
-    beside = {name: tensor for name, tensor in others.items() if name.partition(".")[0] not in encoders}
+    extra_parameters = {name: tensor for name, tensor in others.items() if name.partition(".")[0] not in encoders}
     config = VBLoRAConfig(
         r=r,
         num_vectors=num_vectors,
         vector_length=vector_length,
         topk=topk,
         target_modules=list(layers),
-        modules_to_save=sorted({name.partition(".")[0] for name in beside}) or None,
+        modules_to_save=sorted({name.partition(".")[0] for name in extra_parameters}) or None,
         num_candidates=None,
     )
-    return VBLoRAContents(config, tuple(targets), bank, Trained(torch.cat(rows)), beside=beside)
+    return VBLoRAContents(config, tuple(targets), bank, Trained(torch.cat(rows)), extra_parameters=extra_parameters)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..adapters import VBLoRAAdapter
-from ..sharding import is_sharded, like, reshard, whole
+from ..distributed import is_sharded, like, reshard, whole
 from .packing import pack_prefixes, unpack_prefixes
 
 _PACKED = "vblora.packed"

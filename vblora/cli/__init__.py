@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..errors import CommandError
 from . import convert, finetune, info, merge
-from .errors import CommandError
 
 _COMMANDS = (finetune, info, convert, merge)  # each has add_parser(subparsers) and run(arguments) -> exit code
 

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .errors import CommandError
-from .folders import Adapter, add_bank, check_output, read_adapter
+from ..errors import CommandError
+from .folders import AdapterFolder, add_bank, check_output, read_adapter
 
 _FORMS = ("resume", "deploy", "peft", "peft-topk", "lora")  # vblora.checkpoint.folder.FORMS, without importing torch
 _DTYPES = ("bfloat16", "float16", "int8")
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(arguments: argparse.Namespace) -> Adapter:
+def _read(arguments: argparse.Namespace) -> AdapterFolder:
     src = arguments.src
     if not src.exists():
         raise CommandError(f"SRC: there is no {src}. Give the folder of an adapter.")
@@ -93,7 +93,7 @@ def _read(arguments: argparse.Namespace) -> Adapter:
     except (OSError, ValueError) as error:
         message = str(error).replace("Give that as `topk`.", "Give it as --topk.")
         raise CommandError(f"SRC: {message}") from None
-    return Adapter(contents, None, None, {})
+    return AdapterFolder(contents, None, None, {})
 
 
 def _is_official(folder: Path) -> bool:

@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import CommandError
+from ..errors import CommandError
 
 
-class Adapter(NamedTuple):
+class AdapterFolder(NamedTuple):
     """An adapter's folder, read and checked."""
 
     contents: object  # vblora.checkpoint.contents.Contents
@@ -37,7 +37,7 @@ def need(*packages: str) -> None:
             raise CommandError(f"the package {package} is not installed. Install it with: pip install 'vblora[cli]'")
 
 
-def read_adapter(argument: str, folder: Path, bank: Path | None) -> Adapter:
+def read_adapter(argument: str, folder: Path, bank: Path | None) -> AdapterFolder:
     from ..bank import VectorBank  # torch: slow, so not before the arguments are checked
     from ..checkpoint import folder as files
 
@@ -59,7 +59,7 @@ def read_adapter(argument: str, folder: Path, bank: Path | None) -> Adapter:
     config = read_config(folder / files.CONFIG_FILE)
     about = {name: config[name] for name in ("auto_mapping", "task_type", "revision") if config.get(name) is not None}
     base_model = config.get("base_model_name_or_path")
-    return Adapter(contents, loaded.file if shares_bank else None, base_model, about)
+    return AdapterFolder(contents, loaded.file if shares_bank else None, base_model, about)
 
 
 def read_config(path: Path) -> dict:

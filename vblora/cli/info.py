@@ -98,7 +98,7 @@ def _form(folder: Path, contents) -> str:
         return "PEFT: training goes on from it"
     return (
         "PEFT, all logits: training goes on from it"
-        if contents.trains
+        if contents.is_trainable
         else "PEFT, save_only_topk_weights: for inference"
     )
 

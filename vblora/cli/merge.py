@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .errors import CommandError
+from ..errors import CommandError
 from .folders import add_adapter, add_bank, check_output, read_adapter
 
 _DESCRIPTION = """\
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.base.is_dir():
         raise CommandError(f"BASE: there is no folder {arguments.base}. Give the folder that save_pretrained wrote.")
     adapter = read_adapter("ADAPTER", arguments.adapter, arguments.bank)
-    from ..checkpoint.shards import merge_into_shards
+    from ..checkpoint.merge_files import merge_into_shards
 
     try:
         done = merge_into_shards(adapter.contents, arguments.base, arguments.out)

@@ -5,7 +5,8 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, Self
 
-from ..bank import check_count
+from ..checks import check_count
+from .default_targets import FOR_OTHERS
 
 # Fields that PEFT writes beside a method's own and that say nothing about the adapter itself.
 PEFT_METADATA = frozenset(
@@ -44,6 +45,8 @@ class AdapterConfig:
 
     method: ClassVar[str]  # as it begins the names of the dropout and of what `bias` may be
     peft_type: ClassVar[str | None] = None  # of PEFT's configs of the same method
+
+    default_targets: ClassVar[dict[str, list[str]]] = FOR_OTHERS
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None

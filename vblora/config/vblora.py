@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..bank import check_count
+from ..checks import check_count
 from .base import AdapterConfig
+from .default_targets import FOR_VBLORA
 
 # Fields of ours that PEFT does not have.
 BEYOND_PEFT = frozenset({"init", "num_candidates", "pad", "scaling", "seed"})
@@ -44,6 +45,7 @@ class VBLoRAConfig(AdapterConfig):
 
     method = "vblora"
     peft_type = "VBLORA"
+    default_targets = FOR_VBLORA
 
     r: int = 4
     num_vectors: int = 256

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..adapters import VBLoRAAdapter
-from ..candidates import moves_untouched, stats
 from ..checkpoint import native
 from ..checkpoint.folder import TENSORS_FILE, save, write_over
 from ..checkpoint.optimizer import is_packed, pack_state, unpack_state
 from ..files import read_tensors, write_tensors
-from ..injected import injected, injections
+from ..model.candidates import moves_untouched, stats
+from ..model.record import adapted_models, attached_adapter
 
 _PREFIX = "vblora.resume."  # of the adapter's tensors in the file that the Trainer reads
 _DESCRIPTION = _PREFIX + "description"
@@ -69,7 +69,7 @@ class VBLoRACallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **_,
     ) -> None:
-        if model is None or not injections(model):  # `model_init` makes it later
+        if model is None or not adapted_models(model):  # `model_init` makes it later
             return
         _attach(model)
         if optimizer is not None:
@@ -134,7 +134,7 @@ class _HasAdapter:
         self.model = model
 
     def __bool__(self) -> bool:
-        return bool(injections(self.model))
+        return bool(adapted_models(self.model))
 
 
 def _has_candidates(model: nn.Module) -> bool:
@@ -145,7 +145,7 @@ def _attach(model: nn.Module) -> bool:
     """Puts the adapter's saving and loading in the place of the model's; False if they are there."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"VBLoRACallback saves through `save_pretrained`, which {type(model).__name__} does not have.")
-    injected(model)
+    attached_adapter(model)
     if "save_pretrained" in vars(model):
         return False
     # Partials and not closures: a copied or pickled model takes them along, and they it.
@@ -157,7 +157,7 @@ def _attach(model: nn.Module) -> bool:
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-    if not injections(model):
+    if not adapted_models(model):
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
         return
     save(model, save_directory, form="resume")
@@ -171,7 +171,7 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, 
 def _load_state_dict(model: PreTrainedModel, state_dict: dict[str, Tensor], *args, **kwargs) -> _IncompatibleKeys:
     if _DESCRIPTION not in state_dict:
         return type(model).load_state_dict(model, state_dict, *args, **kwargs)
-    target = injected(model)
+    target = attached_adapter(model)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items() if name != _DESCRIPTION}
     description = json.loads(bytes(state_dict[_DESCRIPTION].tolist()))
     contents = native.decode(description, tensors, target.adapter.bank if description["bank_file"] else None)

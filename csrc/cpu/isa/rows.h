@@ -1,7 +1,7 @@
 // What the kernel files read a row's entries with. `static`, for the reason that numeric.h gives.
 #pragma once
 
-#include "../../admixture.h"
+#include "../../problems.h"
 #include "../../numeric.h"
 
 namespace vblora::cpu {

@@ -1,0 +1,93 @@
+// From the operators' tensors to a backend's problem: every argument checked by name, made dense where it is not, and
+// the outputs allocated. The same for all backends; what is returned keeps the tensors alive that the problem points
+// into.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+#include "problems.h"
+
+namespace vblora {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct AdmixtureCall {
+  Admixture problem;
+  Tensor logits, bank;
+  std::optional<Tensor> candidates;
+  Tensor subvectors, indices, weights;
+  std::optional<Tensor> exhausted;
+};
+AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
+                                int64_t k, std::optional<ScalarType> out_dtype);
+
+// For an admixture whose sub-vectors are handed out as runs of `sizes` rows, each a matrix of `ranks` rows, and that
+// says which rows are exhausted.
+AdmixtureCall prepare_admixture_parts(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
+                                      int64_t k, std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
+                                      int64_t ranks);
+
+struct CompositionCall {
+  Composition problem;
+  Tensor bank, indices, weights;
+  Tensor subvectors;
+};
+CompositionCall prepare_composition(const Tensor& bank, const Tensor& indices, const Tensor& weights,
+                                    std::optional<ScalarType> out_dtype);
+
+struct AdmixtureBackwardCall {
+  AdmixtureBackward problem;
+  std::optional<Tensor> grad_subvectors;
+  std::vector<Tensor> grad_parts;  // or these, of some of the rows each
+  std::optional<Tensor> grad_weights;
+  Tensor indices, weights, bank;
+  std::optional<Tensor> candidates;
+  Tensor grad_logits, grad_bank;
+};
+AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& grad_subvectors,
+                                                 const std::optional<Tensor>& grad_weights, const Tensor& indices,
+                                                 const Tensor& weights, const Tensor& bank,
+                                                 const std::optional<Tensor>& candidates, int64_t num_candidates,
+                                                 bool need_logits, bool need_bank);
+
+// The gradients of the sub-vectors as runs of rows, part i, of any shape, from row begins[i] on; those of other rows
+// are zero. The problem's grad_subvectors is null.
+AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>& parts,
+                                                       const std::vector<int64_t>& begins, const Tensor& indices,
+                                                       const Tensor& weights, const Tensor& bank,
+                                                       const std::optional<Tensor>& candidates, int64_t num_candidates,
+                                                       bool need_logits, bool need_bank);
+
+struct DrawCall {
+  Draw problem;
+  Tensor logits;  // what the problem writes: the caller's own, or dense stand-ins for them
+  std::optional<Tensor> candidates;
+  Tensor given_logits;
+  std::optional<Tensor> given_candidates;
+
+  void write_back();  // from the stand-ins, if there are any
+};
+DrawCall prepare_draw(const Tensor& logits, const std::optional<Tensor>& candidates, int64_t num_vectors, int64_t seed,
+                      double std);
+
+struct UniformDrawCall {
+  UniformDraw problem;
+  Tensor values, given_values;
+
+  void write_back();
+};
+UniformDrawCall prepare_uniform_draw(const Tensor& values, int64_t seed, int64_t stream, double bound);
+
+// VBLORA_CHECKED=1 in the environment: every call also looks at the values it was given (on the CPU; they are copied
+// there).
+bool checked();
+void check_values(const AdmixtureCall& call);
+void check_values(const CompositionCall& call);
+void check_values(const AdmixtureBackwardCall& call);
+
+}  // namespace vblora

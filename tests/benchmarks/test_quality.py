@@ -1,0 +1,219 @@
+"""`python -m benchmarks.quality`: it reads GLUE's layouts, learns, goes on where it was, and reports what it ran."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality.methods import CONFIGS, RECIPES, Recipe, draw
+from benchmarks.quality.tasks import Example, Task, read_tasks
+from tests.tables import make_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYOUTS = {
+    "CoLA": ("gj04\t1\t\tThey sang.\nbc01\t0\t*\tThey sang on.\n", [(("They sang.",), 1), (("They sang on.",), 0)]),
+    "SST-2": ('sentence\tlabel\na "fine" film \t1\nnot\t0\n', [(('a "fine" film',), 1), (("not",), 0)]),
+    "MRPC": (
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe ran .\tHe did run .\n0\t9\t10\tA\tB\n",
+        [(("He ran .", "He did run ."), 1), (("A", "B"), 0)],
+    ),
+    "STS-B": (
+        "index\tgenre\tsentence1\tsentence2\tscore\n0\tx\tA\tB\t4.25\n1\tx\tC\tD\t0\n",
+        [(("A", "B"), 4.25), (("C", "D"), 0.0)],
+    ),
+    "RTE": (
+        "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tentailment\n1\tC\tD\tnot_entailment\ncut off\n",
+        [(("A", "B"), 0), (("C", "D"), 1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name, tmp_path):
+    text, expected = LAYOUTS[name]
+    (tmp_path / name).mkdir()
+    for part in ("train", "dev"):
+        (tmp_path / name / f"{part}.tsv").write_text(text, encoding="utf-8")
+    (task,) = read_tasks(tmp_path)
+    assert task.train == task.dev == expected
+    assert bool(task.labels) == (name != "STS-B")
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there are none"):
+        read_tasks(tmp_path)
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "train.tsv").write_text("a\tb\nc\td\n")
+    with pytest.raises(ValueError, match="columns a, b"):
+        read_tasks(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no RTE.*there are SST-2"):
+        read_tasks(tmp_path, ["RTE"])
+
+
+def test_rows_are_of_all_the_file_and_the_others_are_held_out(tmp_path):
+    (tmp_path / "SST-2").mkdir()
+    for part, rows in (("train", range(300)), ("dev", range(300, 310))):
+        text = "".join(f"{row}\t{row % 2}\n" for row in rows)
+        (tmp_path / "SST-2" / f"{part}.tsv").write_text(f"sentence\tlabel\n{text}")
+
+    def numbers(examples: list[Example]) -> list[int]:
+        return [int(example.texts[0]) for example in examples]
+
+    (task,) = read_tasks(tmp_path, max_train=100)
+    assert len(task.train) == 100 and numbers(task.dev) == list(range(300, 310))
+    thirds = np.histogram(numbers(task.train), bins=[0, 100, 200, 300])[0]
+    assert thirds.min() >= 20  # not of the beginning alone
+    (other,) = read_tasks(tmp_path, max_train=100, held_out=True)
+    assert other.train == task.train and sorted(numbers(other.train + other.dev)) == list(range(300))
+    for none_left in (None, 300):
+        with pytest.raises(ValueError, match=r"SST-2 has 300 training rows.*none is held out"):
+            read_tasks(tmp_path, max_train=none_left, held_out=True)
+
+
+def test_word_order_is_made_from_pairs(tmp_path):
+    sentence = "the cat sat on the mat with number"
+    rows = "".join(f"0\tx\t{sentence} {i}\t{sentence} {i + 1500}\t4.25\n" for i in range(1500))
+    for task, header, text in (
+        ("STS-B", "index\tgenre\tsentence1\tsentence2\tscore\n", rows),
+        ("SST-2", "sentence\tlabel\n", "a b c d e f g\t1\n"),
+    ):
+        (tmp_path / task).mkdir()
+        for part in ("train", "dev"):
+            (tmp_path / task / f"{part}.tsv").write_text(header + text)
+    (task,) = read_tasks(tmp_path, ["word-order"], max_train=900)
+    assert [len(task.train), len(task.dev)] == [900, 1000] and task.metric == "accuracy"
+    assert 0.4 < np.mean([example.label for example in task.train]) < 0.6
+    for (text,), label in task.train:
+        assert text.startswith(sentence) == bool(label)
+        assert sorted(text.split())[1:] == sorted(sentence.split())  # after the number, which never moves
+    assert task == read_tasks(tmp_path, ["word-order"], max_train=900)[0]
+    with pytest.raises(FileNotFoundError, match="SST-2, STS-B"):
+        read_tasks(tmp_path, ["CoLA"])
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "predicted", "score"),
+    [
+        ("MRPC", ["0", "1"], [1, 0, 1, 0], 75.0),
+        ("CoLA", ["0", "1"], [1, 0, 1, 0], 100 / np.sqrt(3)),
+        ("CoLA", ["0", "1"], [1, 1, 1, 1], 0.0),
+        ("STS-B", [], [3.0, 1.0, 3.0, 3.0], 100.0),
+    ],
+)
+def test_scores(name, labels, predicted, score):
+    examples = [Example(("x",), label) for label in (1, 0, 1, 1)]
+
+    assert Task(name, [], examples, labels).score(np.array(predicted)) == pytest.approx(score)
+
+
+def test_a_setting_goes_where_its_name_belongs():
+    changed = RECIPES["VB-LoRA"].changed({"lr_bank": 0.5, "topk": 3, "warm_up": 0.2})
+    assert changed.rates["lr_bank"] == 0.5 and changed.config["topk"] == 3 and changed.warm_up == 0.2
+    assert changed.config["r"] == RECIPES["VB-LoRA"].config["r"]
+    assert Recipe(None).changed({}) == Recipe(None)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_each_method_is_tuned_by_as_many_settings(method):
+    drawn = draw(method, 12)
+    assert len(drawn) == 12 and drawn[0] == {} and drawn == draw(method, 12)
+    assert len({tuple(settings.items()) for settings in drawn}) == 12
+    recipe = next(recipe for recipe in RECIPES.values() if recipe.method == method)
+    for settings in drawn:
+        changed = recipe.changed(settings)
+        CONFIGS[method](**changed.config)  # has such fields
+        reached = changed.rates | changed.config | {"warm_up": changed.warm_up}
+        assert {name: reached[name] for name in settings} == settings
+
+
+def test_no_more_settings_are_drawn_than_there_are():
+    drawn = draw(None, 12)  # of the frozen encoder: three rates of the head by three warm-ups
+    assert len(drawn) == 10 and all(drawn.count(settings) == 1 for settings in drawn)
+
+
+def test_a_search_tries_the_better_half_on_all_tasks(tmp_path, monkeypatch, capsys):
+    for task in ("A", "B"):
+        (tmp_path / task).mkdir()
+        for part in ("train", "dev"):
+            (tmp_path / task / f"{part}.tsv").write_text("sentence\tlabel\nx\t0\ny\t1\n")
+    ran = []
+
+    def run(task: Task, recipe: Recipe, seed: int, settings) -> dict:
+        ran.append((task.name, recipe.method, recipe))
+        rate = recipe.rates["lr_bank" if recipe.method == "vblora" else "lr_factors"]
+        about = {"stored": 1, "seconds": 1.0, "steps": 1, "losses": [1.0], "exhausted": 0}
+        return about | {"score": 100 * rate + 1000 * recipe.warm_up}
+
+    monkeypatch.setattr(quality, "run", run)
+    options = ["--methods", "VB-LoRA", "LoRA r=8", "--search", "5", "--seeds", "1", "--processes", "1"]
+    paths = ["--data", str(tmp_path), "--model", str(tmp_path), "--output", str(tmp_path / "runs.jsonl")]
+    monkeypatch.setattr("sys.argv", ["quality", *options, *paths])
+    assert quality.main() == 0
+    for method in ("vblora", "lora"):
+        first = [recipe for task, of, recipe in ran if (task, of) == ("A", method)]
+        second = [recipe for task, of, recipe in ran if (task, of) == ("B", method)]
+        assert len(first) == 5 and len(second) == 3 and all(recipe in first for recipe in second)
+        assert {recipe.warm_up for recipe in first} > {recipe.warm_up for recipe in second}
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "LoRA" in line]
+    means = [float(row[-2]) for row in rows]
+    assert len(rows) == 6 and means[:3] == sorted(means[:3])[::-1] and means[3:] == sorted(means[3:])[::-1]
+    assert not (tmp_path / "runs.png").exists()
+
+
+def test_seconds_are_those_of_the_middle_seed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "A").mkdir()
+    for part in ("train", "dev"):
+        (tmp_path / "A" / f"{part}.tsv").write_text("sentence\tlabel\nx\t0\ny\t1\n")
+
+    def run(task: Task, recipe: Recipe, seed: int, settings) -> dict:
+        about = {"score": 50.0, "stored": 1, "steps": 1, "losses": [1.0], "exhausted": 0}
+        return about | {"seconds": (20.0, 700.0, 30.0)[seed]}
+
+    monkeypatch.setattr(quality, "run", run)
+    paths = ["--data", str(tmp_path), "--model", str(tmp_path), "--output", str(tmp_path / "runs.jsonl")]
+    monkeypatch.setattr("sys.argv", ["quality", "--methods", "VB-LoRA", "--processes", "1", *paths])
+    assert quality.main() == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| VB-LoRA")]
+    assert row.split(" | ")[-1] == "30 |"
+
+
+def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, capsys):
+    for part, count in (("train", 240), ("dev", 60)):
+        (tmp_path / "SST-2").mkdir(exist_ok=True)
+        rows = [f"{row['text']}\t{row['label']}\n" for row in make_rows(count, seed=count)]
+        (tmp_path / "SST-2" / f"{part}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
+    ran = []
+    monkeypatch.setattr(quality, "run", lambda *arguments, run=quality.run: ran.append(arguments) or run(*arguments))
+
+    def command(*more: str) -> list[dict]:
+        output = tmp_path / "out" / "runs.jsonl"
+        names = ["--methods", "frozen encoder", "VB-LoRA, query and value", "--seeds", "2", "--epochs", "20"]
+        monkeypatch.setattr("sys.argv", ["quality", "--data", str(tmp_path), "--model", str(tiny_model), *names])
+        monkeypatch.setattr("sys.argv", [*quality.sys.argv, "--output", str(output), "--processes", "1", *more])
+        assert quality.main() == 0
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    fits = [
+        "--set",
+        "vector_length=16",
+        "num_vectors=24",
+        "lr_bank=0.02",
+        "init_vector_bank_bound=0.5",
+        "scaling=1",
+        "lr_logits=0.01",
+    ]
+    runs = command(*fits)
+    assert len(ran) == len(runs) == 4
+    frozen, adapted = (run["result"]["losses"][-1] for run in runs[:2])
+    assert adapted < 0.95 * frozen
+    assert runs[0]["result"]["stored"] == 0
+    rows = 2 * 2 * 4 * (32 + 32) // 16  # layers, query and value, r
+    assert runs[1]["result"]["stored"] == 24 * 16 + rows * 2 * 5 // 4
+    del runs[-1]
+    (tmp_path / "out" / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    ran.clear()
+    assert len(command(*fits)) == 4 and len(ran) == 1  # what was missing
+    assert "VB-LoRA, query and value" in capsys.readouterr().out
+    assert len(command(*fits, "--float32")) == 8  # others

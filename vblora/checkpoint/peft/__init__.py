@@ -1,0 +1,1 @@
+"""PEFT's file formats, one module a method."""

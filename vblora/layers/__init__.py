@@ -1,0 +1,1 @@
+"""Adapted layers: where the factors of an update meet a frozen layer."""

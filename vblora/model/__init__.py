@@ -1,0 +1,1 @@
+"""A whole model with adapters: put them in, switch them, merge them, train them."""
