@@ -325,7 +325,7 @@ def layers_without_gradient(adapter):
 def layers_without_effect(model, given, adapted):
     """The targets without whose update the outputs are the same."""
     without = set()
-    injected = model._vblora_adapted.adapters["default"]
+    injected = model._vblora_adapted_model.adapters["default"]
     for target, layer in zip(model.vblora.default.targets, injected.layers, strict=True):
         layer.set(active=[])
         if distance(outputs(model, given), adapted) == 0.0:
