@@ -28,8 +28,8 @@ class AdapterConfig:
 
     Args:
         target_modules: layers to adapt. A list matches a module's name or its ending after a dot, a string is a regular
-            expression for the whole name, ``"all-linear"`` means all but the output layer. None takes the default of the
-            model's architecture.
+            expression for the whole name, ``"all-linear"`` means all but the output layer, and but those that
+            cannot be adapted, which a warning names. None takes the default of the model's architecture.
         exclude_modules: layers to leave out, a list or a regular expression as above.
         layers_to_transform: only layers of these indices (with ``target_modules`` a list or ``"all-linear"``).
         layers_pattern: name of the list that these indices count, such as ``"layers"`` or ``"h"``.

@@ -1,8 +1,8 @@
 // What the kernel files read a row's entries with. `static`, for the reason that numeric.h gives.
 #pragma once
 
-#include "../../problems.h"
 #include "../../numeric.h"
+#include "../../problems.h"
 
 namespace vblora::cpu {
 
