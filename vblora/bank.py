@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_count
-from .distributed import whole
+from .distributed import gather_to_cpu
 from .files import read_tensors, write_tensors
 
 
@@ -99,7 +99,7 @@ class VectorBank(nn.Module):
             ValueError: another dtype, or the bank is not finite in it.
         """
         path = Path(path)
-        write_tensors(path, encode_vectors(whole(self.vectors), dtype))
+        write_tensors(path, encode_vectors(gather_to_cpu(self.vectors), dtype))
         return _sha256(path.read_bytes())
 
     @classmethod
@@ -126,7 +126,7 @@ class VectorBank(nn.Module):
         return self.file is not None and self._content() == self.file.content
 
     def _content(self) -> str:
-        vectors = whole(self.vectors).contiguous()
+        vectors = gather_to_cpu(self.vectors).contiguous()
         return _sha256(f"{vectors.dtype} {tuple(vectors.shape)}".encode() + vectors.view(torch.uint8).numpy().tobytes())
 
     def extra_repr(self) -> str:

@@ -33,13 +33,13 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_to_cpu(tensor: Tensor) -> Tensor:
     """The full tensor, detached and on the CPU. A collective call if it is sharded."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if is_sharded(tensor) else tensor).cpu()
 
 
-def like(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Moves ``tensor`` to the device of ``other`` and shards it like ``other``. Every process passes the full tensor."""
     tensor = tensor.to(other.device)
     if is_sharded(other):

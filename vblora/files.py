@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replacement(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write; on exit, syncs the file and renames it to ``path``.
 
     If the process dies or the block raises, the old file stays.
@@ -39,7 +39,7 @@ def sync(path: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes a file atomically."""
-    with replacing(path) as temporary, open(temporary, "xb") as file:
+    with atomic_replacement(path) as temporary, open(temporary, "xb") as file:
         file.write(data)
 
 
