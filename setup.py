@@ -35,7 +35,9 @@ def check_torch() -> None:
     except importlib.metadata.PackageNotFoundError:
         raise PlatformError(f"vblora builds against {needed}, but torch is not installed: pip install torch") from None
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TORCH:
-        raise PlatformError(f"vblora builds against {needed}, but torch {found} is installed: pip install --upgrade torch")
+        raise PlatformError(
+            f"vblora builds against {needed}, but torch {found} is installed: pip install --upgrade torch"
+        )
 
 
 def flag(environ: Mapping[str, str], name: str) -> bool:
@@ -60,7 +62,9 @@ def cmake_options(environ: Mapping[str, str]) -> list[str]:
 def jobs(environ: Mapping[str, str]) -> list[str]:
     value = environ.get("MAX_JOBS", "")
     if value and not re.fullmatch("[1-9][0-9]*", value):
-        raise PlatformError(f"MAX_JOBS={value!r} is not a positive number: set one, or unset MAX_JOBS for one job per core")
+        raise PlatformError(
+            f"MAX_JOBS={value!r} is not a positive number: set one, or unset MAX_JOBS for one job per core"
+        )
     return ["--parallel", value] if value else []
 
 

@@ -170,7 +170,9 @@ def test_force_cuda_without_a_compiler(source, tmp_path):
     assert f"FORCE_CUDA=1, but no CUDA compiler: CUDA_HOME={tmp_path} has no bin/nvcc" in message
 
 
-@pytest.mark.parametrize(("value", "why"), [("8.0;Ampere", "'Ampere' is not a compute"), ("13.0", "It supports 7.5;8.0;9.0")])
+@pytest.mark.parametrize(
+    ("value", "why"), [("8.0;Ampere", "'Ampere' is not a compute"), ("13.0", "It supports 7.5;8.0;9.0")]
+)
 def test_a_wrong_architecture(source, toolkit, value, why):
     message = refusal(source, CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST=value)
     assert f"TORCH_CUDA_ARCH_LIST={value}: " in message
