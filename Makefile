@@ -4,11 +4,13 @@
 # make demo     fine-tune a real model           make clean    remove everything that these commands made
 # make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
 # make quality GLUE=DIR   compare how well the methods learn, shortened; QUALITY="--seeds 3" runs it in full
+# make gpu-check   measure and test on one GPU, offline, in ten minutes; GPU_CHECK="--phases facts times", see docs/gpu.md
 # make test-peft VBLORA_PEFT_SOURCE=DIR   run PEFT's own tests of VB-LoRA with our operators
 PYTHON ?= python3
 # Takes under five minutes on two cores.
 DEMO ?= -m vblora.cli finetune --max-train 6000 --num-vectors 90 --output build/demo-adapter --overwrite
 BENCH ?=
+GPU_CHECK ?=
 QUALITY ?= --quick
 PYTEST ?=
 # One process per core; each test file runs in one process. OMP_WAIT_POLICY keeps their idle threads from spinning.
@@ -30,7 +32,7 @@ CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_level_api initialization config \
   decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 
-.PHONY: test suite test-torches test-peft demo bench quality lint format clean
+.PHONY: test suite test-torches test-peft demo bench quality gpu-check lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
@@ -64,6 +66,10 @@ bench: .venv-bench/ready
 
 quality: .venv-bench/ready
 	HF_HUB_OFFLINE=1 GLUE=$(GLUE) .venv-bench/bin/python -m benchmarks.quality $(QUALITY)
+
+# With the Python at hand and what it has: on a machine with a GPU there may be no network.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu $(GPU_CHECK)
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .

@@ -208,6 +208,7 @@ class VBLoRAContents(Contents):
             seed=seed,
             std=config.init_logits_std,
             init=config.init,
+            device=self.bank.device,
             dtype=dtype,
         )
 
@@ -244,7 +245,7 @@ class VBLoRAContents(Contents):
     def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> "VBLoRAContents":
         sizes = self.sizes
         blocks = [a + b for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
-        of_target = torch.arange(sum(blocks)).split(blocks)
+        of_target = torch.arange(sum(blocks), device=self.bank.device).split(blocks)
         moved = torch.cat([of_target[place] for place in order])
         rows = self.rows
         if isinstance(rows, Deployed):

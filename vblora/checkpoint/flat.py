@@ -79,7 +79,13 @@ class FlatContents(Contents):
         return {name: tensor for name, tensor in self.tensors.items() if name not in ("A", "B")}
 
     def _is_drawn(self) -> bool:
-        drawn = draw_projection(self.targets, self.config.r, self.config.projection_prng_key, dtype=torch.float32)
+        drawn = draw_projection(
+            self.targets,
+            self.config.r,
+            self.config.projection_prng_key,
+            device=self.tensors["A"].device,
+            dtype=torch.float32,
+        )
         return all(map(torch.equal, drawn, (self.tensors["A"], self.tensors["B"])))
 
 
@@ -92,7 +98,7 @@ def with_projection(
     check_tensor(
         "d", tensors.get("d", torch.empty(0)), (len(targets), config.r), floating=True
     )  # before so much is drawn
-    drawn = draw_projection(targets, config.r, config.projection_prng_key, dtype=torch.float32)
+    drawn = draw_projection(targets, config.r, config.projection_prng_key, device="cpu", dtype=torch.float32)
     return dict(zip("AB", drawn, strict=True)) | tensors
 
 

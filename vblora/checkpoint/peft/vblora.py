@@ -158,6 +158,7 @@ def _dense_logits(contents: VBLoRAContents) -> Tensor:
         seed=rows.seed,
         std=config.init_logits_std,
         init=config.init,
+        device=rows.logits.device,
         dtype=rows.logits.dtype,
     )
     logits = rows.logits.float()  # PEFT loads into float32, where what is below it in float64 may be no more
