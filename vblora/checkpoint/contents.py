@@ -15,7 +15,7 @@ from ..adapters.registry import adapter_class
 from ..adapters.vblora import Deployed, Trained, as_factors, candidate_dtype, draw_rows, rows_of_factors, scaled
 from ..bank import VectorBank
 from ..config import AdapterConfig, VBLoRAConfig
-from ..distributed import like, whole
+from ..distributed import gather_to_cpu, shard_like
 
 # Ways to name layers and modules, which come down to names; what is seen from the layers; and ways to begin, which are over.
 _IRRELEVANT_FIELDS = (
@@ -169,11 +169,13 @@ class VBLoRAContents(Contents):
 
     @classmethod
     def of(cls, config: VBLoRAConfig, adapter: VBLoRAAdapter, extra_parameters: dict[str, Tensor]) -> "VBLoRAContents":
-        rows = type(adapter.rows)(*(whole(x) if isinstance(x, Tensor) else x for x in adapter.rows))
+        rows = type(adapter.rows)(*(gather_to_cpu(x) if isinstance(x, Tensor) else x for x in adapter.rows))
         if isinstance(rows, Trained):
             columns = config.num_candidates if rows.candidates is None else rows.logits.shape[1]
             config = replace(config, seed=rows.seed, num_candidates=columns)
-        return cls(config, adapter.targets, whole(adapter.bank.vectors), rows, extra_parameters=extra_parameters)
+        return cls(
+            config, adapter.targets, gather_to_cpu(adapter.bank.vectors), rows, extra_parameters=extra_parameters
+        )
 
     @property
     def is_trainable(self) -> bool:
@@ -298,11 +300,11 @@ class VBLoRAContents(Contents):
     def write_over(self, adapter: VBLoRAAdapter) -> None:
         for ours, theirs in zip(self.rows, adapter.rows, strict=True):
             if isinstance(theirs, Tensor):
-                theirs.copy_(like(ours, theirs))
+                theirs.copy_(shard_like(ours, theirs))
         if isinstance(self.rows, Trained):
             adapter.seed = self.rows.seed
         if not adapter.bank.unchanged():
-            adapter.bank.vectors.copy_(like(self.bank, adapter.bank.vectors))
+            adapter.bank.vectors.copy_(shard_like(self.bank, adapter.bank.vectors))
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, floating: bool) -> None:

@@ -12,7 +12,7 @@ from ..adapters.registry import adapter_class
 from ..adapters.vera import draw_projection
 from ..bank import VectorBank
 from ..config import AdapterConfig, VeraConfig
-from ..distributed import like, whole
+from ..distributed import gather_to_cpu, shard_like
 from .contents import Contents, check_tensor
 
 
@@ -27,7 +27,7 @@ class FlatContents(Contents):
         return cls(
             config,
             adapter.targets,
-            {name: whole(x) for name, x in _tensors_of(adapter).items()},
+            {name: gather_to_cpu(x) for name, x in _tensors_of(adapter).items()},
             extra_parameters=extra_parameters,
         )
 
@@ -62,7 +62,7 @@ class FlatContents(Contents):
 
     def write_over(self, adapter: Adapter) -> None:
         for name, tensor in _tensors_of(adapter).items():
-            tensor.copy_(like(self.tensors[name], tensor))
+            tensor.copy_(shard_like(self.tensors[name], tensor))
 
     def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> "FlatContents":
         kind = adapter_class(self.config)

@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters import VBLoRAAdapter
 from ..bank import BankFile, VectorBank
 from ..config import LoraConfig, VBLoRAConfig, VeraConfig
-from ..distributed import is_sharded, like, rank, reshard, whole
+from ..distributed import gather_to_cpu, is_sharded, rank, reshard, shard_like
 from ..files import read_tensors, write_file, write_tensors
 from ..layers.kinds import Conv1D
 from ..model.inject import Plan
@@ -274,7 +274,7 @@ def contents_of(source: AttachedAdapter) -> Contents:
     config = replace(source.config, fan_in_fan_out=transposed)  # whatever the user says: it is seen
     copies = {}  # what is tied stays one tensor
     for replaced in source.replaced.values():
-        copies.setdefault(replaced.stand_in, whole(replaced.stand_in))
+        copies.setdefault(replaced.stand_in, gather_to_cpu(replaced.stand_in))
     extra_parameters = {name: copies[replaced.stand_in] for name, replaced in source.replaced.items()}
     kind = VBLoRAContents if isinstance(adapter, VBLoRAAdapter) else FlatContents
     return kind.of(config, adapter, extra_parameters)
@@ -316,7 +316,7 @@ def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool |
         stand_ins = [replaced.stand_in for replaced in target.replaced.values()]
         for stand_in, name in zip(stand_ins, target.replaced, strict=True):
             if name in contents.extra_parameters:
-                stand_in.copy_(like(contents.extra_parameters[name], stand_in))
+                stand_in.copy_(shard_like(contents.extra_parameters[name], stand_in))
     if is_trainable is not None:
         target.requires_grad_(is_trainable)
     adapter.invalidate()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters import Target
-from ..files import replacing, sync
+from ..files import atomic_replacement, sync
 from .contents import Contents
 
 # Models of transformers that are made of Conv1D, which stores its weight (in, out). Only a square weight leaves that open.
@@ -89,7 +89,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
         temporary.mkdir(parents=True)
         left_out = _copy_others(base, temporary, shards)
         for shard in shards:
-            with replacing(temporary / shard) as path:
+            with atomic_replacement(temporary / shard) as path:
                 _write_shard(base / shard, path, updates.keys() | replacements.keys(), changed)
         os.replace(temporary, out)  # an empty folder gives way
     except BaseException:

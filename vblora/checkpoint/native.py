@@ -25,7 +25,7 @@ from ..adapters import Target
 from ..adapters.vblora import Deployed, Trained, candidate_dtype
 from ..bank import BankFile, VectorBank, decode_vectors, encode_vectors
 from ..config import METHODS, VBLoRAConfig
-from ..distributed import whole
+from ..distributed import gather_to_cpu
 from .contents import Contents, VBLoRAContents, check_tensor
 from .flat import FlatContents, with_projection
 from .packing import pack_bits, pack_prefixes, unpack_bits, unpack_prefixes
@@ -184,7 +184,7 @@ def _bank_of(file: tuple[str, str] | None, tensors: dict[str, Tensor], bank: Vec
         raise ValueError(f"its vector bank is `{name}`, SHA-256 {sha256}, but `bank` {given}.")
     if not bank.unchanged():
         raise ValueError(f"`bank` is not what its file, {bank.file.name}, holds any more.")
-    return whole(bank.vectors)
+    return gather_to_cpu(bank.vectors)
 
 
 def _without_defaults(values: tuple) -> list:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..adapters import VBLoRAAdapter
-from ..distributed import is_sharded, like, reshard, whole
+from ..distributed import gather_to_cpu, is_sharded, reshard, shard_like
 from .packing import pack_prefixes, unpack_prefixes
 
 _PACKED = "vblora.packed"
@@ -39,7 +39,7 @@ def pack_state(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any
     """A ``state_dict`` of the optimizer, packed. What is packed already stays so."""
     reshard(model)
     state = {
-        number: {name: whole(value) if is_sharded(value) else value for name, value in kept.items()}
+        number: {name: gather_to_cpu(value) if is_sharded(value) else value for name, value in kept.items()}
         for number, kept in state_dict["state"].items()
     }
     for number, order in _logits_of(model, optimizer).items():
@@ -58,7 +58,7 @@ def unpack_state(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, A
     for number, parameter in enumerate(_parameters(optimizer)):
         if is_sharded(parameter) and number in state:
             state[number] = {
-                name: like(value, parameter) if _is_per_element(value, parameter.shape) else value
+                name: shard_like(value, parameter) if _is_per_element(value, parameter.shape) else value
                 for name, value in state[number].items()
             }
     return state_dict | {"state": state}
