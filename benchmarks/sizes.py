@@ -16,10 +16,10 @@ from torch import Tensor
 
 import vblora
 from vblora.adapters import Target
-from vblora.adapters.vblora import Trained, draw_rows
-from vblora.checkpoint.contents import Contents
+from vblora.adapters.vblora import draw_rows
 from vblora.checkpoint.folder import write
 from vblora.checkpoint.packing import pack_prefixes
+from vblora.checkpoint.vblora import VBLoRAContents
 
 _MEAN_TOUCHED = 31
 _FILES = ("adapter_model.safetensors", "adapter_config.json")

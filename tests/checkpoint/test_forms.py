@@ -18,7 +18,7 @@ from vblora import files
 from vblora.adapters import Target
 from vblora.adapters.vblora import Deployed, Trained, draw_rows
 from vblora.checkpoint import folder, native, packing
-from vblora.checkpoint.contents import VBLoRAContents
+from vblora.checkpoint.vblora import VBLoRAContents
 
 IDS = torch.randint(3, 50, (2, 7))
 SIZES = {"r": 2, "num_vectors": 24, "vector_length": 8, "init_vector_bank_bound": 1.0}
