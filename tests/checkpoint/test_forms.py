@@ -177,6 +177,18 @@ def test_a_deployed_adapter_does_not_train_unless_told_how(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_weights_that_are_no_softmax_do_not_train(tmp_path):
+    vblora.save(trained(topk=3), tmp_path, form="deploy")
+    path = tmp_path / folder.TENSORS_FILE
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    safetensors.torch.save_file(tensors | {"weights": -tensors["weights"]}, path, metadata)
+    assert loaded(tmp_path)(IDS).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: some of its weights are negative"):
+        loaded(tmp_path, train_kept=True)
+
+
 def test_loading_over_an_adapter_of_another_form_is_refused(tmp_path):
     model = trained()
     vblora.save(model, tmp_path, form="deploy")

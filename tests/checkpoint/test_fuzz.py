@@ -269,7 +269,7 @@ def test_a_mutated_folder_is_valid_or_refused(kind, over, net, folders, tmp_path
     models = [copy.deepcopy(net) for _ in CASES]
     for number in range(MUTATIONS // (2 * len(KINDS))):
         case = number % len(CASES)
-        model, draw = models[case], random.Random(f"{kind.__name__} {number}")
+        model, draw = models[case], random.Random(f"{kind.__name__} {over} {number}")
         if over and not hasattr(model, "vblora"):
             copy.copy(folders[case]).write(path)
             vblora.load(model, path)

@@ -101,13 +101,13 @@ def _read_peft(path: Path, tensors: dict[str, Tensor], bank: VectorBank | None) 
     try:
         description = read_object(config_path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{config_path} is missing, and {TENSORS_FILE} was not written by vblora.") from None
+        raise ValueError(f"{config_path} is missing, and vblora has not written {TENSORS_FILE}.") from None
     kind = description.get("peft_type")
+    if kind is None:
+        raise ValueError(f"{config_path} has no `peft_type`: it is neither for an adapter of vblora's nor of PEFT's.")
     if not isinstance(kind, str) or kind not in PEFT_DECODERS:
         known = ", ".join(map(repr, PEFT_DECODERS))
-        raise ValueError(
-            f"{config_path}: `peft_type` is {shortened(kind)}; vblora reads {known} from PEFT, and its own adapters."
-        )
+        raise ValueError(f"{config_path}: `peft_type` is {shortened(kind)}; of PEFT's adapters, vblora reads {known}.")
     try:
         if bank is not None:
             raise ValueError("it has a bank of its own, but `bank` was given. Leave that out.")

@@ -124,7 +124,10 @@ def load(
         bank = VectorBank.from_file(bank)
     contents, shares_bank = read(directory, bank, None if present is None else _bank_of(present))
     if train_kept:
-        contents = contents.as_trainable()
+        try:
+            contents = contents.as_trainable()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if is_trainable and not contents.is_trainable:
         raise ValueError(
             f"{path} holds a deployed adapter: k weights per sub-vector, and no logits to train. Save with "

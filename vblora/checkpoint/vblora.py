@@ -42,9 +42,17 @@ class VBLoRAContents(Contents):
         return isinstance(self.rows, Trained)
 
     def as_trainable(self) -> "VBLoRAContents":
-        """Deployed contents become trainable with the k vectors of each row as its only candidates."""
+        """Deployed contents become trainable with the k vectors of each row as its only candidates.
+
+        Raises:
+            ValueError: the weights of a row are not a softmax.
+        """
         if isinstance(self.rows, Trained):
             return self
+        if not are_mixtures(self.rows.weights):
+            raise ValueError(
+                "some of its weights are negative or do not sum to 1, so no logits have them. Do not train it."
+            )
         rows = Trained(self.rows.weights.log().to(self.bank.dtype), self.rows.indices)
         return replace(self, rows=rows, config=replace(self.config, num_candidates=self.config.topk, seed=None))
 
@@ -282,6 +290,11 @@ class VBLoRAContents(Contents):
         if weights.is_floating_point() and self.bank.dtype != torch.float64:
             weights = weights.float()
         return Deployed(indices.to(candidate_dtype(config.num_vectors)), weights)
+
+
+def are_mixtures(weights: Tensor) -> bool:
+    """Whether each row of weights can be the softmax of logits: at least 0, and the sum is 1."""
+    return bool((weights >= 0).all() and ((weights.double().sum(1) - 1).abs() < 1e-4).all())
 
 
 def _index_bits(num_vectors: int) -> int:

@@ -28,7 +28,7 @@ from ...adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, ro
 from ...config import BEYOND_PEFT, VBLoRAConfig
 from ..contents import Contents, check_finite, check_tensor, take
 from ..json_objects import JsonObject, optional_field
-from ..vblora import VBLoRAContents
+from ..vblora import VBLoRAContents, are_mixtures
 from .common import (
     FLOATS,
     LISTS,
@@ -189,7 +189,7 @@ def _largest_last(rows: Deployed) -> Deployed:
         ValueError: the last weight is not 1 minus the sum of the others.
     """
     weights, order = rows.weights.float().sort(dim=1)
-    if not ((weights >= 0).all() and ((weights.double().sum(1) - 1).abs() < 1e-4).all()):
+    if not are_mixtures(weights):
         raise ValueError(
             '`form` is "peft-topk", which needs weights of at least 0 that sum to 1; form="lora" holds any.'
         )
