@@ -202,25 +202,23 @@ def is_unchanged(model: nn.Module, before: tuple[dict[str, type], dict[str, tupl
 
 
 def check_valid(model: nn.Module, net: Net) -> None:
-    """The adapter passes its own checks, and the model computes its update: in float64, with plain PyTorch."""
+    """The adapter holds no invalid number, and the model computes its update: compared to float64, in plain PyTorch."""
+    for name, tensor in model.state_dict().items():
+        assert not tensor.isnan().any(), name
+        if name.startswith("vblora."):
+            assert (tensor.isfinite() | (name.endswith(".logits") & tensor.isneginf())).all(), name
     contents = contents_of(attached_adapter(model))
     contents.check()
     with torch.no_grad():
         actual = model(X)
-        factors = [
-            (target.name, *pair[:2])
-            for target, pair in ((t, f.folded()) for t, f in contents.all_factors(torch.float32))
-        ]
-        largest = max(factor.abs().max().item() for _, *pair in factors for factor in pair)
-        if not largest < 1e6:
-            return  # finite values, too, may have products that are not
-        state = {name: tensor.double() for name, tensor in net.state_dict().items()}
-        state |= {name: tensor.double() for name, tensor in contents.extra_parameters.items()}
-        for name, A, B in factors:
-            state[f"{name}.weight"] = state[f"{name}.weight"] + B.double().T @ A.double()
+        state = {name: tensor.double() for name, tensor in {**net.state_dict(), **contents.extra_parameters}.items()}
+        largest = max(tensor.abs().max() for tensor in state.values())
+        for target, factors in contents.all_factors(torch.float32):
+            A, B = factors.folded()[:2]
+            largest = max(largest, A.abs().max(), B.abs().max())
+            state[f"{target.name}.weight"] = state[f"{target.name}.weight"] + B.double().T @ A.double()
         expected = torch.func.functional_call(copy.deepcopy(net).double(), state, (X.double(),))
-    assert actual.isfinite().all() or not expected.isfinite().all()
-    if expected.isfinite().all() and largest < 1e3:
+    if largest < 1e3:  # beyond, float32 may overflow
         assert relative_error(actual.double(), expected) < 1e-3
 
 

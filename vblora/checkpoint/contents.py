@@ -66,10 +66,10 @@ class Contents(ABC):
     # Checks
 
     def check_layout(self) -> None:
-        """Checks the targets against each other and the config.
+        """Checks the targets and the extra parameters.
 
         Raises:
-            ValueError: no target, a repeated name, an impossible width, or a layer that the method cannot adapt.
+            ValueError: no target, a repeated name, an impossible width, a layer that the method cannot adapt, or NaN.
         """
         if not self.targets:
             raise ValueError("it names no layer.")
@@ -80,6 +80,17 @@ class Contents(ABC):
             if target.in_features < 1 or target.out_features < 1:
                 raise ValueError(f"its layer `{target.name}` is {target.in_features} -> {target.out_features}.")
         adapter_class(self.config).check_targets(self.config, self.targets)
+        self.check_extra_parameters()
+
+    def check_extra_parameters(self) -> None:
+        """Checks that no extra parameter holds NaN. Infinite elements may be intended, as in a mask.
+
+        Raises:
+            ValueError: one does.
+        """
+        for name, tensor in self.extra_parameters.items():
+            if tensor.isnan().any():
+                raise ValueError(f"`{name}` holds NaN.")
 
     @abstractmethod
     def check(self) -> None:

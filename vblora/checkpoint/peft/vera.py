@@ -134,7 +134,7 @@ class UnplacedContents(Contents):
         raise ValueError(_NOT_KNOWN)
 
     def check(self) -> None:
-        """:func:`decode` has checked everything that can be checked without a model."""
+        self.check_extra_parameters()  # `decode` has checked the rest, as far as it can without a model
 
     def check_widths_known(self) -> None:
         raise ValueError(_NOT_KNOWN)
