@@ -1,12 +1,14 @@
 # make test    everything CI runs, in environments of its own      make demo    fine-tune a real model
 # make bench   measure against PEFT, on 2 idle cores in under 20 minutes; BENCH="--readme README.md" puts the table there
 # make quality GLUE=DIR   how well methods learn, a short form; QUALITY="--seeds 3" for the whole of it
+# make gpu-check   what one GPU can tell in ten minutes, offline; GPU_CHECK="--phases facts times", see docs/gpu.md
 # make lint    style only     make format    mend the style        make clean   remove what these made
 # make test-peft VBLORA_PEFT_SOURCE=DIR   PEFT's own tests of VB-LoRA, from its source tree, on our operators
 PYTHON ?= python3
 # So many rows that it takes under five minutes on two cores.
 DEMO ?= -m vblora.cli finetune --max-train 6000 --num-vectors 90 --output build/demo-adapter --overwrite
 BENCH ?=
+GPU_CHECK ?=
 QUALITY ?= --quick
 PYTEST ?=
 # A process a core, a file each; OMP_WAIT_POLICY: their threads shall not spin while another's work.
@@ -28,7 +30,7 @@ CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_level_api initialization config \
   decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 
-.PHONY: test suite test-torches test-peft demo bench quality lint format clean
+.PHONY: test suite test-torches test-peft demo bench quality gpu-check lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
@@ -63,6 +65,10 @@ bench: .venv-bench/ready
 
 quality: .venv-bench/ready
 	HF_HUB_OFFLINE=1 GLUE=$(GLUE) .venv-bench/bin/python -m benchmarks.quality $(QUALITY)
+
+# With the Python at hand and what it has: on a machine with a GPU there may be no network.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu $(GPU_CHECK)
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .

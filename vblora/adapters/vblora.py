@@ -16,6 +16,7 @@ from ..checks import check_count
 from ..config import VBLoRAConfig
 from ..distributed import gather, processes
 from .base import Adapter, Factors, Target
+from .rows import rows_of
 
 _DEFAULT_LENGTH = 256  # of bank vectors, the paper's and PEFT's
 
@@ -264,7 +265,7 @@ class VBLoRAAdapter(Adapter):
             start, count = self._starts[index], sum(rows)
 
         def part(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None or index is None else tensor.narrow(0, start, count)
+            return tensor if tensor is None or index is None else rows_of(tensor, start, count)
 
         bank = scaled(gather(self.bank.vectors), self.scaling)
         if self.logits is None:
@@ -397,7 +398,7 @@ def draw_seed() -> int:
             f"`seed` is None, but {processes()} processes train together, which must all draw the same logits. "
             "Give the config a `seed`."
         )
-    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def candidate_dtype(num_vectors: int) -> torch.dtype:

@@ -28,7 +28,7 @@ def pack_prefixes(values: Tensor, initial: Tensor | None = None) -> tuple[Tensor
         lengths.append(length)
         parts.append(rows[places <= length[:, None]])
     if not lengths:
-        return torch.zeros(0, dtype=small), values.new_zeros(0)
+        return values.new_zeros(0, dtype=small), values.new_zeros(0)
     return torch.cat(lengths), torch.cat(parts)
 
 
@@ -58,9 +58,9 @@ def unpack_prefixes(lengths: Tensor, values: Tensor, initial: Tensor) -> Tensor:
 
 def pack_bits(integers: Tensor, bits: int) -> Tensor:
     """Integers from 0 to 2^bits - 1 as bytes, uint8: ``bits`` bits each, low bits first. Zeros fill the last byte."""
-    single = integers.flatten().long()[:, None] >> torch.arange(bits) & 1
+    single = integers.flatten().long()[:, None] >> torch.arange(bits, device=integers.device) & 1
     single = torch.nn.functional.pad(single.flatten(), (0, -single.numel() % 8))
-    return (single.view(-1, 8) << torch.arange(8)).sum(1).to(torch.uint8)
+    return (single.view(-1, 8) << torch.arange(8, device=integers.device)).sum(1).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -74,5 +74,5 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         raise ValueError(
             f"{count} integers of {bits} bits are {packed.dtype} {tuple(packed.shape)}, but must be {must}."
         )
-    single = (packed.long()[:, None] >> torch.arange(8) & 1).flatten()[: count * bits]
-    return (single.view(count, bits) << torch.arange(bits)).sum(1)
+    single = (packed.long()[:, None] >> torch.arange(8, device=packed.device) & 1).flatten()[: count * bits]
+    return (single.view(count, bits) << torch.arange(bits, device=packed.device)).sum(1)

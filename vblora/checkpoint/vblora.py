@@ -92,6 +92,7 @@ class VBLoRAContents(Contents):
             seed=seed,
             std=self.config.init_logits_std,
             init=self.config.init,
+            device=self.bank.device,
             dtype=self.bank.dtype,
         )
         assert rows.candidates is not None  # a number of candidates was given
@@ -147,7 +148,7 @@ class VBLoRAContents(Contents):
     def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> "VBLoRAContents":
         sizes = self.sizes
         blocks = [a + b for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
-        of_target = torch.arange(sum(blocks)).split(blocks)
+        of_target = torch.arange(sum(blocks), device=self.bank.device).split(blocks)
         moved = torch.cat([of_target[place] for place in order])
         rows = self.rows.map(lambda tensor: tensor[moved])
         if isinstance(rows, Trained):  # the seed draws rows in the old order, and `exhausted` needs a seed
@@ -258,7 +259,7 @@ class VBLoRAContents(Contents):
             raise ValueError("it has a bank of its own and also names a bank file.")
         if form == "deploy" and bank.dtype != torch.float64:
             bank = bank.float()
-        no_rows = Deployed(torch.empty(0), torch.empty(0))
+        no_rows = Deployed(bank.new_empty(0), bank.new_empty(0))
         contents = cls(config, targets, bank, no_rows, extra_parameters=extra_parameters)
         contents.check_layout()
         rows = contents._decode_trained(tensors) if form == "resume" else contents._decode_deployed(tensors)

@@ -26,7 +26,7 @@ class VeRAContents(FlatContents):
     def encode(self, form: str, bank_dtype: torch.dtype | None, bank_file: BankFile | None) -> dict[str, Tensor]:
         tensors = super().encode(form, bank_dtype, bank_file)
         if not self.config.save_projection:
-            drawn = _draw(self.config, self.targets)
+            drawn = _draw(self.config, self.targets, tensors["A"].device)
             if all(torch.equal(drawn[name], tensors[name]) for name in drawn):
                 tensors = {name: tensor for name, tensor in tensors.items() if name not in drawn}
         return tensors
@@ -50,10 +50,10 @@ class VeRAContents(FlatContents):
         check_tensor("d", tensors.get("d", torch.empty(0)), (len(targets), config.r), floating=True)
         outputs = sum(target.out_features for target in targets)
         check_tensor("e", tensors.get("e", torch.empty(0)), (outputs,), floating=True)
-        tensors = _draw(config, targets) | tensors
+        tensors = _draw(config, targets, torch.device("cpu")) | tensors
         return cls(config, targets, tensors, extra_parameters=extra_parameters)
 
 
-def _draw(config: VeraConfig, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-    A, B = draw_projection(targets, config.r, config.projection_prng_key, dtype=torch.float32)
+def _draw(config: VeraConfig, targets: tuple[Target, ...], device: torch.device) -> dict[str, Tensor]:
+    A, B = draw_projection(targets, config.r, config.projection_prng_key, device=device, dtype=torch.float32)
     return {"A": A, "B": B}

@@ -174,6 +174,7 @@ def _dense_logits(contents: VBLoRAContents) -> Tensor:
         seed=rows.seed,
         std=config.init_logits_std,
         init=config.init,
+        device=rows.logits.device,
         dtype=rows.logits.dtype,
     )
     logits = rows.logits.float()  # as PEFT loads them: float64 logits may become equal
