@@ -210,7 +210,7 @@ def check_valid(model: nn.Module, net: Net) -> None:
     contents = contents_of(attached_adapter(model))
     contents.check()
     with torch.no_grad():
-        actual = model(X)
+        actual = model.eval()(X)  # without dropout
         state = {name: tensor.double() for name, tensor in {**net.state_dict(), **contents.extra_parameters}.items()}
         largest = max(tensor.abs().max() for tensor in state.values())
         for target, factors in contents.all_factors(torch.float32):

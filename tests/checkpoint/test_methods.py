@@ -482,6 +482,8 @@ def test_beginnings_that_leave_the_base_model_alone_are_read(init, tmp_path):
         ("vera", lambda t, n: t[f"{n}.vera_lambda_b"].fill_(math.inf), "infinite"),
         ("vera", lambda t, n: t["base_model.vera_B"].fill_(math.inf), "infinite"),
         ("vera", lambda t, n: t.update({"base_model.vera_B": torch.ones(31, 4)}), r"`base_model\.vera_B` is"),
+        ("vera", lambda t, n: t.update({"base_model.vera_A": torch.ones(())}), r"`base_model\.vera_A` is \(\)"),
+        ("vera", lambda t, n: t.update({"base_model.vera_B": torch.ones(())}), r"`base_model\.vera_B` is \(\)"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_of_pefts_is_refused(kind, change, message, tmp_path):

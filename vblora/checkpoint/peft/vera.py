@@ -101,7 +101,7 @@ def decode(description: JsonObject, tensors: dict[str, Tensor]) -> "UnplacedCont
     targets = tuple(Target(name, width, vectors["b"].numel()) for name, vectors in layers.items())
     if pair:
         least = max(target.out_features for target in targets)
-        rows = max(*pair["B"].shape[:1], least)
+        rows = max([*pair["B"].shape[:1], least])
         for side, size in (("A", (config.r, width)), ("B", (rows, config.r))):
             check_tensor(_PAIR[side], pair[side], size, floating=True)
             check_finite(_PAIR[side], pair[side])
