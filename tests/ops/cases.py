@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vblora import reference
+from vblora.arguments import FLOAT_DTYPES
 
-DTYPES = reference.FLOAT_DTYPES
+DTYPES = FLOAT_DTYPES
 NAN, INF = float("nan"), float("inf")
 
 # The largest allowed ||result - exact|| / ||exact||, by the dtype of the result. For the half types it is their unit roundoff

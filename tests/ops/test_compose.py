@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vblora import reference
+from vblora.arguments import INDEX_DTYPES
 
 from .cases import (
     DTYPES,
@@ -18,8 +19,6 @@ from .cases import (
     not_contiguous,
     pairwise_cases,
 )
-
-INDEX_DTYPES = reference.INDEX_DTYPES
 
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=str)

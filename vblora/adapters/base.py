@@ -91,6 +91,11 @@ class Handed(NamedTuple):
     factors: Factors
     moment: Moment | None  # None in a graph
 
+    @property
+    def is_current(self) -> bool:
+        """Whether that forward is the one that asks. Not for graphs."""
+        return self.moment == _now(self.factors.A.device)
+
 
 class Slot:
     """Where a layer finds its factors.
@@ -103,13 +108,30 @@ class Slot:
         self.adapter = adapter
         self.index = index
         self.handed: Handed | None = None
+        self.asked = False  # whether the layer ever was called for its factors
+        self.read = False  # whether its weight was read past it by the model's code
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """This layer's factors, in ``dtype`` if they are not those of a whole forward."""
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            self._note_tracing()
+        else:
+            self.asked = True
         handed = self.handed
-        if handed is not None and (torch.compiler.is_compiling() or handed.moment == _now(handed.factors.A.device)):
+        if handed is not None and (compiling or handed.is_current):
             return handed.factors
         return self.adapter.factors_of(self.index, dtype)
+
+    @torch.compiler.assume_constant_result  # so that it runs as a graph is made, and is not in it
+    def _note_tracing(self) -> bool:
+        self.adapter.traced = True
+        return True
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether an outermost forward is under way that is not compiled."""
+        return self.handed is not None and not torch.compiler.is_compiling() and self.handed.is_current
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "handed": None}  # a forward's own: it may have a history, which cannot be copied
@@ -162,6 +184,9 @@ class Adapter(nn.Module, ABC):
         )
         self._kept: _Kept | None = None
         self._captured = False
+        self.traced = False  # whether a graph was made of some layer, which is not seen to ask for factors
+        # Of the forward under way: slots whose layer's weight was asked for, and whether its values were used.
+        self.past: dict[Slot, bool] = {}
         self.register_load_state_dict_post_hook(_invalidate_after_load)
 
     takes_bank: ClassVar[bool] = False  # whether from_config has an argument `bank`

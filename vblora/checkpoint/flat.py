@@ -12,7 +12,7 @@ from ..adapters import Adapter, Factors, LoRAAdapter, Target, TiedLoRAAdapter
 from ..adapters.registry import adapter_class
 from ..bank import BankFile, VectorBank
 from ..config import AdapterConfig, LoraConfig, TiedLoraConfig
-from ..distributed import like, whole
+from ..distributed import gather_to_cpu, shard_like
 from .contents import Contents, check_finite, check_tensor
 
 
@@ -24,7 +24,7 @@ class FlatContents(Contents):
 
     @classmethod
     def of(cls, config: AdapterConfig, adapter: Adapter, extra_parameters: dict[str, Tensor]) -> Self:
-        tensors = {name: whole(tensor) for name, tensor in _tensors_of(adapter).items()}
+        tensors = {name: gather_to_cpu(tensor) for name, tensor in _tensors_of(adapter).items()}
         return cls(config, adapter.targets, tensors, extra_parameters=extra_parameters)
 
     @abstractmethod
@@ -61,7 +61,7 @@ class FlatContents(Contents):
 
     def write_over(self, adapter: Adapter) -> None:
         for name, tensor in _tensors_of(adapter).items():
-            tensor.copy_(like(self.tensors[name], tensor))
+            tensor.copy_(shard_like(self.tensors[name], tensor))
 
     def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> Self:
         tensors = dict(self.tensors)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters import Target
-from ..files import replacing, sync
+from ..files import atomic_replacement, sync
 from .contents import Contents
 from .json_objects import JsonObject, as_type, field, optional_field, read_object
 
@@ -94,7 +94,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
         temporary.mkdir(parents=True)
         left_out = _copy_others(base, temporary, shards)
         for shard in shards:
-            with replacing(temporary / shard) as path:
+            with atomic_replacement(temporary / shard) as path:
                 _write_shard(base / shard, path, updates.keys() | replacements.keys(), changed)
         os.replace(temporary, out)  # replaces an empty folder
     except BaseException:

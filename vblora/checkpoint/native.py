@@ -23,7 +23,7 @@ from torch import Tensor
 from ..adapters import Target
 from ..bank import BankFile, VectorBank
 from ..config import METHODS as CONFIGS
-from ..distributed import whole
+from ..distributed import gather_to_cpu
 from .contents import Contents
 from .formats import METHODS
 from .json_objects import Json, JsonObject, as_list, as_type, field, optional_field, shortened
@@ -127,7 +127,7 @@ def _vectors_of(
         raise ValueError(f"its vector bank is `{name}`, SHA-256 {sha256}, but `bank` {given}.")
     if not bank.unchanged():
         raise ValueError(f"`bank` is not what its file, {bank.file.name}, holds any more. Read the file again.")
-    return whole(bank.vectors)
+    return gather_to_cpu(bank.vectors)
 
 
 def _encode_target(target: Target) -> list[Json]:

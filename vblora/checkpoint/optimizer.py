@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..adapters import VBLoRAAdapter
-from ..distributed import is_sharded, like, reshard, whole
+from ..distributed import gather_to_cpu, is_sharded, reshard, shard_like
 from .packing import pack_prefixes, unpack_prefixes
 
 _PACKED = "vblora.packed"
@@ -40,7 +40,7 @@ def pack_state(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any
     """Packs a ``state_dict`` of the optimizer. State that is already packed stays as it is."""
     reshard(model)
     state = {
-        number: {name: whole(value) if is_sharded(value) else value for name, value in values.items()}
+        number: {name: gather_to_cpu(value) if is_sharded(value) else value for name, value in values.items()}
         for number, values in state_dict["state"].items()
     }
     for number, logits in _logits_of(model, optimizer).items():
@@ -59,7 +59,7 @@ def unpack_state(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, A
     for number, parameter in enumerate(_parameters(optimizer)):
         if is_sharded(parameter) and number in state:
             state[number] = {
-                name: like(value, parameter) if _has_shape(value, parameter.shape) else value
+                name: shard_like(value, parameter) if _has_shape(value, parameter.shape) else value
                 for name, value in state[number].items()
             }
     return state_dict | {"state": state}

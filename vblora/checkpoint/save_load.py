@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bank import VectorBank
-from ..distributed import is_sharded, like, rank, reshard, whole
+from ..distributed import gather_to_cpu, is_sharded, rank, reshard, shard_like
 from ..layers.kinds import Conv1D
 from ..model.inject import Plan
 from ..model.record import AttachedAdapter, adapted_models, attached_adapter, refuse_if_disabled, refuse_if_merged
@@ -151,7 +151,7 @@ def contents_of(source: AttachedAdapter) -> Contents:
     config = replace(source.config, fan_in_fan_out=transposed)  # seen from the layers, whatever the user wrote
     copies: dict[Tensor, Tensor] = {}  # tied parameters stay one tensor
     for replaced in source.replaced.values():
-        copies.setdefault(replaced.stand_in, whole(replaced.stand_in))
+        copies.setdefault(replaced.stand_in, gather_to_cpu(replaced.stand_in))
     extra_parameters = {name: copies[replaced.stand_in] for name, replaced in source.replaced.items()}
     return METHODS[type(config)].contents.of(config, source.adapter, extra_parameters)
 
@@ -176,7 +176,7 @@ def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool |
         contents.write_over(adapter)
         for name, replaced in target.replaced.items():
             if name in contents.extra_parameters:
-                replaced.stand_in.copy_(like(contents.extra_parameters[name], replaced.stand_in))
+                replaced.stand_in.copy_(shard_like(contents.extra_parameters[name], replaced.stand_in))
     if is_trainable is not None:
         target.requires_grad_(is_trainable)
     adapter.invalidate()

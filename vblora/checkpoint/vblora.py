@@ -11,7 +11,7 @@ from ..adapters import Adapter, Factors, Target, VBLoRAAdapter
 from ..adapters.vblora import Deployed, Trained, as_factors, candidate_dtype, draw_rows, rows_of_factors, scaled
 from ..bank import BankFile, VectorBank, decode_vectors, encode_vectors
 from ..config import AdapterConfig, VBLoRAConfig
-from ..distributed import like, whole
+from ..distributed import gather_to_cpu, shard_like
 from .contents import Contents, check_finite, check_tensor, take
 from .packing import pack_bits, pack_prefixes, unpack_bits, unpack_prefixes
 
@@ -31,11 +31,13 @@ class VBLoRAContents(Contents):
     @classmethod
     def of(cls, config: AdapterConfig, adapter: Adapter, extra_parameters: dict[str, Tensor]) -> "VBLoRAContents":
         assert isinstance(config, VBLoRAConfig) and isinstance(adapter, VBLoRAAdapter)
-        rows = adapter.rows.map(whole)
+        rows = adapter.rows.map(gather_to_cpu)
         if isinstance(rows, Trained):
             columns = config.num_candidates if rows.candidates is None else rows.logits.shape[1]
             config = replace(config, seed=rows.seed, num_candidates=columns)
-        return cls(config, adapter.targets, whole(adapter.bank.vectors), rows, extra_parameters=extra_parameters)
+        return cls(
+            config, adapter.targets, gather_to_cpu(adapter.bank.vectors), rows, extra_parameters=extra_parameters
+        )
 
     @property
     def is_trainable(self) -> bool:
@@ -170,11 +172,11 @@ class VBLoRAContents(Contents):
         assert isinstance(adapter, VBLoRAAdapter)
         for ours, theirs in zip(self.rows, adapter.rows, strict=True):
             if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-                theirs.copy_(like(ours, theirs))
+                theirs.copy_(shard_like(ours, theirs))
         if isinstance(self.rows, Trained):
             adapter.seed = self.rows.seed
         if not adapter.bank.unchanged():
-            adapter.bank.vectors.copy_(like(self.bank, adapter.bank.vectors))
+            adapter.bank.vectors.copy_(shard_like(self.bank, adapter.bank.vectors))
 
     # Factors
 
