@@ -84,7 +84,7 @@ def ours(targets: list[Target], dtype: torch.dtype, num_candidates: int | None) 
 
     def factors() -> list[Tensor]:
         adapter.begin_forward(dtype)
-        made = [factor for slot in adapter.slots for factor in slot.handed.factors[:2]]
+        made = [factor for slot in adapter.slots for factor in slot.forward_factors.factors[:2]]
         adapter.end_forward()
         return made
 

@@ -515,7 +515,7 @@ def test_factors_are_composed_in_the_widest_dtype():
     net.blocks[0].up.bfloat16()
     vblora.inject(net, NET_CONFIG)
     seen = []
-    net.embed.register_forward_hook(lambda *_: seen.append(net.vblora.default.slots[0].handed.factors.A.dtype))
+    net.embed.register_forward_hook(lambda *_: seen.append(net.vblora.default.slots[0].forward_factors.factors.A.dtype))
     with pytest.raises(RuntimeError):
         net(torch.randn(2, 16))  # such a model casts between its layers; this one does not
     assert seen == [torch.float32]

@@ -71,7 +71,7 @@ def _count_step(*_) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class Moment(NamedTuple):
+class ForwardContext(NamedTuple):
     """What tells a forward apart from one in another thread or on another stream, from one that is captured if it is not, and
     from one that a KeyboardInterrupt cut off before a step."""
 
@@ -81,20 +81,20 @@ class Moment(NamedTuple):
     capturing: bool
 
 
-def _now(device: torch.device) -> Moment:
-    return Moment(threading.get_ident(), _optimizer_steps, streams.current(device), streams.capturing(device))
+def _context(device: torch.device) -> ForwardContext:
+    return ForwardContext(threading.get_ident(), _optimizer_steps, streams.current(device), streams.capturing(device))
 
 
-class Handed(NamedTuple):
+class ForwardFactors(NamedTuple):
     """A layer's factors of the outermost forward that is under way, and by what to tell that it still is."""
 
     factors: Factors
-    moment: Moment | None  # None in a graph
+    context: ForwardContext | None  # None in a graph
 
     @property
     def is_current(self) -> bool:
         """Whether that forward is the one that asks. Not for graphs."""
-        return self.moment == _now(self.factors.A.device)
+        return self.context == _context(self.factors.A.device)
 
 
 class Slot:
@@ -107,9 +107,9 @@ class Slot:
     def __init__(self, adapter: "Adapter", index: int) -> None:
         self.adapter = adapter
         self.index = index
-        self.handed: Handed | None = None
-        self.asked = False  # whether the layer ever was called for its factors
-        self.read = False  # whether its weight was read past it by the model's code
+        self.forward_factors: ForwardFactors | None = None
+        self.was_called = False  # whether the layer ever was called for its factors
+        self.weight_read = False  # whether its weight was read past it by the model's code
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """This layer's factors, in ``dtype`` if they are not those of a whole forward."""
@@ -117,10 +117,10 @@ class Slot:
         if compiling:
             self._note_tracing()
         else:
-            self.asked = True
-        handed = self.handed
-        if handed is not None and (compiling or handed.is_current):
-            return handed.factors
+            self.was_called = True
+        current = self.forward_factors
+        if current is not None and (compiling or current.is_current):
+            return current.factors
         return self.adapter.factors_of(self.index, dtype)
 
     @torch.compiler.assume_constant_result  # so that it runs as a graph is made, and is not in it
@@ -131,10 +131,15 @@ class Slot:
     @property
     def in_forward(self) -> bool:
         """Whether an outermost forward is under way that is not compiled."""
-        return self.handed is not None and not torch.compiler.is_compiling() and self.handed.is_current
+        return (
+            self.forward_factors is not None and not torch.compiler.is_compiling() and self.forward_factors.is_current
+        )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "handed": None}  # a forward's own: it may have a history, which cannot be copied
+        return {
+            **self.__dict__,
+            "forward_factors": None,
+        }  # a forward's own: it may have a history, which cannot be copied
 
 
 def _pack(tensor: Tensor) -> tuple[Tensor, int]:
@@ -153,7 +158,7 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
     return tensor
 
 
-PACKING = _pack, _unpack
+SAVED_TENSORS_HOOKS = _pack, _unpack
 
 
 class Adapter(nn.Module, ABC):
@@ -182,11 +187,11 @@ class Adapter(nn.Module, ABC):
         self.compute_dtype: torch.dtype | None = (
             None  # of the layers, until something is cast: whoever knows them notes it
         )
-        self._kept: _Kept | None = None
+        self._cached: _CachedFactors | None = None
         self._captured = False
         self.traced = False  # whether a graph was made of some layer, which is not seen to ask for factors
         # Of the forward under way: slots whose layer's weight was asked for, and whether its values were used.
-        self.past: dict[Slot, bool] = {}
+        self.weight_reads: dict[Slot, bool] = {}
         self.register_load_state_dict_post_hook(_invalidate_after_load)
 
     takes_bank: ClassVar[bool] = False  # whether from_config has an argument `bank`
@@ -218,29 +223,29 @@ class Adapter(nn.Module, ABC):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Its parameters by the groups that they train in (:func:`vblora.parameter_groups`)."""
 
-    def stored_whole(self) -> list[Tensor]:
+    def stored_tensors(self) -> list[Tensor]:
         """What is stored of it element by element once it is trained."""
         return list(self.parameters())
 
-    def stored_mixtures(self) -> int:
+    def stored_mixture_size(self) -> int:
         """What else is stored, such as indices and weights into a bank, in float32 values' worth."""
         return 0
 
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Hands out this forward's factors."""
         all_factors = self._all_factors(dtype)
-        moment = None if torch.compiler.is_compiling() else _now(all_factors[0].A.device)
+        context = None if torch.compiler.is_compiling() else _context(all_factors[0].A.device)
         for slot, factors in zip(self.slots, all_factors, strict=True):
-            slot.handed = Handed(factors, moment)
+            slot.forward_factors = ForwardFactors(factors, context)
 
     def end_forward(self) -> None:
         """Takes back what ``begin_forward`` handed out."""
         for slot in self.slots:
-            slot.handed = None
+            slot.forward_factors = None
 
     def invalidate(self) -> None:
         """Forgets factors composed so far. Call it after writing to a parameter through ``.data``."""
-        self._kept = None
+        self._cached = None
         self.end_forward()
 
     def factors_of(self, index: int, dtype: torch.dtype) -> Factors:
@@ -255,22 +260,22 @@ class Adapter(nn.Module, ABC):
         if streams.capturing(next(self.parameters()).device):
             self._captured = True
         if self._captured or _step_was_captured:
-            self._kept = None
+            self._cached = None
             return True
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def _all_factors(self, dtype: torch.dtype) -> list[Factors]:
         if self._needs_composition():
             return self._compose(dtype)
-        kept = self._kept  # another thread may put another one there
-        if kept is None or not kept.is_current(dtype, self._sources()):
+        cached = self._cached  # another thread may put another one there
+        if cached is None or not cached.is_current(dtype, self._sources()):
             sources = self._sources()
             if not all(is_plain(source) for source in sources):
                 return self._compose(dtype)
             # Outside of inference mode: its tensors could not be used where gradients are recorded.
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = _Kept(dtype, sources, self.compose(dtype))
-        return kept.factors()
+                cached = self._cached = _CachedFactors(dtype, sources, self.compose(dtype))
+        return cached.factors()
 
     def _sources(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]
@@ -280,11 +285,11 @@ class Adapter(nn.Module, ABC):
             return self.compose(dtype, index)
         # Activation checkpointing and offloading see what a layer saves through hooks. Factors are composed in another
         # place when a layer is recomputed, so these tensors must be neither counted nor moved.
-        with torch.autograd.graph.saved_tensors_hooks(*PACKING):
+        with torch.autograd.graph.saved_tensors_hooks(*SAVED_TENSORS_HOOKS):
             return self.compose(dtype, index)
 
     def train(self, mode: bool = True) -> "Adapter":
-        self._kept = None  # where weights are averaged or swapped through `.data`, the mode is mostly switched, too
+        self._cached = None  # where weights are averaged or swapped through `.data`, the mode is mostly switched, too
         return super().train(mode)
 
     def _apply(self, *args, **kwargs) -> "Adapter":
@@ -297,10 +302,14 @@ class Adapter(nn.Module, ABC):
         return self
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None, "_captured": False}  # composed anew by the copy, which no graph changes
+        return {
+            **self.__dict__,
+            "_cached": None,
+            "_captured": False,
+        }  # composed anew by the copy, which no graph changes
 
 
-class _Kept:
+class _CachedFactors:
     """Factors, and the very tensors that they were composed from, as those were."""
 
     def __init__(self, dtype: torch.dtype, sources: list[Tensor], factors: list[Factors]) -> None:
@@ -309,7 +318,7 @@ class _Kept:
         stream = streams.current(self._device)
         self._composed = None if stream is None else stream.record_event()
         self._ready_on = {stream}
-        self._made_from = dtype, _optimizer_steps, [(source.data_ptr(), source._version) for source in sources]
+        self._composed_from = dtype, _optimizer_steps, [(source.data_ptr(), source._version) for source in sources]
         # Held, so that no other tensor gets their identity or their memory.
         self._sources = [(source, source.detach()) for source in sources]
 
@@ -317,7 +326,7 @@ class _Kept:
         return (
             len(sources) == len(self._sources)
             and all(now is then for now, (then, _) in zip(sources, self._sources, strict=True))
-            and self._made_from == (dtype, _optimizer_steps, [(s.data_ptr(), s._version) for s in sources])
+            and self._composed_from == (dtype, _optimizer_steps, [(s.data_ptr(), s._version) for s in sources])
         )
 
     def factors(self) -> list[Factors]:
@@ -328,7 +337,7 @@ class _Kept:
             for factors in self._factors:
                 for factor in factors:
                     if factor is not None:
-                        streams.hold(factor, stream)
+                        streams.mark_used(factor, stream)
             self._ready_on.add(stream)
         return self._factors
 

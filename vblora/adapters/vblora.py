@@ -285,10 +285,10 @@ class VBLoRAAdapter(Adapter):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"bank": [self.bank.vectors], "logits": [] if self.logits is None else [self.logits]}
 
-    def stored_whole(self) -> list[Tensor]:
+    def stored_tensors(self) -> list[Tensor]:
         return [self.bank.vectors]
 
-    def stored_mixtures(self) -> int:
+    def stored_mixture_size(self) -> int:
         # k weights and k indices a sub-vector, an index as the smallest integer type that holds all of them.
         index = 0.25 if self.bank.num_vectors <= 256 else 0.5 if self.bank.num_vectors <= 32768 else 1.0
         return round(self.num_subvectors * self.topk * (1 + index))

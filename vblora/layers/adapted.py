@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters import Slot
 from .kinds import compute_dtype, kind_of
 from .reads import Watched
-from .weights import Rounding, exchange, format_of, is_packed, rounding
+from .weights import Rounding, format_of, is_packed, rounding, swap_tensor
 
 
 class Replaced:
@@ -21,16 +21,16 @@ class Replaced:
         self.module = module
         self.name = name
         self.in_place = False  # of the stand-in
-        self._aside = stand_in
+        self._stored = stand_in
 
     @property
     def stand_in(self) -> Tensor:
-        return getattr(self.module, self.name) if self.in_place else self._aside
+        return getattr(self.module, self.name) if self.in_place else self._stored
 
     @torch.no_grad()
     def swap(self) -> None:
         """Puts the one that stands aside in place, moved and cast to where the model went meanwhile, and that one aside."""
-        self._aside = exchange(self.module, self.name, self._aside)
+        self._stored = swap_tensor(self.module, self.name, self._stored)
         self.in_place = not self.in_place
 
 
@@ -52,7 +52,7 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         updates: of each adapter that has this layer for a target, by the adapter's name.
-        running: those of them that a forward adds: active, enabled, not merged.
+        applied: those of them that a forward adds: active, enabled, not merged.
         active: names of the active adapters that have this layer.
         enabled: False leaves all updates out.
         merged: names of the adapters whose updates are in ``base_layer.weight`` (see :func:`vblora.merge`).
@@ -71,7 +71,7 @@ class AdaptedLayer(nn.Module):
         self.merged: tuple[str, ...] = ()
         self.unmerged: Replaced | None = None
         self.rounding: Rounding | None = None
-        self.running: dict[str, Update] = {}
+        self.applied: dict[str, Update] = {}
         self.train(base_layer.training)
 
     def set(self, *, active: Iterable[str] | None = None, enabled: bool | None = None) -> None:
@@ -80,8 +80,8 @@ class AdaptedLayer(nn.Module):
             self.active = tuple(name for name in active if name in self.updates)
         if enabled is not None:
             self.enabled = enabled
-        running = [name for name in self.active if self.enabled and name not in self.merged]
-        self.running = {name: self.updates[name] for name in running}
+        applied = [name for name in self.active if self.enabled and name not in self.merged]
+        self.applied = {name: self.updates[name] for name in applied}
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("weight", "bias"):
@@ -93,11 +93,11 @@ class AdaptedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The base layer's. Whoever reads it in a forward, past the layer, leaves the update out, and is noticed."""
         weight = self.base_layer.weight
-        slots = [update.slot for update in self.running.values() if update.slot.in_forward]
+        slots = [update.slot for update in self.applied.values() if update.slot.in_forward]
         if not slots:
             return weight
         for slot in slots:
-            slot.adapter.past.setdefault(slot, False)
+            slot.adapter.weight_reads.setdefault(slot, False)
         if type(weight) is not nn.Parameter:  # such as a quantised one, which has ways of its own
             return weight
         return Watched.of(weight, functools.partial(_notice, slots))
@@ -114,13 +114,13 @@ class AdaptedLayer(nn.Module):
         # A layer that adds nothing, as one that was merged, costs nothing either: Module's own way to the base layer takes as
         # long as a tenth of a small layer. Whoever looks on (hooks, accelerate's own forward) sees this layer called.
         own = self.__dict__
-        if own["running"] or "forward" in own or any(map(own.__getitem__, _HOOKS)):
+        if own["applied"] or "forward" in own or any(map(own.__getitem__, _HOOKS)):
             return super().__call__(*args, **kwargs)
         return own["_modules"]["base_layer"](*args, **kwargs)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        for slot, dropout in self.running.values():
+        for slot, dropout in self.applied.values():
             dtype = compute_dtype(x.device, x.dtype if x.is_floating_point() else y.dtype)
             factors = slot.factors(dtype).to(x.device, dtype)
             seen = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
@@ -195,7 +195,7 @@ class AdaptedLayer(nn.Module):
 
 def _notice(slots: list[Slot]) -> None:
     for slot in slots:
-        slot.adapter.past[slot] = True
+        slot.adapter.weight_reads[slot] = True
 
 
 def _of_base_layer(name: str) -> property:

@@ -8,7 +8,7 @@ from ..adapters.vblora import default_length
 from ..bank import VectorBank
 from .adapted import AdaptedLayer, Update
 from .kinds import is_linear, refusal, target_of
-from .weights import keep_unpacked
+from .weights import disable_packing
 
 
 class VBLinear(AdaptedLayer):
@@ -110,7 +110,7 @@ class VBLinear(AdaptedLayer):
         )
         super().__init__(base_layer)
         self.base_layer.requires_grad_(False)
-        keep_unpacked(self)
+        disable_packing(self)
         self.adapter = adapter
         self.updates["default"] = Update(adapter.slots[0], dropout)
         self.set(active=["default"])

@@ -81,7 +81,7 @@ class Bits4:
     def read(layer: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        unpack(layer)
+        unpack_weight(layer)
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
 
     @staticmethod
@@ -160,13 +160,13 @@ def rounding(layer: nn.Module, merged: Tensor, stored: Tensor) -> Rounding:
     """What is lost as ``merged``, the dense sum of the layer's weight and an update, becomes ``stored``."""
     read = format_of(layer.weight).read
     update = (merged - read(layer)).norm()
-    own = exchange(layer, "weight", stored)
+    own = swap_tensor(layer, "weight", stored)
     error = (merged - read(layer)).norm()
-    exchange(layer, "weight", own)
+    swap_tensor(layer, "weight", own)
     return Rounding(*((error / norm.float().clamp_min(1e-30)).item() for norm in (merged.float().norm(), update)))
 
 
-def exchange(layer: nn.Module, name: str, tensor: Tensor) -> Tensor:
+def swap_tensor(layer: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Puts a tensor in the place of the layer's own of that name, moved and cast to where that went meanwhile; returns that.
 
     What bitsandbytes' layers keep of a weight goes with it.
@@ -186,28 +186,28 @@ def exchange(layer: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return own
 
 
-def unpack(layer: nn.Module) -> None:
+def unpack_weight(layer: nn.Module) -> None:
     """Undoes what bitsandbytes does to a 4-bit weight as it is evaluated on some CPUs."""
     if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
         layer.state_dict()  # there it does it itself
 
 
-def keep_unpacked(model: nn.Module) -> list[nn.Module]:
+def disable_packing(model: nn.Module) -> list[nn.Module]:
     """Has bitsandbytes' 4-bit layers leave their weights as they are when they are evaluated on a CPU with AVX-512 BF16.
 
     It packs them otherwise, rounding their scales, and a layer whose weight is packed passes no gradient on, without a word.
 
     Returns:
-        The layers that would; :func:`let_pack` lets them again.
+        The layers that would; :func:`enable_packing` lets them again.
     """
     layers = [module for module in model.modules() if getattr(module, _PACKS, False)]
     for layer in layers:
         setattr(layer, _PACKS, False)
-        unpack(layer)
+        unpack_weight(layer)
     return layers
 
 
-def let_pack(layers: list[nn.Module]) -> None:
+def enable_packing(layers: list[nn.Module]) -> None:
     for layer in layers:
         setattr(layer, _PACKS, True)
 

@@ -75,7 +75,7 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_
     if not torch.equal(drawn.candidates[:, :columns], adapter.candidates):
         raise ValueError("the adapter's candidates are not those that its seed draws, so the next best are not known.")
 
-    if _held_by_a_graph(adapter.logits):
+    if _is_in_a_graph(adapter.logits):
         raise ValueError(
             "the graph of an earlier forward still refers to the logits as they are. Let go of its outputs first: `del loss`."
         )
@@ -120,7 +120,7 @@ def moves_untouched(model: nn.Module, optimizer: Optimizer) -> str | None:
     return None
 
 
-def _held_by_a_graph(parameter: Tensor) -> bool:
+def _is_in_a_graph(parameter: Tensor) -> bool:
     """Whether some output's history leads to it: the node there, which knows its shape, is made anew where there is none."""
     if not parameter.requires_grad:
         return False

@@ -46,7 +46,7 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None, *,
             raise ValueError(
                 f"layer `{name}` has adapter {again[0]!r} merged already. Call vblora.unmerge(model) first."
             )
-        if any(layer.updates[adapter].slot.read for adapter in chosen[layer]):
+        if any(layer.updates[adapter].slot.weight_read for adapter in chosen[layer]):
             raise ValueError(
                 f"the model's code reads the weight of layer `{name}` itself, which leaves the update out; merged, it would be "
                 "in. Nothing was merged. Adapt the model without that layer (`exclude_modules`)."

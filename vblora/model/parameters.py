@@ -86,11 +86,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         ValueError: the model has no adapter.
     """
     adapters = _adapters(model)
-    whole = {tensor: None for adapter in adapters for tensor in adapter.stored_whole()}
+    whole = {tensor: None for adapter in adapters for tensor in adapter.stored_tensors()}
     active = [i for record in adapted_models(model) for i in record.adapters.values() if i.active]
     beside = {replaced.stand_in: None for one in active for replaced in one.replaced.values()}
     stored = sum(tensor.numel() for tensor in (*whole, *beside))
-    stored += sum(adapter.stored_mixtures() for adapter in adapters)
+    stored += sum(adapter.stored_mixture_size() for adapter in adapters)
     return ParameterCount(sum(p.numel() for p in model.parameters() if p.requires_grad), stored)
 
 

@@ -13,7 +13,7 @@ from ..config import AdapterConfig
 from ..layers.adapted import AdaptedLayer, Replaced, Update
 from ..layers.kinds import compute_dtype
 from ..layers.reads import listed
-from ..layers.weights import is_packed, keep_unpacked, let_pack
+from ..layers.weights import disable_packing, enable_packing, is_packed
 
 ADAPTERS_ATTRIBUTE = "vblora"  # name of the adapters among an injected model's modules
 
@@ -81,7 +81,7 @@ class AttachedAdapter:
         return all(layer.released and self.name in layer.merged for layer in self.layers)
 
     def begin_forward(self) -> None:
-        if any(self.name in layer.running for layer in self.layers):
+        if any(self.name in layer.applied for layer in self.layers):
             self.adapter.begin_forward(compute_dtype(self.layers[0].weight.device, self._layers_dtype()))
 
     def end_forward(self, complete: bool) -> None:
@@ -90,16 +90,16 @@ class AttachedAdapter:
         adapter.end_forward()
         if torch.compiler.is_compiling():
             return
-        past, adapter.past = adapter.past, {}
+        past, adapter.weight_reads = adapter.weight_reads, {}
         first, self.ran = complete and not self.ran, complete or self.ran
         if first and not adapter.traced and not any(map(_is_compiled, self.model.modules())):
             layer_of = dict(zip(adapter.slots, self.layers, strict=True))
-            uncalled = [slot for slot in adapter.slots if self.name in layer_of[slot].running and not slot.asked]
+            uncalled = [slot for slot in adapter.slots if self.name in layer_of[slot].applied and not slot.was_called]
             past |= {slot: True for slot in uncalled if slot in past}
             _warn_of_uncalled([adapter.targets[slot.index].name for slot in uncalled if slot not in past])
-        found = [slot for slot, used in past.items() if used and not slot.read]
+        found = [slot for slot, used in past.items() if used and not slot.weight_read]
         for slot in found:
-            slot.read = True
+            slot.weight_read = True
         _warn_of_reading([adapter.targets[slot.index].name for slot in found])
 
     def _layers_dtype(self) -> torch.dtype:
@@ -123,7 +123,7 @@ class AdaptedModel:
         self.adapters: dict[str, AttachedAdapter] = {}
         self.names: dict[AdaptedLayer, list[str]] = {}  # of each layer; several if the model uses it in several places
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.unpacked = keep_unpacked(model)
+        self.packing_layers = disable_packing(model)
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
 
@@ -133,7 +133,7 @@ class AdaptedModel:
 
     @property
     def active(self) -> list[str]:
-        return [injected.name for injected in self._active]
+        return [attached.name for attached in self._active]
 
     def register_hooks(self) -> None:
         self._hooks = [
@@ -142,16 +142,16 @@ class AdaptedModel:
         ]
 
     def _begin_forward(self, _model: nn.Module, _args: tuple) -> None:
-        for injected in self._active:
-            injected.begin_forward()
+        for attached in self._active:
+            attached.begin_forward()
 
     def _end_forward(self, _model: nn.Module, _args: tuple, output: object) -> None:
-        for injected in self._active:
-            injected.end_forward(complete=output is not None)
+        for attached in self._active:
+            attached.end_forward(complete=output is not None)
 
     def in_place(self) -> list[Replaced]:
         """What stands in the base model's place now."""
-        every = [replaced for injected in self.adapters.values() for replaced in injected.replaced.values()]
+        every = [replaced for attached in self.adapters.values() for replaced in attached.replaced.values()]
         return [replaced for replaced in every if replaced.in_place]
 
     def wrap(self, layer: nn.Module, names: list[str]) -> AdaptedLayer:
@@ -165,32 +165,32 @@ class AdaptedModel:
             _set_module(self.model, name, adapted)
         return adapted
 
-    def add(self, injected: AttachedAdapter) -> None:
+    def add(self, attached: AttachedAdapter) -> None:
         """Adds an adapter to its layers; active if it is the first."""
-        self.adapters[injected.name] = injected
-        for slot, layer in zip(injected.adapter.slots, injected.layers, strict=True):
-            layer.updates[injected.name] = Update(slot, injected.config.dropout)
-        getattr(self.model, ADAPTERS_ATTRIBUTE)[injected.name] = injected.adapter
-        injected.note_trainable_names()
-        self.activate([injected.name] if len(self.adapters) == 1 else self.active)
+        self.adapters[attached.name] = attached
+        for slot, layer in zip(attached.adapter.slots, attached.layers, strict=True):
+            layer.updates[attached.name] = Update(slot, attached.config.dropout)
+        getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
+        attached.note_trainable_names()
+        self.activate([attached.name] if len(self.adapters) == 1 else self.active)
         self._keep_from_ddp()
 
     def activate(self, names: Sequence[str]) -> None:
         """Makes these adapters the active ones, which alone have parameters that require gradients."""
-        for injected in self._active:
-            injected.note_trainable_names()
-            for replaced in injected.replaced.values():
+        for attached in self._active:
+            attached.note_trainable_names()
+            for replaced in attached.replaced.values():
                 replaced.swap()
         self._active = tuple(self.adapters[name] for name in names)
-        for injected in self.adapters.values():
-            injected.active = injected in self._active
-            for parameter in injected.parameters.values():
+        for attached in self.adapters.values():
+            attached.active = attached in self._active
+            for parameter in attached.parameters.values():
                 parameter.requires_grad_(False)
-        for injected in self._active:
-            parameters = injected.parameters
-            for trainable in injected.trainable_names:
+        for attached in self._active:
+            parameters = attached.parameters
+            for trainable in attached.trainable_names:
                 parameters[trainable].requires_grad_(True)
-            for replaced in injected.replaced.values():
+            for replaced in attached.replaced.values():
                 replaced.swap()
         for layer in self.layers:
             layer.set(active=names)
@@ -198,9 +198,9 @@ class AdaptedModel:
     def remove(self, name: str) -> None:
         """Takes one adapter out, and the wrapping off layers that have no other."""
         self.activate([other for other in self.active if other != name])
-        injected = self.adapters.pop(name)
+        attached = self.adapters.pop(name)
         del getattr(self.model, ADAPTERS_ATTRIBUTE)[name]
-        for layer in injected.layers:
+        for layer in attached.layers:
             del layer.updates[name]
             if not layer.updates:
                 self._unwrap(layer)
@@ -212,7 +212,7 @@ class AdaptedModel:
             self._unwrap(layer)
         for hook in self._hooks:
             hook.remove()
-        let_pack(self.unpacked)
+        enable_packing(self.packing_layers)
         delattr(self.model, ADAPTERS_ATTRIBUTE)
         del self.model._vblora_adapted_model
         self.adapters, self._active = {}, ()
@@ -230,8 +230,8 @@ class AdaptedModel:
         """Has DDP leave the adapters' buffers alone, which it would send around at every forward: all processes have the same."""
         known = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
         names = [name for name in known if not name.startswith(f"{ADAPTERS_ATTRIBUTE}.")]
-        for injected in self.adapters.values():
-            names += [f"{ADAPTERS_ATTRIBUTE}.{injected.name}.{name}" for name, _ in injected.adapter.named_buffers()]
+        for attached in self.adapters.values():
+            names += [f"{ADAPTERS_ATTRIBUTE}.{attached.name}.{name}" for name, _ in attached.adapter.named_buffers()]
         if names:
             self.model._ddp_params_and_buffers_to_ignore = names
         else:

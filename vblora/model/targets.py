@@ -49,7 +49,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
     for why, names in left_out.items():
         warnings.warn(f'"all-linear" leaves out {reads.listed(names)}, {why}.', stacklevel=4)
     if not targets:
-        raise ValueError(_nothing_matches(modules, config))
+        raise ValueError(_no_match_message(modules, config))
     return targets
 
 
@@ -142,7 +142,7 @@ def _output_layers(model: nn.Module) -> list[nn.Module]:
     return [module for head in heads for module in head.modules()]
 
 
-def _nothing_matches(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
+def _no_match_message(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and is_linear(module)})
     near = [match for entry in wanted for match in difflib.get_close_matches(entry.rpartition(".")[2], endings)]
