@@ -378,7 +378,7 @@ def config(**values):
 
 DENSE = {
     "no config": (lambda d: (d / CONFIG_FILE).unlink(), "adapter_config.json is missing"),
-    "no JSON": (lambda d: (d / CONFIG_FILE).write_text("{"), "no JSON"),
+    "no JSON": (lambda d: (d / CONFIG_FILE).write_text("{"), "is not valid JSON"),
     "LoHa": (config(peft_type="LOHA"), "type 'LOHA'; what is read are 'VBLORA', 'LORA' and 'VERA'"),
     "nobody's": (config(peft_type=None), "none of PEFT's"),
     "unknown field": (config(scaling=3), "unknown config field `scaling`"),

@@ -16,7 +16,7 @@ from ..adapters import VBLoRAAdapter
 from ..bank import BankFile, VectorBank
 from ..config import LoraConfig, VBLoRAConfig, VeraConfig
 from ..distributed import is_sharded, like, rank, reshard, whole
-from ..files import read_tensors, write_file, write_tensors
+from ..files import read_json, read_tensors, write_file, write_tensors
 from ..layers.kinds import Conv1D
 from ..model.inject import Plan
 from ..model.record import AttachedAdapter, adapted_models, attached_adapter, refuse_if_disabled, refuse_if_merged
@@ -187,7 +187,7 @@ def write(
     write_tensors(folder / TENSORS_FILE, tensors, metadata)
     write_file(folder / CONFIG_FILE, json.dumps(description, indent=2).encode() + b"\n")
     if not (folder / "README.md").exists():
-        write_file(folder / "README.md", _card(contents, form, base_model).encode())
+        write_file(folder / "README.md", _card(contents, form, base_model).encode(errors="backslashreplace"))
 
 
 def read(
@@ -351,7 +351,7 @@ def _for_people(description: dict) -> dict:
 
 def _warn_if_edited(path: Path, description: dict) -> None:
     try:
-        same = json.loads(path.read_text(encoding="utf-8")) == _for_people(description)
+        same = read_json(path) == _for_people(description)
     except (OSError, ValueError):
         same = False
     if not same:
@@ -360,6 +360,11 @@ def _warn_if_edited(path: Path, description: dict) -> None:
             f"What {TENSORS_FILE} says is what counts.",
             stacklevel=4,
         )
+
+
+def _quoted(text: str) -> str:
+    """A YAML string in double quotes, where a colon or a hash has no meaning of its own."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def _card(contents: Contents, form: str, base_model: str | None) -> str:
@@ -372,7 +377,7 @@ def _card(contents: Contents, form: str, base_model: str | None) -> str:
         what += f", {config.num_vectors} bank vectors of length {config.vector_length}, k={config.topk}"
     return f"""---
 library_name: {"vblora" if form in native.FORMS else "peft"}
-{f"base_model: {base_model}" if base_model else ""}
+{f"base_model: {_quoted(base_model)}" if base_model else ""}
 ---
 An adapter of {base}: {what}, {len(contents.targets)} layers. Put it into the model with
 

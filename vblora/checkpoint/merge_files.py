@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters import Target
-from ..files import replacing, sync
+from ..files import read_json, refuse_lfs_pointer, replacing, sync
 from .contents import Contents
 
 # Models of transformers that are made of Conv1D, which stores its weight (in, out). Only a square weight leaves that open.
@@ -103,8 +103,9 @@ def _read_headers(base: Path) -> dict[str, _Stored]:
     """All tensors of the base model by their names, without their values."""
     index = base / "model.safetensors.index.json"
     if index.is_file():
+        refuse_lfs_pointer(index)
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index} is damaged: it holds no `weight_map` from tensors to files.") from None
         for shard in shards:
@@ -119,6 +120,7 @@ def _read_headers(base: Path) -> dict[str, _Stored]:
     for shard in shards:
         if not (base / shard).is_file():
             raise FileNotFoundError(f"{base / shard} is missing.")
+        refuse_lfs_pointer(base / shard)
         try:
             with safe_open(base / shard, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
@@ -218,10 +220,8 @@ def _find_replacements(contents: Contents, stored: dict[str, _Stored]) -> dict[s
 
 
 def _read_config(base: Path) -> dict:
-    try:
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    path = base / "config.json"
+    config = read_json(path) if path.is_file() else {}
     return config if isinstance(config, dict) else {}
 
 

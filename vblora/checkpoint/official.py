@@ -6,7 +6,6 @@ trained along. ``config.json`` holds ``topk``, which no shape tells. Its instruc
 which :mod:`.peft` reads.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..adapters import Target
 from ..adapters.vblora import Trained
 from ..config import VBLoRAConfig
-from ..files import read_tensors
+from ..files import read_json, read_tensors
 from .contents import VBLoRAContents
 
 _FILE = "model.safetensors"
@@ -59,7 +58,7 @@ def _topk(config: Path, topk: int | None) -> int:
         if topk is None:
             raise ValueError(f"{config} is missing, which says what k is. Give that as `topk`.")
         return topk
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = read_json(config)
     if not isinstance(values, dict) or "topk" not in values:
         raise ValueError(f"{config} does not say what `topk` is.")
     return values["topk"]

@@ -1,6 +1,5 @@
 """What PEFT's files of all methods share, as peft 0.21 writes and reads them."""
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import fields
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...config import PEFT_METADATA, AdapterConfig
+from ...files import read_json
 from ..contents import Contents
 
 PREFIX = "base_model.model."
@@ -26,13 +26,10 @@ def read_config(path: Path) -> dict:
     Raises:
         ValueError: it is not there, or of another method than VB-LoRA.
     """
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        kind = description.get("peft_type")
-    except (OSError, ValueError, AttributeError):
-        raise ValueError(
-            f"{path.parent} holds no adapter of vblora's: {path.name} is missing or no JSON object."
-        ) from None
+    description = read_json(path) if path.is_file() else None
+    if not isinstance(description, dict):
+        raise ValueError(f"{path.parent} holds no adapter of vblora's: {path.name} is missing or no JSON object.")
+    kind = description.get("peft_type")
     if kind is None:
         raise ValueError(f"{path.parent} holds no adapter of vblora's, and none of PEFT's.")
     if kind not in ("VBLORA", "LORA", "VERA"):
