@@ -246,7 +246,7 @@ def test_a_console_that_cannot_print_the_path(printing, table, tiny_model, tmp_p
         command += ["--num-vectors", "16", "--vector-length", "16", "--no-baseline"]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"}, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert rb"caf\xe9 [/b]" in done.stdout
+    assert rb"caf\xe9[/b]" in b"".join(done.stdout.split())  # a title may be wrapped
     assert (out / "adapter_model.safetensors").is_file()
 
 

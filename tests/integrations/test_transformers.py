@@ -155,7 +155,7 @@ def test_a_callback_that_comes_too_late_is_no_silent_restart(tmp_path):
     model = injected()
     late = Trainer(model, settings(tmp_path), train_dataset=rows(), optimizers=(optimizer_of(model), None))
     late.add_callback(VBLoRACallback())
-    with pytest.raises(ValueError, match=r"was not restored.*when it is made"):
+    with pytest.raises(ValueError, match=r"was not restored.*when you make the Trainer"):
         late.train(resume_from_checkpoint=True)
 
 
