@@ -78,7 +78,8 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         TypeError: ``model`` has no ``save_pretrained``.
         ValueError: ``model`` has no adapter. Or, when training begins: the checkpoint's adapter was not restored, because the
             Trainer got the callback too late; its optimizer state is packed, but the Trainer was not passed an optimizer; or
-            the Trainer uses its FSDP or DeepSpeed, which save and load models without ``save_pretrained``.
+            the Trainer uses its FSDP or DeepSpeed, which save and load models without ``save_pretrained``; or
+            ``load_best_model_at_end`` is on for a ``SentenceTransformer``.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -114,6 +115,11 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if args.fsdp or args.deepspeed:
             raise ValueError(
                 "VBLoRACallback cannot save under the Trainer's FSDP or DeepSpeed. Use DDP, or see docs/training.md."
+            )
+        if args.load_best_model_at_end and not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"`load_best_model_at_end` is True, but of a {type(model).__name__} the checkpoints hold only the adapter, which "
+                "its trainer cannot load. Set it to False, and call vblora.load(model, best_checkpoint) after training."
             )
         if _attach(model) and state.global_step:
             raise ValueError(

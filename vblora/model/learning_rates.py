@@ -28,14 +28,13 @@ def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: 
     for adapter in living_adapters():
         for name, parameters in adapter.groups().items():
             group_of.update(dict.fromkeys(parameters, name))
-    low = {}
+    low: dict[str, float] = {}
     for group in optimizer.param_groups:
         rate = _highest_rate(group)
         for parameter in group["params"]:
-            name = group_of.get(parameter) if parameter.requires_grad else None
-            if name is None or rate is None or not all(name in recipe for recipe in RECIPES.values()):
-                continue
-            if rate < _TOO_LOW * min(recipe[name] for recipe in RECIPES.values()):
+            name = group_of.get(parameter, "") if parameter.requires_grad else ""
+            recipes = [recipe[name] for recipe in RECIPES.values() if name in recipe]
+            if rate is not None and recipes and rate < _TOO_LOW * min(recipes):
                 low[name] = rate
     if low:
         found = " and ".join(f"the {name} at {rate:.2g}" for name, rate in low.items())
