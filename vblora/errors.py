@@ -1,8 +1,8 @@
-"""What a command says when it cannot go on."""
+"""The error of the command line."""
 
 
 class CommandError(Exception):
-    """One line for the user, and the exit code: 2 for a fault in what was asked for, 1 for a later one, 130 after Ctrl-C."""
+    """A message of one line, and the exit code: 2 for a wrong argument or file, 1 for a later failure, 130 after Ctrl-C."""
 
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(" ".join(message.split()))
