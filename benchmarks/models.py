@@ -1,14 +1,11 @@
-"""The models that benchmarks run on, and their adapters."""
+"""The models that benchmarks run on, and their adapters. Functions that need transformers or peft import them."""
 
 import copy
 from importlib.util import find_spec
 from pathlib import Path
 
-import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 import vblora
 from vblora.adapters import Target
@@ -32,6 +29,8 @@ class Layout(nn.Module):
     """Linear layers of these names and sizes whose weights take no memory. Its adapters are real, but it cannot run."""
 
     def __init__(self, targets: list[Target]) -> None:
+        from transformers import LlamaConfig
+
         super().__init__()
         self.config = LlamaConfig()
         for target in targets:
@@ -61,6 +60,9 @@ def smollm2_file() -> Path:
 
 def smollm2() -> nn.Module:
     """That model, dequantised to float32."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     file = smollm2_file()
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -68,6 +70,8 @@ def smollm2() -> nn.Module:
 
 def small_llama() -> nn.Module:
     """A small stand-in for SmolLM2 where numbers do not matter. 192 divides its widths, too."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     sizes = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 3}
     return LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=3, **sizes))
 
@@ -78,10 +82,14 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def peft_lora(model: nn.Module, r: int = 4) -> nn.Module:
+    import peft
+
     return peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=r, target_modules="all-linear"))
 
 
 def peft_vblora(model: nn.Module, adapter: dict) -> nn.Module:
+    import peft
+
     return peft.get_peft_model(model, peft.VBLoRAConfig(**adapter))
 
 

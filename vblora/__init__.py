@@ -1,4 +1,4 @@
-"""VB-LoRA for PyTorch: low-rank adapters mixed from one vector bank, with kernels of our own.
+"""VB-LoRA for PyTorch: low-rank adapters composed from one shared vector bank, with native kernels.
 
 >>> model = vblora.inject(model, vblora.VBLoRAConfig(r=4, num_vectors=256, vector_length=64))
 >>> optimizer = torch.optim.AdamW(vblora.parameter_groups(model))

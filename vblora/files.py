@@ -1,7 +1,6 @@
-"""Files that are never seen half-written, and safetensors that are read with care."""
+"""Atomic writes, and safetensors files."""
 
 import codecs
-import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -36,25 +35,11 @@ def byte_order_mark(start: bytes) -> str | None:
     return next((encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
 
 
-def read_json(path: Path) -> object:
-    """The value in a JSON file, which may start with a byte-order mark.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is a Git LFS pointer, or not JSON.
-    """
-    refuse_lfs_pointer(path)
-    try:
-        return json.loads(path.read_bytes())  # from bytes: a byte-order mark tells the encoding
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-
-
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name for whoever writes the file within; it is synced and renamed afterwards.
+def atomic_replacement(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write; on exit, syncs the file and renames it to ``path``.
 
-    Whoever is killed meanwhile, or fails, leaves the old file.
+    If the process dies or the block raises, the old file stays.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -64,11 +49,11 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)  # the new name, too
+    sync(path.parent)  # makes the new name durable
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Waits until a file, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,13 +62,13 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, syncs it, and renames it: whoever is killed meanwhile leaves the old one."""
-    with replacing(path) as temporary, open(temporary, "xb") as file:
+    """Writes a file atomically."""
+    with atomic_replacement(path) as temporary, open(temporary, "xb") as file:
         file.write(data)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """The same bytes for the same content, as long as there is at most one key of metadata."""
+    """Writes a safetensors file atomically. Equal content gives equal bytes if ``metadata`` has at most one key."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_file(path, to_safetensors(tensors, metadata))
 
@@ -91,18 +76,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def read_tensors(
     path: Path, wanted: Callable[[str], bool] = lambda _name: True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file.
+    """Reads the tensors that ``wanted`` selects by name, and the metadata, of a safetensors file.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is a Git LFS pointer, or damaged.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or a Git LFS pointer.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     refuse_lfs_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (it is no dict)
+            names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (not a dict)
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}.") from None

@@ -15,6 +15,7 @@ import vblora
 from tests.small_models import Block, ComposedRows, Net, llama, relative_error
 from vblora.adapters.base import PACKING
 
+pytestmark = pytest.mark.usefixtures("device")
 CONFIG = vblora.VBLoRAConfig(
     r=2, num_vectors=16, vector_length=8, target_modules=["up", "down"], init_vector_bank_bound=1.0
 )
@@ -27,8 +28,8 @@ def net() -> Net:
 
 
 @pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+def x(device) -> torch.Tensor:
+    return torch.randn(5, 16, generator=torch.Generator().manual_seed(1), device="cpu").to(device)
 
 
 def gradients(net: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,13 +316,13 @@ def test_moving_and_casting_keep_the_tie(net, x):
     assert meta(x.to("meta")).device.type == "meta"
 
 
-def test_factors_follow_autocast(x):
+def test_factors_follow_autocast(x, device):
     net = vblora.inject(Net(blocks=2), CONFIG)
     seen = []
     hook = net.blocks[0].up.register_forward_hook(
         lambda module, *_: seen.append(module.updates["default"].slot.handed.factors.A.dtype)
     )
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         net(x).float().square().sum().backward()
     assert seen == [torch.bfloat16]
     hook.remove()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vblora
-from tests.small_models import Net, bert, relative_error
+from tests.small_models import Made, Net, bert, relative_error
 from vblora import reference
 from vblora.adapters.base import Factors
 from vblora.layers.kinds import add_product
@@ -24,6 +24,7 @@ CONFIGS = {
     "tied_lora": vblora.TiedLoraConfig(r=5, lora_alpha=3, target_modules=TARGETS),
 }
 methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def injected(config, dtype: torch.dtype = torch.float64, **sizes) -> nn.Module:
@@ -146,22 +147,6 @@ def test_the_projection_depends_on_the_key_alone():
     assert torch.equal(wide[1][:, :32], narrow[1])
 
 
-class Made(TorchDispatchMode):
-    """Notes the largest tensors that operators make within it; views of others are not made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if not function.is_view:
-            self.shapes += [
-                tuple(t.shape) for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t)
-            ]
-        return out
-
-
 @pytest.mark.parametrize("name", ["vera", "tied_lora"])
 def test_no_slice_and_no_scaled_copy_is_made(name):
     """What a forward makes is as large as the tokens' r or the layer's output; A and B are sliced by views, and not scaled."""
@@ -218,12 +203,12 @@ def test_other_dtypes(config, dtype):
 
 
 @methods
-def test_autocast_and_a_base_of_half_precision(config):
+def test_autocast_and_a_base_of_half_precision(config, device):
     torch.manual_seed(0)
     model = injected(config, torch.float32)
     x = torch.randn(6, 16)
     want = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = model(x)
     assert y.dtype == torch.bfloat16 and relative_error(y.float(), want) < 5e-2
     y.float().square().sum().backward()
@@ -233,11 +218,11 @@ def test_autocast_and_a_base_of_half_precision(config):
     assert mixed(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_another_projection_is_seen_in_every_dtype():
+def test_another_projection_is_seen_in_every_dtype(device):
     """A frozen pair is cast once."""
     model = injected(CONFIGS["vera"], torch.float32)
     x = torch.randn(6, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = model(x)
         state = copy.deepcopy(model.vblora.state_dict())
         state["default.A"] += 1

@@ -233,9 +233,9 @@ def test_the_trainers_own_optimizer_is_warned_of(tmp_path):
         {"gradient_accumulation_steps": 2},
         {"max_grad_norm": 0.5},
         {"bf16": True},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
-        {"bf16": True, "activation_checkpointing": True, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

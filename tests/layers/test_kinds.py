@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.pytorch_utils import Conv1D
 
 import vblora
 from tests.small_models import bert, gpt2, llama, relative_error
@@ -46,6 +49,9 @@ def scaled(kind, padding_idx):
 
 # The layer, and the shape of an input.
 CASES = {
+    "linear": (lambda: nn.Linear(8, 12), lambda: (3, 5, 8)),
+    "linear, a subclass": (lambda: NonDynamicallyQuantizableLinear(8, 12), lambda: (3, 5, 8)),
+    "linear, Falcon's": (lambda: FalconLinear(8, 12), lambda: (3, 5, 8)),
     "embedding": (lambda: nn.Embedding(12, 8), lambda: ids(3, 5)),
     "embedding, one index": (lambda: nn.Embedding(12, 8), lambda: ids()),
     "embedding, no index": (lambda: nn.Embedding(12, 8), lambda: ids(0, 5)),
@@ -242,9 +248,35 @@ class Doubled(nn.Conv2d):
         return 2 * super()._conv_forward(x, weight, bias)
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+class OtherConv1D(Conv1D):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def patched():
+    layer = nn.Linear(8, 12)
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    return layer
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
+        (lambda: Scaled(8, 12), r"a Scaled, which is no plain nn\.Linear: what its `forward` does is not known"),
+        (lambda: Router(8, 12), r"a Router, which is no plain nn\.Linear"),
+        (lambda: OtherConv1D(12, 8), "a OtherConv1D, which is no plain Conv1D"),
+        (patched, "a Linear, which has been given another `forward`"),
         (lambda: nn.Embedding(12, 8, max_norm=1.0), "a Embedding, which changes its weight.*`max_norm`"),
         (lambda: nn.Embedding(12, 8, scale_grad_by_freq=True), "a Embedding, which has a rule.*`scale_grad_by_freq`"),
         (lambda: Shifted(12, 8), r"a Shifted, which is no plain nn\.Embedding: what its `forward` does is not known"),
@@ -262,6 +294,29 @@ def test_refuses_by_name(layer, message):
     with pytest.raises(TypeError, match=rf"`layers\.0`, {message}.*`exclude_modules`"):
         vblora.inject(model, vblora.VBLoRAConfig(target_modules=["layers.0"], **SIZES))
     assert [name for name, _ in model.named_modules()] == ["", "layers", "layers.0"]
+
+
+@pytest.mark.parametrize("layer", [lambda: Scaled(8, 8), lambda: Router(8, 8), lambda: OtherConv1D(8, 8), patched])
+def test_all_linear_leaves_out_layers_with_a_forward_of_their_own(layer):
+    model = Holder(nn.Linear(8, 8), layer(), layer())
+    with pytest.warns(UserWarning, match=r'"all-linear" leaves out `layers\.1`, `layers\.2`, a \w+, which') as said:
+        vblora.inject(model, vblora.VBLoRAConfig(target_modules="all-linear", **SIZES))
+    assert len(said) == 1
+    assert [target.name for target in model.vblora.default.targets] == ["layers.0"]
+    with pytest.raises(TypeError, match=r"`base_layer` is a .*forward"):
+        vblora.VBLinear(base_layer=layer())
+
+
+def test_layers_whose_forward_accelerate_wraps_are_adapted():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    layer, x = add_hook_to_module(nn.Linear(8, 12).double(), ModelHook()), torch.randn(3, 8, dtype=torch.float64)
+    base = Holder(nn.Linear(8, 12).double())
+    base.layers[0].load_state_dict(layer.state_dict())
+    model = vblora.inject(Holder(layer), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES)).double()
+    before = model(x)
+    assert relative_error(before, expected(base, model, x)) < 1e-12
+    assert relative_error(vblora.merge(model)(x), before) < 1e-12
 
 
 def test_positions_of_transformers_that_count_otherwise_are_refused():

@@ -23,7 +23,7 @@ CONFIG = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("device", "one_thread")
 
 
 class Lion(torch.optim.Optimizer):
@@ -175,7 +175,9 @@ def small(num_vectors=40, num_candidates=8, seed=3, **choice):
     layer = vblora.VBLinear(
         16, 16, r=2, vector_length=8, num_vectors=num_vectors, num_candidates=num_candidates, seed=seed, **choice
     )
-    torch.nn.init.normal_(layer.adapter.bank.vectors, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(
+        layer.adapter.bank.vectors, generator=torch.Generator(layer.adapter.bank.vectors.device).manual_seed(0)
+    )
     return layer
 
 

@@ -11,6 +11,7 @@ from tests.small_models import Block, ComposedRows, Net, bert, gpt2, llama, rela
 from vblora.layers.adapted import AdaptedLayer
 
 SIZES = {"r": 2, "num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 1.0}
+pytestmark = pytest.mark.usefixtures("device")
 NET_CONFIG = vblora.VBLoRAConfig(target_modules=["up", "down"], **SIZES)
 
 
@@ -46,7 +47,8 @@ def train_a_little(model: nn.Module, **inputs) -> None:
         optimizer.step()
 
 
-BERT_INPUTS = {"input_ids": torch.randint(3, 50, (3, 9)), "labels": torch.tensor([0, 1, 0])}
+def bert_inputs() -> dict[str, torch.Tensor]:
+    return {"input_ids": 3 + torch.arange(27).view(3, 9), "labels": torch.tensor([0, 1, 0])}
 
 
 def test_wraps_targets_and_freezes_the_rest():
@@ -74,7 +76,7 @@ def test_eject_restores_everything():
     before, state = snapshot(model), copy.deepcopy(model.state_dict())
     config = vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES)
     vblora.inject(model, config)
-    train_a_little(model, **BERT_INPUTS)
+    train_a_little(model, **bert_inputs())
     assert not torch.equal(model.classifier.weight, state["classifier.weight"])
     assert vblora.eject(model) is model
     assert same_state(assert_unchanged(model, before), state)
@@ -181,10 +183,10 @@ def test_bias(bias):
     everywhere = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     of_targets = {f"{t.name}.base_layer.bias" for t in model.vblora.default.targets}
     assert biases == {"none": set(), "all": everywhere, "vblora_only": of_targets}[bias]
-    x = BERT_INPUTS["input_ids"]
+    x = bert_inputs()["input_ids"]
     with vblora.disabled(model), torch.no_grad():
         base = model(x).logits
-    train_a_little(model, **BERT_INPUTS)
+    train_a_little(model, **bert_inputs())
     with vblora.disabled(model), torch.no_grad():
         assert torch.equal(model(x).logits, base)
 
@@ -243,8 +245,8 @@ def test_merge_rounds_once():
 def test_a_released_merge_is_final():
     torch.manual_seed(0)
     model = vblora.inject(bert().eval(), vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
-    train_a_little(model, **BERT_INPUTS)
-    x = BERT_INPUTS["input_ids"]
+    train_a_little(model, **bert_inputs())
+    x = bert_inputs()["input_ids"]
     before = model(x).logits
     vblora.merge(model, release=True)
     assert relative_error(model(x).logits, before) < 1e-5
@@ -280,10 +282,10 @@ def test_an_integer_weight_is_not_merged():
 def test_disabled_is_the_base_model(merged):
     torch.manual_seed(0)
     base = bert().eval()
-    x = BERT_INPUTS["input_ids"]
+    x = bert_inputs()["input_ids"]
     expected = base(x).logits
     model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES))
-    train_a_little(model, **BERT_INPUTS)
+    train_a_little(model, **bert_inputs())
     if merged:
         vblora.merge(model)
     before = model(x).logits
@@ -368,10 +370,10 @@ class Wrapper(nn.Module):
 def test_everything_works_through_a_wrapper(tmp_path):
     torch.manual_seed(0)
     base = bert().eval()
-    x = BERT_INPUTS["input_ids"]
+    x = bert_inputs()["input_ids"]
     expected = base(x).logits
     model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES))
-    train_a_little(model, **BERT_INPUTS)
+    train_a_little(model, **bert_inputs())
     wrapper = Wrapper(model)
     before = wrapper(x).logits
     with vblora.disabled(wrapper):
@@ -385,8 +387,8 @@ def test_everything_works_through_a_wrapper(tmp_path):
 
 def test_what_is_refused_while_disabled(tmp_path):
     model = vblora.inject(bert().eval(), vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
-    train_a_little(model, **BERT_INPUTS)
-    before, count = model(BERT_INPUTS["input_ids"]).logits, vblora.count_parameters(model)
+    train_a_little(model, **bert_inputs())
+    before, count = model(bert_inputs()["input_ids"]).logits, vblora.count_parameters(model)
     with vblora.disabled(model):
         for refused in (vblora.merge, vblora.unmerge, vblora.eject, vblora.parameter_groups):
             with pytest.raises(ValueError, match="disabled"):
@@ -395,9 +397,9 @@ def test_what_is_refused_while_disabled(tmp_path):
         with pytest.raises(ValueError, match="disabled"):
             vblora.load(model, tmp_path)
         assert vblora.count_parameters(model).stored == count.stored
-    assert torch.equal(model(BERT_INPUTS["input_ids"]).logits, before)
+    assert torch.equal(model(bert_inputs()["input_ids"]).logits, before)
     vblora.eject(model)
-    assert torch.equal(vblora.load(model, tmp_path)(BERT_INPUTS["input_ids"]).logits, before)
+    assert torch.equal(vblora.load(model, tmp_path)(bert_inputs()["input_ids"]).logits, before)
 
 
 def test_a_failure_while_copying_changes_nothing(monkeypatch):

@@ -155,7 +155,7 @@ def test_deleting_frees_it_and_unwraps_its_layers(nets):
     second = vblora.model.record.attached_adapter(model, "second")
     held = [second.adapter, second.adapter.logits, second.adapter.bank.vectors]
     held += [second.replaced["head.weight"].stand_in, second.layers[0], second.adapter.slots[0]]
-    held += [second.adapter._kept.factors[0].A]
+    held += [second.adapter._kept.factors()[0].A]
     held = [weakref.ref(thing) for thing in held]
     vblora.delete_adapter(model, "second")
     del second

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .. import streams
 from ..config import AdapterConfig
 
 
@@ -57,28 +58,44 @@ class Target:
 
 
 _optimizer_steps = 0
+_step_was_captured = False  # in a CUDA graph, whose replays change parameters and are not counted
 
 
 def _count_step(*_) -> None:
-    global _optimizer_steps
+    global _optimizer_steps, _step_was_captured
     _optimizer_steps += 1
+    if not torch.compiler.is_compiling():
+        _step_was_captured = _step_was_captured or streams.capturing()
 
 
 # An optimizer may write through `.data`, and FSDP2 gathers into it: neither moves a tensor's version counter.
 register_optimizer_step_post_hook(_count_step)
 
 
-def _now() -> tuple[int, int]:
-    """What tells a forward apart from one in another thread, or one that a KeyboardInterrupt cut off before a step."""
-    return threading.get_ident(), _optimizer_steps
+class Moment(NamedTuple):
+    """What tells a forward apart from one in another thread or on another stream, from one that is captured if it is not, and
+    from one that a KeyboardInterrupt cut off before a step."""
+
+    thread: int
+    steps: int  # of optimizers, so far
+    stream: torch.cuda.Stream | None
+    capturing: bool
+
+
+def _now(device: torch.device) -> Moment:
+    return Moment(threading.get_ident(), _optimizer_steps, streams.current(device), streams.capturing(device))
 
 
 class Handed(NamedTuple):
     """A layer's factors of the outermost forward that is under way, and by what to tell that it still is."""
 
     factors: Factors
-    thread: int
-    steps: int  # of optimizers, so far
+    moment: Moment | None  # None in a graph
+
+    @property
+    def is_current(self) -> bool:
+        """Whether that forward is the one that asks. Not for graphs."""
+        return self.moment == _now(self.factors.A.device)
 
 
 class Slot:
@@ -92,13 +109,30 @@ class Slot:
         self.adapter = adapter
         self.index = index
         self.handed: Handed | None = None
+        self.asked = False  # whether the layer ever was called for its factors
+        self.read = False  # whether its weight was read past it by the model's code
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """This layer's factors, in ``dtype`` if they are not those of a whole forward."""
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            self._note_tracing()
+        else:
+            self.asked = True
         handed = self.handed
-        if handed is not None and (torch.compiler.is_compiling() or handed[1:] == _now()):
+        if handed is not None and (compiling or handed.is_current):
             return handed.factors
         return self.adapter.factors_of(self.index, dtype)
+
+    @torch.compiler.assume_constant_result  # so that it runs as a graph is made, and is not in it
+    def _note_tracing(self) -> bool:
+        self.adapter.traced = True
+        return True
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether an outermost forward is under way that is not compiled."""
+        return self.handed is not None and not torch.compiler.is_compiling() and self.handed.is_current
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "handed": None}  # a forward's own: it may have a history, which cannot be copied
@@ -133,8 +167,13 @@ class Adapter(nn.Module, ABC):
       called by itself) composes its own rows only.
     * Without, all layers' factors are kept from forward to forward until a parameter changes: its version counter moves, an
       optimizer steps, the module is cast, moved or switched between training and evaluation, a state dict is loaded, or
-      :meth:`invalidate` is called. The last is for other writes through ``.data``, which nothing else can see.
+      :meth:`invalidate` is called. The last is for other writes through ``.data``, which nothing else can see. A stream that
+      did not compose them waits for the one that did.
     * While compiling or exporting, always, so that the composition is part of the graph.
+    * While a CUDA graph is captured, always, so that each replay composes from the parameters as they are then. Replays move
+      no counter. So from a capture on that the adapter took part in, or after a step of any optimizer was captured, nothing is
+      kept anymore: each outermost forward composes, each token of a ``generate()``, too. If you capture other writes to the
+      parameters (a moving average, say), call :meth:`invalidate` after each replay.
     """
 
     def __new__(cls, *_args: object, **_kwargs: object) -> Self:
@@ -150,6 +189,10 @@ class Adapter(nn.Module, ABC):
             None  # of the layers, until something is cast: whoever knows them notes it
         )
         self._kept: _Kept | None = None
+        self._captured = False
+        self.traced = False  # whether a graph was made of some layer, which is not seen to ask for factors
+        # Of the forward under way: slots whose layer's weight was asked for, and whether its values were used.
+        self.past: dict[Slot, bool] = {}
         self.register_load_state_dict_post_hook(_invalidate_after_load)
 
     takes_bank: ClassVar[bool] = False  # whether from_config has an argument `bank`
@@ -191,9 +234,10 @@ class Adapter(nn.Module, ABC):
 
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Hands out this forward's factors."""
-        thread, steps = (0, 0) if torch.compiler.is_compiling() else _now()
-        for slot, factors in zip(self.slots, self._all_factors(dtype), strict=True):
-            slot.handed = Handed(factors, thread, steps)
+        all_factors = self._all_factors(dtype)
+        moment = None if torch.compiler.is_compiling() else _now(all_factors[0].A.device)
+        for slot, factors in zip(self.slots, all_factors, strict=True):
+            slot.handed = Handed(factors, moment)
 
     def end_forward(self) -> None:
         """Takes back what ``begin_forward`` handed out."""
@@ -214,19 +258,25 @@ class Adapter(nn.Module, ABC):
     def _needs_composition(self) -> bool:
         if torch.compiler.is_compiling():
             return True
+        if streams.capturing(next(self.parameters()).device):
+            self._captured = True
+        if self._captured or _step_was_captured:
+            self._kept = None
+            return True
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def _all_factors(self, dtype: torch.dtype) -> list[Factors]:
         if self._needs_composition():
             return self._compose(dtype)
-        if self._kept is None or not self._kept.is_current(dtype, self._sources()):
+        kept = self._kept  # another thread may put another one there
+        if kept is None or not kept.is_current(dtype, self._sources()):
             sources = self._sources()
             if not all(is_plain(source) for source in sources):
                 return self._compose(dtype)
             # Outside of inference mode: its tensors could not be used where gradients are recorded.
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = _Kept(dtype, sources, self.compose(dtype))
-        return self._kept.factors
+                kept = self._kept = _Kept(dtype, sources, self.compose(dtype))
+        return kept.factors()
 
     def _sources(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]
@@ -253,14 +303,18 @@ class Adapter(nn.Module, ABC):
         return self
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None}  # composed anew by the copy
+        return {**self.__dict__, "_kept": None, "_captured": False}  # composed anew by the copy, which no graph changes
 
 
 class _Kept:
     """Factors, and the very tensors that they were composed from, as those were."""
 
     def __init__(self, dtype: torch.dtype, sources: list[Tensor], factors: list[Factors]) -> None:
-        self.factors = factors
+        self._factors = factors
+        self._device = factors[0].A.device
+        stream = streams.current(self._device)
+        self._composed = None if stream is None else stream.record_event()
+        self._ready_on = {stream}
         self._made_from = dtype, _optimizer_steps, [(source.data_ptr(), source._version) for source in sources]
         # Held, so that no other tensor gets their identity or their memory.
         self._sources = [(source, source.detach()) for source in sources]
@@ -271,6 +325,18 @@ class _Kept:
             and all(now is then for now, (then, _) in zip(sources, self._sources, strict=True))
             and self._made_from == (dtype, _optimizer_steps, [(s.data_ptr(), s._version) for s in sources])
         )
+
+    def factors(self) -> list[Factors]:
+        """The factors, ready for what is queued on the current stream from now on."""
+        stream = streams.current(self._device)
+        if stream not in self._ready_on:
+            stream.wait_event(self._composed)
+            for factors in self._factors:
+                for factor in factors:
+                    if factor is not None:
+                        streams.hold(factor, stream)
+            self._ready_on.add(stream)
+        return self._factors
 
 
 def warn_of_half_precision(dtypes: dict[str, torch.dtype]) -> None:

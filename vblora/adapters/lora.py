@@ -12,6 +12,7 @@ from ..checks import check_count
 from ..config import LoraConfig
 from ..distributed import gather
 from .base import Adapter, Factors, Target
+from .rows import rows_of
 
 
 class LoRAAdapter(Adapter):
@@ -91,7 +92,7 @@ class LoRAAdapter(Adapter):
         factors, sizes = gather(self.factors), self._sizes
         if index is not None:
             sizes = sizes[2 * index : 2 * index + 2]
-            factors = factors.narrow(0, self._starts[index], sum(sizes))
+            factors = rows_of(factors, self._starts[index], sum(sizes))
         parts = _scaled(factors, self.scaling).to(dtype).split_with_sizes(sizes)
         return [Factors(a.view(self.r, -1), b.view(self.r, -1)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
 

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401  (registers torch.ops.vblora)
+from .. import ops, streams  # noqa: F401  (ops registers torch.ops.vblora)
 from ..config import VeraConfig
 from .base import Target, is_plain
 from .shared import SharedPairAdapter
@@ -83,15 +83,21 @@ class VeRAAdapter(SharedPairAdapter):
         )
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``A`` and ``B`` in ``dtype``. They are frozen, so another dtype's are kept."""
+        """``A`` and ``B`` in ``dtype``. They are frozen, so another dtype's are kept, for the stream that cast them.
+
+        What is cast while a CUDA graph is captured belongs to the graph.
+        """
         sources = self.A, self.B
         if self.A.dtype == dtype or torch.compiler.is_compiling() or not all(map(is_plain, sources)):
             return super().pair(dtype)
-        made_from = dtype, *((source.data_ptr(), source._version) for source in sources)
-        if self._cast is None or self._cast[0] != made_from:
+        if streams.capturing(self.A.device):
+            return super().pair(dtype)
+        made_from = dtype, streams.current(self.A.device), *((source.data_ptr(), source._version) for source in sources)
+        cast = self._cast  # another thread may put another one there
+        if cast is None or cast[0] != made_from:
             with torch.inference_mode(False), torch.no_grad():
-                self._cast = made_from, super().pair(dtype)
-        return self._cast[1]
+                cast = self._cast = made_from, super().pair(dtype)
+        return cast[1]
 
     def invalidate(self) -> None:
         self._cast = None
@@ -126,5 +132,5 @@ def pefts_projection(targets: Sequence[Target], r: int, key: int) -> tuple[Tenso
     pair = []
     for size, fan_in in ((sizes["A"], sizes["A"][1]), (sizes["B"][::-1], r)):
         bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in))
-        pair.append(torch.empty(size, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+        pair.append(torch.empty(size, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))
     return pair[0], pair[1].T.contiguous()

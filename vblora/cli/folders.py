@@ -6,14 +6,14 @@ import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import CommandError
-from ..files import read_json
 
 if TYPE_CHECKING:
     from ..bank import BankFile
     from ..checkpoint.contents import Contents
+    from ..checkpoint.json_objects import JsonObject
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -30,7 +30,7 @@ class AdapterFolder(NamedTuple):
     contents: "Contents"
     bank_file: "BankFile | None"
     base_model: str | None
-    about: dict[str, Any]
+    about: "JsonObject"
 
 
 def add_adapter(parser: argparse.ArgumentParser, name: str) -> None:
@@ -80,17 +80,19 @@ def read_adapter(argument: str, folder: Path, bank: Path | None) -> AdapterFolde
     config = _read_config(folder / CONFIG_FILE)
     about = {name: config[name] for name in ("auto_mapping", "task_type", "revision") if config.get(name) is not None}
     base_model = config.get("base_model_name_or_path")
+    base_model = base_model if isinstance(base_model, str) else None
     bank_file = loaded.file if loaded is not None and shares_bank else None
     return AdapterFolder(contents, bank_file, base_model, about)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> "JsonObject":
     """The contents of ``adapter_config.json``; empty without a valid one, because vblora's own tensors' file has it all."""
+    from ..checkpoint.json_objects import read_object
+
     try:
-        values = read_json(path)
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def check_output(argument: str, folder: Path, *, overwrite: bool = False, instead: str = "") -> None:

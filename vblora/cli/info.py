@@ -54,8 +54,8 @@ def _print(folder: Path, adapter: AdapterFolder) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..checkpoint.contents import VBLoRAContents
     from ..checkpoint.folder import METHOD_NAMES
+    from ..checkpoint.vblora import VBLoRAContents
 
     contents = adapter.contents
     table = Table(title=Text(str(folder)), show_header=False)

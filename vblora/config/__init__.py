@@ -1,4 +1,4 @@
-"""What a user chooses, in PEFT's field names: a class a method."""
+"""The configs: one class per method, with PEFT's field names."""
 
 from .base import PEFT_METADATA, AdapterConfig
 from .lora import LoraConfig

@@ -1,5 +1,6 @@
 """Where factors meet a frozen layer."""
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters import Slot
 from .kinds import compute_dtype, kind_of
+from .reads import Watched
 from .weights import Rounding, exchange, format_of, is_packed, rounding
 
 
@@ -86,6 +88,19 @@ class AdaptedLayer(nn.Module):
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's. Whoever reads it in a forward, past the layer, leaves the update out, and is noticed."""
+        weight = self.base_layer.weight
+        slots = [update.slot for update in self.running.values() if update.slot.in_forward]
+        if not slots:
+            return weight
+        for slot in slots:
+            slot.adapter.past.setdefault(slot, False)
+        if type(weight) is not nn.Parameter:  # such as a quantised one, which has ways of its own
+            return weight
+        return Watched.of(weight, functools.partial(_notice, slots))
 
     @property
     def in_features(self) -> int:
@@ -178,13 +193,18 @@ class AdaptedLayer(nn.Module):
         return ", ".join(parts)
 
 
+def _notice(slots: list[Slot]) -> None:
+    for slot in slots:
+        slot.adapter.past[slot] = True
+
+
 def _of_base_layer(name: str) -> property:
     return property(lambda layer: getattr(layer.base_layer, name))
 
 
-# Models look at these on a layer that they do not call, and tie weights through the first.
+# Models look at these on a layer, too.
 for _name in (
-    *("weight", "bias", "num_embeddings", "embedding_dim", "padding_idx", "embed_scale"),
+    *("bias", "num_embeddings", "embedding_dim", "padding_idx", "embed_scale"),
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
 ):
     setattr(AdaptedLayer, _name, _of_base_layer(_name))

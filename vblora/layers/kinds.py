@@ -43,7 +43,7 @@ class Linear:
     @staticmethod
     def refusal(layer: nn.Module) -> str | None:
         """What about a layer of this kind keeps an update from it; None: nothing."""
-        return None
+        return _other_forward(layer, nn.Linear)
 
     @staticmethod
     def widths(layer: nn.Module) -> tuple[int, int]:
@@ -66,8 +66,11 @@ class Conv1D(Linear):
 
     @staticmethod
     def takes(layer: nn.Module) -> bool:
-        # By name, so that transformers need not be there.
-        return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)
+        return _transformers_conv1d(layer) is not None
+
+    @staticmethod
+    def refusal(layer: nn.Module) -> str | None:
+        return _other_forward(layer, _transformers_conv1d(layer))
 
     @staticmethod
     def widths(layer: nn.Module) -> tuple[int, int]:
@@ -155,9 +158,29 @@ class Convolution:
         return (B.T @ A).view_as(layer.weight)
 
 
+def _transformers_conv1d(layer: nn.Module) -> type[nn.Module] | None:
+    # By name, so that transformers need not be there.
+    named = [c for c in type(layer).__mro__ if (c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D")]
+    return named[0] if named else None
+
+
+# The `forward` of subclasses of nn.Linear that gives what nn.Linear's does.
+_AS_LINEAR = {
+    "bitsandbytes.nn.modules.Linear4bit.forward",
+    "bitsandbytes.nn.modules.Linear8bitLt.forward",
+    "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
+}
+
+
 def _other_forward(layer: nn.Module, base: type[nn.Module]) -> str | None:
-    same = type(layer).forward is base.forward
-    return None if same else f"is no plain nn.{base.__name__}: what its `forward` does is not known"
+    """A class's own, or one put on the layer itself: accelerate's alone is known, which moves what the layer's own takes."""
+    if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
+        return "has been given another `forward`: what it does is not known"
+    forward = type(layer).forward
+    if forward is base.forward or f"{forward.__module__}.{forward.__qualname__}" in _AS_LINEAR:
+        return None
+    kind = f"nn.{base.__name__}" if hasattr(nn, base.__name__) else base.__name__
+    return f"is no plain {kind}: what its `forward` does is not known"
 
 
 KINDS = (Linear, Conv1D, Embedding, Convolution)

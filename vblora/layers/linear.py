@@ -7,7 +7,7 @@ from ..adapters import VBLoRAAdapter
 from ..adapters.vblora import default_length
 from ..bank import VectorBank
 from .adapted import AdaptedLayer, Update
-from .kinds import is_linear, target_of
+from .kinds import is_linear, refusal, target_of
 from .weights import keep_unpacked
 
 
@@ -86,6 +86,8 @@ class VBLinear(AdaptedLayer):
             base_layer = nn.Linear(in_features, out_features, bias is not False, device=device, dtype=dtype)
         elif not is_linear(base_layer):
             raise TypeError(f"`base_layer` is a {type(base_layer).__name__}; allowed are nn.Linear and Conv1D.")
+        elif reason := refusal(base_layer):
+            raise TypeError(f"`base_layer` is a {type(base_layer).__name__}{reason}.")
         target = target_of("base_layer", base_layer)
         if bank is None:
             bank = VectorBank(

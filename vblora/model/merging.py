@@ -31,8 +31,8 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None, *,
         The same model.
 
     Raises:
-        ValueError: no adapted layers, an adapter that is not active, is merged already or disabled, or a sum that is not
-            finite in the weight's dtype. Nothing is merged then.
+        ValueError: no adapted layers, an adapter that is not active, is merged already or disabled, a layer whose weight a
+            forward read without calling it, or a sum that is not finite in the weight's dtype. Nothing is merged then.
         TypeError: a base weight that is computed from others, or quantised in a way that nothing can be merged into.
     """
     layers = adapted_layers(model)
@@ -45,6 +45,11 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None, *,
         if again:
             raise ValueError(
                 f"layer `{name}` has adapter {again[0]!r} merged already. Call vblora.unmerge(model) first."
+            )
+        if any(layer.updates[adapter].slot.read for adapter in chosen[layer]):
+            raise ValueError(
+                f"the model's code reads the weight of layer `{name}` itself, which leaves the update out; merged, it would be "
+                "in. Nothing was merged. Adapt the model without that layer (`exclude_modules`)."
             )
         if "weight" not in layer.base_layer._parameters:
             raise TypeError(

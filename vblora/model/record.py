@@ -1,6 +1,7 @@
 """The adapters of a model: which it has, which are active, switching them off, taking them out."""
 
 import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from ..adapters import Adapter
 from ..config import AdapterConfig
 from ..layers.adapted import AdaptedLayer, Replaced, Update
 from ..layers.kinds import compute_dtype
+from ..layers.reads import listed
 from ..layers.weights import is_packed, keep_unpacked, let_pack
 
 ADAPTERS_ATTRIBUTE = "vblora"  # name of the adapters among an injected model's modules
@@ -48,6 +50,7 @@ class AttachedAdapter:
         self.layers = layers
         self.replaced = replaced
         self.active = False
+        self.ran = False  # in a whole forward
         self.trainable_names: list[
             str
         ] = []  # what requires gradients while it is active; when it is, its parameters say so
@@ -80,6 +83,24 @@ class AttachedAdapter:
     def begin_forward(self) -> None:
         if any(self.name in layer.running for layer in self.layers):
             self.adapter.begin_forward(compute_dtype(self.layers[0].weight.device, self._layers_dtype()))
+
+    def end_forward(self, complete: bool) -> None:
+        """Also looks at which layers a ``complete`` one did not call, or went past."""
+        adapter = self.adapter
+        adapter.end_forward()
+        if torch.compiler.is_compiling():
+            return
+        past, adapter.past = adapter.past, {}
+        first, self.ran = complete and not self.ran, complete or self.ran
+        if first and not adapter.traced and not any(map(_is_compiled, self.model.modules())):
+            layer_of = dict(zip(adapter.slots, self.layers, strict=True))
+            uncalled = [slot for slot in adapter.slots if self.name in layer_of[slot].running and not slot.asked]
+            past |= {slot: True for slot in uncalled if slot in past}
+            _warn_of_uncalled([adapter.targets[slot.index].name for slot in uncalled if slot not in past])
+        found = [slot for slot, used in past.items() if used and not slot.read]
+        for slot in found:
+            slot.read = True
+        _warn_of_reading([adapter.targets[slot.index].name for slot in found])
 
     def _layers_dtype(self) -> torch.dtype:
         """The widest among the layers' dtypes, or among the model's where packed layers have none. Remembered, but not in a
@@ -124,9 +145,9 @@ class AdaptedModel:
         for injected in self._active:
             injected.begin_forward()
 
-    def _end_forward(self, _model: nn.Module, _args: tuple, _output: object) -> None:
+    def _end_forward(self, _model: nn.Module, _args: tuple, output: object) -> None:
         for injected in self._active:
-            injected.adapter.end_forward()
+            injected.end_forward(complete=output is not None)
 
     def in_place(self) -> list[Replaced]:
         """What stands in the base model's place now."""
@@ -272,6 +293,26 @@ def refuse_if_merged(layers: list[AdaptedLayer]) -> None:
     """For what would change which adapters are in the weights."""
     if any(layer.merged for layer in layers):
         raise ValueError("`model` is merged. Call vblora.unmerge(model) first.")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def _warn_of_uncalled(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"the first forward did not call {listed(names)}, whose updates had no part in it. Name layers that no "
+            "input reaches in `exclude_modules`."
+        )
+
+
+def _warn_of_reading(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"the model's code read the weight of {listed(names)} itself, which leaves the adapter's update out. Merged, it "
+            "would be in, so vblora.merge refuses. Name such layers in `exclude_modules`."
+        )
 
 
 def _dtypes_of(model: nn.Module) -> list[torch.dtype]:

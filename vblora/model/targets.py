@@ -2,21 +2,16 @@
 
 import difflib
 import re
+import warnings
 
 from torch import nn
 
 from ..config import AdapterConfig
+from ..layers import reads
 from ..layers.adapted import AdaptedLayer
-from ..layers.kinds import is_linear, refusal
+from ..layers.kinds import is_linear, kind_of, refusal
 from .record import Adapters
 
-# Layers whose weight the module around them reads, never calling the layer (always, or in evaluation): an update there would
-# have no effect. By the ending of that module's class name.
-_NEVER_CALLED = {
-    "MultiheadAttention": ("out_proj",),
-    "TransformerEncoderLayer": ("linear1", "linear2"),
-    "MambaMixer": ("dt_proj",),
-}
 # A sequence classifier's output layer, by convention.
 _CLASSIFIER_HEADS = ("score", "classifier")
 
@@ -31,23 +26,28 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
     modules = base_modules(model)
     everything = _is_all_linear(config.target_modules)
     wanted = _wanted_names(model, modules, config)
+    readers = reads.readers(modules)
     targets: dict[nn.Module, list[str]] = {}
+    left_out: dict[str, list[str]] = {}
     for name in wanted:
         module = modules[name]
-        if reason := refusal(module):
+        kind = f"a {type(module).__name__}"
+        if module in readers:
+            why = f"whose weight {readers[module]} reads itself, so that an update of the layer would be left out"
+        elif everything and (reason := kind_of(module).refusal(module)):
+            why = f"{kind}, which {reason}"
+        elif reason := refusal(module):
             raise TypeError(
-                f"`target_modules` matches `{name}`, a {type(module).__name__}{reason}. "
-                "Narrow the match, or name it in `exclude_modules`."
+                f"`target_modules` matches `{name}`, {kind}{reason}. Narrow the match, or name it in `exclude_modules`."
             )
-        parent, child = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
-        if any(type(parent).__name__.endswith(c) and child in names for c, names in _NEVER_CALLED.items()):
-            if everything:
-                continue
-            raise TypeError(
-                f"`target_modules` matches `{name}`, but {type(parent).__name__} reads that layer's weight and does not call "
-                "it, so an update there would have no effect. Name it in `exclude_modules`."
-            )
-        targets.setdefault(module, []).append(name)
+        else:
+            targets.setdefault(module, []).append(name)
+            continue
+        if not everything:
+            raise TypeError(f"`target_modules` matches `{name}`, {why}. Name it in `exclude_modules`.")
+        left_out.setdefault(why, []).append(name)
+    for why, names in left_out.items():
+        warnings.warn(f'"all-linear" leaves out {reads.listed(names)}, {why}.', stacklevel=4)
     if not targets:
         raise ValueError(_nothing_matches(modules, config))
     return targets
