@@ -6,6 +6,7 @@ whole model composes them once, before its first layer runs, and hands them out 
 
 import threading
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,6 +180,11 @@ class Adapter(nn.Module, ABC):
       kept anymore: each outermost forward composes, each token of a ``generate()``, too. If you capture other writes to the
       parameters (a moving average, say), call :meth:`invalidate` after each replay.
     """
+
+    def __new__(cls, *_args: object, **_kwargs: object) -> Self:
+        adapter = super().__new__(cls)
+        _living.add(adapter)  # here and not in __init__, which copying and unpickling leave out
+        return adapter
 
     def __init__(self, targets: list[Target]) -> None:
         super().__init__()
@@ -363,6 +369,14 @@ def is_plain(tensor: Tensor) -> bool:
     except RuntimeError:  # a wrapper of torch.func's
         return False
     return True
+
+
+_living: "weakref.WeakSet[Adapter]" = weakref.WeakSet()
+
+
+def living_adapters() -> "list[Adapter]":
+    """Every adapter of this process, so that an optimizer's parameters can be told apart."""
+    return list(_living)
 
 
 def _invalidate_after_load(adapter: Adapter, _incompatible_keys) -> None:
