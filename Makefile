@@ -43,9 +43,7 @@ PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_l
 test: lint test-torches suite
 
 suite: .venv-test/ready
-	rm -rf build/coverage
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python $(if $(COVERAGE),-m coverage run) -m pytest $(PARALLEL) $(PYTEST)
-	$(if $(COVERAGE),.venv-test/bin/python -m coverage combine -q && .venv-test/bin/python -m coverage report)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(if $(COVERAGE),--cov) $(PARALLEL) $(PYTEST)
 
 # Builds one _C and tests it with the oldest supported torch, the one that it was built with, and the newest.
 test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
