@@ -77,6 +77,7 @@ gpu-check:
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
 	.venv-test/bin/clang-format --dry-run -Werror $(CPP)
 
 format: .venv-test/ready
