@@ -143,10 +143,7 @@ class Slot:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "forward_factors": None,
-        }  # a graph cannot be copied
+        return self.__dict__ | {"forward_factors": None}  # a graph cannot be copied
 
 
 def _pack(tensor: Tensor) -> tuple[Tensor, int]:
@@ -308,11 +305,7 @@ class Adapter(nn.Module, ABC):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_cached": None,
-            "_captured": False,
-        }  # no CUDA graph refers to the copy
+        return self.__dict__ | {"_cached": None, "_captured": False}  # no CUDA graph refers to the copy
 
 
 class _CachedFactors:

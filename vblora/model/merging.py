@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..layers.adapted import AdaptedLayer, adapted_layers
-from ..layers.weights import Rounding, format_name, format_of
+from ..layers.weights import Rounding, can_merge_into, format_name
 from .record import refuse_if_disabled
 
 
@@ -55,7 +55,7 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None, *,
             raise TypeError(
                 f"the weight of layer `{name}` is computed from others (parametrized), and cannot be replaced."
             )
-        if format_of(layer.weight) is None:
+        if not can_merge_into(layer.weight):
             raise TypeError(f"layer `{name}` has a weight of {format_name(layer.weight)}, which cannot be merged into.")
         weight = layer.merged_weight(chosen[layer])
         if not weight.isfinite().all():
