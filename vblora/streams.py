@@ -1,4 +1,4 @@
-"""CUDA streams and graphs. Only this file asks torch about them, so that tests can replace it on machines without a GPU."""
+"""CUDA streams and graphs. All queries to torch are here, so that tests can replace them without a GPU."""
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ def capturing(device: torch.device | None = None) -> bool:
 
 
 def current(device: torch.device) -> torch.cuda.Stream | None:
-    """The current stream of ``device``; None on devices without streams, such as the CPU."""
+    """The current stream of ``device``; None for the CPU."""
     if device.type != "cuda" or not torch.cuda.is_initialized():
         return None
     return torch.cuda.current_stream(device)
 
 
 def mark_used(tensor: Tensor, stream: torch.cuda.Stream) -> None:
-    """Tells the allocator that ``stream`` uses ``tensor``, so that it does not reuse the memory before that work is done."""
+    """Prevents reuse of the memory of ``tensor``, once freed, until ``stream`` has finished what is queued now."""
     tensor.record_stream(stream)
