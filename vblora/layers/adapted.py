@@ -14,26 +14,26 @@ from .reads import Watched
 from .weights import Rounding, format_of, is_packed, rounding, swap_tensor
 
 
-class Replaced:
+class TensorSwap:
     """A tensor of the base model and its trained or merged replacement, one of them in the model and the other stored here."""
 
-    def __init__(self, module: nn.Module, name: str, stand_in: Tensor) -> None:
+    def __init__(self, module: nn.Module, name: str, replacement: Tensor) -> None:
         self.module = module
         self.name = name
-        self.in_place = False  # whether the replacement is in the model
-        self._stored = stand_in
+        self.swapped_in = False  # whether the replacement is in the model
+        self._stored = replacement
 
     @property
-    def stand_in(self) -> Tensor:
+    def replacement(self) -> Tensor:
         """The replacement, wherever it is."""
-        tensor: Tensor = getattr(self.module, self.name) if self.in_place else self._stored
+        tensor: Tensor = getattr(self.module, self.name) if self.swapped_in else self._stored
         return tensor
 
     @torch.no_grad()
     def swap(self) -> None:
         """Swaps the stored tensor with the module's, after matching device and dtype."""
         self._stored = swap_tensor(self.module, self.name, self._stored)
-        self.in_place = not self.in_place
+        self.swapped_in = not self.swapped_in
 
 
 class Update(NamedTuple):
@@ -75,7 +75,7 @@ class AdaptedLayer(nn.Module):
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
-        self.unmerged: Replaced | None = None
+        self.unmerged: TensorSwap | None = None
         self.rounding: Rounding | None = None
         self.applied: dict[str, Update] = {}
         self.packed = is_packed(self.weight)
@@ -174,9 +174,9 @@ class AdaptedLayer(nn.Module):
         format = format_of(self.weight)
         merged = format.store(self.base_layer, weight)
         self.rounding = None if format.exact else rounding(self.base_layer, weight, merged)
-        replaced = Replaced(self.base_layer, "weight", merged)
-        replaced.swap()
-        self.unmerged = None if release else replaced
+        unmerged = TensorSwap(self.base_layer, "weight", merged)
+        unmerged.swap()
+        self.unmerged = None if release else unmerged
         self.merged += names
         self.set()
 

@@ -11,7 +11,7 @@ from ..adapters.base import warn_of_half_precision
 from ..adapters.registry import adapter_class
 from ..bank import VectorBank
 from ..config import AdapterConfig
-from ..layers.adapted import AdaptedLayer, Replaced
+from ..layers.adapted import AdaptedLayer, TensorSwap
 from ..layers.kinds import target_of
 from ..layers.weights import format_name, is_quantised, passes_gradients
 from .record import (
@@ -86,7 +86,7 @@ def inject(
     else:
         adapter = plan.new_adapter()
     warn_of_half_precision({name: parameter.dtype for name, parameter in adapter.named_parameters()})
-    return plan.carry_out(adapter)
+    return plan.apply(adapter)
 
 
 class Plan:
@@ -96,7 +96,7 @@ class Plan:
         adapter_class: of the config's method.
         config: the config, out of reach of what its owner does to it.
         targets: the layers, as an adapter sees them.
-        stand_ins: copies of what trains beside the adapter, by their names in the model.
+        extra_tensors: copies of what trains beside the adapter, by their names in the model.
         device: where the adapter goes: that of the first layer whose weight is not offloaded.
     """
 
@@ -119,14 +119,14 @@ class Plan:
         saved = _find_saved(list(modules), self.config)
         self.targets = tuple(target_of(names[0], layer) for layer, names in self._found.items())
         self.adapter_class.check_targets(self.config, self.targets)
-        in_place = [] if self.record is None else self.record.in_place()
-        for replaced in in_place:  # what is copied are the base model's
-            replaced.swap()
+        swapped_in = [] if self.record is None else self.record.swapped_in()
+        for extra in swapped_in:  # what is copied are the base model's
+            extra.swap()
         try:
-            self.stand_ins = _stand_ins(modules, self.config, list(self._found), saved)
+            self.extra_tensors = _extra_tensors(modules, self.config, list(self._found), saved)
         finally:
-            for replaced in in_place:
-                replaced.swap()
+            for extra in swapped_in:
+                extra.swap()
         self.device = _device_of(list(self._found))
 
     def new_adapter(self, **given: object) -> Adapter:
@@ -147,7 +147,7 @@ class Plan:
                     "does, or load a trained adapter."
                 )
 
-    def carry_out(self, adapter: Adapter) -> nn.Module:
+    def apply(self, adapter: Adapter) -> nn.Module:
         """Changes the model, and returns it. A model's first adapter is active then; later ones wait to be."""
         model, record = self.model, self.record
         if record is None:
@@ -156,9 +156,9 @@ class Plan:
             model.add_module(ADAPTERS_ATTRIBUTE, Adapters())
             model._vblora_adapted_model = record
             record.register_hooks()
-        replaced = {name: Replaced(*place) for name, place in self.stand_ins.items()}
+        extra = {name: TensorSwap(*place) for name, place in self.extra_tensors.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
-        record.add(AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, replaced))
+        record.add(AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, extra))
         return model
 
 
@@ -210,7 +210,7 @@ def _find_saved(names: list[str], config: AdapterConfig) -> list[str]:
     return saved
 
 
-def _stand_ins(
+def _extra_tensors(
     modules: dict[str, nn.Module], config: AdapterConfig, targets: list[nn.Module], saved: list[str]
 ) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:
     """Copies of what trains beside the adapter, by their names in the model: whose they are, and called what there."""
@@ -227,7 +227,7 @@ def _stand_ins(
             places.setdefault((module, "bias"), f"{prefix}.bias" if prefix else "bias")
 
     copies: dict[torch.Tensor, torch.Tensor] = {}  # what is tied stays tied
-    stand_ins = {}
+    extra_tensors = {}
     for (module, name), full_name in places.items():
         tensor = getattr(module, name)
         if tensor.is_meta and getattr(getattr(module, "_hf_hook", None), "offload", False):
@@ -241,5 +241,5 @@ def _stand_ins(
             if isinstance(tensor, nn.Parameter):
                 copy = nn.Parameter(copy, requires_grad=copy.is_floating_point())
             copies[tensor] = copy
-        stand_ins[full_name] = module, name, copies[tensor]
-    return stand_ins
+        extra_tensors[full_name] = module, name, copies[tensor]
+    return extra_tensors

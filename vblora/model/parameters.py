@@ -88,7 +88,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     adapters = _adapters(model)
     whole = {tensor: None for adapter in adapters for tensor in adapter.stored_tensors()}
     active = [i for record in adapted_models(model) for i in record.adapters.values() if i.active]
-    beside = {replaced.stand_in: None for one in active for replaced in one.replaced.values()}
+    beside = {extra.replacement: None for one in active for extra in one.extra.values()}
     stored = sum(tensor.numel() for tensor in (*whole, *beside))
     stored += sum(adapter.stored_mixture_size() for adapter in adapters)
     return ParameterCount(sum(p.numel() for p in model.parameters() if p.requires_grad), stored)

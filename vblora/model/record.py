@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter
 from ..config import AdapterConfig
-from ..layers.adapted import AdaptedLayer, Replaced, Update
+from ..layers.adapted import AdaptedLayer, TensorSwap, Update
 from ..layers.kinds import compute_dtype
 from ..layers.reads import listed
 from ..layers.weights import disable_packing, enable_packing, is_packed
@@ -31,7 +31,7 @@ class AttachedAdapter:
 
     Attributes:
         layers: in the order of the adapter's targets.
-        replaced: what trains beside the adapter, by its name in the model.
+        extra: what trains beside the adapter, by its name in the model.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class AttachedAdapter:
         config: AdapterConfig,
         adapter: Adapter,
         layers: list[AdaptedLayer],
-        replaced: dict[str, Replaced],
+        extra: dict[str, TensorSwap],
     ) -> None:
         self.model = model
         self.name = name
         self.config = config
         self.adapter = adapter
         self.layers = layers
-        self.replaced = replaced
+        self.extra = extra
         self.active = False
         self.ran = False  # in a whole forward
         self.trainable_names: list[
@@ -58,8 +58,8 @@ class AttachedAdapter:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's, and what trains beside it."""
-        stand_ins = {name: replaced.stand_in for name, replaced in self.replaced.items()}
-        extra = {f"extra.{name}": tensor for name, tensor in stand_ins.items() if isinstance(tensor, nn.Parameter)}
+        extra_tensors = {name: extra.replacement for name, extra in self.extra.items()}
+        extra = {f"extra.{name}": tensor for name, tensor in extra_tensors.items() if isinstance(tensor, nn.Parameter)}
         return dict(self.adapter.named_parameters()) | extra
 
     def requires_grad_(self, requires_grad: bool) -> None:
@@ -149,10 +149,10 @@ class AdaptedModel:
         for attached in self._active:
             attached.end_forward(complete=output is not None)
 
-    def in_place(self) -> list[Replaced]:
+    def swapped_in(self) -> list[TensorSwap]:
         """What stands in the base model's place now."""
-        every = [replaced for attached in self.adapters.values() for replaced in attached.replaced.values()]
-        return [replaced for replaced in every if replaced.in_place]
+        every = [extra for attached in self.adapters.values() for extra in attached.extra.values()]
+        return [extra for extra in every if extra.swapped_in]
 
     def wrap(self, layer: nn.Module, names: list[str]) -> AdaptedLayer:
         """The adapted layer around a layer of the base model."""
@@ -179,8 +179,8 @@ class AdaptedModel:
         """Makes these adapters the active ones, which alone have parameters that require gradients."""
         for attached in self._active:
             attached.note_trainable_names()
-            for replaced in attached.replaced.values():
-                replaced.swap()
+            for extra in attached.extra.values():
+                extra.swap()
         self._active = tuple(self.adapters[name] for name in names)
         for attached in self.adapters.values():
             attached.active = attached in self._active
@@ -190,8 +190,8 @@ class AdaptedModel:
             parameters = attached.parameters
             for trainable in attached.trainable_names:
                 parameters[trainable].requires_grad_(True)
-            for replaced in attached.replaced.values():
-                replaced.swap()
+            for extra in attached.extra.values():
+                extra.swap()
         for layer in self.layers:
             layer.set(active=names)
 

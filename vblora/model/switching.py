@@ -23,7 +23,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
     owners: dict[str, str] = {}
     for name in names:
-        for place in record.adapters[check_adapter_name(record, name)].replaced:
+        for place in record.adapters[check_adapter_name(record, name)].extra:
             if place in owners:
                 raise ValueError(
                     f"adapters {owners[place]!r} and {name!r} both train `{place}`; only one can be active."
@@ -97,15 +97,15 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     enabled = [layer for layer in layers if layer.enabled]
     swapped = [layer.unmerged for layer in enabled if layer.unmerged is not None]
     if enabled:  # not again where it is disabled already
-        swapped += [replaced for record in adapted_models(model) for replaced in record.in_place()]
+        swapped += [extra for record in adapted_models(model) for extra in record.swapped_in()]
     for layer in enabled:
         layer.set(enabled=False)
-    for replaced in swapped:
-        replaced.swap()
+    for extra in swapped:
+        extra.swap()
     try:
         yield model
     finally:
-        for replaced in swapped:
-            replaced.swap()
+        for extra in swapped:
+            extra.swap()
         for layer in enabled:
             layer.set(enabled=True)
