@@ -278,7 +278,10 @@ def patched():
         (lambda: OtherConv1D(12, 8), "a OtherConv1D, which is no plain Conv1D"),
         (patched, "a Linear, which has a replaced `forward`"),
         (lambda: nn.Embedding(12, 8, max_norm=1.0), "a Embedding, which changes its weight.*`max_norm`"),
-        (lambda: nn.Embedding(12, 8, scale_grad_by_freq=True), "a Embedding, which has a rule.*`scale_grad_by_freq`"),
+        (
+            lambda: nn.Embedding(12, 8, scale_grad_by_freq=True),
+            "a Embedding, which scales its gradients.*`scale_grad_by_freq`",
+        ),
         (
             lambda: Shifted(12, 8),
             r"a Shifted, which is no plain nn\.Embedding: its `forward` may compute something else",
