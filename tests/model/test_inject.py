@@ -537,5 +537,5 @@ def test_a_layer_on_another_device_gets_its_factors_moved():
 
 
 def test_one_vector_a_sub_vector_is_warned_of():
-    with pytest.warns(UserWarning, match="`topk` is 1.*never train.*keeps the vector.*Take 2"):
+    with pytest.warns(UserWarning, match="`topk` is 1.*never train.*keeps its initial bank vector.*Set `topk` to 2"):
         vblora.inject(bert(), vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, topk=1))

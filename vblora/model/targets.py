@@ -1,4 +1,4 @@
-"""Which layers of a model a config means."""
+"""Finds the layers that a config selects in a model."""
 
 import difflib
 import re
@@ -12,19 +12,19 @@ from ..layers.adapted import AdaptedLayer
 from ..layers.kinds import is_linear, kind_of, refusal
 from .record import Adapters
 
-# A sequence classifier's output layer, by convention.
+# Usual names of a sequence classifier's output layer.
 _CLASSIFIER_HEADS = ("score", "classifier")
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, list[str]]:
-    """The layers to adapt and all their names: a layer that a model uses in two places has two.
+    """The layers to adapt, each with all its names: a layer that the model uses in two places has two.
 
     Raises:
-        ValueError: nothing matches, or the model's architecture has no default targets.
-        TypeError: a match that takes no update.
+        ValueError: no layer matches, or there are no default targets for the model's architecture.
+        TypeError: a layer matches that cannot be adapted.
     """
     modules = base_modules(model)
-    everything = _is_all_linear(config.target_modules)
+    all_linear = _is_all_linear(config.target_modules)
     wanted = _wanted_names(model, modules, config)
     readers = reads.readers(modules)
     targets: dict[nn.Module, list[str]] = {}
@@ -33,8 +33,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
         module = modules[name]
         kind = f"a {type(module).__name__}"
         if module in readers:
-            why = f"whose weight {readers[module]} reads itself, so that an update of the layer would be left out"
-        elif everything and (reason := kind_of(module).refusal(module)):
+            why = f"whose weight {readers[module]} reads itself, which would leave out the layer's update"
+        elif all_linear and (reason := kind_of(module).refusal(module)):
             why = f"{kind}, which {reason}"
         elif reason := refusal(module):
             raise TypeError(
@@ -43,7 +43,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
         else:
             targets.setdefault(module, []).append(name)
             continue
-        if not everything:
+        if not all_linear:
             raise TypeError(f"`target_modules` matches `{name}`, {why}. Name it in `exclude_modules`.")
         left_out.setdefault(why, []).append(name)
     for why, names in left_out.items():
@@ -54,7 +54,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's modules by all their names, as if it had no adapters."""
+    """The modules of a model under all their names, as if it had no adapters."""
     modules: dict[str, nn.Module] = {}
     hidden = "\0"
     for name, module in model.named_modules(remove_duplicate=False):
@@ -68,7 +68,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matches(name: str, wanted: list[str] | str) -> bool:
-    """Whether a module's name is meant: by a list's entry, or an ending after a dot; by a regular expression, in full."""
+    """Whether ``name`` equals an entry of a list or ends in one after a dot, or fully matches a regular expression."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == entry or name.endswith("." + entry) for entry in wanted)
@@ -113,27 +113,28 @@ def _in_layers(name: str, config: AdapterConfig) -> bool:
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = config.layers_pattern or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # The first index is the layer's; later ones count something within it, such as experts.
+        # The first index is the layer's; later ones are within it, such as an expert's.
         found = re.match(rf"(?:.*?\.)??{pattern}\.(\d+)\.", name)
         if found:
             return int(found.group(1)) in wanted
     return False
 
 
-def _default_targets(model: nn.Module, of_types: dict[str, list[str]]) -> list[str]:
+def _default_targets(model: nn.Module, defaults: dict[str, list[str]]) -> list[str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in of_types:
-        known = ", ".join(sorted(of_types))
+    if model_type not in defaults:
+        known = ", ".join(sorted(defaults))
         raise ValueError(
-            f"`target_modules` is None, and there is no default for a model of type {model_type!r} (there is for {known}). "
-            'Give names of layers, or "all-linear".'
+            f"`target_modules` is None, but there is no default for a model of type {model_type!r} (only for {known}). "
+            'Pass names of layers, or "all-linear".'
         )
-    return of_types[model_type]
+    return defaults[model_type]
 
 
 def _output_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that turn hidden states into scores: of tokens, or of a sequence classifier's classes."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """The layers that map hidden states to scores, of tokens or of a sequence classifier's classes."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    output = None if get_output_embeddings is None else get_output_embeddings()
     if output is not None:
         return [output]
     if not hasattr(model, "config"):
