@@ -74,12 +74,13 @@ class AdaptedLayer(nn.Module):
 
     def set(self, *, active: Iterable[str] | None = None, enabled: bool | None = None) -> None:
         """Changes which updates a forward adds. Names of adapters that do not have this layer are passed over."""
+        own = vars(self)  # set_adapter does this for each layer, and Module.__setattr__ takes most of its time
         if active is not None:
-            self.active = tuple(name for name in active if name in self.updates)
+            own["active"] = tuple([name for name in active if name in self.updates])
         if enabled is not None:
-            self.enabled = enabled
+            own["enabled"] = enabled
         running = [name for name in self.active if self.enabled and name not in self.merged]
-        self.running = {name: self.updates[name] for name in running}
+        own["running"] = {name: self.updates[name] for name in running}
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("weight", "bias"):

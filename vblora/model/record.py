@@ -151,21 +151,25 @@ class AdaptedModel:
             layer.updates[injected.name] = Update(slot, injected.config.dropout)
         getattr(self.model, ADAPTERS_ATTRIBUTE)[injected.name] = injected.adapter
         injected.note_trainable_names()
-        self.activate([injected.name] if len(self.adapters) == 1 else self.active)
+        self.activate([injected.name] if len(self.adapters) == 1 else self.active, added=[injected])
         self._keep_from_ddp()
 
-    def activate(self, names: Sequence[str]) -> None:
-        """Makes these adapters the active ones, which alone have parameters that require gradients."""
+    def activate(self, names: Sequence[str], added: Sequence[AttachedAdapter] = ()) -> None:
+        """Makes these adapters the active ones, which alone have parameters that require gradients.
+
+        Looks at the adapters that were active and those that become so, and at ``added`` ones, however many others there are.
+        """
         for injected in self._active:
             injected.note_trainable_names()
             for replaced in injected.replaced.values():
                 replaced.swap()
-        self._active = tuple(self.adapters[name] for name in names)
-        for injected in self.adapters.values():
-            injected.active = injected in self._active
+        for injected in (*self._active, *added):
+            injected.active = False
             for parameter in injected.parameters.values():
                 parameter.requires_grad_(False)
+        self._active = tuple(self.adapters[name] for name in names)
         for injected in self._active:
+            injected.active = True
             parameters = injected.parameters
             for trainable in injected.trainable_names:
                 parameters[trainable].requires_grad_(True)
@@ -218,8 +222,15 @@ class AdaptedModel:
 
 
 def adapted_models(model: nn.Module) -> list[AdaptedModel]:
-    """The records of a model and of all within it."""
-    return [module._vblora_adapted_model for module in model.modules() if hasattr(module, "_vblora_adapted_model")]
+    """The records of a model and of all within it. Its adapters are not searched, so their number does not matter."""
+    found, pending = {}, [model]  # modules seen, with their records
+    while pending:
+        module = pending.pop()
+        if module is not None and module not in found and type(module) is not Adapters:
+            own = vars(module)
+            found[module] = own.get("_vblora_adapted_model")
+            pending += reversed(own["_modules"].values())
+    return [record for record in found.values() if record is not None]
 
 
 def adapted_model(model: nn.Module) -> AdaptedModel:
