@@ -186,7 +186,7 @@ class Adapter(nn.Module, ABC):
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Hands out this forward's factors."""
         thread, steps = (0, 0) if torch.compiler.is_compiling() else _now()
-        for slot, factors in zip(self.slots, self._all_factors(dtype), strict=True):
+        for slot, factors in zip(self.slots, self.all_factors(dtype), strict=True):
             slot.handed = Handed(factors, thread, steps)
 
     def end_forward(self) -> None:
@@ -203,14 +203,15 @@ class Adapter(nn.Module, ABC):
         """The factors of one layer that runs outside of an outermost forward."""
         if self._needs_composition():
             return self._compose(dtype, index)[0]
-        return self._all_factors(dtype)[index]
+        return self.all_factors(dtype)[index]
 
     def _needs_composition(self) -> bool:
         if torch.compiler.is_compiling():
             return True
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
-    def _all_factors(self, dtype: torch.dtype) -> list[Factors]:
+    def all_factors(self, dtype: torch.dtype) -> list[Factors]:
+        """The factors of all layers, which are kept where no gradient flows to what they were made from."""
         if self._needs_composition():
             return self._compose(dtype)
         if self._kept is None or not self._kept.is_current(dtype, self._sources()):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Slot
+from . import rows
 from .kinds import compute_dtype, kind_of
 from .weights import Rounding, exchange, format_of, is_packed, rounding
 
@@ -56,6 +57,7 @@ class AdaptedLayer(nn.Module):
         merged: names of the adapters whose updates are in ``base_layer.weight`` (see :func:`vblora.merge`).
         unmerged: the weight without and with those, unless the former was released.
         rounding: what was lost as a merged weight was quantised again; None if none was.
+        rows_differ: whether a call may give each row of its batch an adapter of its own.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -70,6 +72,7 @@ class AdaptedLayer(nn.Module):
         self.unmerged: Replaced | None = None
         self.rounding: Rounding | None = None
         self.running: dict[str, Update] = {}
+        self.rows_differ = False
         self.train(base_layer.training)
 
     def set(self, *, active: Iterable[str] | None = None, enabled: bool | None = None) -> None:
@@ -100,12 +103,20 @@ class AdaptedLayer(nn.Module):
         # A layer that adds nothing, as one that was merged, costs nothing either: Module's own way to the base layer takes as
         # long as a tenth of a small layer. Whoever looks on (hooks, accelerate's own forward) sees this layer called.
         own = self.__dict__
-        if own["running"] or "forward" in own or any(map(own.__getitem__, _HOOKS)):
+        if own["running"] or own["rows_differ"] or "forward" in own or any(map(own.__getitem__, _HOOKS)):
             return super().__call__(*args, **kwargs)
         return own["_modules"]["base_layer"](*args, **kwargs)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
+        if self.rows_differ:
+            batch = rows.current()
+            if batch is not None and self in batch.layers:
+                return batch.add_to(self, y, x)
+        return self.add_running(y, x)
+
+    def add_running(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output for ``x``, ``y`` so far, with the updates of all adapters that run."""
         for slot, dropout in self.running.values():
             dtype = compute_dtype(x.device, x.dtype if x.is_floating_point() else y.dtype)
             factors = slot.factors(dtype).to(x.device, dtype)

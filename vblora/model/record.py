@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters import Adapter
+from ..adapters import Adapter, Factors
 from ..config import AdapterConfig
 from ..layers.adapted import AdaptedLayer, Replaced, Update
 from ..layers.kinds import compute_dtype
+from ..layers.rows import RowAdapters
 from ..layers.weights import is_packed, keep_unpacked, let_pack
+from . import mixed_batch
 
 ADAPTERS_ATTRIBUTE = "vblora"  # name of the adapters among an injected model's modules
 
@@ -79,7 +81,14 @@ class AttachedAdapter:
 
     def begin_forward(self) -> None:
         if any(self.name in layer.running for layer in self.layers):
-            self.adapter.begin_forward(compute_dtype(self.layers[0].weight.device, self._layers_dtype()))
+            self.adapter.begin_forward(self._compute_dtype())
+
+    def composed(self) -> list[Factors]:
+        """The factors of its layers, for inference."""
+        return self.adapter.all_factors(self._compute_dtype())
+
+    def _compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.layers[0].weight.device, self._layers_dtype())
 
     def _layers_dtype(self) -> torch.dtype:
         """The widest among the layers' dtypes, or among the model's where packed layers have none. Remembered, but not in a
@@ -105,6 +114,7 @@ class AdaptedModel:
         self.unpacked = keep_unpacked(model)
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
+        self._rows_differ = False
 
     @property
     def layers(self) -> list[AdaptedLayer]:
@@ -116,17 +126,37 @@ class AdaptedModel:
 
     def register_hooks(self) -> None:
         self._hooks = [
-            self.model.register_forward_pre_hook(self._begin_forward),
+            self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward, always_call=True),
         ]
+        mixed_batch.install_generate(self)
 
-    def _begin_forward(self, _model: nn.Module, _args: tuple) -> None:
+    def _begin_forward(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
+        # It takes the argument out of `kwargs`, which are the forward's own. A model that never saw the argument has a graph
+        # without a trace of this.
+        if (mixed_batch.ARGUMENT in kwargs or self._rows_differ) and mixed_batch.begin_forward(self, args, kwargs):
+            return
         for injected in self._active:
             injected.begin_forward()
 
     def _end_forward(self, _model: nn.Module, _args: tuple, _output: object) -> None:
+        if self._rows_differ:
+            mixed_batch.end_forward(self)
         for injected in self._active:
             injected.adapter.end_forward()
+
+    def rows(self, names: Sequence[str | None]) -> RowAdapters:
+        """The adapters of a batch's rows, by their names."""
+        refuse_if_disabled(self.layers)
+        refuse_if_merged(self.layers)
+        return mixed_batch.attached_rows(self, names)
+
+    def let_rows_differ(self) -> None:
+        """Has layers look whether their rows have adapters of their own, from now on."""
+        if not self._rows_differ:
+            self._rows_differ = True
+            for layer in self.layers:
+                layer.rows_differ = True
 
     def in_place(self) -> list[Replaced]:
         """What stands in the base model's place now."""
@@ -139,6 +169,7 @@ class AdaptedModel:
         if present is not layer:  # another adapter has it, too
             return present
         adapted = AdaptedLayer(layer)
+        adapted.rows_differ = self._rows_differ
         self.names[adapted] = names
         for name in names:
             _set_module(self.model, name, adapted)
@@ -196,6 +227,7 @@ class AdaptedModel:
         for hook in self._hooks:
             hook.remove()
         let_pack(self.unpacked)
+        mixed_batch.remove_generate(self.model)
         delattr(self.model, ADAPTERS_ATTRIBUTE)
         del self.model._vblora_adapted_model
         self.adapters, self._active = {}, ()
