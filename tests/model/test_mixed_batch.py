@@ -60,7 +60,7 @@ def assert_rows(mixed: Tensor, alone: list[Tensor], names: list[str | None], tol
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 5e-2)]
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
 )
 @pytest.mark.parametrize("shape", [(8, 16), (8, 5, 16), (8, 2, 3, 16)])
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_each_row_is_what_it_is_alone(dtype, tolerance, shape):
     model = with_adapters(Net(blocks=2).to(dtype), {"vblora": ["up", "embed"], "lora": ["down"]})
     x = torch.randn(shape, dtype=dtype)
     alone = rows_alone(model, NAMES, lambda: model(x))
-    assert relative_error(alone[1], model(x)[1]) > 10 * tolerance  # what the adapters do shows
+    assert relative_error(alone[1], model(x)[1]) > 2 * tolerance  # what the adapters do shows
     for active in ([], ["lora"], ["vera", "tied"]):  # what is active makes no difference
         vblora.set_adapter(model, active)
         before = model(x)
