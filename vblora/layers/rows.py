@@ -55,11 +55,8 @@ class RowAdapters(ABC):
         """One adapter's factors of a layer; None if it does not have that layer."""
 
     @abstractmethod
-    def stacked(self, layer: AdaptedLayer, repeat: int) -> Stacked | None:
-        """The factors of all rows, ``repeat`` times each, with ``d`` and ``e`` in them; None if no row has an update there."""
-
-    def repeated(self, repeat: int) -> list[str | None]:
-        return [name for name in self.names for _ in range(repeat)]
+    def stacked(self, layer: AdaptedLayer) -> Stacked | None:
+        """The factors of all rows, with ``d`` and ``e`` in them; None if no row has an update there."""
 
     def add_to(self, layer: AdaptedLayer, y: Tensor, x: Tensor) -> Tensor:
         """A layer's output ``y`` for ``x``, with each row's own update. Rows without an adapter keep their very bits."""
@@ -72,9 +69,9 @@ class RowAdapters(ABC):
             )
         dtype = compute_dtype(x.device, x.dtype if x.is_floating_point() else y.dtype)
         if issubclass(layer.kind, Linear) and x.is_floating_point():
-            stacked = self.stacked(layer, repeat)
-            return y if stacked is None else _add_products(y, x.to(dtype), stacked)
-        names = self.repeated(repeat)
+            stacked = self.stacked(layer)
+            return y if stacked is None else _add_products(y, x.to(dtype), stacked, len(self.names))
+        names = [name for name in self.names for _ in range(repeat)]
         added = y.clone()
         for name in dict.fromkeys(name for name in names if name is not None):
             factors = self.factors(layer, name)
@@ -103,15 +100,16 @@ def set_current(rows: RowAdapters | None) -> None:
     _current.set(rows)
 
 
-def _add_products(y: Tensor, x: Tensor, stacked: Stacked) -> Tensor:
+def _add_products(y: Tensor, x: Tensor, stacked: Stacked, count: int) -> Tensor:
+    """``y`` with the updates of ``count`` rows. What repeats a row, such as beams, counts as more positions of it."""
     A, B = (factor.to(x.device, x.dtype) for factor in stacked[:2])
-    rows = stacked.rows
+    rows = None if stacked.rows is None else stacked.rows.to(x.device)
+    positions = math.prod(x.shape[:-1]) // count
+    seen, added = x.reshape(count, positions, x.shape[-1]), y.reshape(count, positions, y.shape[-1])
     if rows is not None:
-        rows = rows.to(x.device)
-        x = x.index_select(0, rows)
-    shape = len(x), math.prod(x.shape[1:-1])
-    hidden = torch.bmm(x.reshape(*shape, x.shape[-1]), A.transpose(1, 2))
+        seen = seen.index_select(0, rows)
+    hidden = torch.bmm(seen, A.transpose(1, 2))
     if rows is None and (y.device, y.dtype) == (x.device, x.dtype):
-        return torch.baddbmm(y.reshape(*shape, y.shape[-1]), hidden, B).view(y.shape)
-    update = torch.bmm(hidden, B).view(*x.shape[:-1], y.shape[-1]).to(y.device, y.dtype)
-    return y + update if rows is None else y.index_add(0, rows.to(y.device), update)
+        return torch.baddbmm(added, hidden, B).view(y.shape)
+    update = torch.bmm(hidden, B).to(y.device, y.dtype)
+    return (added + update if rows is None else added.index_add(0, rows.to(y.device), update)).view(y.shape)

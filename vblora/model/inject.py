@@ -6,7 +6,7 @@ import os
 import torch
 from torch import nn
 
-from ..adapters import Adapter
+from ..adapters import Adapter, Target
 from ..adapters.base import warn_of_half_precision
 from ..adapters.registry import adapter_class
 from ..bank import VectorBank
@@ -151,15 +151,31 @@ class Plan:
         """Changes the model, and returns it. A model's first adapter is active then; later ones wait to be."""
         model, record = self.model, self.record
         if record is None:
-            record = AdaptedModel(model)
-            model.requires_grad_(False)
-            model.add_module(ADAPTERS_ATTRIBUTE, Adapters())
-            model._vblora_adapted_model = record
-            record.register_hooks()
+            record = AdaptedModel.install(model)
         replaced = {name: Replaced(*place) for name, place in self.stand_ins.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
         record.add(AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, replaced))
         return model
+
+
+def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedModel, tuple[Target, ...]]:
+    """Wraps the layers that ``config`` means, for adapters that are not modules of the model: those of a store.
+
+    Raises:
+        ValueError: the model has adapters, or nothing matches.
+        TypeError: a match that takes no update.
+    """
+    record = next((record for record in adapted_models(model) if record.model is model), None)
+    if record is not None and record.adapters:
+        raise ValueError(f"`model` has adapters, {', '.join(record.adapters)}. Take them out with vblora.eject first.")
+    _check_model(model, record, "")
+    found = find_targets(model, config)
+    targets = tuple(target_of(names[0], layer) for layer, names in found.items())
+    record = AdaptedModel.install(model)
+    for layer, names in found.items():
+        record.wrap(layer, names)
+    record.let_rows_differ()
+    return record, targets
 
 
 def _check_name(name: str) -> None:
@@ -176,6 +192,8 @@ def _check_model(model: nn.Module, record: AdaptedModel | None, adapter_name: st
             "`model` holds adapted layers already, of VBLinear or of a model within it that has an adapter. "
             "Take that out with vblora.eject first."
         )
+    if record is not None and record.row_source is not None:
+        raise ValueError("`model` has a vblora.serving.AdapterStore attached. Call the store's `detach` first.")
     if record is None:
         if hasattr(model, ADAPTERS_ATTRIBUTE):
             raise ValueError(f"`model` has an attribute `{ADAPTERS_ATTRIBUTE}` of its own, where the adapter would go.")

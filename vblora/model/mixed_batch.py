@@ -34,15 +34,15 @@ class AttachedRows(RowAdapters):
         update = layer.updates.get(name)
         return None if update is None else self._factors[name][update.slot.index]
 
-    def stacked(self, layer: AdaptedLayer, repeat: int) -> Stacked | None:
+    def stacked(self, layer: AdaptedLayer) -> Stacked | None:
         found = {name: self.factors(layer, name) for name in self._factors}
         folded = {name: factors.folded() for name, factors in found.items() if factors is not None}
         if not folded:
             return None
         rank = max(factors.A.shape[0] for factors in folded.values())
         padded = {name: (_of_rank(rank, factors.A), _of_rank(rank, factors.B)) for name, factors in folded.items()}
-        places = [(row, padded[name]) for row, name in enumerate(self.repeated(repeat)) if name in padded]
-        rows = None if len(places) == repeat * len(self.names) else torch.tensor([row for row, _ in places])
+        places = [(row, padded[name]) for row, name in enumerate(self.names) if name in padded]
+        rows = None if len(places) == len(self.names) else torch.tensor([row for row, _ in places])
         return Stacked(torch.stack([A for _, (A, _) in places]), torch.stack([B for _, (_, B) in places]), rows)
 
 

@@ -1,7 +1,7 @@
 """The adapters of a model: which it has, which are active, switching them off, taking them out."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -115,6 +115,17 @@ class AdaptedModel:
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
         self._rows_differ = False
+        self.row_source: Callable[[Sequence[str | None]], RowAdapters] | None = None  # of a store that is attached
+
+    @classmethod
+    def install(cls, model: nn.Module) -> "AdaptedModel":
+        """Freezes a base model, and makes it one that may have adapters."""
+        record = cls(model)
+        model.requires_grad_(False)
+        model.add_module(ADAPTERS_ATTRIBUTE, Adapters())
+        model._vblora_adapted_model = record
+        record.register_hooks()
+        return record
 
     @property
     def layers(self) -> list[AdaptedLayer]:
@@ -149,6 +160,8 @@ class AdaptedModel:
         """The adapters of a batch's rows, by their names."""
         refuse_if_disabled(self.layers)
         refuse_if_merged(self.layers)
+        if self.row_source is not None:
+            return self.row_source(names)
         return mixed_batch.attached_rows(self, names)
 
     def let_rows_differ(self) -> None:
@@ -230,7 +243,7 @@ class AdaptedModel:
         mixed_batch.remove_generate(self.model)
         delattr(self.model, ADAPTERS_ATTRIBUTE)
         del self.model._vblora_adapted_model
-        self.adapters, self._active = {}, ()
+        self.adapters, self._active, self.row_source = {}, (), None
         self._keep_from_ddp()
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
