@@ -102,7 +102,7 @@ def test_eject_after_moving_and_casting():
             lambda: Net(blocks=1),
             {"target_modules": ["up", "head"]},
             ValueError,
-            r"`vector_length` is 8.*head \(16 -> 3\).*would do: 1; or any, with pad=True",
+            r"`vector_length` is 8.*head \(16 -> 3\).*Allowed lengths: 1; with pad=True, any length",
         ),
         (lambda: Net(blocks=1), {"target_modules": ["blocks"]}, TypeError, "`blocks`, a ModuleList"),
         (bert, {"target_modules": ["LayerNorm"]}, TypeError, "a LayerNorm; allowed are nn.Linear, nn.Embedding"),
@@ -224,7 +224,7 @@ def test_merge_and_unmerge(make):
     vblora.merge(model)
     assert not same_state(dict(model.state_dict()), state)
     assert relative_error(model(ids).logits, before) < 1e-5
-    with pytest.raises(ValueError, match="merged already"):
+    with pytest.raises(ValueError, match="already merged"):
         vblora.merge(model)
     vblora.unmerge(model)
     assert same_state(dict(model.state_dict()), state)

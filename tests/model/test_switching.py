@@ -194,7 +194,7 @@ def test_merging_some(nets):
     with vblora.disabled(model):
         assert torch.equal(model(x), net(x))
     assert relative_error(model(x), expected) < 1e-12
-    with pytest.raises(ValueError, match="'second' merged already"):
+    with pytest.raises(ValueError, match="'second' is already merged"):
         vblora.merge(model)
     vblora.merge(model, ["default"])
     with ComposedRows() as composed:
