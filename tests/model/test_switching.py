@@ -1,4 +1,4 @@
-"""Several adapters on one model: adding, activating, merging some, deleting, and what each of them leaves alone."""
+"""Several adapters on one model: adding, activating, merging and deleting them, without effects on the others."""
 
 import copy
 import gc
@@ -33,7 +33,7 @@ def base(dtype: torch.dtype = torch.float64) -> Net:
 
 
 def alone(net: nn.Module, config: vblora.VBLoRAConfig, trained: nn.Module, name: str) -> nn.Module:
-    """A copy of the base model with nothing but the adapter ``name`` of ``trained``, which is active there."""
+    """A copy of the base model with only the adapter ``name`` of ``trained``, active."""
     model = vblora.inject(copy.deepcopy(net), config).double()
     model.vblora.default.load_state_dict(trained.vblora[name].state_dict())
     for place, extra in vblora.model.record.attached_adapter(trained, name).extra.items():
@@ -49,7 +49,7 @@ def randomise(net: nn.Module, name: str) -> None:
 
 @pytest.fixture
 def nets() -> tuple[nn.Module, nn.Module, torch.Tensor]:
-    """A base model, a copy with two adapters whose biases and head are not the base's, and an input."""
+    """A base model, a copy with two adapters whose biases and heads differ from the base's, and an input."""
     net = base()
     model = vblora.inject(copy.deepcopy(net), FIRST)
     vblora.inject(model, SECOND, adapter_name="second")
@@ -122,7 +122,7 @@ def test_what_was_frozen_stays_frozen():
     for name in ("second", "default", "second", "default"):
         vblora.set_adapter(model, name)
     assert model.vblora.default.logits.requires_grad and not model.vblora.default.bank.vectors.requires_grad
-    model.vblora.default.logits.requires_grad_(False)  # the user's own choice is remembered, too
+    model.vblora.default.logits.requires_grad_(False)  # the user's own choice is restored, too
     vblora.set_adapter(model, "second")
     vblora.set_adapter(model, "default")
     assert not model.vblora.default.logits.requires_grad
@@ -151,7 +151,7 @@ def test_deleting_frees_it_and_unwraps_its_layers(nets):
     net, model, x = nets
     vblora.set_adapter(model, ["default", "second"])
     with torch.no_grad():
-        model(x)  # factors are kept
+        model(x)  # caches factors
     second = vblora.model.record.attached_adapter(model, "second")
     held = [second.adapter, second.adapter.logits, second.adapter.bank.vectors]
     held += [second.extra["head.weight"].replacement, second.layers[0], second.adapter.slots[0]]
@@ -268,7 +268,7 @@ def test_saved_and_loaded_by_name(nets, tmp_path):
         vblora.set_adapter(again, name)
         assert torch.equal(again(x), expected[name])
         assert not any(p.requires_grad for p in again.parameters())
-    vblora.load(again, tmp_path / "default", adapter_name="default", is_trainable=True)  # over one that is not active
+    vblora.load(again, tmp_path / "default", adapter_name="default", is_trainable=True)  # replaces an inactive adapter
     assert not any(p.requires_grad for p in again.parameters())
     vblora.set_adapter(again, "default")
     assert again.vblora.default.logits.requires_grad and not again.vblora.second.logits.requires_grad
