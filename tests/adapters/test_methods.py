@@ -151,7 +151,7 @@ def test_the_projection_depends_on_the_key_alone():
 
 @pytest.mark.parametrize("name", ["vera", "tied_lora"])
 def test_no_slice_and_no_scaled_copy_is_made(name):
-    """A forward creates only tensors of the size of (tokens, r) or of the output: A and B are sliced as views and never scaled."""
+    """A forward only creates tensors as large as (tokens, r) or the output: A and B are sliced as views and never scaled."""
     model = injected(CONFIGS[name] if name == "vera" else replace(CONFIGS[name], lora_alpha=5), torch.float32)
     adapter, r, tokens = model.vblora.default, CONFIGS[name].r, 7
     x = torch.randn(tokens, 16)

@@ -1,4 +1,4 @@
-"""Layers whose weight the model's code reads itself: "all-linear" leaves them out, naming them is refused, and a forward warns."""
+"""Layers whose weight the model's code reads itself: "all-linear" omits them, naming them is refused, and a forward warns."""
 
 import copy
 import warnings

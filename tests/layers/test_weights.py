@@ -280,7 +280,7 @@ def test_eject_and_copies_keep_the_base_as_it_was(base):
 
 
 def test_unmerging_after_a_cast(base):
-    """The dtype of the factors ignores quantised weights, and a cast leaves their storage alone."""
+    """A cast of the model leaves the storage of a quantised weight alone."""
     model = injected(base)
     layer = model.blocks[0].up
     bits = _bits(layer.weight)
