@@ -296,7 +296,9 @@ def test_counted_and_grown_by_name():
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "forward"])
 def test_names_that_cannot_be(name):
     net = base()
-    with pytest.raises(ValueError, match="`adapter_name`"):
+    with pytest.raises(
+        ValueError, match=r"`adapter_name` .* not empty, has no '\.', and is not an attribute of nn\.ModuleDict"
+    ):
         vblora.inject(net, FIRST, adapter_name=name)
     assert not hasattr(net, "vblora")
 

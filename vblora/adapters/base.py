@@ -6,6 +6,7 @@ them once, before its first layer runs, and passes them to the layers through on
 
 import threading
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -182,6 +183,11 @@ class Adapter(nn.Module, ABC):
       outermost forward composes, even each token of ``generate()``. If you capture other writes to the parameters, such as a
       moving average, call :meth:`invalidate` after each replay.
     """
+
+    def __new__(cls, *_args: object, **_kwargs: object) -> Self:
+        adapter = super().__new__(cls)
+        _living.add(adapter)  # here and not in __init__, which copying and unpickling leave out
+        return adapter
 
     def __init__(self, targets: Sequence[Target]) -> None:
         super().__init__()
@@ -362,6 +368,14 @@ def is_plain(tensor: Tensor) -> bool:
     except RuntimeError:  # a torch.func wrapper
         return False
     return True
+
+
+_living: "weakref.WeakSet[Adapter]" = weakref.WeakSet()
+
+
+def living_adapters() -> "list[Adapter]":
+    """Every adapter of this process, so that an optimizer's parameters can be told apart."""
+    return list(_living)
 
 
 def _invalidate_after_load(adapter: Adapter, _incompatible_keys: object) -> None:

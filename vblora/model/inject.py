@@ -170,7 +170,10 @@ def _check_name(name: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"`adapter_name` is {name!r}, but must be a string.")
     if not name or "." in name or hasattr(Adapters, name) or name == "training":
-        raise ValueError(f"`adapter_name` is {name!r}, which cannot name a module. Choose another.")
+        raise ValueError(
+            f"`adapter_name` is {name!r}, which cannot name a module. Give a string that is not empty, has no '.', and is not "
+            "an attribute of nn.ModuleDict such as 'keys' or 'training'."
+        )
 
 
 def _check_model(model: nn.Module, record: AdaptedModel | None, adapter_name: str) -> None:
