@@ -223,7 +223,7 @@ def test_releasing_some(nets):
     expected = model(x)
     vblora.merge(model, "default", release=True)
     assert relative_error(model(x), expected) < 1e-12
-    with pytest.raises(ValueError, match="only some active adapters.*release=True"):
+    with pytest.raises(ValueError, match=r"only some active adapters.*release=True"):
         vblora.eject(model)
     vblora.merge(model, "second", release=True)
     vblora.eject(model)
