@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import streams
 from ..config import AdapterConfig
+from ..errors import VBLoRAWarning
 
 
 class Factors(NamedTuple):
@@ -341,7 +342,8 @@ def warn_of_half_precision(dtypes: dict[str, torch.dtype]) -> None:
         warnings.warn(
             f"the adapter's {' and '.join(rounded)} {'are' if len(rounded) > 1 else 'is'} half precision now, in which small "
             f"steps of training are lost. {choice}Cast the base model before vblora.inject, which leaves the adapter in float32; "
-            "its factors are computed in the dtype of each layer's input all the same."
+            "its factors are computed in the dtype of each layer's input all the same.",
+            VBLoRAWarning,
         )
 
 

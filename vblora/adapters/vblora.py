@@ -15,6 +15,7 @@ from ..bank import VectorBank
 from ..checks import check_count
 from ..config import VBLoRAConfig
 from ..distributed import gather, processes
+from ..errors import VBLoRAWarning
 from .base import Adapter, Factors, Target
 from .rows import rows_of
 
@@ -189,6 +190,7 @@ class VBLoRAAdapter(Adapter):
             warnings.warn(
                 "`topk` is 1: the weight of a single bank vector is always 1, so logits get no gradient and never train: each "
                 "sub-vector keeps the vector that it began with. Take 2 to let training choose.",
+                VBLoRAWarning,
                 stacklevel=3,
             )
 

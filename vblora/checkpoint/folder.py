@@ -16,6 +16,7 @@ from ..adapters import VBLoRAAdapter
 from ..bank import BankFile, VectorBank
 from ..config import LoraConfig, VBLoRAConfig, VeraConfig
 from ..distributed import gather_to_cpu, is_sharded, rank, reshard, shard_like
+from ..errors import VBLoRAWarning
 from ..files import read_tensors, write_file, write_tensors
 from ..layers.kinds import Conv1D
 from ..model.inject import Plan
@@ -358,6 +359,7 @@ def _warn_if_edited(path: Path, description: dict) -> None:
         warnings.warn(
             f"{path} is not what {TENSORS_FILE} was saved with (it was edited, or a save was cut off). "
             f"What {TENSORS_FILE} says is what counts.",
+            VBLoRAWarning,
             stacklevel=4,
         )
 

@@ -17,6 +17,7 @@ from ..adapters import VBLoRAAdapter
 from ..checkpoint import native
 from ..checkpoint.folder import TENSORS_FILE, save, write_over
 from ..checkpoint.optimizer import is_packed, pack_state, unpack_state
+from ..errors import VBLoRAWarning
 from ..files import read_tensors, write_tensors
 from ..model.candidates import moves_untouched, stats
 from ..model.record import adapted_models, attached_adapter
@@ -105,6 +106,7 @@ class VBLoRACallback(TrainerCallback):
             warnings.warn(
                 f"{reason} With candidates, training is then not the same as with all logits. "
                 "See docs/candidates.md, or set `num_candidates=None`.",
+                VBLoRAWarning,
                 stacklevel=2,
             )
 
@@ -121,6 +123,7 @@ class VBLoRACallback(TrainerCallback):
                 f"step {state.global_step}: {found.exhausted} of {found.num_subvectors} rows have used up their "
                 f"{found.num_candidates} candidates, and may part from what dense training would do. "
                 f"Take `num_candidates={more}`, or vblora.grow(model, {more}, optimizer) as it trains.",
+                VBLoRAWarning,
                 stacklevel=2,
             )
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, adapted_layers
 from ..layers.weights import Rounding, format_name, format_of
 from .record import refuse_if_disabled
@@ -95,6 +96,7 @@ def _warn_of_rounding(quantised: list[tuple[str, Rounding]]) -> None:
     warnings.warn(
         f"{len(quantised)} merged weights were quantised again. The error is largest in layer `{name}`: {worst.of_weight:.2g} of "
         f"its weight's norm, {worst.of_update:.2g} of its update's. Each layer's is its `rounding`; unmerged there is none.",
+        VBLoRAWarning,
         stacklevel=3,
     )
 

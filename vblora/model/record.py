@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter
 from ..config import AdapterConfig
+from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, Replaced, Update
 from ..layers.kinds import compute_dtype
 from ..layers.reads import listed
@@ -303,7 +304,8 @@ def _warn_of_uncalled(names: list[str]) -> None:
     if names:
         warnings.warn(
             f"the first forward did not call {listed(names)}, whose updates had no part in it. Name layers that no "
-            "input reaches in `exclude_modules`."
+            "input reaches in `exclude_modules`.",
+            VBLoRAWarning,
         )
 
 
@@ -311,7 +313,8 @@ def _warn_of_reading(names: list[str]) -> None:
     if names:
         warnings.warn(
             f"the model's code read the weight of {listed(names)} itself, which leaves the adapter's update out. Merged, it "
-            "would be in, so vblora.merge refuses. Name such layers in `exclude_modules`."
+            "would be in, so vblora.merge refuses. Name such layers in `exclude_modules`.",
+            VBLoRAWarning,
         )
 
 

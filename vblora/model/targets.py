@@ -7,6 +7,7 @@ import warnings
 from torch import nn
 
 from ..config import AdapterConfig
+from ..errors import VBLoRAWarning
 from ..layers import reads
 from ..layers.adapted import AdaptedLayer
 from ..layers.kinds import is_linear, kind_of, refusal
@@ -47,7 +48,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
             raise TypeError(f"`target_modules` matches `{name}`, {why}. Name it in `exclude_modules`.")
         left_out.setdefault(why, []).append(name)
     for why, names in left_out.items():
-        warnings.warn(f'"all-linear" leaves out {reads.listed(names)}, {why}.', stacklevel=4)
+        warnings.warn(f'"all-linear" leaves out {reads.listed(names)}, {why}.', VBLoRAWarning, stacklevel=4)
     if not targets:
         raise ValueError(_nothing_matches(modules, config))
     return targets
