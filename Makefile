@@ -1,5 +1,5 @@
 # make test     run everything that CI runs, in virtual environments that it creates
-# make suite    run the tests; PYTEST="-k admixture -x" passes options to pytest
+# make suite    run the tests and print their coverage; PYTEST="-k admixture -x" passes options to pytest
 # make lint     check style and types            make format   fix the style
 # make demo     fine-tune a real model           make clean    remove everything that these commands made
 # make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
@@ -40,7 +40,10 @@ PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_l
 test: lint test-torches suite
 
 suite: .venv-test/ready
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(PARALLEL) $(PYTEST)
+	rm -rf build/coverage
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m coverage run -m pytest $(PARALLEL) $(PYTEST)
+	.venv-test/bin/python -m coverage combine -q
+	.venv-test/bin/python -m coverage report
 
 # Builds one _C and tests it with the oldest supported torch, the one that it was built with, and the newest.
 test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready

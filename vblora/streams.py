@@ -1,11 +1,11 @@
-"""CUDA's streams and graphs: the one place that asks torch about them, so that tests can replace it where there is no GPU."""
+"""CUDA streams and graphs. All queries to torch are here, so that tests can replace them without a GPU."""
 
 import torch
 from torch import Tensor
 
 
 def capturing(device: torch.device | None = None) -> bool:
-    """Whether work for ``device``, by default the current one, is being captured in a CUDA graph instead of run."""
+    """Whether a CUDA graph is being captured on ``device``, by default the current one."""
     if not torch.cuda.is_initialized() or (device is not None and device.type != "cuda"):
         return False
     with torch.cuda.device(device):
@@ -13,12 +13,12 @@ def capturing(device: torch.device | None = None) -> bool:
 
 
 def current(device: torch.device) -> torch.cuda.Stream | None:
-    """The stream on which work for ``device`` is queued now; None where there are no streams, as on the CPU."""
+    """The current stream of ``device``; None for the CPU."""
     if device.type != "cuda" or not torch.cuda.is_initialized():
         return None
     return torch.cuda.current_stream(device)
 
 
 def hold(tensor: Tensor, stream: torch.cuda.Stream) -> None:
-    """Keeps the memory of ``tensor``, once it is freed, from being used again before ``stream`` has done what is queued now."""
+    """Prevents reuse of the memory of ``tensor``, once freed, until ``stream`` has finished what is queued now."""
     tensor.record_stream(stream)

@@ -18,7 +18,7 @@ from vblora import files
 from vblora.adapters import Target
 from vblora.adapters.vblora import Deployed, Trained, draw_rows
 from vblora.checkpoint import folder, native, packing
-from vblora.checkpoint.contents import VBLoRAContents
+from vblora.checkpoint.vblora import VBLoRAContents
 
 IDS = torch.randint(3, 50, (2, 7))
 SIZES = {"r": 2, "num_vectors": 24, "vector_length": 8, "init_vector_bank_bound": 1.0}
@@ -175,6 +175,18 @@ def test_a_deployed_adapter_does_not_train_unless_told_how(tmp_path):
     with pytest.raises(ValueError, match="without logits to go on with"):
         vblora.save(loaded(tmp_path), tmp_path / "x", form="resume")
     assert not (tmp_path / "x").exists()
+
+
+def test_weights_that_are_no_softmax_do_not_train(tmp_path):
+    vblora.save(trained(topk=3), tmp_path, form="deploy")
+    path = tmp_path / folder.TENSORS_FILE
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    safetensors.torch.save_file(tensors | {"weights": -tensors["weights"]}, path, metadata)
+    assert loaded(tmp_path)(IDS).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: some of its weights are negative"):
+        loaded(tmp_path, train_kept=True)
 
 
 def test_loading_over_an_adapter_of_another_form_is_refused(tmp_path):

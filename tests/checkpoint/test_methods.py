@@ -237,7 +237,7 @@ def test_sizes_that_cannot_be_are_refused(name, tmp_path):
 def test_what_a_method_does_not_have_is_refused(tmp_path):
     model = vblora.inject(Net(blocks=1), CONFIGS["tied_lora"])
     for form in ("peft", "peft-topk"):
-        with pytest.raises(ValueError, match=f'`form` is "{form}", which there is not of a TiedLoraConfig'):
+        with pytest.raises(ValueError, match=f'`form` is "{form}", which a TiedLoraConfig does not have'):
             vblora.save(model, tmp_path / "x", form=form)
     with pytest.raises(ValueError, match="has no bank"):
         vblora.save(model, tmp_path / "x", form="deploy", bank_dtype=torch.int8)
@@ -482,6 +482,8 @@ def test_beginnings_that_leave_the_base_model_alone_are_read(init, tmp_path):
         ("vera", lambda t, n: t[f"{n}.vera_lambda_b"].fill_(math.inf), "infinite"),
         ("vera", lambda t, n: t["base_model.vera_B"].fill_(math.inf), "infinite"),
         ("vera", lambda t, n: t.update({"base_model.vera_B": torch.ones(31, 4)}), r"`base_model\.vera_B` is"),
+        ("vera", lambda t, n: t.update({"base_model.vera_A": torch.ones(())}), r"`base_model\.vera_A` is \(\)"),
+        ("vera", lambda t, n: t.update({"base_model.vera_B": torch.ones(())}), r"`base_model\.vera_B` is \(\)"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_of_pefts_is_refused(kind, change, message, tmp_path):

@@ -165,7 +165,7 @@ DAMAGES = {
     "of somebody else": (
         lambda d: safetensors.torch.save_file({"weight": torch.ones(1)}, d / folder.TENSORS_FILE),
         ValueError,
-        "no adapter of vblora's",
+        "neither for an adapter of vblora's",
     ),
     "another version": (lambda d: change_description(d, version=2), ValueError, "version 2"),
     "another form": (lambda d: change_description(d, form="x"), ValueError, "form 'x'"),
@@ -203,6 +203,7 @@ RESUME = {
     "values too few": (tensors(**{"logits.values": lambda t: t[1:].clone()}), ValueError, "values"),
     "values of another type": (tensors(**{"logits.values": lambda t: t.double()}), ValueError, "float64"),
     "logits NaN": (tensors(**{"logits.values": lambda t: t * float("nan")}), ValueError, "`logits` holds NaN"),
+    "logits -inf": (tensors(**{"logits.values": lambda t: t.fill_(-torch.inf)}), ValueError, "nothing but -inf"),
     "exhausted": (tensors(exhausted=lambda t: t[1:].clone()), ValueError, "integers of 1 bits"),
 }
 DEPLOY = {

@@ -275,7 +275,7 @@ def test_info_merge_and_convert_of_other_methods(config, parts, form, tmp_path, 
     if form == "peft" and config.method == "vera":  # which does not say how wide the inputs are
         for command, last in (("merge", ()), ("convert", ("--form", "lora"))):
             source = (tmp_path / "base", tmp_path / "src") if command == "merge" else (tmp_path / "src",)
-            assert "do not say how wide" in fails(capsys, command, *source, tmp_path / "dst", *last)
+            assert "do not hold the widths" in fails(capsys, command, *source, tmp_path / "dst", *last)
         assert not (tmp_path / "dst").exists()
         return
     assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", "lora") == 0
@@ -417,7 +417,7 @@ def test_refuses_damaged_shards(tmp_path, capsys):
     shard.unlink()
     assert f"{shard} is missing" in fails(capsys, *command)
     index.write_text(index.read_text().replace(shard.name, "../whole"))
-    assert "no file of that folder" in fails(capsys, *command)
+    assert "not a file of the same folder" in fails(capsys, *command)
     index.write_text("{}")
     assert "no `weight_map`" in fails(capsys, *command)
     assert not (tmp_path / "out").exists()

@@ -79,7 +79,7 @@ def files(*patterns):
 
 
 def test_the_sdist_has_all_that_a_build_and_its_tests_need(source):
-    needed = files("csrc/**/*", "cmake/*", "tests/**/*", "vblora/**/*.py", "vblora/py.typed")
+    needed = files("csrc/**/*", "cmake/*", "tests/**/*", "vblora/**/*.py", "vblora/*.pyi", "vblora/py.typed")
     needed |= files("*.md", "*.toml", "CMakeLists.txt", "Makefile", "setup.py", "LICENSE", ".clang-format")
     packed = {path.relative_to(source).as_posix() for path in source.rglob("*")}
     assert needed <= packed
@@ -95,7 +95,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
         assert b"Root-Is-Purelib: false" in archive.read(f"{info}/WHEEL")
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     (binary,) = [name for name in names if re.fullmatch(r"vblora/_C\.[^/]+\.so", name)]
-    expected = files("vblora/**/*.py", "vblora/py.typed") | {binary}
+    expected = files("vblora/**/*.py", "vblora/*.pyi", "vblora/py.typed") | {binary}
     assert {name for name in names if not name.startswith(info)} == expected
     assert "vblora = vblora.cli:main" in entry_points
     for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.11", "Requires-Dist: torch>=2.11"):

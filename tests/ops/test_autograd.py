@@ -1,4 +1,4 @@
-"""admixture in autograd: the right gradients, of no more than was asked for, once."""
+"""admixture in autograd: correct gradients, only those that are needed, and no second derivatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compose: the sums of admixture from indices and weights that were kept."""
+"""compose: the sums of admixture from stored indices and weights."""
 
 from __future__ import annotations
 

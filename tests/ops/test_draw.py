@@ -1,4 +1,4 @@
-"""draw_logits_: the numbers of the published generator, at their places, to the bit; and that they are normal."""
+"""draw_logits_: exactly the numbers of the published generator, at the right elements, normally distributed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vblora.arguments import CANDIDATE_DTYPES
 from .cases import DTYPES, LAYOUTS, NAN, assert_same_bits, not_contiguous, torch_says
 
 INT16_VECTORS = 2**15
-# How often a figure that is looked at may be out of bounds, if the numbers are what they should be: once in a billion runs.
+# The probability that a correct generator fails one of the statistical tests.
 FALSE_ALARM = 1e-9
 
 
@@ -79,7 +79,7 @@ def test_quantiles():
 
 
 def test_literal_bits(backend):
-    # Whatever changes these changes what every seed means.
+    # Changing these numbers changes the meaning of every seed.
     logits, _ = draw(backend.ops, backend.device, 3, 6, seed=0)
     assert hexadecimal(logits) == [
         "be82fa50 3f96bb4f 3f2153b7 3e88fdeb 3ff51846 beb4ac05",

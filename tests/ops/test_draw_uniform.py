@@ -1,4 +1,4 @@
-"""draw_uniform_: the same numbers everywhere, each a function of seed, stream and place; and that they are uniform."""
+"""draw_uniform_: the same numbers everywhere, each a function of seed, stream, row and column, uniformly distributed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_number_of_a_word():
 
 
 def test_literal_bits(backend):
-    # Whatever changes these changes what every VeRA adapter that was saved without its projection means.
+    # Changing these numbers changes every VeRA adapter that was saved without its projections.
     values = draw(backend.ops, backend.device, 3, 6, seed=0, stream=1, bound=1.0)
     assert hexadecimal(values) == [
         "bf24631a bf596e3c 3f79f1c0 3e8a1ea8 3f52a6b6 bebbceec",

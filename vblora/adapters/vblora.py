@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -23,10 +23,13 @@ _DEFAULT_LENGTH = 256  # of bank vectors, the paper's and PEFT's
 
 
 class Trained(NamedTuple):
-    """What an adapter's sub-vectors are mixed by while it trains.
+    """The rows of logits of a trainable adapter, one row per sub-vector.
 
-    ``logits`` ``(S, M)``; ``candidates`` ``(S, M)``, the bank vectors that their columns stand for, or None: all in order;
-    ``exhausted`` ``(S,)``, which rows have used their candidates up, or None where there are none or no ``seed`` that drew them.
+    Attributes:
+        logits: ``(S, M)``.
+        candidates: ``(S, M)``, the bank vector of each logit; None if M is h and the columns are all bank vectors in order.
+        exhausted: ``(S,)``, the rows that have used up their candidates; None without candidates or without a seed.
+        seed: the seed that drew the initial logits, or None if it is unknown.
     """
 
     logits: Tensor
@@ -34,12 +37,27 @@ class Trained(NamedTuple):
     exhausted: Tensor | None = None
     seed: int | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Trained":
+        """The same rows with ``function`` applied to each tensor."""
+        candidates = None if self.candidates is None else function(self.candidates)
+        exhausted = None if self.exhausted is None else function(self.exhausted)
+        return Trained(function(self.logits), candidates, exhausted, self.seed)
+
 
 class Deployed(NamedTuple):
-    """What is left of it for inference: the bank vectors of each sub-vector, best first, and their weights, both ``(S, k)``."""
+    """The mixtures of an adapter for inference only: k bank vectors per sub-vector, best first.
+
+    Attributes:
+        indices: ``(S, k)``, the bank vectors.
+        weights: ``(S, k)``.
+    """
 
     indices: Tensor
     weights: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Deployed":
+        """The same mixtures with ``function`` applied to each tensor."""
+        return Deployed(function(self.indices), function(self.weights))
 
 
 class VBLoRAAdapter(Adapter):
@@ -135,14 +153,14 @@ class VBLoRAAdapter(Adapter):
                 device=bank.vectors.device if device is None else device,
                 dtype=bank.vectors.dtype if dtype is None else dtype,
             )
-        trained = rows if isinstance(rows, Trained) else Trained(None)
-        deployed = rows if isinstance(rows, Deployed) else Deployed(None, None)
-        self.seed = trained.seed
-        self.register_parameter("logits", None if trained.logits is None else nn.Parameter(trained.logits))
-        self.register_buffer("candidates", trained.candidates)
-        self.register_buffer("exhausted", trained.exhausted)
-        self.register_buffer("indices", deployed.indices)
-        self.register_buffer("weights", deployed.weights)
+        trained = rows if isinstance(rows, Trained) else None
+        deployed = rows if isinstance(rows, Deployed) else None
+        self.seed = trained and trained.seed
+        self.register_parameter("logits", trained and nn.Parameter(trained.logits))
+        self.register_buffer("candidates", trained and trained.candidates)
+        self.register_buffer("exhausted", trained and trained.exhausted)
+        self.register_buffer("indices", deployed and deployed.indices)
+        self.register_buffer("weights", deployed and deployed.weights)
 
     takes_bank = True
 
@@ -203,6 +221,7 @@ class VBLoRAAdapter(Adapter):
     def rows(self) -> Trained | Deployed:
         """What the sub-vectors are mixed by."""
         if self.logits is None:
+            assert self.indices is not None and self.weights is not None  # one of the two forms
             return Deployed(self.indices, self.weights)
         return Trained(self.logits, self.candidates, self.exhausted, self.seed)
 

@@ -49,7 +49,7 @@ def _print(folder: Path, adapter) -> None:
     from rich.table import Table
 
     from ..checkpoint import folder as files
-    from ..checkpoint.contents import VBLoRAContents
+    from ..checkpoint.vblora import VBLoRAContents
 
     contents = adapter.contents
     table = Table(title=str(folder), show_header=False)

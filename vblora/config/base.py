@@ -30,8 +30,8 @@ class AdapterConfig:
 
     Args:
         target_modules: layers to adapt. A list matches full module names or their last components; a string is a regular
-            expression for the full name; ``"all-linear"`` selects all linear layers except the output layer and those that
-            cannot be adapted, which a warning names. None uses the default for the model's architecture.
+            expression for the full name; ``"all-linear"`` selects all linear layers except the output layer and, with a warning
+            that names them, layers that cannot be adapted. None uses the default for the model's architecture.
         exclude_modules: layers to skip, as a list or a regular expression.
         layers_to_transform: adapt only layers with these indices. Requires ``target_modules`` to be a list or
             ``"all-linear"``.

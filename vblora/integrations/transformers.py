@@ -15,8 +15,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..adapters import VBLoRAAdapter
 from ..checkpoint import native
-from ..checkpoint.folder import TENSORS_FILE, save, write_over
+from ..checkpoint.folder import TENSORS_FILE
 from ..checkpoint.optimizer import is_packed, pack_state, unpack_state
+from ..checkpoint.save_load import save, write_over
 from ..errors import VBLoRAWarning
 from ..files import read_tensors, write_tensors
 from ..model.candidates import moves_untouched, stats
