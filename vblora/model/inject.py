@@ -10,20 +10,23 @@ from ..adapters import Adapter
 from ..adapters.base import warn_of_half_precision
 from ..adapters.registry import adapter_class
 from ..bank import VectorBank
-from ..config import AdapterConfig
+from ..config import CLASS_OF_PEFT_TYPE, AdapterConfig, from_peft
 from ..layers.adapted import AdaptedLayer, Replaced
 from ..layers.kinds import target_of
 from ..layers.weights import format_name, is_quantised, passes_gradients
+from .heads import warn_of_new_weights, with_task_head
 from .record import (
     ADAPTERS_ATTRIBUTE,
     AdaptedModel,
     Adapters,
     AttachedAdapter,
     adapted_models,
+    attached_adapter,
     refuse_if_disabled,
     refuse_if_merged,
 )
 from .targets import base_modules, find_targets, matches
+from .unmatched import warn_of_unmatched
 
 
 def inject(
@@ -46,7 +49,7 @@ def inject(
     Args:
         model: any module. For a Hugging Face model the config may leave ``target_modules`` to its architecture's default.
         config: what to adapt, and how: a :class:`VBLoRAConfig`, :class:`VeraConfig`, :class:`TiedLoraConfig` or
-            :class:`LoraConfig`.
+            :class:`LoraConfig`; or PEFT's config object of one of these methods.
         adapter_name: by which the adapter is activated, merged, saved and deleted.
         bank: of VB-LoRA: a bank to share with other adapters, or the path of its file (:meth:`VectorBank.save`), instead of a
             new one. Its size must be the config's.
@@ -71,8 +74,11 @@ def inject(
         model = vblora.inject(model, vblora.VBLoRAConfig(r=4, num_vectors=256, vector_length=64))
         optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
     """
-    plan = Plan(model, config, adapter_name)
+    config = from_peft(config, CLASS_OF_PEFT_TYPE) or config
+    adapter_class(config)  # refuses what is not a config
+    plan = Plan(model, with_task_head(model, config), adapter_name)
     plan.check_trainable()
+    warn_of_unmatched(model, plan.config, [target.name for target in plan.targets])
     plan.adapter_class.warn_if_untrainable(plan.config)
     if plan.adapter_class.takes_bank:
         adapter = plan.new_adapter(bank=bank)
@@ -86,7 +92,10 @@ def inject(
     else:
         adapter = plan.new_adapter()
     warn_of_half_precision({name: parameter.dtype for name, parameter in adapter.named_parameters()})
-    return plan.carry_out(adapter)
+    plan.carry_out(adapter)
+    if config.inference_mode:
+        attached_adapter(model, adapter_name).requires_grad_(False)
+    return model
 
 
 class Plan:
@@ -159,6 +168,7 @@ class Plan:
         replaced = {name: Replaced(*place) for name, place in self.stand_ins.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
         record.add(AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, replaced))
+        warn_of_new_weights(model, {p for attached in record.adapters.values() for p in attached.parameters.values()})
         return model
 
 
@@ -201,12 +211,12 @@ def _device_of(layers: list[nn.Module]) -> torch.device:
 
 
 def _find_saved(names: list[str], config: AdapterConfig) -> list[str]:
-    saved = []
-    for entry in config.modules_to_save or []:
-        matching = [name for name in names if name and matches(name, [entry])]
-        if not matching:
-            raise ValueError(f"`modules_to_save` names `{entry}`, which matches no module of this model.")
-        saved += matching
+    entries = config.modules_to_save or []
+    saved = [name for entry in entries for name in names if name and matches(name, [entry])]
+    if entries and not saved:
+        raise ValueError(
+            f"`modules_to_save` names {' and '.join(f'`{entry}`' for entry in entries)}, which matches no module of this model."
+        )
     return saved
 
 

@@ -15,6 +15,7 @@ from ..layers.adapted import AdaptedLayer, Replaced, Update
 from ..layers.kinds import compute_dtype
 from ..layers.reads import listed
 from ..layers.weights import is_packed, keep_unpacked, let_pack
+from .idle import warn_if_idle
 
 ADAPTERS_ATTRIBUTE = "vblora"  # name of the adapters among an injected model's modules
 
@@ -51,6 +52,9 @@ class AttachedAdapter:
         self.layers = layers
         self.replaced = replaced
         self.active = False
+        self.checked_for_training: bool | None = (
+            None  # whether it was merged when a training forward was last looked at
+        )
         self.ran = False  # in a whole forward
         self.trainable_names: list[
             str
@@ -143,6 +147,7 @@ class AdaptedModel:
         ]
 
     def _begin_forward(self, _model: nn.Module, _args: tuple) -> None:
+        warn_if_idle(self.model, self._active)
         for injected in self._active:
             injected.begin_forward()
 
