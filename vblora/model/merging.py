@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 
+from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, adapted_layers
 from ..layers.weights import Rounding, can_merge_into, format_name
 from .record import ModuleT, refuse_if_disabled
@@ -92,6 +93,7 @@ def _warn_of_rounding(quantised: list[tuple[str, Rounding]]) -> None:
     warnings.warn(
         f"{len(quantised)} merged weights were quantised again. The error is largest in layer `{name}`: {worst.of_weight:.2g} of "
         f"its weight's norm, {worst.of_update:.2g} of its update's. Each layer's is its `rounding`; unmerged there is none.",
+        VBLoRAWarning,
         stacklevel=3,
     )
 

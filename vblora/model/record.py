@@ -11,10 +11,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter
 from ..config import AdapterConfig
+from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, TensorSwap, Update
 from ..layers.kinds import compute_dtype
 from ..layers.reads import listed
 from ..layers.weights import disable_packing, enable_packing, is_packed
+from .idle import warn_if_idle
 
 ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
 
@@ -53,6 +55,7 @@ class AttachedAdapter:
         self.layers = layers
         self.extra = extra
         self.active = False
+        self.checked_for_training: bool | None = None  # whether it was merged when a training forward was last checked
         self.ran = False  # whether a forward of the model has completed
         self.trainable_names: list[
             str
@@ -147,6 +150,7 @@ class AdaptedModel:
         ]
 
     def _begin_forward(self, _model: nn.Module, _args: tuple[object, ...]) -> None:
+        warn_if_idle(self.model, self._active)
         for attached in self._active:
             attached.begin_forward()
 
@@ -309,7 +313,8 @@ def _warn_of_uncalled(names: list[str]) -> None:
     if names:
         warnings.warn(
             f"the first forward did not call {listed(names)}, whose updates had no part in it. Name layers that no "
-            "input reaches in `exclude_modules`."
+            "input reaches in `exclude_modules`.",
+            VBLoRAWarning,
         )
 
 
@@ -317,7 +322,8 @@ def _warn_of_reading(names: list[str]) -> None:
     if names:
         warnings.warn(
             f"the model's code read the weight of {listed(names)} itself, which leaves the adapter's update out. Merged, it "
-            "would be in, so vblora.merge refuses. Name such layers in `exclude_modules`."
+            "would be in, so vblora.merge refuses. Name such layers in `exclude_modules`.",
+            VBLoRAWarning,
         )
 
 
