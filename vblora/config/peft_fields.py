@@ -57,7 +57,7 @@ def accepts_peft_fields(
                     stacklevel=2,
                 )
 
-        config.__init__ = accepting_init  # type: ignore[method-assign]
+        config.__init__ = accepting_init  # type: ignore[method-assign, assignment]
         return config
 
     return decorate
@@ -77,6 +77,7 @@ def from_peft(config: Any, classes: Mapping[str, type[_Config]]) -> _Config | No
     """
     kind = getattr(config, "peft_type", None)
     kind = getattr(kind, "value", kind)
-    if not any(cls.__module__.partition(".")[0] == "peft" for cls in type(config).__mro__) or kind not in classes:
+    of_peft = any(cls.__module__.partition(".")[0] == "peft" for cls in type(config).__mro__)
+    if not of_peft or not isinstance(kind, str) or kind not in classes:
         return None
     return classes[kind](**config.to_dict())

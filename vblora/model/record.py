@@ -57,9 +57,7 @@ class AttachedAdapter:
         self.active = False
         self.checked_for_training: bool | None = None  # whether it was merged when a training forward was last checked
         self.ran = False  # whether a forward of the model has completed
-        self.trainable_names: list[
-            str
-        ] = []  # what requires gradients while it is active; when it is, its parameters say so
+        self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -312,8 +310,8 @@ def _is_compiled(module: nn.Module) -> bool:
 def _warn_of_uncalled(names: list[str]) -> None:
     if names:
         warnings.warn(
-            f"the first forward did not call {listed(names)}, whose updates had no part in it. Name layers that no "
-            "input reaches in `exclude_modules`.",
+            f"the first forward did not call {listed(names)}, so their updates had no effect. List layers that no input "
+            "reaches in `exclude_modules`.",
             VBLoRAWarning,
         )
 
@@ -321,8 +319,8 @@ def _warn_of_uncalled(names: list[str]) -> None:
 def _warn_of_reading(names: list[str]) -> None:
     if names:
         warnings.warn(
-            f"the model's code read the weight of {listed(names)} itself, which leaves the adapter's update out. Merged, it "
-            "would be in, so vblora.merge refuses. Name such layers in `exclude_modules`.",
+            f"the model's code read the weight of {listed(names)} itself, which leaves out the adapter's update. vblora.merge "
+            "refuses, because merging would add it. List such layers in `exclude_modules`.",
             VBLoRAWarning,
         )
 
