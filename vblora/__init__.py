@@ -8,6 +8,7 @@ from . import ops, reference
 from .bank import VectorBank
 from .checkpoint import load, pack_optimizer, save, unpack_optimizer
 from .config import LoraConfig, TiedLoraConfig, VBLoRAConfig, VeraConfig
+from .errors import VBLoRAWarning
 from .layers.linear import VBLinear
 from .model import learning_rates  # noqa: F401  (it watches every optimizer)
 from .model.candidates import grow, stats
@@ -24,6 +25,7 @@ __all__ = [
     "TiedLoraConfig",
     "VBLinear",
     "VBLoRAConfig",
+    "VBLoRAWarning",
     "VectorBank",
     "VeraConfig",
     "active_adapters",

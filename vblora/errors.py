@@ -1,4 +1,4 @@
-"""The error that ends a command."""
+"""The error that ends a command, and the category of all warnings."""
 
 
 class CommandError(Exception):
@@ -7,3 +7,10 @@ class CommandError(Exception):
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(" ".join(message.split()))
         self.code = code
+
+
+class VBLoRAWarning(UserWarning):
+    """The category of every warning of this package.
+
+    ``warnings.filterwarnings("error", category=vblora.VBLoRAWarning)`` makes them errors, ``"ignore"`` hides them.
+    """

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import streams
+from ..errors import VBLoRAWarning
 
 
 class Factors(NamedTuple):
@@ -356,7 +357,8 @@ def warn_of_half_precision(dtypes: dict[str, torch.dtype]) -> None:
         warnings.warn(
             f"the adapter's {' and '.join(rounded)} {'are' if len(rounded) > 1 else 'is'} half precision now, which loses small "
             f"training steps. {choice}Cast the base model before vblora.inject, which keeps the adapter in float32 and "
-            "still computes its factors in the dtype of each layer's input."
+            "still computes its factors in the dtype of each layer's input.",
+            VBLoRAWarning,
         )
 
 

@@ -15,6 +15,7 @@ from ..bank import VectorBank
 from ..checks import check_count
 from ..config import VBLoRAConfig
 from ..distributed import gather, processes
+from ..errors import VBLoRAWarning
 from .base import Adapter, Factors, Target
 from .rows import rows_of
 
@@ -207,6 +208,7 @@ class VBLoRAAdapter(Adapter):
             warnings.warn(
                 "`topk` is 1: the weight of a single bank vector is always 1, so the logits get no gradient and never train. "
                 "Each sub-vector keeps its initial bank vector. Set `topk` to 2 so that training can choose.",
+                VBLoRAWarning,
                 stacklevel=3,
             )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bank import BankFile, VectorBank
+from ..errors import VBLoRAWarning
 from ..files import read_tensors, write_file, write_tensors
 from . import native
 from .contents import Contents
@@ -152,6 +153,7 @@ def _warn_if_edited(path: Path, description: JsonObject) -> None:
         warnings.warn(
             f"{path} is not what {TENSORS_FILE} was saved with: it was edited, or a save was interrupted. "
             f"vblora uses {TENSORS_FILE} and ignores it.",
+            VBLoRAWarning,
             stacklevel=4,
         )
 

@@ -39,7 +39,7 @@ def save(
         adapter_name: the adapter to save; None is the active one.
         directory: the folder, created if it does not exist.
         form: what to write. None is ``"resume"`` for an adapter that can train and ``"deploy"`` for one that was loaded from
-            that form.
+            that form or whose config says ``save_only_topk_weights``.
 
             - ``"resume"``: everything that training needs to continue exactly. Of VB-LoRA the seed of the logits, and the part
               of each row that training changed.
@@ -61,7 +61,8 @@ def save(
         raise ValueError(f"`form` is {form!r}; allowed are {', '.join(map(repr, FORMS))}.")
     contents = contents_of(source)
     if form is None:
-        form = "resume" if contents.is_trainable else "deploy"
+        deploy = getattr(source.config, "save_only_topk_weights", False)
+        form = "resume" if contents.is_trainable and not deploy else "deploy"
     bank = _bank_of(source)
     bank_file = bank.file if bank is not None and bank_dtype is None and bank.unchanged() else None
     if rank() and any(is_sharded(tensor) for tensor in source.model.parameters()):

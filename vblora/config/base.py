@@ -4,24 +4,15 @@ import math
 import numbers
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from ..checks import check_count
 from .default_targets import FOR_OTHERS
+from .peft_fields import PEFT_METADATA
 
-# Fields that PEFT adds to every config file. They do not affect the adapter.
-PEFT_METADATA = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-    }
-)
+# Tasks of PEFT's `task_type`.
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass(kw_only=True)
@@ -40,6 +31,9 @@ class AdapterConfig:
         bias: which biases to train: ``"none"``, ``"all"``, or those of the target modules: ``"vblora_only"``,
             ``"vera_only"``, ``"tied_lora_only"`` or ``"lora_only"``.
         modules_to_save: other modules to train in full and save, such as a classification head.
+        task_type: as in PEFT, ``"SEQ_CLS"``, ``"TOKEN_CLS"`` and ``"QUESTION_ANS"`` add the model's head to
+            ``modules_to_save``. The others do nothing.
+        inference_mode: freeze the adapter that :func:`vblora.inject` makes.
         r: rank of each layer's update.
 
     Raises:
@@ -59,10 +53,19 @@ class AdapterConfig:
     fan_in_fan_out: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
+    # These do not change what the adapter computes, so configs that differ in them are equal.
+    task_type: str | None = field(default=None, compare=False, repr=False)
+    inference_mode: bool = field(default=False, compare=False, repr=False)
     r: int
 
     def __post_init__(self) -> None:
         check_count("r", self.r)
+        self._check_flags("inference_mode")
+        self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT has an enum
+        if self.task_type not in (None, *TASK_TYPES):
+            raise ValueError(
+                f"`task_type` is {self.task_type!r}; allowed are None, {', '.join(map(repr, TASK_TYPES))}."
+            )
         dropout = f"{self.method}_dropout"
         self._check_numbers(dropout)
         if not 0.0 <= self.dropout < 1.0:
@@ -142,7 +145,10 @@ class AdapterConfig:
             raise ValueError(f"`{name}` is {value}, but must be a signed 64-bit integer.")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What files hold. ``inference_mode`` is a choice of the moment, so they lack it."""
+        values = asdict(self)
+        unset = [own.name for own in fields(self) if not own.compare and values[own.name] == own.default]
+        return {name: value for name, value in values.items() if name not in (*unset, "inference_mode")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -151,8 +157,8 @@ class AdapterConfig:
         Raises:
             ValueError: there is an unknown field, which might change what the adapter means.
         """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known - PEFT_METADATA)
+        known = {own.name for own in fields(cls)} - {"inference_mode"}
+        unknown = sorted(set(values) - known - PEFT_METADATA - {"inference_mode"})
         if unknown:
             raise ValueError(f"unknown config field `{unknown[0]}`; allowed are {', '.join(sorted(known))}.")
         return cls(**{name: value for name, value in values.items() if name in known})

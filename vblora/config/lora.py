@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 
 from .base import AdapterConfig
+from .peft_fields import LORA_NEUTRAL, LORA_UNSUPPORTED, accepts_peft_fields
 
 
+@accepts_peft_fields(neutral=LORA_NEUTRAL, unsupported=LORA_UNSUPPORTED)
 @dataclass
 class LoraConfig(AdapterConfig):
     """A LoRA adapter (arXiv 2106.09685). Names and defaults are those of PEFT's ``LoraConfig``. It also has the
@@ -21,8 +23,8 @@ class LoraConfig(AdapterConfig):
             update is not zero, for tests.
 
     Raises:
-        ValueError: a field is out of range.
-        TypeError: a field has the wrong type, or is one of PEFT's that is not supported (DoRA, ranks per layer, ...).
+        ValueError: a field is out of range, or is one of PEFT's that is not supported (DoRA, ranks per layer, ...).
+        TypeError: a field has the wrong type.
     """
 
     method = "lora"

@@ -1,15 +1,17 @@
 """VB-LoRA's config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..checks import check_count
 from .base import AdapterConfig
 from .default_targets import FOR_VBLORA
+from .peft_fields import accepts_peft_fields
 
 # Fields that PEFT's VBLoRAConfig lacks.
 BEYOND_PEFT = frozenset({"init", "num_candidates", "pad", "scaling", "seed"})
 
 
+@accepts_peft_fields()
 @dataclass
 class VBLoRAConfig(AdapterConfig):
     """A VB-LoRA adapter (arXiv 2405.15179). Names and defaults are those of PEFT's ``VBLoRAConfig``. It also has the
@@ -36,6 +38,7 @@ class VBLoRAConfig(AdapterConfig):
             candidates, which :func:`vblora.stats` counts. None, or ``num_vectors``, is the paper's dense form.
         seed: seed of the initial logits, a signed 64-bit integer. None draws one from torch's generator (set it with
             ``torch.manual_seed``), and the adapter stores it.
+        save_only_topk_weights: make ``"deploy"`` the default form of :func:`vblora.save`.
 
     Raises:
         ValueError: a field is out of range.
@@ -58,6 +61,7 @@ class VBLoRAConfig(AdapterConfig):
     pad: bool = False
     num_candidates: int | None = 128
     seed: int | None = None
+    save_only_topk_weights: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +79,7 @@ class VBLoRAConfig(AdapterConfig):
         if self.seed is not None:
             self._check_seed("seed")
         self._check_positive("init_vector_bank_bound", "scaling")
-        self._check_flags("pad")
+        self._check_flags("pad", "save_only_topk_weights")
         if not self.init_logits_std >= 0:
             raise ValueError(f"`init_logits_std` is {self.init_logits_std}, but must be at least 0.")
         if self.init not in ("paper", "noop"):

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from .base import AdapterConfig
+from .peft_fields import accepts_peft_fields
 
 
+@accepts_peft_fields()
 @dataclass
 class VeraConfig(AdapterConfig):
     """A VeRA adapter (arXiv 2310.11454). Names and defaults are those of PEFT's ``VeraConfig``. It also has the

@@ -19,6 +19,7 @@ from ..checkpoint import native
 from ..checkpoint.folder import TENSORS_FILE
 from ..checkpoint.optimizer import is_packed, pack_state, unpack_state
 from ..checkpoint.save_load import save, write_over
+from ..errors import VBLoRAWarning
 from ..files import read_tensors, write_tensors
 from ..model.candidates import moves_untouched, stats
 from ..model.parameters import parameter_groups
@@ -138,6 +139,7 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             warnings.warn(
                 f"{reason} With candidates, training then differs from training with all logits. "
                 "See docs/candidates.md, or set `num_candidates=None`.",
+                VBLoRAWarning,
                 stacklevel=2,
             )
 
@@ -154,6 +156,7 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 f"step {state.global_step}: {found.exhausted} of {found.num_subvectors} rows have used up their "
                 f"{found.num_candidates} candidates, so training may now differ from training with all logits. "
                 f"Set `num_candidates={more}`, or call vblora.grow(model, {more}, optimizer) during training.",
+                VBLoRAWarning,
                 stacklevel=2,
             )
 

@@ -11,10 +11,11 @@ from ..adapters import Adapter, Target
 from ..adapters.base import warn_of_half_precision
 from ..adapters.registry import adapter_class
 from ..bank import VectorBank
-from ..config import AdapterConfig
+from ..config import CLASS_OF_PEFT_TYPE, AdapterConfig, from_peft
 from ..layers.adapted import AdaptedLayer, TensorSwap
 from ..layers.kinds import target_of
 from ..layers.weights import format_name, is_quantised, passes_gradients
+from .heads import warn_of_new_weights, with_task_head
 from .record import (
     ADAPTERS_ATTRIBUTE,
     AdaptedModel,
@@ -22,10 +23,12 @@ from .record import (
     AttachedAdapter,
     ModuleT,
     adapted_models,
+    attached_adapter,
     refuse_if_disabled,
     refuse_if_merged,
 )
 from .targets import base_modules, find_targets, matches
+from .unmatched import warn_of_unmatched
 
 
 def inject(
@@ -48,7 +51,7 @@ def inject(
     Args:
         model: any module. For a Hugging Face model, the config may leave ``target_modules`` to the architecture's default.
         config: what to adapt, and how: a :class:`VBLoRAConfig`, :class:`VeraConfig`, :class:`TiedLoraConfig` or
-            :class:`LoraConfig`.
+            :class:`LoraConfig`; or PEFT's config object of one of these methods.
         adapter_name: the name with which you activate, merge, save and delete the adapter.
         bank: VB-LoRA only: a bank to share with other adapters, or the path of its file (:meth:`VectorBank.save`), instead of a
             new bank. Its size must be that of the config.
@@ -73,8 +76,11 @@ def inject(
         model = vblora.inject(model, vblora.VBLoRAConfig(r=4, num_vectors=256, vector_length=64))
         optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
     """
-    plan = Plan(model, config, adapter_name)
+    config = from_peft(config, CLASS_OF_PEFT_TYPE) or config
+    adapter_class(config)  # refuses what is not a config
+    plan = Plan(model, with_task_head(model, config), adapter_name)
     plan.check_trainable()
+    warn_of_unmatched(model, plan.config, [target.name for target in plan.targets])
     plan.adapter_class.warn_if_untrainable(plan.config)
     if plan.adapter_class.takes_bank:
         adapter = plan.new_adapter(bank=bank)
@@ -89,6 +95,8 @@ def inject(
         adapter = plan.new_adapter()
     warn_of_half_precision({name: parameter.dtype for name, parameter in adapter.named_parameters()})
     plan.apply(adapter)
+    if config.inference_mode:
+        attached_adapter(model, adapter_name).requires_grad_(False)
     return model
 
 
@@ -160,6 +168,7 @@ class Plan:
         extra = {name: TensorSwap(*place) for name, place in self.extra_tensors.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
         record.add(AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, extra))
+        warn_of_new_weights(model, {p for attached in record.adapters.values() for p in attached.parameters.values()})
 
 
 def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedModel, tuple[Target, ...]]:
@@ -225,12 +234,12 @@ def _device_of(layers: list[nn.Module]) -> torch.device:
 
 
 def _find_saved(names: list[str], config: AdapterConfig) -> list[str]:
-    saved = []
-    for entry in config.modules_to_save or []:
-        matching = [name for name in names if name and matches(name, [entry])]
-        if not matching:
-            raise ValueError(f"`modules_to_save` contains `{entry}`, which matches no module of this model.")
-        saved += matching
+    entries = config.modules_to_save or []
+    saved = [name for entry in entries for name in names if name and matches(name, [entry])]
+    if entries and not saved:
+        raise ValueError(
+            f"`modules_to_save` names {' and '.join(f'`{entry}`' for entry in entries)}, which matches no module of this model."
+        )
     return saved
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 
+from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, adapted_layers
 from ..layers.weights import Rounding, can_merge_into, format_name
 from .record import ModuleT, refuse_if_disabled
@@ -91,7 +92,8 @@ def _warn_of_rounding(quantised: list[tuple[str, Rounding]]) -> None:
     name, worst = max(quantised, key=lambda item: item[1].of_update)
     warnings.warn(
         f"{len(quantised)} merged weights were quantised again. The error is largest in layer `{name}`: {worst.of_weight:.2g} of "
-        f"its weight's norm, {worst.of_update:.2g} of its update's. Each layer's is its `rounding`; unmerged there is none.",
+        f"its weight's norm and {worst.of_update:.2g} of its update's. `rounding` of each layer holds its error.",
+        VBLoRAWarning,
         stacklevel=3,
     )
 

@@ -1,12 +1,15 @@
 """Optimizer groups and parameter counts."""
 
+import warnings
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..adapters import Adapter
 from ..distributed import reshard
+from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer
+from .idle import frozen, refuse_merged
 from .record import AttachedAdapter, adapted_models, refuse_if_disabled
 
 # Learning rates for VB-LoRA's two groups. docs/training.md explains the default.
@@ -45,7 +48,8 @@ def parameter_groups(
         The groups ``bank``, ``logits``, ``factors``, ``vectors`` and ``other``, without empty ones.
 
     Raises:
-        ValueError: the recipe is unknown, the adapters are disabled, or the model has no active adapter.
+        ValueError: the recipe is unknown, the adapters are disabled, the model has no active adapter or a merged one, or no
+            parameter trains.
     """
     if recipe not in RECIPES:
         raise ValueError(f"`recipe` is {recipe!r}; allowed are {', '.join(map(repr, RECIPES))}.")
@@ -53,7 +57,9 @@ def parameter_groups(
     given = {"bank": lr_bank, "logits": lr_logits}
     rates |= {name: rate for name, rate in given.items() if rate is not None}
     reshard(model)
-    refuse_if_disabled([module for module in model.modules() if isinstance(module, AdaptedLayer)])
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    refuse_if_disabled(layers)
+    refuse_merged(layers)
     group_of = {
         parameter: name
         for adapter in _adapters(model)
@@ -65,7 +71,22 @@ def parameter_groups(
     for parameter in model.parameters():
         if parameter.requires_grad:
             groups[group_of.get(parameter, "other")]["params"].append(parameter)
+    _check_that_adapters_train(model, found=any(group["params"] for group in groups.values()))
     return [group for group in groups.values() if group["params"]]
+
+
+def _check_that_adapters_train(model: nn.Module, found: bool) -> None:
+    """Raises if no parameter trains, warns of an adapter of which none does."""
+    idle = [
+        attached.name
+        for record in adapted_models(model)
+        for attached in record.adapters.values()
+        if attached.active and not any(parameter.requires_grad for parameter in attached.adapter.parameters())
+    ]
+    if not found:
+        raise ValueError(f"`model` has no parameter to train: {frozen(idle[0] if idle else 'default')}")
+    for name in idle:
+        warnings.warn(frozen(name), VBLoRAWarning, stacklevel=3)
 
 
 class ParameterCount(NamedTuple):

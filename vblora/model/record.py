@@ -11,12 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, Factors
 from ..config import AdapterConfig
+from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, TensorSwap, Update
 from ..layers.kinds import compute_dtype
 from ..layers.reads import listed
 from ..layers.rows import RowAdapters
 from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
+from .idle import warn_if_idle
 
 ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
 
@@ -55,10 +57,9 @@ class AttachedAdapter:
         self.layers = layers
         self.extra = extra
         self.active = False
+        self.checked_for_training: bool | None = None  # whether it was merged when a training forward was last checked
         self.ran = False  # whether a forward of the model has completed
-        self.trainable_names: list[
-            str
-        ] = []  # what requires gradients while it is active; when it is, its parameters say so
+        self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -173,6 +174,7 @@ class AdaptedModel:
         # without a trace of this.
         if (mixed_batch.ARGUMENT in kwargs or self._rows_differ) and mixed_batch.begin_forward(self, args, kwargs):
             return
+        warn_if_idle(self.model, self._active)
         for attached in self._active:
             attached.begin_forward()
 
@@ -363,16 +365,18 @@ def _is_compiled(module: nn.Module) -> bool:
 def _warn_of_uncalled(names: list[str]) -> None:
     if names:
         warnings.warn(
-            f"the first forward did not call {listed(names)}, whose updates had no part in it. Name layers that no "
-            "input reaches in `exclude_modules`."
+            f"the first forward did not call {listed(names)}, so their updates had no effect. List layers that no input "
+            "reaches in `exclude_modules`.",
+            VBLoRAWarning,
         )
 
 
 def _warn_of_reading(names: list[str]) -> None:
     if names:
         warnings.warn(
-            f"the model's code read the weight of {listed(names)} itself, which leaves the adapter's update out. Merged, it "
-            "would be in, so vblora.merge refuses. Name such layers in `exclude_modules`."
+            f"the model's code read the weight of {listed(names)} itself, which leaves out the adapter's update. vblora.merge "
+            "refuses, because merging would add it. List such layers in `exclude_modules`.",
+            VBLoRAWarning,
         )
 
 

@@ -7,6 +7,7 @@ import warnings
 from torch import nn
 
 from ..config import AdapterConfig
+from ..errors import VBLoRAWarning
 from ..layers import reads
 from ..layers.adapted import AdaptedLayer
 from ..layers.kinds import is_linear, kind_of, refusal
@@ -24,7 +25,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
         TypeError: a layer matches that cannot be adapted.
     """
     modules = base_modules(model)
-    all_linear = _is_all_linear(config.target_modules)
+    all_linear = is_all_linear(config.target_modules)
     wanted = _wanted_names(model, modules, config)
     readers = reads.readers(modules)
     targets: dict[nn.Module, list[str]] = {}
@@ -47,7 +48,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
             raise TypeError(f"`target_modules` matches `{name}`, {why}. Name it in `exclude_modules`.")
         left_out.setdefault(why, []).append(name)
     for why, names in left_out.items():
-        warnings.warn(f'"all-linear" leaves out {reads.listed(names)}, {why}.', stacklevel=4)
+        warnings.warn(f'"all-linear" leaves out {reads.listed(names)}, {why}.', VBLoRAWarning, stacklevel=4)
     if not targets:
         raise ValueError(_no_match_message(modules, config))
     return targets
@@ -74,7 +75,7 @@ def matches(name: str, wanted: list[str] | str) -> bool:
     return any(name == entry or name.endswith("." + entry) for entry in wanted)
 
 
-def _is_all_linear(target_modules: list[str] | str | None) -> bool:
+def is_all_linear(target_modules: list[str] | str | None) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
@@ -84,7 +85,7 @@ def _wanted_names(model: nn.Module, modules: dict[str, nn.Module], config: Adapt
         wanted = _default_targets(model, config.default_targets)
     excluded = config.exclude_modules or []
     saved = config.modules_to_save or []
-    if _is_all_linear(wanted):
+    if is_all_linear(wanted):
         heads = _output_layers(model)
         names = [
             name for name, module in modules.items() if is_linear(module) and not any(module is head for head in heads)
@@ -97,7 +98,7 @@ def _wanted_names(model: nn.Module, modules: dict[str, nn.Module], config: Adapt
         if name
         and not matches(name, excluded)
         and not any(matches(part, saved) for part in _with_parents(name))
-        and _in_layers(name, config)
+        and is_in_layers(name, config)
     ]
 
 
@@ -106,10 +107,11 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
-def _in_layers(name: str, config: AdapterConfig) -> bool:
-    if config.layers_to_transform is None:
+def is_in_layers(name: str, config: AdapterConfig, indices: list[int] | None = None) -> bool:
+    """Whether a module is in a layer of ``layers_to_transform``, or of ``indices``."""
+    wanted = config.layers_to_transform if indices is None else indices
+    if wanted is None:
         return True
-    wanted = config.layers_to_transform
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = config.layers_pattern or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

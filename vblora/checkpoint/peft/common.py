@@ -33,7 +33,7 @@ def describe(contents: Contents, base_model: str | None) -> JsonObject:
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "revision": None,
-        "task_type": None,
+        "task_type": config.task_type,
         "inference_mode": True,
         "r": config.r,
         "target_modules": target_modules,

@@ -1,0 +1,92 @@
+"""Warnings of what a config names in vain, and of weights that no target reaches."""
+
+import re
+import warnings
+
+from torch import nn
+
+from ..config import AdapterConfig
+from ..errors import VBLoRAWarning
+from ..layers.kinds import kind_of
+from .targets import base_modules, is_all_linear, is_in_layers, matches
+
+
+def warn_of_unmatched(model: nn.Module, config: AdapterConfig, targets: list[str]) -> None:
+    """Warns of each entry of a config that matches nothing, and of weights that it seems to mean but cannot reach.
+
+    ``targets``: the names of the layers that it matches.
+    """
+    modules = base_modules(model)
+    names = [name for name in modules if name]
+    unreached = _unreached(modules, config, targets)
+    found = _unmatched(names, targets, config)
+    for field, entries in found.items():
+        listed = ", ".join(map(repr, entries))
+        warnings.warn(f"`{field}` has {listed}, which matches nothing in this model.", VBLoRAWarning, stacklevel=3)
+    if unreached:
+        first, *others = unreached
+        total = sum(parameter.numel() for parameter in model.parameters())
+        share = sum(parameter.numel() for parameter in unreached.values()) / total
+        more = f" and {len(others)} more" if others else ""
+        warnings.warn(
+            f"`target_modules` cannot reach `{first}`{more}, {share:.0%} of the model's parameters: they are no layers but "
+            "parameters of their own, such as the fused weights of experts, and stay without an update.",
+            VBLoRAWarning,
+            stacklevel=3,
+        )
+
+
+def _unmatched(names: list[str], targets: list[str], config: AdapterConfig) -> dict[str, list[object]]:
+    """The entries that match nothing, by their field."""
+
+    def without_match(entries: list[str] | str | None, among: list[str]) -> list[object]:
+        if entries is None or is_all_linear(entries):
+            return []
+        every = [entries] if isinstance(entries, str) else [[entry] for entry in entries]
+        vain = [entry for entry in every if not any(matches(name, entry) for name in among)]
+        return [entry if isinstance(entry, str) else entry[0] for entry in vain]
+
+    in_layers = [name for name in names if is_in_layers(name, config)]
+    found = {
+        "target_modules": without_match(config.target_modules, in_layers),
+        "exclude_modules": without_match(config.exclude_modules, names),
+        "modules_to_save": without_match(config.modules_to_save, names),
+    }
+    wanted, patterns = config.layers_to_transform, config.layers_pattern
+    if wanted is not None:
+        every = [wanted] if isinstance(wanted, int) else wanted
+        found["layers_to_transform"] = [
+            index for index in every if not any(is_in_layers(name, config, [index]) for name in targets)
+        ]
+    if patterns is not None:
+        every_pattern = [patterns] if isinstance(patterns, str) else patterns
+        found["layers_pattern"] = [
+            pattern
+            for pattern in every_pattern
+            if not any(re.match(rf"(?:.*?\.)??{pattern}\.\d+\.", name) for name in names)
+        ]
+    return {field: entries for field, entries in found.items() if entries}
+
+
+def _unreached(modules: dict[str, nn.Module], config: AdapterConfig, targets: list[str]) -> dict[str, nn.Parameter]:
+    """Weights that are parameters of a module which is no layer that takes updates, as far as the config means them.
+
+    It does if it names them, means everything, or targets a layer of the block that holds stacked ones (experts, that is).
+    """
+    wanted, excluded = config.target_modules, config.exclude_modules or []
+    everything = is_all_linear(wanted)
+    listed = wanted if isinstance(wanted, list) else []
+    found = {}
+    for prefix, module in modules.items():
+        if kind_of(module) is not None or type(module).__module__.startswith("torch."):
+            continue
+        block = prefix.rpartition(".")[0]
+        for own, parameter in module._parameters.items():
+            name = f"{prefix}.{own}" if prefix else own
+            if parameter is None or parameter.dim() < 2 or matches(name, excluded) or matches(prefix, excluded):
+                continue
+            stacked = parameter.dim() == 3 and min(parameter.shape) > 1
+            beside = bool(block) and any(target.startswith(f"{block}.") for target in targets)
+            if matches(name, listed) or (stacked and (everything or (beside and listed))):
+                found[name] = parameter
+    return found
