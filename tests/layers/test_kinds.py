@@ -448,7 +448,7 @@ def test_peft_computes_the_same_from_a_lora_of_convolutions(tmp_path):
 )
 def test_a_lora_of_convolutions_that_peft_computes_otherwise_is_refused(layer, what, tmp_path):
     model = vblora.inject(Holder(layer), vblora.VBLoRAConfig(target_modules=["layers.0"], **SIZES))
-    with pytest.raises(ValueError, match=rf"`layers\.0` is a convolution with other {what} than most"):
+    with pytest.raises(ValueError, match=rf"`layers\.0` is a convolution with {what} of its own"):
         vblora.save(model, tmp_path / "lora", form="lora")
     assert not (tmp_path / "lora").exists()
 
@@ -494,7 +494,7 @@ def test_a_damaged_description_of_a_layer_is_refused(entry, tmp_path):
     assert description["targets"] == [["layers.0", 12, 8, "convolution", [4, 3]]]
     description["targets"] = [["layers.0", *entry]]
     safetensors.torch.save_file(tensors, path, metadata | {"vblora": json.dumps(description)})
-    with pytest.raises(ValueError, match="description is not what it should be"):
+    with pytest.raises(ValueError, match="description is invalid"):
         vblora.load(Holder(nn.Conv1d(4, 8, 3)), tmp_path)
 
 
@@ -534,4 +534,4 @@ def test_refuses_to_merge_tied_embeddings_alone_into_files(tmp_path, capsys):
     base.save_pretrained(tmp_path / "base")
     vblora.save(model, tmp_path / "adapter")
     assert main(["merge", *map(str, (tmp_path / "base", tmp_path / "adapter", tmp_path / "out"))]) == 2
-    assert "`model.embed_tokens.weight` is that of the head, too" in capsys.readouterr().err
+    assert "`model.embed_tokens.weight` is also that of the head" in capsys.readouterr().err

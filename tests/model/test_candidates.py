@@ -224,7 +224,7 @@ def test_growing_to_all_is_dense():
     [
         (lambda a: None, 8, "`num_candidates` is 8.*above the current 8"),
         (lambda a: None, 41, "`num_candidates` is 41.*at most `num_vectors`, 40"),
-        (lambda a: setattr(a, "seed", None), 16, "without a seed"),
+        (lambda a: setattr(a, "seed", None), 16, "no seed"),
         (lambda a: setattr(a, "seed", 4), 16, "not those that its seed draws"),
     ],
 )
