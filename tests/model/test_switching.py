@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import weakref
 from dataclasses import replace
 
@@ -91,6 +92,34 @@ def test_updates_of_several_add_up(nets):
     with ComposedRows() as composed:
         model(x)
     assert composed.calls == 2
+
+
+def calls_of(function) -> int:
+    """How many calls, of Python's and of C's functions, ``function`` makes."""
+    count = 0
+
+    def profiler(_frame, event, _argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profiler)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_switching_takes_as_many_steps_however_many_adapters_there_are():
+    config = replace(FIRST, bias="none")
+    model = vblora.inject(base(), config)
+    calls = []
+    for number in (2, 20):
+        while len(model.vblora) < number:
+            vblora.inject(model, config, adapter_name=f"number {len(model.vblora)}")
+        vblora.set_adapter(model, "default")
+        calls.append(calls_of(lambda: vblora.set_adapter(model, "number 1")))
+    assert calls[0] == calls[1]
 
 
 def _base_parameters(model: nn.Module) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..adapters import Adapter
+from ..adapters import Adapter, Target
 from ..adapters.base import warn_of_half_precision
 from ..adapters.registry import adapter_class
 from ..bank import VectorBank
@@ -164,15 +164,31 @@ class Plan:
         """Changes the model. Its first adapter becomes active; a later one does not."""
         model, record = self.model, self.record
         if record is None:
-            record = AdaptedModel(model)
-            model.requires_grad_(False)
-            model.add_module(ADAPTERS_ATTRIBUTE, Adapters())
-            vars(model)["_vblora_adapted_model"] = record
-            record.register_hooks()
+            record = AdaptedModel.install(model)
         extra = {name: TensorSwap(*place) for name, place in self.extra_tensors.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
         record.add(AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, extra))
         warn_of_new_weights(model, {p for attached in record.adapters.values() for p in attached.parameters.values()})
+
+
+def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedModel, tuple[Target, ...]]:
+    """Wraps the layers that ``config`` means, for adapters that are not modules of the model: those of a store.
+
+    Raises:
+        ValueError: the model has adapters, or nothing matches.
+        TypeError: a match that takes no update.
+    """
+    record = next((record for record in adapted_models(model) if record.model is model), None)
+    if record is not None and record.adapters:
+        raise ValueError(f"`model` has adapters, {', '.join(record.adapters)}. Take them out with vblora.eject first.")
+    _check_model(model, record, "")
+    found = find_targets(model, config)
+    targets = tuple(target_of(names[0], layer) for layer, names in found.items())
+    record = AdaptedModel.install(model)
+    for layer, names in found.items():
+        record.wrap(layer, names)
+    record.let_rows_differ()
+    return record, targets
 
 
 def _check_name(name: str) -> None:
@@ -192,6 +208,8 @@ def _check_model(model: nn.Module, record: AdaptedModel | None, adapter_name: st
             "`model` already contains adapted layers: a VBLinear, or an injected submodule. Eject that submodule with "
             "vblora.eject first."
         )
+    if record is not None and record.row_source is not None:
+        raise ValueError("`model` has a vblora.serving.AdapterStore attached. Call the store's `detach` first.")
     if record is None:
         if hasattr(model, ADAPTERS_ATTRIBUTE):
             raise ValueError(f"`model` has an attribute `{ADAPTERS_ATTRIBUTE}`, where the adapter would go. Rename it.")
