@@ -146,7 +146,7 @@ class AdaptedModel:
 
     @classmethod
     def install(cls, model: nn.Module) -> "AdaptedModel":
-        """Freezes a base model, and makes it one that may have adapters."""
+        """Freezes a base model and gives it an empty record."""
         record = cls(model)
         model.requires_grad_(False)
         model.add_module(ADAPTERS_ATTRIBUTE, Adapters())
@@ -184,7 +184,7 @@ class AdaptedModel:
             attached.end_forward(complete=output is not None)
 
     def rows(self, names: Sequence[str | None]) -> RowAdapters:
-        """The adapters of a batch's rows, by their names."""
+        """The adapters of a batch's rows, given their names."""
         refuse_if_disabled(self.layers)
         refuse_if_merged(self.layers)
         if self.row_source is not None:
@@ -192,7 +192,7 @@ class AdaptedModel:
         return mixed_batch.attached_rows(self, names)
 
     def let_rows_differ(self) -> None:
-        """Has layers look whether their rows have adapters of their own, from now on."""
+        """Makes layers check from now on whether the rows of a batch use different adapters."""
         if not self._rows_differ:
             self._rows_differ = True
             for layer in self.layers:
@@ -216,7 +216,7 @@ class AdaptedModel:
         return adapted
 
     def add(self, attached: AttachedAdapter) -> None:
-        """Adds an adapter to its layers; active if it is the first."""
+        """Adds an adapter to its layers. The first adapter becomes active."""
         self.adapters[attached.name] = attached
         for slot, layer in zip(attached.adapter.slots, attached.layers, strict=True):
             layer.updates[attached.name] = Update(slot, attached.config.dropout)
@@ -226,7 +226,7 @@ class AdaptedModel:
         self._keep_from_ddp()
 
     def activate(self, names: Sequence[str], added: Sequence[AttachedAdapter] = ()) -> None:
-        """Makes these adapters the active ones, which alone have parameters that require gradients.
+        """Makes these adapters the active ones. Only their parameters require gradients.
 
         Looks at the adapters that were active and those that become so, and at ``added`` ones, however many others there are.
         """
@@ -294,7 +294,7 @@ class AdaptedModel:
 
 
 def adapted_models(model: nn.Module) -> list[AdaptedModel]:
-    """The records of a model and of all within it. Its adapters are not searched, so their number does not matter."""
+    """The records of a model and of its submodules. This does not search the adapters, so their number does not matter."""
     found, pending = {}, [model]  # modules seen, with their records
     while pending:
         module = pending.pop()
