@@ -73,11 +73,14 @@ def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str,
     return True
 
 
-def end_forward(record: AdaptedModel) -> None:
-    """Ends what :func:`begin_forward` began."""
+def end_forward(record: AdaptedModel) -> bool:
+    """Ends a forward, and returns whether its rows used different adapters."""
     rows = layer_rows.current()
-    if rows is not None and rows.layers is record.names and not rows.outlasts_forwards:
+    if rows is None or rows.layers is not record.names:
+        return False
+    if not rows.outlasts_forwards:
         layer_rows.set_current(rows.outer)
+    return True
 
 
 def rows_for(record: AdaptedModel, names: Sequence[str | None], count: int | None) -> RowAdapters:

@@ -178,10 +178,11 @@ class AdaptedModel:
             attached.begin_forward()
 
     def _end_forward(self, _model: nn.Module, _args: tuple[object, ...], output: object) -> None:
-        if self._rows_differ:
-            mixed_batch.end_forward(self)
-        for attached in self._active:
-            attached.end_forward(complete=output is not None)
+        mixed = self._rows_differ and mixed_batch.end_forward(self)
+        for (
+            attached
+        ) in self._active:  # a mixed batch does not use their slots, so it shows nothing about uncalled layers
+            attached.end_forward(complete=output is not None and not mixed)
 
     def rows(self, names: Sequence[str | None]) -> RowAdapters:
         """The adapters of a batch's rows, given their names."""
