@@ -60,7 +60,7 @@ class AdaptedLayer(nn.Module):
         enabled: False leaves out all updates.
         merged: names of the adapters whose updates are in ``base_layer.weight`` (:func:`vblora.merge`).
         unmerged: swaps the merged weight with the original; None if nothing is merged or the original was released.
-        rows_differ: whether a call may give each row of its batch an adapter of its own.
+        rows_differ: whether a call may use different adapters for the rows of its batch.
         rounding: the error of quantising a merged weight again; None if nothing was quantised.
 
     Raises:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..adapters.base import living_adapters
+from ..errors import VBLoRAWarning
 from .parameters import RECIPES
 
 # A learning rate is too low below this share of the lowest recipe's. The paper's logits need 20 to 80 epochs at 1e-2.
@@ -41,8 +42,9 @@ def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: 
         wanted = " and ".join(f"the {name} at {RECIPES['default'][name]:.2g}" for name in low)
         warnings.warn(
             f"{type(optimizer).__name__} trains {found}, far below the recipe's learning rates ({wanted}): the adapter will "
-            "hardly learn. Build the optimizer from vblora.parameter_groups(model); for transformers' Trainer and its like, "
+            "hardly learn. Build the optimizer from vblora.parameter_groups(model); for transformers' Trainer, "
             "pass **vblora.integrations.transformers.trainer_arguments(model).",
+            VBLoRAWarning,
             stacklevel=2,
         )
 
