@@ -58,6 +58,7 @@ class AdaptedLayer(nn.Module):
         unmerged: the weight without and with those, unless the former was released.
         rounding: what was lost as a merged weight was quantised again; None if none was.
         rows_differ: whether a call may give each row of its batch an adapter of its own.
+        key: what graphs know the layer by once that is so.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -85,6 +86,16 @@ class AdaptedLayer(nn.Module):
         running = [name for name in self.active if self.enabled and name not in self.merged]
         own["running"] = {name: self.updates[name] for name in running}
 
+    def let_rows_differ(self) -> None:
+        """Lets a call give each row of its batch an adapter of its own."""
+        self.rows_differ = True
+        self.key = rows.new_key(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.rows_differ:
+            self.let_rows_differ()  # a copy has a key of its own
+
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("weight", "bias"):
             setattr(self.base_layer, name, value)
@@ -109,11 +120,7 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        if self.rows_differ:
-            batch = rows.current()
-            if batch is not None and self in batch.layers:
-                return batch.add_to(self, y, x)
-        return self.add_running(y, x)
+        return rows.updated(self, y, x) if self.rows_differ else self.add_running(y, x)
 
     def add_running(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output for ``x``, ``y`` so far, with the updates of all adapters that run."""

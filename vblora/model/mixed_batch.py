@@ -50,6 +50,7 @@ def _of_rank(rank: int, factor: Tensor) -> Tensor:
     return factor if factor.shape[0] == rank else F.pad(factor, (0, 0, 0, rank - factor.shape[0]))
 
 
+@torch.compiler.disable
 def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Takes ``adapter_names`` out of a forward's arguments; whether its rows have adapters of their own.
 
@@ -72,6 +73,7 @@ def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str,
     return True
 
 
+@torch.compiler.disable
 def end_forward(record: AdaptedModel) -> None:
     """Ends what :func:`begin_forward` began."""
     rows = layer_rows.current()

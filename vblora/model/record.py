@@ -169,7 +169,7 @@ class AdaptedModel:
         if not self._rows_differ:
             self._rows_differ = True
             for layer in self.layers:
-                layer.rows_differ = True
+                layer.let_rows_differ()
 
     def in_place(self) -> list[Replaced]:
         """What stands in the base model's place now."""
@@ -182,7 +182,8 @@ class AdaptedModel:
         if present is not layer:  # another adapter has it, too
             return present
         adapted = AdaptedLayer(layer)
-        adapted.rows_differ = self._rows_differ
+        if self._rows_differ:
+            adapted.let_rows_differ()
         self.names[adapted] = names
         for name in names:
             _set_module(self.model, name, adapted)
