@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -89,6 +91,42 @@ class RowAdapters(ABC):
             yield
         finally:
             _current.reset(token)
+
+
+def updated(layer: AdaptedLayer, y: Tensor, x: Tensor) -> Tensor:
+    """A layer's output ``y`` for ``x``, with its rows' own updates, or with that of the adapters that run.
+
+    In a graph it is one operator, which looks when it runs: other adapters, or other rows, need no other graph. With gradients,
+    rows have no adapters of their own, and the graph holds what it trains.
+    """
+    if torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
+            return layer.add_applied(y, x)
+        return torch.ops.vblora.add_row_updates(y, x, layer.key)
+    batch = _current.get()
+    return layer.add_applied(y, x) if batch is None or layer not in batch.layers else batch.add_to(layer, y, x)
+
+
+_keys = itertools.count()
+_layers: WeakValueDictionary[int, AdaptedLayer] = WeakValueDictionary()  # by their keys
+
+
+def new_key(layer: AdaptedLayer) -> Tensor:
+    """What a graph knows a layer by. A tensor, since a graph would be compiled anew for each layer's number."""
+    key = next(_keys)
+    _layers[key] = layer
+    return torch.tensor(key)
+
+
+@torch.library.custom_op("vblora::add_row_updates", mutates_args=())
+def _add_row_updates(y: Tensor, x: Tensor, key: Tensor) -> Tensor:
+    added = updated(_layers[int(key)], y, x)
+    return added.clone() if added is y else added
+
+
+@_add_row_updates.register_fake
+def _(y: Tensor, x: Tensor, key: Tensor) -> Tensor:
+    return torch.empty_like(y)
 
 
 def current() -> RowAdapters | None:

@@ -50,6 +50,7 @@ def _of_rank(rank: int, factor: Tensor) -> Tensor:
     return factor if factor.shape[0] == rank else F.pad(factor, (0, 0, 0, rank - factor.shape[0]))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Removes ``adapter_names`` from a forward's arguments, and returns whether its rows use different adapters.
 
@@ -73,6 +74,7 @@ def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str,
     return True
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def end_forward(record: AdaptedModel) -> bool:
     """Ends a forward, and returns whether its rows used different adapters."""
     rows = layer_rows.current()

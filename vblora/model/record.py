@@ -197,7 +197,7 @@ class AdaptedModel:
         if not self._rows_differ:
             self._rows_differ = True
             for layer in self.layers:
-                layer.rows_differ = True
+                layer.let_rows_differ()
 
     def swapped_in(self) -> list[TensorSwap]:
         """The extra tensors that are in the model now."""
@@ -210,7 +210,8 @@ class AdaptedModel:
         if isinstance(present, AdaptedLayer):
             return present
         adapted = AdaptedLayer(layer)
-        adapted.rows_differ = self._rows_differ
+        if self._rows_differ:
+            adapted.let_rows_differ()
         self.names[adapted] = names
         for name in names:
             _set_module(self.model, name, adapted)

@@ -248,6 +248,9 @@ class AdapterStore:
             with self._lock:
                 self._metrics.note_duration("load", timer.seconds)
                 self._loading.pop(name, None)
+                self._drop_cold(
+                    name
+                )  # in the rare case that two threads have read it: it was evicted between their turns
                 self._cold[name] = adapter
                 self._cold_bytes += adapter.nbytes
                 while self._cold_bytes > self.capacity_bytes and len(self._cold) > 1:
