@@ -1,4 +1,4 @@
-"""The models that benchmarks run on, and the adapters that they are given. What needs transformers or peft imports them."""
+"""The models that benchmarks run on, and their adapters. Functions that need transformers or peft import them."""
 
 import copy
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ def llama_targets(layers: int = LLAMA_LAYERS) -> list[Target]:
 
 
 class Layout(nn.Module):
-    """Linear layers of these names and sizes whose weights take no memory: adapters on it are real, it cannot compute."""
+    """Linear layers of these names and sizes whose weights take no memory. Its adapters are real, but it cannot run."""
 
     def __init__(self, targets: list[Target]) -> None:
         from transformers import LlamaConfig
@@ -69,7 +69,7 @@ def smollm2() -> nn.Module:
 
 
 def small_llama() -> nn.Module:
-    """In the place of SmolLM2 where numbers do not matter; of widths that 192 divides, too."""
+    """A small stand-in for SmolLM2 where numbers do not matter. 192 divides its widths, too."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -77,7 +77,7 @@ def small_llama() -> nn.Module:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The same model again, on the very same weights: no copy is luckier than another with where it lies in memory."""
+    """A copy of the model that shares its weights, so that both have the same place in memory."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
@@ -113,6 +113,6 @@ def ours(model: nn.Module, adapter: dict, **choice) -> nn.Module:
 
 
 def optimizers(parameters: list[nn.Parameter]) -> dict[str, torch.optim.Optimizer]:
-    """AdamW as torch's three implementations; ``for-loop`` is what a CPU gets by default."""
+    """AdamW in torch's three implementations; ``for-loop`` is the default on a CPU."""
     settings = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
     return {name: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, **s) for name, s in settings.items()}

@@ -1,4 +1,4 @@
-"""What adapters take on disk: our forms, PEFT's, and LoRA, for Llama-2-7B and for the demo's model.
+"""The size of adapters on disk: our forms, PEFT's, and LoRA, for Llama-2-7B and for the demo's model.
 
     python benchmarks/sizes.py
 
@@ -63,7 +63,7 @@ def trained(targets: tuple[Target, ...], config: vblora.VBLoRAConfig) -> VBLoRAC
 
 
 def touches(logits: Tensor, order: Tensor | None) -> Tensor:
-    """Something for the first few of each row's initial order, geometrically many, and zeros."""
+    """Random values for the first few of each row's initial order, a geometric number of them, and zeros for the rest."""
     rows, columns = logits.shape
     depth = torch.empty(rows, 1).geometric_(1 / _MEAN_TOUCHED).clamp(max=columns)
     touched = torch.randn_like(logits) * (torch.arange(columns) < depth)

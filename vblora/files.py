@@ -1,5 +1,6 @@
 """Atomic writes, and safetensors files."""
 
+import codecs
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -9,6 +10,29 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    codecs.BOM_UTF8: "UTF-8",
+}
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises ValueError if a file is what Git leaves in place of a large file that it has not downloaded."""
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull` in its repository to download it."
+            )
+
+
+def byte_order_mark(start: bytes) -> str | None:
+    """The encoding whose byte-order mark a text starts with, such as ``"UTF-16"``; None without a mark."""
+    return next((encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
 
 
 @contextmanager
@@ -56,10 +80,11 @@ def read_tensors(
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or a Git LFS pointer.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
+    refuse_lfs_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (not a dict)

@@ -19,6 +19,6 @@ def current(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device)
 
 
-def hold(tensor: Tensor, stream: torch.cuda.Stream) -> None:
+def mark_used(tensor: Tensor, stream: torch.cuda.Stream) -> None:
     """Prevents reuse of the memory of ``tensor``, once freed, until ``stream`` has finished what is queued now."""
     tensor.record_stream(stream)

@@ -13,7 +13,7 @@ from torch import nn
 
 import vblora
 from tests.small_models import Block, ComposedRows, Net, llama, relative_error
-from vblora.adapters.base import PACKING
+from vblora.adapters.base import SAVED_TENSORS_HOOKS
 
 pytestmark = pytest.mark.usefixtures("device")
 CONFIG = vblora.VBLoRAConfig(
@@ -128,7 +128,7 @@ def test_an_optimizer_step_between_forward_and_backward_is_refused(net, x):
 def test_a_forward_without_backward_is_freed(net, x):
     adapter = net.vblora.default
     operator = torch.ops.vblora.admixture  # as on other devices: unlike the CPU's, its graph holds outputs of its own
-    with torch.autograd.graph.saved_tensors_hooks(*PACKING):
+    with torch.autograd.graph.saved_tensors_hooks(*SAVED_TENSORS_HOOKS):
         *_, weights = operator(adapter.logits, adapter.bank.vectors, adapter.candidates, adapter.topk)
     freed = weakref.ref(weights)
     del weights, _
@@ -320,7 +320,7 @@ def test_factors_follow_autocast(x, device):
     net = vblora.inject(Net(blocks=2), CONFIG)
     seen = []
     hook = net.blocks[0].up.register_forward_hook(
-        lambda module, *_: seen.append(module.updates["default"].slot.handed.factors.A.dtype)
+        lambda module, *_: seen.append(module.updates["default"].slot.forward_factors.factors.A.dtype)
     )
     with torch.autocast(device.type, torch.bfloat16):
         net(x).float().square().sum().backward()
@@ -332,7 +332,7 @@ def test_factors_follow_autocast(x, device):
 def test_a_forward_that_fails_hands_nothing_on(net, x):
     with pytest.raises(RuntimeError, match="mat1"):
         net(x[:, :3])
-    assert all(slot.handed is None for slot in net.vblora.default.slots)
+    assert all(slot.forward_factors is None for slot in net.vblora.default.slots)
     expected = per_layer_gradients(net, x)
     net(x).square().sum().backward()
     assert_same(gradients(net), expected)
@@ -388,7 +388,7 @@ def test_threads_do_not_share_a_forward(net, x):
 def test_nothing_of_a_forward_outlives_it(net, x):
     seen = []
     net.blocks[0].up.register_forward_hook(
-        lambda module, *_: seen.append(weakref.ref(module.updates["default"].slot.handed.factors.A))
+        lambda module, *_: seen.append(weakref.ref(module.updates["default"].slot.forward_factors.factors.A))
     )
     gc.disable()
     try:
@@ -429,7 +429,7 @@ def test_compiling_the_whole_model(x, training):
             net.vblora.default.invalidate()
         graphs.append(compiled_graphs())
     assert graphs[0] == graphs[2]
-    assert all(slot.handed is None for slot in net.vblora.default.slots)
+    assert all(slot.forward_factors is None for slot in net.vblora.default.slots)
 
 
 def test_compiling_with_inductor(x):
@@ -466,7 +466,7 @@ def test_exporting(net, x):
     calls = [node for node in exported.graph.nodes if node.target is torch.ops.vblora.admixture.default]
     assert len(calls) == 1
     assert relative_error(exported.module()(x), net(x)) < 1e-6
-    assert all(slot.handed is None for slot in net.vblora.default.slots)
+    assert all(slot.forward_factors is None for slot in net.vblora.default.slots)
 
 
 def test_a_repeated_block_adds_up(x):

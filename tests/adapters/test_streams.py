@@ -54,7 +54,7 @@ def gpu(monkeypatch) -> GPU:
     gpu = GPU()
     monkeypatch.setattr(streams, "capturing", lambda _device=None: gpu.capturing)
     monkeypatch.setattr(streams, "current", lambda _device: gpu.stream)
-    monkeypatch.setattr(streams, "hold", lambda tensor, stream: gpu.log.append(("hold", stream.name, tensor)))
+    monkeypatch.setattr(streams, "mark_used", lambda tensor, stream: gpu.log.append(("hold", stream.name, tensor)))
     monkeypatch.setattr(base, "_step_was_captured", False)
     return gpu
 

@@ -4,6 +4,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+import yaml
 
 import vblora
 from tests.small_models import bert, gpt2, llama
@@ -56,6 +57,15 @@ def test_the_default_device_has_no_part_in_it(form, tmp_path):
         vblora.save(model, tmp_path, form=form)
         loaded = vblora.load(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(loaded(ids()).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["org/name", "C: #1", 'a "quoted" \\ path', "two\nlines", "caf\u00e9", "\udcff"])
+def test_the_model_card_names_the_base_model(name, tmp_path):
+    _, model = trained(bert)
+    model.config._name_or_path = name
+    vblora.save(model, tmp_path)
+    _, header, _ = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert yaml.safe_load(header) == {"library_name": "vblora", "base_model": name}
 
 
 def test_saves_what_trains_beside(tmp_path):

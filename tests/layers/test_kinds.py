@@ -273,15 +273,21 @@ def patched():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (lambda: Scaled(8, 12), r"a Scaled, which is no plain nn\.Linear: what its `forward` does is not known"),
+        (lambda: Scaled(8, 12), r"a Scaled, which is no plain nn\.Linear: its `forward` may compute something else"),
         (lambda: Router(8, 12), r"a Router, which is no plain nn\.Linear"),
         (lambda: OtherConv1D(12, 8), "a OtherConv1D, which is no plain Conv1D"),
-        (patched, "a Linear, which has been given another `forward`"),
+        (patched, "a Linear, which has a replaced `forward`"),
         (lambda: nn.Embedding(12, 8, max_norm=1.0), "a Embedding, which changes its weight.*`max_norm`"),
-        (lambda: nn.Embedding(12, 8, scale_grad_by_freq=True), "a Embedding, which has a rule.*`scale_grad_by_freq`"),
-        (lambda: Shifted(12, 8), r"a Shifted, which is no plain nn\.Embedding: what its `forward` does is not known"),
+        (
+            lambda: nn.Embedding(12, 8, scale_grad_by_freq=True),
+            "a Embedding, which scales its gradients.*`scale_grad_by_freq`",
+        ),
+        (
+            lambda: Shifted(12, 8),
+            r"a Shifted, which is no plain nn\.Embedding: its `forward` may compute something else",
+        ),
         (lambda: Causal(8, 12, 3), r"a Causal, which is no plain nn\.Conv1d"),
-        (lambda: Doubled(8, 12, 3), "a Doubled, which has a `_conv_forward` of its own"),
+        (lambda: Doubled(8, 12, 3), "a Doubled, which overrides `_conv_forward`"),
         (lambda: nn.LazyLinear(8), "a LazyLinear, which has no sizes yet"),
         (lambda: nn.LazyConv1d(8, 3), "a LazyConv1d, which has no sizes yet"),
         (lambda: nn.Conv3d(8, 12, 3), r"a Conv3d; allowed are nn\.Linear, nn\.Embedding, nn\.Conv1d"),

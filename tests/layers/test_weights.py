@@ -11,7 +11,7 @@ from torch import nn
 import vblora
 from tests.small_models import Block, relative_error
 from vblora.layers.adapted import AdaptedLayer
-from vblora.layers.weights import format_of, keep_unpacked
+from vblora.layers.weights import disable_packing, format_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -175,7 +175,7 @@ def test_inference_composes_for_the_dtype_of_the_activations(base):
     with torch.no_grad():
         model(torch.randn(3, 64))
     assert model.vblora.default.compute_dtype == torch.float32
-    assert model.vblora.default._kept.factors()[0].A.dtype == torch.float32
+    assert model.vblora.default._cached.factors()[0].A.dtype == torch.float32
 
 
 def test_merge_reports_its_error_and_unmerge_gives_every_bit_back(base):
@@ -204,7 +204,7 @@ def test_merge_reports_its_error_and_unmerge_gives_every_bit_back(base):
         model(x)  # again: bitsandbytes' 8-bit layers move what they keep of a weight in their first forward
     with vblora.disabled(model), torch.no_grad():
         plain = model(x)
-        keep_unpacked(base)
+        disable_packing(base)
         assert torch.equal(plain, base.eval()(x))
     assert relative_error(merged, before) < 0.5 * relative_error(before, plain)
     vblora.unmerge(model)
@@ -237,7 +237,7 @@ def test_a_released_merge_leaves_a_plain_quantised_model(base):
         vblora.merge(model, release=True)
     vblora.eject(model)
     assert type(model.blocks[0].up) is type(base.blocks[0].up)
-    keep_unpacked(base)
+    disable_packing(base)
     with torch.no_grad():
         after = model(x)
         assert relative_error(after, before) < 0.5 * relative_error(before, base.eval()(x))

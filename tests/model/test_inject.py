@@ -515,7 +515,7 @@ def test_factors_are_composed_in_the_widest_dtype():
     net.blocks[0].up.bfloat16()
     vblora.inject(net, NET_CONFIG)
     seen = []
-    net.embed.register_forward_hook(lambda *_: seen.append(net.vblora.default.slots[0].handed.factors.A.dtype))
+    net.embed.register_forward_hook(lambda *_: seen.append(net.vblora.default.slots[0].forward_factors.factors.A.dtype))
     with pytest.raises(RuntimeError):
         net(torch.randn(2, 16))  # such a model casts between its layers; this one does not
     assert seen == [torch.float32]
@@ -537,5 +537,5 @@ def test_a_layer_on_another_device_gets_its_factors_moved():
 
 
 def test_one_vector_a_sub_vector_is_warned_of():
-    with pytest.warns(UserWarning, match="`topk` is 1.*never train.*keeps the vector.*Take 2"):
+    with pytest.warns(UserWarning, match="`topk` is 1.*never train.*keeps its initial bank vector.*Set `topk` to 2"):
         vblora.inject(bert(), vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, topk=1))

@@ -36,15 +36,15 @@ def alone(net: nn.Module, config: vblora.VBLoRAConfig, trained: nn.Module, name:
     """A copy of the base model with nothing but the adapter ``name`` of ``trained``, which is active there."""
     model = vblora.inject(copy.deepcopy(net), config).double()
     model.vblora.default.load_state_dict(trained.vblora[name].state_dict())
-    for place, replaced in vblora.model.record.attached_adapter(trained, name).replaced.items():
-        vblora.model.record.attached_adapter(model).replaced[place].stand_in.data.copy_(replaced.stand_in)
+    for place, extra in vblora.model.record.attached_adapter(trained, name).extra.items():
+        vblora.model.record.attached_adapter(model).extra[place].replacement.data.copy_(extra.replacement)
     return model
 
 
 def randomise(net: nn.Module, name: str) -> None:
     with torch.no_grad():
-        for replaced in vblora.model.record.attached_adapter(net, name).replaced.values():
-            replaced.stand_in.add_(torch.randn_like(replaced.stand_in))
+        for extra in vblora.model.record.attached_adapter(net, name).extra.values():
+            extra.replacement.add_(torch.randn_like(extra.replacement))
 
 
 @pytest.fixture
@@ -154,8 +154,8 @@ def test_deleting_frees_it_and_unwraps_its_layers(nets):
         model(x)  # factors are kept
     second = vblora.model.record.attached_adapter(model, "second")
     held = [second.adapter, second.adapter.logits, second.adapter.bank.vectors]
-    held += [second.replaced["head.weight"].stand_in, second.layers[0], second.adapter.slots[0]]
-    held += [second.adapter._kept.factors()[0].A]
+    held += [second.extra["head.weight"].replacement, second.layers[0], second.adapter.slots[0]]
+    held += [second.adapter._cached.factors()[0].A]
     held = [weakref.ref(thing) for thing in held]
     vblora.delete_adapter(model, "second")
     del second
@@ -296,7 +296,9 @@ def test_counted_and_grown_by_name():
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "forward"])
 def test_names_that_cannot_be(name):
     net = base()
-    with pytest.raises(ValueError, match="`adapter_name`"):
+    with pytest.raises(
+        ValueError, match=r"`adapter_name` .* not empty, has no '\.', and is not an attribute of nn\.ModuleDict"
+    ):
         vblora.inject(net, FIRST, adapter_name=name)
     assert not hasattr(net, "vblora")
 

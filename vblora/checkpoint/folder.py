@@ -63,7 +63,9 @@ def write(
     write_tensors(folder / TENSORS_FILE, tensors, metadata)
     write_file(folder / CONFIG_FILE, json.dumps(description, indent=2).encode() + b"\n")
     if not (folder / "README.md").exists():
-        write_file(folder / "README.md", _model_card(contents, description, base_model).encode())
+        write_file(
+            folder / "README.md", _model_card(contents, description, base_model).encode(errors="backslashreplace")
+        )
 
 
 def read(
@@ -156,6 +158,11 @@ def _warn_if_edited(path: Path, description: JsonObject) -> None:
         )
 
 
+def _quoted(text: str) -> str:
+    """A YAML string in double quotes, in which a colon or a hash is just a character."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
 def _model_card(contents: Contents, description: JsonObject, base_model: str | None) -> str:
     """``description``: of the ``adapter_config.json`` that is written."""
     is_peft = "peft_type" in description
@@ -165,7 +172,7 @@ def _model_card(contents: Contents, description: JsonObject, base_model: str | N
         what, how = f"LoRA, r={contents.config.r}", "model = peft.PeftModel.from_pretrained(model, "
     return f"""---
 library_name: {"peft" if is_peft else "vblora"}
-{f"base_model: {base_model}" if base_model else ""}
+{f"base_model: {_quoted(base_model)}" if base_model else ""}
 ---
 An adapter of {base_model or "a model"}: {what}, {len(contents.targets)} layers. Load it into the model with
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+from ..files import refuse_lfs_pointer
+
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 JsonObject: TypeAlias = dict[str, Json]
 _T = TypeVar("_T")
@@ -31,16 +33,17 @@ def parse_object(text: str | bytes) -> JsonObject:
 
 
 def read_object(path: Path) -> JsonObject:
-    """The JSON object in a file.
+    """The JSON object in a file, which may start with a byte-order mark.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it does not hold a JSON object.
+        ValueError: it does not hold a JSON object, or is a Git LFS pointer.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
+    refuse_lfs_pointer(path)
     try:
-        return parse_object(path.read_bytes())
+        return parse_object(path.read_bytes())  # from bytes: a byte-order mark tells the encoding
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON object: {error}") from None
 

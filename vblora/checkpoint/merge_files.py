@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters import Target
-from ..files import atomic_replacement, sync
+from ..files import atomic_replacement, refuse_lfs_pointer, sync
 from .contents import Contents
 from .json_objects import JsonObject, as_type, field, optional_field, read_object
 
@@ -108,6 +108,7 @@ def _read_headers(base: Path) -> dict[str, _Stored]:
     """Shape, dtype and file of each of the base model's tensors."""
     index = base / "model.safetensors.index.json"
     if index.is_file():
+        refuse_lfs_pointer(index)
         try:
             names = field(read_object(index), "weight_map", dict).values()
             shards = sorted({as_type("a file's name", name, str) for name in names})
@@ -125,6 +126,7 @@ def _read_headers(base: Path) -> dict[str, _Stored]:
     for shard in shards:
         if not (base / shard).is_file():
             raise FileNotFoundError(f"{base / shard} is missing.")
+        refuse_lfs_pointer(base / shard)
         try:
             with safe_open(base / shard, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
@@ -234,7 +236,7 @@ def _find_replacements(contents: Contents, stored: dict[str, _Stored]) -> dict[s
 def _read_config(base: Path) -> JsonObject:
     try:
         return read_object(base / "config.json")
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
 
 

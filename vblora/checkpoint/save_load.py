@@ -151,9 +151,9 @@ def contents_of(source: AttachedAdapter) -> Contents:
     transposed = any(layer.kind is Conv1D for layer in source.layers)
     config = replace(source.config, fan_in_fan_out=transposed)  # seen from the layers, whatever the user wrote
     copies: dict[Tensor, Tensor] = {}  # tied parameters stay one tensor
-    for replaced in source.replaced.values():
-        copies.setdefault(replaced.stand_in, gather_to_cpu(replaced.stand_in))
-    extra_parameters = {name: copies[replaced.stand_in] for name, replaced in source.replaced.items()}
+    for extra in source.extra.values():
+        copies.setdefault(extra.replacement, gather_to_cpu(extra.replacement))
+    extra_parameters = {name: copies[extra.replacement] for name, extra in source.extra.items()}
     return METHODS[type(config)].contents.of(config, source.adapter, extra_parameters)
 
 
@@ -170,14 +170,14 @@ def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool |
     own = contents_of(target)
     contents.check_config(own.config)
     contents = contents.in_order(adapter.targets)
-    _check_extra_parameters(contents, {name: (r.module, r.name, r.stand_in) for name, r in target.replaced.items()})
+    _check_extra_parameters(contents, {name: (r.module, r.name, r.replacement) for name, r in target.extra.items()})
     contents.check_sizes(own)
     _refuse_meta(any(parameter.is_meta for parameter in adapter.parameters()))
     with torch.no_grad():
         contents.write_over(adapter)
-        for name, replaced in target.replaced.items():
+        for name, extra in target.extra.items():
             if name in contents.extra_parameters:
-                replaced.stand_in.copy_(shard_like(contents.extra_parameters[name], replaced.stand_in))
+                extra.replacement.copy_(shard_like(contents.extra_parameters[name], extra.replacement))
     if is_trainable is not None:
         target.requires_grad_(is_trainable)
     adapter.invalidate()
@@ -185,20 +185,20 @@ def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool |
 
 def _load_new(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
     contents = contents.in_order(plan.targets)
-    _check_extra_parameters(contents, plan.stand_ins)
+    _check_extra_parameters(contents, plan.extra_tensors)
     if is_trainable:
         plan.check_trainable()
     _refuse_meta(plan.device.type == "meta")
     adapter = contents.adapter(plan.device, bank)
     with torch.no_grad():
-        for name, (_, _, stand_in) in plan.stand_ins.items():
+        for name, (_, _, replacement) in plan.extra_tensors.items():
             if name in contents.extra_parameters:
-                stand_in.copy_(contents.extra_parameters[name])
-            stand_in.requires_grad_(is_trainable and stand_in.is_floating_point() and stand_in.requires_grad)
+                replacement.copy_(contents.extra_parameters[name])
+            replacement.requires_grad_(is_trainable and replacement.is_floating_point() and replacement.requires_grad)
     adapter.requires_grad_(is_trainable)
     if bank is not None:
         bank.requires_grad_(False)
-    plan.carry_out(adapter)
+    plan.apply(adapter)
 
 
 def _bank_of(source: AttachedAdapter) -> VectorBank | None:
@@ -216,7 +216,7 @@ def _refuse_meta(is_meta: bool) -> None:
 def _check_extra_parameters(contents: Contents, places: dict[str, tuple[nn.Module, str, Tensor]]) -> None:
     """``places``: by name in the model, the module, the name in the module, and the tensor to be overwritten."""
     optional = {name for name, (module, own, _) in places.items() if own in module._non_persistent_buffers_set}
-    wanted = {name: stand_in for name, (_, _, stand_in) in places.items()}
+    wanted = {name: replacement for name, (_, _, replacement) in places.items()}
     given = contents.extra_parameters
     for name in sorted((wanted.keys() ^ given.keys()) - (optional - given.keys())):
         raise ValueError(f"it {'lacks' if name in wanted else 'has an unknown'} tensor `{name}`.")

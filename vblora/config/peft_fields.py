@@ -57,7 +57,7 @@ def accepts_peft_fields(
                     stacklevel=2,
                 )
 
-        config.__init__ = accepting_init  # type: ignore[method-assign]
+        setattr(config, "__init__", accepting_init)  # noqa: B010  # mypy takes no assignment
         return config
 
     return decorate
@@ -76,7 +76,5 @@ def from_peft(config: Any, classes: Mapping[str, type[_Config]]) -> _Config | No
         ValueError: it sets a field that vblora does not support.
     """
     kind = getattr(config, "peft_type", None)
-    kind = getattr(kind, "value", kind)
-    if not any(cls.__module__.partition(".")[0] == "peft" for cls in type(config).__mro__) or kind not in classes:
-        return None
-    return classes[kind](**config.to_dict())
+    found = classes.get(getattr(kind, "value", None) or "")  # PEFT's is an enum
+    return None if found is None else found(**config.to_dict())

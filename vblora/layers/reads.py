@@ -1,51 +1,64 @@
-"""Which layers a model's code does not call, reading their weight instead: an update of such a layer is left out."""
+"""Finds layers whose weight a model's code reads without calling the layer, which would leave out the layer's update."""
 
 import ast
 import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-# What a tensor tells of itself, and functions that ask for no more: neither looks at its values.
-_FACTS = {
+# Attributes of a tensor, and functions, that do not read its values.
+_METADATA = {
     *("device", "dim", "dtype", "element_size", "is_contiguous", "is_cpu", "is_cuda", "is_floating_point", "is_meta"),
     *("is_quantized", "is_sparse", "itemsize", "layout", "ndim", "numel", "requires_grad", "shape", "size", "stride"),
 }
-_ASK_FOR_FACTS = {"getattr", "hasattr", "id", "is_floating_point", "is_tensor", "isinstance", "to", "type", "type_as"}
-# What its own class does not show, or an `if` with the way that nearly all models take.
+_METADATA_FUNCTIONS = {
+    "getattr",
+    "hasattr",
+    "id",
+    "is_floating_point",
+    "is_tensor",
+    "isinstance",
+    "to",
+    "type",
+    "type_as",
+}
+# Layers by class that the class's code does not reveal, or reads on the usual side of an `if`.
 _KNOWN = {
     "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
-    "JambaMambaMixer": ("dt_proj",),  # calls it if the model is quantised
-    # RwkvModel divides these weights as it is evaluated.
+    "JambaMambaMixer": ("dt_proj",),  # called only in a quantised model
+    # RwkvModel divides these weights in evaluation.
     "RwkvFeedForward": ("value",),
     "RwkvSelfAttention": ("output",),
 }
 
-_Path = tuple[str, ...]  # from a module to one within it; "*" for any child
+_Path = tuple[str, ...]  # from a module to a submodule; "*" stands for any child
+_Arms = dict[ast.AST, bool]  # the `if`s around some code: whether it runs if their condition holds
 
 
 def readers(modules: dict[str, nn.Module]) -> dict[nn.Module, str]:
-    """The layers whose weight some module's code reads past the layer, with the name of that module's class.
+    """The layers whose weight some module's code reads without calling the layer, with the name of that module's class.
 
-    Code that reads it on one side of an ``if`` and calls the layer on the other counts as calling: a forward shows which it is.
+    Code that reads the weight on one side of an ``if`` and calls the layer on the other counts as calling it; a forward shows
+    which one happens.
     """
     found: dict[nn.Module, str] = {}
     for name, module in modules.items():
-        known = [(child,) for cls in type(module).__mro__ for child in _KNOWN.get(cls.__name__, ())]
-        for path in (*_read_by(type(module)), *known):
+        cls: type = type(module)
+        known = [(child,) for base in cls.__mro__ for child in _KNOWN.get(base.__name__, ())]
+        for path in (*_read_by(cls), *known):
             for layer in _at(modules, [name, *path] if name else list(path)):
-                found[layer] = type(module).__name__  # of several, the one nearest to it
+                found[layer] = cls.__name__  # the innermost such module
     return found
 
 
 def _at(modules: dict[str, nn.Module], parts: list[str]) -> list[nn.Module]:
-    """The modules of a name, in which "*" stands for any part."""
+    """The modules that a dotted name matches; "*" stands for any part."""
     if "*" not in parts:
         return [modules[name] for name in [".".join(parts)] if name in modules]
     pattern = re.compile(r"\.".join("[^.]+" if part == "*" else re.escape(part) for part in parts))
@@ -53,18 +66,19 @@ def _at(modules: dict[str, nn.Module], parts: list[str]) -> list[nn.Module]:
 
 
 def listed(names: list[str]) -> str:
-    """Layers by their names, for a message."""
+    """The names of layers, for a message."""
     first = ", ".join(f"`{name}`" for name in names[:4])
     return f"{first} and {len(names) - 4} more layers" if len(names) > 4 else first
 
 
 @functools.cache
-def _read_by(cls: type[nn.Module]) -> tuple[_Path, ...]:
-    """From a module of this class to the layers whose weight its ``forward`` reads, or what that calls of the module."""
+def _read_by(cls: type) -> tuple[_Path, ...]:
+    """The layers whose weight ``forward`` of this class reads, directly or in the methods that it calls."""
     uses: list[_Use] = []
-    seen, left = set(), [("forward", {})]
-    while left:
-        name, outer = left.pop()
+    seen: set[str] = set()
+    pending: list[tuple[str, _Arms]] = [("forward", {})]
+    while pending:
+        name, outer = pending.pop()
         if name in seen:
             continue
         seen.add(name)
@@ -72,15 +86,15 @@ def _read_by(cls: type[nn.Module]) -> tuple[_Path, ...]:
             for use in _uses(code):
                 uses.append(use._replace(arms=outer | use.arms))
                 if len(use.path) == 1 and inspect.isfunction(getattr(cls, use.path[0], None)):
-                    left.append((use.path[0], uses[-1].arms))
+                    pending.append((use.path[0], uses[-1].arms))
     reads = [use for use in uses if use.kind == "read" and use.path]
     calls = [use for use in uses if use.kind == "called"]
-    past = [r for r in reads if not any(c.path == r.path and _exclude(r.arms, c.arms) for c in calls)]
-    return tuple(dict.fromkeys(read.path for read in past))
+    uncalled = [r for r in reads if not any(c.path == r.path and _exclude(r.arms, c.arms) for c in calls)]
+    return tuple(dict.fromkeys(read.path for read in uncalled))
 
 
-def _definitions(cls: type, name: str) -> Iterator[ast.AST]:
-    """A method's code, and that of those that it overrides and calls."""
+def _definitions(cls: type, name: str) -> Iterator[ast.Module]:
+    """The code of a method, and of the methods that it overrides and calls."""
     for base in cls.__mro__:
         function = inspect.unwrap(vars(base)[name]) if inspect.isfunction(vars(base).get(name)) else None
         if base is nn.Module or function is None:
@@ -88,16 +102,16 @@ def _definitions(cls: type, name: str) -> Iterator[ast.AST]:
         try:
             source = textwrap.dedent(inspect.getsource(function))
             yield ast.parse(source)
-        except (OSError, SyntaxError, TypeError):  # no source, or not by itself: nothing is known
+        except (OSError, SyntaxError, TypeError):  # no source, or none that parses alone
             return
         if "super()" not in source:
             return
 
 
 class _Use(NamedTuple):
-    kind: str  # "read": the weight's values; "called": the layer, or it is handed to somebody who may
+    kind: str  # "read": of the weight's values; "called": of the layer, or of a function that gets the layer
     path: _Path
-    arms: dict[ast.AST, bool]  # of the conditions that it stands under: whether it runs if they hold
+    arms: _Arms
 
 
 def _uses(tree: ast.Module) -> Iterator[_Use]:
@@ -106,17 +120,17 @@ def _uses(tree: ast.Module) -> Iterator[_Use]:
     for node in ast.walk(tree):
         path = _path(node, paths)
         outer = parents.get(node)
-        if path is None or not isinstance(node.ctx, ast.Load):
+        if path is None or not isinstance(getattr(node, "ctx", None), ast.Load):
             continue
         if path[-1:] == ("weight",):
-            if not _asks_for_a_fact(node, outer, parents):
+            if not _reads_metadata(node, outer, parents):
                 yield _Use("read", path[:-1], _arms(node, parents))
         elif not (isinstance(outer, (ast.Attribute, ast.Subscript, ast.Assign)) and node is outer.value):
             yield _Use("called", path, _arms(node, parents))
 
 
 def _local_names(tree: ast.Module) -> dict[str, _Path]:
-    """What a method calls itself, and the modules within."""
+    """The local names of a method for its module (``self``) and for submodules."""
     arguments = getattr(tree.body[0], "args", None)
     paths: dict[str, _Path] = {argument.arg: () for argument in arguments.args[:1]} if arguments else {}
     for node in ast.walk(tree):
@@ -134,15 +148,15 @@ def _local_names(tree: ast.Module) -> dict[str, _Path]:
     return paths
 
 
-def _iterated(node: ast.AST) -> list[ast.AST]:
-    """What a loop's targets run through, each."""
+def _iterated(node: ast.expr) -> list[ast.expr]:
+    """What each target of a loop iterates over."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("enumerate", "zip"):
         return [node.func, *node.args] if node.func.id == "enumerate" else node.args
     return [node]
 
 
 def _path(node: ast.AST, paths: dict[str, _Path]) -> _Path | None:
-    """Of ``self.a.b[i]``: a, b, "*"; ``paths``: of local names."""
+    """The path of ``self.a.b[i]`` is a, b, "*"; ``paths`` holds those of local names."""
     if isinstance(node, ast.Name):
         return paths.get(node.id)
     if isinstance(node, ast.Attribute):
@@ -154,35 +168,36 @@ def _path(node: ast.AST, paths: dict[str, _Path]) -> _Path | None:
     return None
 
 
-def _asks_for_a_fact(node: ast.AST, outer: ast.AST | None, parents: dict[ast.AST, ast.AST]) -> bool:
+def _reads_metadata(node: ast.AST, outer: ast.AST | None, parents: dict[ast.AST, ast.AST]) -> bool:
     if isinstance(outer, ast.Attribute):
-        return outer.attr in _FACTS
+        return outer.attr in _METADATA
     if isinstance(outer, ast.Compare):
         return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in outer.ops)
     if isinstance(outer, ast.keyword):
         outer = parents[outer]
     if isinstance(outer, ast.Call):
         function = outer.func
-        return getattr(function, "attr", getattr(function, "id", None)) in _ASK_FOR_FACTS
+        return getattr(function, "attr", getattr(function, "id", None)) in _METADATA_FUNCTIONS
     return False
 
 
-def _arms(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> dict[ast.AST, bool]:
-    arms = {}
+def _arms(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> _Arms:
+    arms: _Arms = {}
     while (outer := parents.get(node)) is not None:
         if isinstance(outer, (ast.If, ast.IfExp)) and node is not outer.test:
-            body = outer.body if isinstance(outer.body, list) else [outer.body]
-            arms[outer] = node in body
+            body = outer.body if isinstance(outer, ast.If) else [outer.body]
+            arms[outer] = any(node is statement for statement in body)
         node = outer
     return arms
 
 
-def _exclude(one: dict[ast.AST, bool], other: dict[ast.AST, bool]) -> bool:
+def _exclude(one: _Arms, other: _Arms) -> bool:
+    """Whether two uses are on different sides of an ``if``."""
     return any(branch in other and other[branch] != arm for branch, arm in one.items())
 
 
 class Watched(Tensor):
-    """A frozen weight as a forward hands it to whoever reads it past its layer: tells of the first use of its values."""
+    """A frozen weight that calls ``notice`` when its values are used."""
 
     _notice: Callable[[], None]
 
@@ -193,13 +208,19 @@ class Watched(Tensor):
         return watched
 
     @classmethod
-    def __torch_function__(cls, function, _types, args=(), kwargs=None):
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        _types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, cls)]
         name = getattr(function, "__name__", "")
         if name == "__get__":  # of an attribute
-            name = getattr(function.__self__, "__name__", "")
-        if name not in _FACTS and not (name in _ASK_FOR_FACTS and not isinstance(args[0], cls)):
+            name = getattr(getattr(function, "__self__", None), "__name__", "")
+        if name not in _METADATA and not (name in _METADATA_FUNCTIONS and not isinstance(args[0], cls)):
             for weight in read:
                 weight._notice()
         with torch._C.DisableTorchFunctionSubclass():

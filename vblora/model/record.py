@@ -1,8 +1,9 @@
-"""The adapters of a model: which it has, which are active, switching them off, taking them out."""
+"""The record of an injected model: its adapters, which of them are active, and how to remove them."""
 
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,29 +12,31 @@ from torch.utils.hooks import RemovableHandle
 from ..adapters import Adapter
 from ..config import AdapterConfig
 from ..errors import VBLoRAWarning
-from ..layers.adapted import AdaptedLayer, Replaced, Update
+from ..layers.adapted import AdaptedLayer, TensorSwap, Update
 from ..layers.kinds import compute_dtype
 from ..layers.reads import listed
-from ..layers.weights import is_packed, keep_unpacked, let_pack
+from ..layers.weights import disable_packing, enable_packing, is_packed
 from .idle import warn_if_idle
 
-ADAPTERS_ATTRIBUTE = "vblora"  # name of the adapters among an injected model's modules
+ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)  # functions that change a model in place return its type
 
 
 class Adapters(nn.ModuleDict):
-    """A model's adapters by their names."""
+    """The adapters of a model, by name."""
 
-    def forward(self, x: object, *_args, **_kwargs) -> object:
-        """``x``: an ``nn.Sequential`` that was injected calls this, one of its modules now, as its last layer."""
+    def forward(self, x: object, *_args: object, **_kwargs: object) -> object:
+        """Returns ``x``, because an injected ``nn.Sequential`` calls this module as its last layer."""
         return x
 
 
 class AttachedAdapter:
-    """One adapter of a model: to run it, to save it, and to undo it.
+    """One adapter of a model.
 
     Attributes:
-        layers: in the order of the adapter's targets.
-        replaced: what trains beside the adapter, by its name in the model.
+        layers: the adapted layers, in the order of the adapter's targets.
+        extra: the biases and ``modules_to_save`` that the adapter trains, by their names in the model.
     """
 
     def __init__(
@@ -43,32 +46,30 @@ class AttachedAdapter:
         config: AdapterConfig,
         adapter: Adapter,
         layers: list[AdaptedLayer],
-        replaced: dict[str, Replaced],
+        extra: dict[str, TensorSwap],
     ) -> None:
         self.model = model
         self.name = name
         self.config = config
         self.adapter = adapter
         self.layers = layers
-        self.replaced = replaced
+        self.extra = extra
         self.active = False
-        self.checked_for_training: bool | None = (
-            None  # whether it was merged when a training forward was last looked at
-        )
-        self.ran = False  # in a whole forward
+        self.checked_for_training: bool | None = None  # whether it was merged when a training forward last looked
+        self.ran = False  # whether a forward of the model has completed
         self.trainable_names: list[
             str
         ] = []  # what requires gradients while it is active; when it is, its parameters say so
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's, and what trains beside it."""
-        stand_ins = {name: replaced.stand_in for name, replaced in self.replaced.items()}
-        extra = {f"extra.{name}": tensor for name, tensor in stand_ins.items() if isinstance(tensor, nn.Parameter)}
+        """The parameters of the adapter and its extra parameters."""
+        extra_tensors = {name: extra.replacement for name, extra in self.extra.items()}
+        extra = {f"extra.{name}": tensor for name, tensor in extra_tensors.items() if isinstance(tensor, nn.Parameter)}
         return dict(self.adapter.named_parameters()) | extra
 
     def requires_grad_(self, requires_grad: bool) -> None:
-        """Has all parameters require gradients, or none; from when it is active on."""
+        """Makes all parameters require gradients, or none. An inactive adapter changes once it becomes active."""
         if self.active:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(requires_grad and parameter.is_floating_point())
@@ -82,53 +83,55 @@ class AttachedAdapter:
 
     @property
     def released(self) -> bool:
-        """Whether it was merged for good."""
+        """Whether it was merged with ``release=True``."""
         return all(layer.released and self.name in layer.merged for layer in self.layers)
 
     def begin_forward(self) -> None:
-        if any(self.name in layer.running for layer in self.layers):
+        if any(self.name in layer.applied for layer in self.layers):
             self.adapter.begin_forward(compute_dtype(self.layers[0].weight.device, self._layers_dtype()))
 
     def end_forward(self, complete: bool) -> None:
-        """Also looks at which layers a ``complete`` one did not call, or went past."""
+        """Clears the factors; after a ``complete`` forward, warns about layers that it did not call or whose weight it read."""
         adapter = self.adapter
         adapter.end_forward()
         if torch.compiler.is_compiling():
             return
-        past, adapter.past = adapter.past, {}
+        reads, adapter.weight_reads = adapter.weight_reads, {}
         first, self.ran = complete and not self.ran, complete or self.ran
         if first and not adapter.traced and not any(map(_is_compiled, self.model.modules())):
             layer_of = dict(zip(adapter.slots, self.layers, strict=True))
-            uncalled = [slot for slot in adapter.slots if self.name in layer_of[slot].running and not slot.asked]
-            past |= {slot: True for slot in uncalled if slot in past}
-            _warn_of_uncalled([adapter.targets[slot.index].name for slot in uncalled if slot not in past])
-        found = [slot for slot, used in past.items() if used and not slot.read]
+            uncalled = [slot for slot in adapter.slots if self.name in layer_of[slot].applied and not slot.was_called]
+            reads |= {slot: True for slot in uncalled if slot in reads}
+            _warn_of_uncalled([adapter.targets[slot.index].name for slot in uncalled if slot not in reads])
+        found = [slot for slot, used in reads.items() if used and not slot.weight_read]
         for slot in found:
-            slot.read = True
+            slot.weight_read = True
         _warn_of_reading([adapter.targets[slot.index].name for slot in found])
 
     def _layers_dtype(self) -> torch.dtype:
-        """The widest among the layers' dtypes, or among the model's where packed layers have none. Remembered, but not in a
-        graph, which would be another one then."""
-        remember = not torch.compiler.is_compiling()
-        dtype = self.adapter.compute_dtype if remember else None
+        """The widest dtype of the layers, or of the model if all layers are packed.
+
+        It is cached, but not while compiling, because a guard on the cache would cause a recompilation.
+        """
+        use_cache = not torch.compiler.is_compiling()
+        dtype = self.adapter.compute_dtype if use_cache else None
         if dtype is None:
             dtypes = [layer.weight.dtype for layer in self.layers if not layer.packed] or _dtypes_of(self.model)
             dtype = functools.reduce(torch.promote_types, dtypes)
-            if remember:
+            if use_cache:
                 self.adapter.compute_dtype = dtype
         return dtype
 
 
 class AdaptedModel:
-    """What is remembered of an injected model."""
+    """The record of an injected model: its adapters, its adapted layers, and how to restore it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapters: dict[str, AttachedAdapter] = {}
-        self.names: dict[AdaptedLayer, list[str]] = {}  # of each layer; several if the model uses it in several places
+        self.names: dict[AdaptedLayer, list[str]] = {}  # a layer that the model uses in several places has several
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.unpacked = keep_unpacked(model)
+        self.packing_layers = disable_packing(model)
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
 
@@ -138,7 +141,7 @@ class AdaptedModel:
 
     @property
     def active(self) -> list[str]:
-        return [injected.name for injected in self._active]
+        return [attached.name for attached in self._active]
 
     def register_hooks(self) -> None:
         self._hooks = [
@@ -146,24 +149,24 @@ class AdaptedModel:
             self.model.register_forward_hook(self._end_forward, always_call=True),
         ]
 
-    def _begin_forward(self, _model: nn.Module, _args: tuple) -> None:
+    def _begin_forward(self, _model: nn.Module, _args: tuple[object, ...]) -> None:
         warn_if_idle(self.model, self._active)
-        for injected in self._active:
-            injected.begin_forward()
+        for attached in self._active:
+            attached.begin_forward()
 
-    def _end_forward(self, _model: nn.Module, _args: tuple, output: object) -> None:
-        for injected in self._active:
-            injected.end_forward(complete=output is not None)
+    def _end_forward(self, _model: nn.Module, _args: tuple[object, ...], output: object) -> None:
+        for attached in self._active:
+            attached.end_forward(complete=output is not None)
 
-    def in_place(self) -> list[Replaced]:
-        """What stands in the base model's place now."""
-        every = [replaced for injected in self.adapters.values() for replaced in injected.replaced.values()]
-        return [replaced for replaced in every if replaced.in_place]
+    def swapped_in(self) -> list[TensorSwap]:
+        """The extra tensors that are in the model now."""
+        every = [extra for attached in self.adapters.values() for extra in attached.extra.values()]
+        return [extra for extra in every if extra.swapped_in]
 
     def wrap(self, layer: nn.Module, names: list[str]) -> AdaptedLayer:
-        """The adapted layer around a layer of the base model."""
+        """The adapted layer around a layer of the base model: a new one, unless another adapter also targets the layer."""
         present = self.model.get_submodule(names[0])
-        if present is not layer:  # another adapter has it, too
+        if isinstance(present, AdaptedLayer):
             return present
         adapted = AdaptedLayer(layer)
         self.names[adapted] = names
@@ -171,54 +174,54 @@ class AdaptedModel:
             _set_module(self.model, name, adapted)
         return adapted
 
-    def add(self, injected: AttachedAdapter) -> None:
-        """Adds an adapter to its layers; active if it is the first."""
-        self.adapters[injected.name] = injected
-        for slot, layer in zip(injected.adapter.slots, injected.layers, strict=True):
-            layer.updates[injected.name] = Update(slot, injected.config.dropout)
-        getattr(self.model, ADAPTERS_ATTRIBUTE)[injected.name] = injected.adapter
-        injected.note_trainable_names()
-        self.activate([injected.name] if len(self.adapters) == 1 else self.active)
+    def add(self, attached: AttachedAdapter) -> None:
+        """Adds an adapter to its layers. The first adapter becomes active."""
+        self.adapters[attached.name] = attached
+        for slot, layer in zip(attached.adapter.slots, attached.layers, strict=True):
+            layer.updates[attached.name] = Update(slot, attached.config.dropout)
+        getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
+        attached.note_trainable_names()
+        self.activate([attached.name] if len(self.adapters) == 1 else self.active)
         self._keep_from_ddp()
 
     def activate(self, names: Sequence[str]) -> None:
-        """Makes these adapters the active ones, which alone have parameters that require gradients."""
-        for injected in self._active:
-            injected.note_trainable_names()
-            for replaced in injected.replaced.values():
-                replaced.swap()
+        """Makes these adapters the active ones. Only their parameters require gradients."""
+        for attached in self._active:
+            attached.note_trainable_names()
+            for extra in attached.extra.values():
+                extra.swap()
         self._active = tuple(self.adapters[name] for name in names)
-        for injected in self.adapters.values():
-            injected.active = injected in self._active
-            for parameter in injected.parameters.values():
+        for attached in self.adapters.values():
+            attached.active = attached in self._active
+            for parameter in attached.parameters.values():
                 parameter.requires_grad_(False)
-        for injected in self._active:
-            parameters = injected.parameters
-            for trainable in injected.trainable_names:
+        for attached in self._active:
+            parameters = attached.parameters
+            for trainable in attached.trainable_names:
                 parameters[trainable].requires_grad_(True)
-            for replaced in injected.replaced.values():
-                replaced.swap()
+            for extra in attached.extra.values():
+                extra.swap()
         for layer in self.layers:
             layer.set(active=names)
 
     def remove(self, name: str) -> None:
-        """Takes one adapter out, and the wrapping off layers that have no other."""
+        """Removes one adapter, and unwraps the layers that no other adapter targets."""
         self.activate([other for other in self.active if other != name])
-        injected = self.adapters.pop(name)
+        attached = self.adapters.pop(name)
         del getattr(self.model, ADAPTERS_ATTRIBUTE)[name]
-        for layer in injected.layers:
+        for layer in attached.layers:
             del layer.updates[name]
             if not layer.updates:
                 self._unwrap(layer)
         self._keep_from_ddp()
 
     def take_out(self) -> None:
-        """Leaves nothing of itself in the model."""
+        """Removes all adapters, hooks and wrappers from the model."""
         for layer in self.layers:
             self._unwrap(layer)
         for hook in self._hooks:
             hook.remove()
-        let_pack(self.unpacked)
+        enable_packing(self.packing_layers)
         delattr(self.model, ADAPTERS_ATTRIBUTE)
         del self.model._vblora_adapted_model
         self.adapters, self._active = {}, ()
@@ -233,41 +236,42 @@ class AdaptedModel:
             _set_module(self.model, name, layer.base_layer)
 
     def _keep_from_ddp(self) -> None:
-        """Has DDP leave the adapters' buffers alone, which it would send around at every forward: all processes have the same."""
+        """Keeps DDP from broadcasting the adapters' buffers in every forward: they are equal in all processes."""
         known = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
         names = [name for name in known if not name.startswith(f"{ADAPTERS_ATTRIBUTE}.")]
-        for injected in self.adapters.values():
-            names += [f"{ADAPTERS_ATTRIBUTE}.{injected.name}.{name}" for name, _ in injected.adapter.named_buffers()]
+        for attached in self.adapters.values():
+            names += [f"{ADAPTERS_ATTRIBUTE}.{attached.name}.{name}" for name, _ in attached.adapter.named_buffers()]
         if names:
-            self.model._ddp_params_and_buffers_to_ignore = names
+            vars(self.model)["_ddp_params_and_buffers_to_ignore"] = names
         else:
             vars(self.model).pop("_ddp_params_and_buffers_to_ignore", None)
 
 
 def adapted_models(model: nn.Module) -> list[AdaptedModel]:
-    """The records of a model and of all within it."""
-    return [module._vblora_adapted_model for module in model.modules() if hasattr(module, "_vblora_adapted_model")]
+    """The records of a model and of its submodules."""
+    records = (vars(module).get("_vblora_adapted_model") for module in model.modules())
+    return [record for record in records if record is not None]
 
 
 def adapted_model(model: nn.Module) -> AdaptedModel:
-    """The one record of an injected model, which may be wrapped in another (DDP, torch.compile).
+    """The record of an injected model, which may be wrapped in another one (DDP, torch.compile).
 
     Raises:
-        ValueError: there is none, or there are several.
+        ValueError: the model has no record, or several.
     """
     records = adapted_models(model)
     if not records:
         raise ValueError("`model` has no adapter: call vblora.inject(model, config) first.")
     if len(records) > 1:
-        raise ValueError(f"`model` holds {len(records)} models with an adapter each. Pass one of those.")
+        raise ValueError(f"`model` contains {len(records)} injected models. Pass one of them.")
     return records[0]
 
 
 def attached_adapter(model: nn.Module, adapter_name: str | None = None) -> AttachedAdapter:
-    """One adapter of an injected model: the one of that name, or the active one.
+    """The adapter with the given name; without a name, the active one.
 
     Raises:
-        ValueError: there is none, or no name was given and not just one is active.
+        ValueError: no adapter has that name, or the name is None and not exactly one adapter is active.
     """
     record = adapted_model(model)
     if adapter_name is None:
@@ -288,15 +292,15 @@ def check_adapter_name(record: AdaptedModel, name: str) -> str:
 
 
 def refuse_if_disabled(layers: list[AdaptedLayer]) -> None:
-    """For what would read or write the base model's tensors in the place of the adapted model's."""
+    """Refuses calls that would read or write the base model's tensors instead of the adapted model's."""
     if not all(layer.enabled for layer in layers):
         raise ValueError(
-            "the adapters of `model` are disabled. Leave the block of `with vblora.disabled(model)` first."
+            "the adapters of `model` are disabled. Call this outside the block of `with vblora.disabled(model)`."
         )
 
 
 def refuse_if_merged(layers: list[AdaptedLayer]) -> None:
-    """For what would change which adapters are in the weights."""
+    """Refuses calls that would change which adapters are merged."""
     if any(layer.merged for layer in layers):
         raise ValueError("`model` is merged. Call vblora.unmerge(model) first.")
 
@@ -324,9 +328,9 @@ def _warn_of_reading(names: list[str]) -> None:
 
 
 def _dtypes_of(model: nn.Module) -> list[torch.dtype]:
-    """Those of the base model's parameters that say what it computes in."""
+    """The dtypes of the base model's parameters, without packed ones, whose dtype is only that of their storage."""
     if torch.compiler.is_compiling():
-        return [torch.float32]  # each layer casts its factors, which costs nothing in a graph
+        return [torch.float32]  # each layer then casts its factors, which is free in a graph
     own = set(getattr(model, ADAPTERS_ATTRIBUTE).parameters())
     return [p.dtype for p in model.parameters() if p not in own and not is_packed(p)] or [torch.get_default_dtype()]
 

@@ -1,4 +1,4 @@
-"""Which layers of a model a config means."""
+"""Finds the layers that a config selects in a model."""
 
 import difflib
 import re
@@ -13,19 +13,19 @@ from ..layers.adapted import AdaptedLayer
 from ..layers.kinds import is_linear, kind_of, refusal
 from .record import Adapters
 
-# A sequence classifier's output layer, by convention.
+# Usual names of a sequence classifier's output layer.
 _CLASSIFIER_HEADS = ("score", "classifier")
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, list[str]]:
-    """The layers to adapt and all their names: a layer that a model uses in two places has two.
+    """The layers to adapt, each with all its names: a layer that the model uses in two places has two.
 
     Raises:
-        ValueError: nothing matches, or the model's architecture has no default targets.
-        TypeError: a match that takes no update.
+        ValueError: no layer matches, or there are no default targets for the model's architecture.
+        TypeError: a layer matches that cannot be adapted.
     """
     modules = base_modules(model)
-    everything = is_all_linear(config.target_modules)
+    all_linear = is_all_linear(config.target_modules)
     wanted = _wanted_names(model, modules, config)
     readers = reads.readers(modules)
     targets: dict[nn.Module, list[str]] = {}
@@ -34,8 +34,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
         module = modules[name]
         kind = f"a {type(module).__name__}"
         if module in readers:
-            why = f"whose weight {readers[module]} reads itself, so that an update of the layer would be left out"
-        elif everything and (reason := kind_of(module).refusal(module)):
+            why = f"whose weight {readers[module]} reads itself, which would leave out the layer's update"
+        elif all_linear and (reason := kind_of(module).refusal(module)):
             why = f"{kind}, which {reason}"
         elif reason := refusal(module):
             raise TypeError(
@@ -44,18 +44,18 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
         else:
             targets.setdefault(module, []).append(name)
             continue
-        if not everything:
+        if not all_linear:
             raise TypeError(f"`target_modules` matches `{name}`, {why}. Name it in `exclude_modules`.")
         left_out.setdefault(why, []).append(name)
     for why, names in left_out.items():
         warnings.warn(f'"all-linear" leaves out {reads.listed(names)}, {why}.', VBLoRAWarning, stacklevel=4)
     if not targets:
-        raise ValueError(_nothing_matches(modules, config))
+        raise ValueError(_no_match_message(modules, config))
     return targets
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's modules by all their names, as if it had no adapters."""
+    """The modules of a model under all their names, as if it had no adapters."""
     modules: dict[str, nn.Module] = {}
     hidden = "\0"
     for name, module in model.named_modules(remove_duplicate=False):
@@ -69,7 +69,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matches(name: str, wanted: list[str] | str) -> bool:
-    """Whether a module's name is meant: by a list's entry, or an ending after a dot; by a regular expression, in full."""
+    """Whether ``name`` equals an entry of a list or ends in one after a dot, or fully matches a regular expression."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == entry or name.endswith("." + entry) for entry in wanted)
@@ -108,34 +108,35 @@ def _with_parents(name: str) -> list[str]:
 
 
 def is_in_layers(name: str, config: AdapterConfig, indices: list[int] | None = None) -> bool:
-    """Whether a module is in a layer of ``layers_to_transform``, or of ``indices``."""
+    """Whether a module is in one of the layers ``layers_to_transform``, or ``indices``."""
     wanted = config.layers_to_transform if indices is None else indices
     if wanted is None:
         return True
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = config.layers_pattern or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # The first index is the layer's; later ones count something within it, such as experts.
+        # The first index is the layer's; later ones are within it, such as an expert's.
         found = re.match(rf"(?:.*?\.)??{pattern}\.(\d+)\.", name)
         if found:
             return int(found.group(1)) in wanted
     return False
 
 
-def _default_targets(model: nn.Module, of_types: dict[str, list[str]]) -> list[str]:
+def _default_targets(model: nn.Module, defaults: dict[str, list[str]]) -> list[str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in of_types:
-        known = ", ".join(sorted(of_types))
+    if model_type not in defaults:
+        known = ", ".join(sorted(defaults))
         raise ValueError(
-            f"`target_modules` is None, and there is no default for a model of type {model_type!r} (there is for {known}). "
-            'Give names of layers, or "all-linear".'
+            f"`target_modules` is None, but there is no default for a model of type {model_type!r} (only for {known}). "
+            'Pass names of layers, or "all-linear".'
         )
-    return of_types[model_type]
+    return defaults[model_type]
 
 
 def _output_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that turn hidden states into scores: of tokens, or of a sequence classifier's classes."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """The layers that map hidden states to scores, of tokens or of a sequence classifier's classes."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    output = None if get_output_embeddings is None else get_output_embeddings()
     if output is not None:
         return [output]
     if not hasattr(model, "config"):
@@ -144,7 +145,7 @@ def _output_layers(model: nn.Module) -> list[nn.Module]:
     return [module for head in heads for module in head.modules()]
 
 
-def _nothing_matches(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
+def _no_match_message(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and is_linear(module)})
     near = [match for entry in wanted for match in difflib.get_close_matches(entry.rpartition(".")[2], endings)]

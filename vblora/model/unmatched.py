@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..errors import VBLoRAWarning
-from ..layers.kinds import kind_of
+from ..layers.kinds import KINDS
 from .targets import base_modules, is_all_linear, is_in_layers, matches
 
 
@@ -78,7 +78,7 @@ def _unreached(modules: dict[str, nn.Module], config: AdapterConfig, targets: li
     listed = wanted if isinstance(wanted, list) else []
     found = {}
     for prefix, module in modules.items():
-        if kind_of(module) is not None or type(module).__module__.startswith("torch."):
+        if any(kind.takes(module) for kind in KINDS) or type(module).__module__.startswith("torch."):
             continue
         block = prefix.rpartition(".")[0]
         for own, parameter in module._parameters.items():
