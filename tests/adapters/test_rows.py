@@ -1,4 +1,4 @@
-"""A step's gradient of all logits is written once, however many layers are recomputed, and everybody who waits for it gets it."""
+"""A step writes the gradient of all logits once, however many layers are recomputed, and every hook on it still runs."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def injected(name: str = "candidates", reentrant: bool | None = True) -> Net:
 
 
 def trained(net: Net) -> nn.Parameter:
-    """The parameter that has rows, or a part, for each layer."""
+    """The parameter with rows, or a part, for each layer."""
     adapter = net.vblora.default
     return adapter.factors if isinstance(adapter, vblora.adapters.LoRAAdapter) else adapter.logits
 
@@ -37,7 +37,7 @@ def step(net: Net) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_makes_at_most_two_tensors_of_all_logits(name, reentrant):
     net = injected(name, reentrant)
-    for _ in range(3):  # each but the first adds to a gradient
+    for _ in range(3):  # all but the first add to a gradient
         with Made() as made:
             step(net)
         assert made.shapes.count(tuple(trained(net).shape)) <= 2
@@ -46,7 +46,7 @@ def test_a_step_makes_at_most_two_tensors_of_all_logits(name, reentrant):
         step(plain)
     for ours, expected in zip(net.vblora.parameters(), plain.vblora.parameters(), strict=True):
         assert relative_error(ours.grad, expected.grad) < 1e-6
-    assert torch.equal(trained(net).grad, trained(plain).grad)  # a row's gradient is its layer's alone
+    assert torch.equal(trained(net).grad, trained(plain).grad)  # only its own layer contributes to a row's gradient
 
 
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -66,7 +66,7 @@ def test_hooks_are_called_with_each_layers_gradient(register):
 
 
 class Recomputed(torch.autograd.Function):
-    """A checkpoint by hand, which asks for gradients in the way that ``run`` does."""
+    """A checkpoint written by hand, which computes gradients with ``run``."""
 
     @staticmethod
     def forward(ctx, x, block, run):
@@ -83,7 +83,7 @@ class Recomputed(torch.autograd.Function):
 
 
 def gradient_of_a_block(run) -> tuple[Net, torch.Tensor, torch.Tensor]:
-    """A model with a gradient of ones before ``run`` recomputed one block; what ``run`` made of it; and what is right."""
+    """The gradient of a model that starts with ones, after ``run`` recomputes one block; and the correct gradient."""
     net, returned = injected(reentrant=None), []
     trained(net).grad = torch.ones_like(trained(net))
     x = torch.linspace(-1, 1, 5 * 16).view(5, 16).requires_grad_()
@@ -125,7 +125,7 @@ def test_a_gradient_is_added_to_what_is_there(named):
 
 
 def in_a_backward(tensor: torch.Tensor, **options) -> None:
-    """Rows 2 to 4 of ``tensor`` get a gradient of ones from a backward within another one."""
+    """Rows 2 to 4 of ``tensor`` get a gradient of ones from a backward inside another backward."""
 
     class Outer(torch.autograd.Function):
         @staticmethod
@@ -153,7 +153,7 @@ def test_the_gradient_has_the_dtype_that_it_was_told():
 
 
 def test_a_tensor_that_was_computed():
-    """As what FSDP2's shards are gathered to."""
+    """Like the tensor that FSDP2 gathers shards into."""
     shard = nn.Parameter(torch.ones(6))
     whole = 2 * shard
     in_a_backward(whole)

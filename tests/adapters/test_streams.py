@@ -1,4 +1,4 @@
-"""CUDA graphs and streams, where there is no GPU: what the adapters ask of `vblora.streams` and do with the answers."""
+"""CUDA graphs and streams without a GPU: how adapters use the answers of a fake `vblora.streams`."""
 
 import copy
 
@@ -23,7 +23,7 @@ methods = pytest.mark.parametrize("name", CONFIGS)
 
 
 class Stream:
-    """Stands in for a `torch.cuda.Stream`, and notes what is asked of it."""
+    """A fake `torch.cuda.Stream` that logs the calls."""
 
     def __init__(self, name: str, log: list[tuple]) -> None:
         self.name = name
@@ -38,7 +38,7 @@ class Stream:
 
 
 class GPU:
-    """Stands in for what torch says of a GPU."""
+    """A fake GPU."""
 
     def __init__(self) -> None:
         self.log: list[tuple] = []
@@ -70,13 +70,13 @@ def injected(name: str = "vblora") -> Net:
 
 
 def replay(net: nn.Module) -> None:
-    """A captured step runs again: parameters change, and nothing that Python sees says so."""
+    """Replays a captured step: parameters change without any sign that Python sees."""
     for parameter in net.vblora.parameters():
         parameter.data.mul_(1.5)
 
 
 def compositions(net: nn.Module) -> list[int | None]:
-    """The targets that are composed from now on; None: all."""
+    """The targets that are composed from now on; None means all."""
     adapter, indices = net.vblora.default, []
     compose = adapter.compose
     adapter.compose = lambda dtype, index=None: indices.append(index) or compose(dtype, index)
@@ -96,7 +96,7 @@ def assert_follows_its_parameters(net: nn.Module, x: torch.Tensor) -> None:
 @methods
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_what_a_capture_composes_is_not_kept(gpu, x, name, context):
-    """Before the first replay there is nothing in it."""
+    """Before the first replay its memory holds no results."""
     net = injected(name)
     composed = compositions(net)
     with context():
@@ -109,7 +109,7 @@ def test_what_a_capture_composes_is_not_kept(gpu, x, name, context):
 
 @methods
 def test_a_capture_composes_for_itself(gpu, x, name):
-    """A graph that read the kept factors would go on reading their memory after they were given up."""
+    """A graph that read cached factors would still read their memory after they were freed."""
     net = injected(name)
     with torch.no_grad():
         net(x), net(x)
@@ -175,7 +175,7 @@ def test_a_copy_of_a_captured_adapter_keeps_factors(gpu, x):
 
 @pytest.mark.parametrize("recording", [True, False])
 def test_a_block_that_is_captured_within_a_forward(gpu, x, recording):
-    """It must not hold on to factors of that forward alone, nor may what follows use what is in the graph."""
+    """The forward's factors must not outlive it, and later forwards must not use those of the graph."""
     net = injected()
 
     def begin(*_):
@@ -220,13 +220,13 @@ def test_another_stream_waits_for_the_factors_and_holds_their_memory(gpu, x, nam
         assert torch.equal(net(x), expected)
         handle.remove()
         assert gpu.log[1] == ("wait", "B", "event of A")
-        assert used_after == [len(gpu.log)]  # all of it before the first layer
+        assert used_after == [len(gpu.log)]  # all before the first layer
         held = {tensor.untyped_storage().data_ptr() for kind, on, tensor in gpu.log[2:] if (kind, on) == ("hold", "B")}
         assert len(gpu.log) == 2 + sum(kind == "hold" for kind, *_ in gpu.log)
         factors = net.vblora.default.factors_of(0, torch.float32), net.vblora.default.factors_of(5, torch.float32)
         assert {t.untyped_storage().data_ptr() for pair in factors for t in pair if t is not None} <= held
         events = len(gpu.log)
-        for gpu.stream in (first, second, first):  # each has what it needs already
+        for gpu.stream in (first, second, first):  # each stream is ready already
             net(x)
     assert len(gpu.log) == events
     assert composed == []
@@ -243,7 +243,7 @@ def test_a_layer_alone_on_another_stream_waits_too(gpu, x):
 
 @pytest.mark.parametrize("recording", [True, False])
 def test_a_layer_on_another_stream_than_its_forward(gpu, x, recording):
-    """With gradients, what it composes itself is its own stream's; without, it waits for what is kept."""
+    """With gradients it composes on its own stream; without, it waits for the cached factors."""
     net = injected()
     net.blocks[1].register_forward_pre_hook(lambda *_: setattr(gpu, "stream", gpu.new_stream("B")))
     composed = compositions(net)
@@ -256,4 +256,4 @@ def test_a_layer_on_another_stream_than_its_forward(gpu, x, recording):
 def test_without_a_gpu_there_is_nothing_to_ask():
     device = torch.device("cpu")
     assert not streams.capturing() and not streams.capturing(device) and streams.current(device) is None
-    assert torch.cuda.is_initialized() or streams.current(torch.device("cuda")) is None  # of a fake tensor, say
+    assert torch.cuda.is_initialized() or streams.current(torch.device("cuda")) is None  # for example of a fake tensor

@@ -1,4 +1,4 @@
-"""Embeddings and convolutions as targets, against the base layer run on ``W + ΔW``; what is refused; their files."""
+"""Embeddings and convolutions as targets, compared with the base layer on ``W + ΔW``; refused layers; their files."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
 class Holder(nn.Module):
-    """Some layers in a row."""
+    """A chain of layers."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def scaled(kind, padding_idx):
     return kind(12, 8, padding_idx, embed_scale=2.5)
 
 
-# The layer, and the shape of an input.
+# The layer, and the shape of its input.
 CASES = {
     "linear": (lambda: nn.Linear(8, 12), lambda: (3, 5, 8)),
     "linear, a subclass": (lambda: NonDynamicallyQuantizableLinear(8, 12), lambda: (3, 5, 8)),
@@ -94,7 +94,7 @@ def case(request, generator):
 
 
 def composed(model, name="default"):
-    """A and B of the one layer, from the oracle's sub-vectors."""
+    """A and B of the only layer, from the oracle's sub-vectors."""
     adapter = model.vblora[name]
     (target,) = adapter.targets
     mixed, _, _ = vblora.reference.admixture(adapter.logits, adapter.bank.vectors, adapter.candidates, adapter.topk)
@@ -104,11 +104,11 @@ def composed(model, name="default"):
 
 
 def expected(base, model, x):
-    """The base layer on its weight with the update in it."""
+    """The base layer on its weight plus the update."""
     layer = base.layers[0]
     A, B = composed(model)
     delta = (A.T @ B if isinstance(layer, nn.Embedding) else B.T @ A).view_as(layer.weight)
-    if getattr(layer, "sparse", False):  # its gradient only goes to a leaf
+    if getattr(layer, "sparse", False):  # only a leaf can get a sparse gradient
         return F.embedding(x, layer.weight.detach() + delta, layer.padding_idx)
     return functional_call(layer, {"weight": layer.weight.detach() + delta}, (x,))
 
@@ -129,7 +129,7 @@ def test_outputs_and_gradients_are_those_of_the_updated_weight(case):
 
 
 def test_factors_with_scales_are_those_with_the_scales_in_them(case):
-    """Of methods that train scales: ``d`` after A, ``e`` after B."""
+    """The scales that some methods train: ``d`` after A, ``e`` after B."""
     _, model, x = case
     layer = model.layers[0]
     A, B = composed(model)
@@ -217,7 +217,7 @@ def test_dropout_is_of_the_updates_input():
     seen = F.dropout(x, 0.5)
     assert torch.allclose(ours, layer.base_layer(x) + F.conv1d(seen, layer.delta_weight(["default"])), atol=1e-5)
     assert not torch.equal(ours, model(x))
-    # An index cannot be dropped: embeddings have no dropout, as PEFT's have none.
+    # Indices cannot be dropped: embeddings have no dropout, like PEFT's.
     model, x = vblora.inject(Holder(nn.Embedding(12, 8)), config), ids(4, 5)
     assert torch.equal(model(x), model(x))
 
@@ -348,7 +348,7 @@ def test_all_linear_means_linear_layers():
 
 
 class Vision(nn.Module):
-    """Patches, a depthwise convolution and a head, as in small vision models."""
+    """Patches, a depthwise convolution and a head, like a small vision model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -448,7 +448,7 @@ def test_peft_computes_the_same_from_a_lora_of_convolutions(tmp_path):
 )
 def test_a_lora_of_convolutions_that_peft_computes_otherwise_is_refused(layer, what, tmp_path):
     model = vblora.inject(Holder(layer), vblora.VBLoRAConfig(target_modules=["layers.0"], **SIZES))
-    with pytest.raises(ValueError, match=rf"`layers\.0` is a convolution with other {what} than most"):
+    with pytest.raises(ValueError, match=rf"`layers\.0` is a convolution with {what} of its own"):
         vblora.save(model, tmp_path / "lora", form="lora")
     assert not (tmp_path / "lora").exists()
 
@@ -494,7 +494,7 @@ def test_a_damaged_description_of_a_layer_is_refused(entry, tmp_path):
     assert description["targets"] == [["layers.0", 12, 8, "convolution", [4, 3]]]
     description["targets"] = [["layers.0", *entry]]
     safetensors.torch.save_file(tensors, path, metadata | {"vblora": json.dumps(description)})
-    with pytest.raises(ValueError, match="description is not what it should be"):
+    with pytest.raises(ValueError, match="description is invalid"):
         vblora.load(Holder(nn.Conv1d(4, 8, 3)), tmp_path)
 
 
@@ -534,4 +534,4 @@ def test_refuses_to_merge_tied_embeddings_alone_into_files(tmp_path, capsys):
     base.save_pretrained(tmp_path / "base")
     vblora.save(model, tmp_path / "adapter")
     assert main(["merge", *map(str, (tmp_path / "base", tmp_path / "adapter", tmp_path / "out"))]) == 2
-    assert "`model.embed_tokens.weight` is that of the head, too" in capsys.readouterr().err
+    assert "`model.embed_tokens.weight` is also that of the head" in capsys.readouterr().err

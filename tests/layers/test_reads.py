@@ -1,4 +1,4 @@
-"""Layers whose weight the model's code reads itself: left out of "all-linear", refused by name, noticed in a forward."""
+"""Layers whose weight the model's code reads itself: "all-linear" omits them, naming them is refused, and a forward warns."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ SIZES = {"r": 2, "num_vectors": 16, "vector_length": 8, "init_vector_bank_bound"
 
 
 class Holder(nn.Module):
-    """A layer that is read, in a way that subclasses choose, and one that is called."""
+    """A layer whose weight a subclass reads in its own way, and a layer that is called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class Functional(Holder):
 
 
 class Transposed(Holder):
-    """A product with the transposed weight of a layer that is called, too."""
+    """Multiplies by the transposed weight of a layer that it also calls."""
 
     def use(self, x):
         return self.read(x) @ self.read.weight
 
 
 class Fused(Holder):
-    """Two ways to the same: training takes the one, evaluation the other."""
+    """Calls the layer in training and reads its weight in evaluation."""
 
     def use(self, x):
         if self.training:
@@ -117,7 +117,7 @@ def test_left_out_or_refused_by_name(kind):
 
 
 class Facts(Holder):
-    """What the weight is, and not its values."""
+    """Reads the weight's metadata, not its values."""
 
     def use(self, x):
         weight = self.pick().weight
@@ -129,7 +129,7 @@ class Facts(Holder):
 
 
 class Called(OfAList):
-    """By another name, in a loop, and for its facts besides."""
+    """Calls the layer by another name, in a loop, and reads its metadata."""
 
     def use(self, x):
         for layer in self.read:
@@ -139,7 +139,7 @@ class Called(OfAList):
 
 
 class Either(Holder):
-    """A way that another input takes, as DeBERTa's and BLOOM's."""
+    """Reads the weight for some inputs only, like DeBERTa and BLOOM."""
 
     def use(self, x):
         return self.read(x) if x.dim() == 2 else F.linear(x, self.read.weight)
@@ -160,7 +160,7 @@ def test_those_that_are_called_are_adapted(kind):
 
 
 class ByName(Holder):
-    """Reads it in a way that is not to be seen in its code."""
+    """Reads the weight in a way that its code does not show."""
 
     def use(self, x):
         return F.linear(x, getattr(self, "re" + "ad").weight)
@@ -176,7 +176,7 @@ def times_transposed(x, layer):
 
 
 class Attending(Holder):
-    """As WavLM's attention, had it no source."""
+    """Like WavLM's attention, if its source were missing."""
 
     def use(self, x):
         layer = self.pick()
@@ -200,9 +200,9 @@ def test_noticed_in_a_forward(kind, training):
         before = model(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(model(x), before)  # said once
+        assert torch.equal(model(x), before)  # warns only once
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"reads the weight of layer `read` itself.*Nothing was merged"):
+    with pytest.raises(ValueError, match=r"reads the weight of layer `read` itself.*nothing was merged"):
         vblora.merge(model)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     vblora.eject(model)
@@ -234,7 +234,7 @@ def test_layers_that_the_first_forward_does_not_call_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(x)
-        vblora.merge(model)  # whoever calls it later finds the update
+        vblora.merge(model)  # a later call finds the update
     assert relative_error(model(x), before) < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Putting an adapter into a model and taking it out, merging, disabling, and what trains."""
+"""Injects and ejects adapters, merges and disables them, and checks what trains."""
 
 import copy
 
@@ -16,7 +16,7 @@ NET_CONFIG = vblora.VBLoRAConfig(target_modules=["up", "down"], **SIZES)
 
 
 def snapshot(model: nn.Module) -> dict:
-    """All that `inject` may change, to see that it did not."""
+    """Everything that `inject` can change, to check that it did not."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return {
         "state": state,
@@ -80,7 +80,7 @@ def test_eject_restores_everything():
     assert not torch.equal(model.classifier.weight, state["classifier.weight"])
     assert vblora.eject(model) is model
     assert same_state(assert_unchanged(model, before), state)
-    vblora.inject(model, config)  # and again
+    vblora.inject(model, config)  # again
 
 
 def test_eject_after_moving_and_casting():
@@ -102,7 +102,7 @@ def test_eject_after_moving_and_casting():
             lambda: Net(blocks=1),
             {"target_modules": ["up", "head"]},
             ValueError,
-            r"`vector_length` is 8.*head \(16 -> 3\).*would do: 1; or any, with pad=True",
+            r"`vector_length` is 8.*head \(16 -> 3\).*Allowed lengths: 1; with pad=True, any length",
         ),
         (lambda: Net(blocks=1), {"target_modules": ["blocks"]}, TypeError, "`blocks`, a ModuleList"),
         (bert, {"target_modules": ["LayerNorm"]}, TypeError, "a LayerNorm; allowed are nn.Linear, nn.Embedding"),
@@ -153,7 +153,7 @@ class Attention(nn.Module):
 
 
 def test_layers_that_are_read_but_not_called_are_left_out():
-    """MultiheadAttention never calls its projection; TransformerEncoderLayer's fast path none of its layers."""
+    """MultiheadAttention never calls its projection, and TransformerEncoderLayer's fast path calls none of its layers."""
     model = vblora.inject(Attention(), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES))
     assert [t.name for t in model.vblora.default.targets] == ["head"]
     for name in ("encoder.linear1", "attention.out_proj"):
@@ -224,7 +224,7 @@ def test_merge_and_unmerge(make):
     vblora.merge(model)
     assert not same_state(dict(model.state_dict()), state)
     assert relative_error(model(ids).logits, before) < 1e-5
-    with pytest.raises(ValueError, match="merged already"):
+    with pytest.raises(ValueError, match="already merged"):
         vblora.merge(model)
     vblora.unmerge(model)
     assert same_state(dict(model.state_dict()), state)
@@ -239,7 +239,7 @@ def test_merge_rounds_once():
     A, B, *_ = layer.updates["default"].slot.factors(torch.float32)
     expected = (layer.weight.double() + (B.T @ A).double()).bfloat16()
     vblora.merge(net)
-    assert (layer.weight != expected).float().mean() < 0.01  # float32 sums, now and then on the other side of a tie
+    assert (layer.weight != expected).float().mean() < 0.01  # float32 sums sometimes round to the other side of a tie
 
 
 def test_a_released_merge_is_final():
@@ -357,7 +357,7 @@ def test_a_layer_in_two_places_is_adapted_once():
 
 
 class Wrapper(nn.Module):
-    """As DDP stands around a model."""
+    """Wraps a model like DDP."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -393,7 +393,7 @@ def test_what_is_refused_while_disabled(tmp_path):
         for refused in (vblora.merge, vblora.unmerge, vblora.eject, vblora.parameter_groups):
             with pytest.raises(ValueError, match="disabled"):
                 refused(model)
-        vblora.save(model, tmp_path)  # what was trained, not what stands there now
+        vblora.save(model, tmp_path)  # saves the trained tensors, not those in the model now
         with pytest.raises(ValueError, match="disabled"):
             vblora.load(model, tmp_path)
         assert vblora.count_parameters(model).stored == count.stored
@@ -517,7 +517,7 @@ def test_factors_are_composed_in_the_widest_dtype():
     seen = []
     net.embed.register_forward_hook(lambda *_: seen.append(net.vblora.default.slots[0].forward_factors.factors.A.dtype))
     with pytest.raises(RuntimeError):
-        net(torch.randn(2, 16))  # such a model casts between its layers; this one does not
+        net(torch.randn(2, 16))  # such models cast between layers; this one does not
     assert seen == [torch.float32]
 
 

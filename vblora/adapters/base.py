@@ -243,7 +243,7 @@ class Adapter(nn.Module, ABC):
 
     def begin_forward(self, dtype: torch.dtype) -> None:
         """Composes the factors for this forward and puts them into the slots."""
-        all_factors = self._all_factors(dtype)
+        all_factors = self.all_factors(dtype)
         context = None if torch.compiler.is_compiling() else _context(all_factors[0].A.device)
         for slot, factors in zip(self.slots, all_factors, strict=True):
             slot.forward_factors = ForwardFactors(factors, context)
@@ -262,7 +262,7 @@ class Adapter(nn.Module, ABC):
         """The factors of one layer that runs outside an outermost forward."""
         if self._needs_composition():
             return self._compose(dtype, index)[0]
-        return self._all_factors(dtype)[index]
+        return self.all_factors(dtype)[index]
 
     def _needs_composition(self) -> bool:
         if torch.compiler.is_compiling():
@@ -274,7 +274,8 @@ class Adapter(nn.Module, ABC):
             return True
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
-    def _all_factors(self, dtype: torch.dtype) -> list[Factors]:
+    def all_factors(self, dtype: torch.dtype) -> list[Factors]:
+        """The factors of all layers, which are kept where no gradient flows to what they were made from."""
         if self._needs_composition():
             return self._compose(dtype)
         cached = self._cached  # read once: another thread may replace it

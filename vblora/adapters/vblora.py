@@ -234,7 +234,7 @@ class VBLoRAAdapter(Adapter):
         """
         if self.logits is None or self.seed is None:
             raise ValueError(
-                "the adapter's initial logits are unknown: it was loaded from a file without a seed (a deployed form, or PEFT's)."
+                "the adapter's initial logits are unknown: it was loaded from a file that holds no seed (deployed, or PEFT's)."
             )
         if num_candidates is None and self.candidates is not None:
             num_candidates = self.logits.shape[1]

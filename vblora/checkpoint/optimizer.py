@@ -97,7 +97,9 @@ class _Logits:
 
 def _logits_of(model: nn.Module, optimizer: Optimizer) -> dict[int, _Logits]:
     """Those of the optimizer's parameters that are an adapter's logits, by the number that a ``state_dict`` gives them."""
-    adapters = {m.logits: m for m in model.modules() if isinstance(m, VBLoRAAdapter) and m.logits is not None}
+    adapters: dict[Tensor, VBLoRAAdapter] = {
+        m.logits: m for m in model.modules() if isinstance(m, VBLoRAAdapter) and m.logits is not None
+    }
     found = {}
     for number, parameter in enumerate(_parameters(optimizer)):
         if (adapter := adapters.get(parameter)) is None:

@@ -57,7 +57,7 @@ def accepts_peft_fields(
                     stacklevel=2,
                 )
 
-        setattr(config, "__init__", accepting_init)  # noqa: B010  # mypy takes no assignment
+        config.__init__ = accepting_init  # type: ignore[method-assign, assignment]
         return config
 
     return decorate
@@ -76,5 +76,8 @@ def from_peft(config: Any, classes: Mapping[str, type[_Config]]) -> _Config | No
         ValueError: it sets a field that vblora does not support.
     """
     kind = getattr(config, "peft_type", None)
-    found = classes.get(getattr(kind, "value", None) or "")  # PEFT's is an enum
-    return None if found is None else found(**config.to_dict())
+    kind = getattr(kind, "value", kind)
+    of_peft = any(cls.__module__.partition(".")[0] == "peft" for cls in type(config).__mro__)
+    if not of_peft or not isinstance(kind, str) or kind not in classes:
+        return None
+    return classes[kind](**config.to_dict())

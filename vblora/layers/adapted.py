@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Slot
+from . import rows
 from .kinds import compute_dtype, kind_of
 from .reads import Watched
 from .weights import Rounding, format_of, is_packed, rounding, swap_tensor
@@ -59,6 +60,7 @@ class AdaptedLayer(nn.Module):
         enabled: False leaves out all updates.
         merged: names of the adapters whose updates are in ``base_layer.weight`` (:func:`vblora.merge`).
         unmerged: swaps the merged weight with the original; None if nothing is merged or the original was released.
+        rows_differ: whether a call may give each row of its batch an adapter of its own.
         rounding: the error of quantising a merged weight again; None if nothing was quantised.
 
     Raises:
@@ -78,17 +80,19 @@ class AdaptedLayer(nn.Module):
         self.unmerged: TensorSwap | None = None
         self.rounding: Rounding | None = None
         self.applied: dict[str, Update] = {}
+        self.rows_differ = False
         self.packed = is_packed(self.weight)
         self.train(base_layer.training)
 
     def set(self, *, active: Iterable[str] | None = None, enabled: bool | None = None) -> None:
         """Changes which updates a forward adds. Ignores names of adapters that do not target this layer."""
+        own = vars(self)  # set_adapter does this for each layer, and Module.__setattr__ takes most of its time
         if active is not None:
-            self.active = tuple(name for name in active if name in self.updates)
+            own["active"] = tuple([name for name in active if name in self.updates])
         if enabled is not None:
-            self.enabled = enabled
+            own["enabled"] = enabled
         applied = [name for name in self.active if self.enabled and name not in self.merged]
-        self.applied = {name: self.updates[name] for name in applied}
+        own["applied"] = {name: self.updates[name] for name in applied}
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name in ("weight", "bias"):
@@ -121,12 +125,20 @@ class AdaptedLayer(nn.Module):
         # A layer that adds nothing, for example a merged one, skips Module.__call__, which takes a tenth of a small layer's time.
         # Hooks and a replaced `forward` (accelerate's) still see this layer called.
         own = self.__dict__
-        if own["applied"] or "forward" in own or any(map(own.__getitem__, _HOOKS)):
+        if own["applied"] or own["rows_differ"] or "forward" in own or any(map(own.__getitem__, _HOOKS)):
             return super().__call__(*args, **kwargs)
         return own["_modules"]["base_layer"](*args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.rows_differ:
+            batch = rows.current()
+            if batch is not None and self in batch.layers:
+                return batch.add_to(self, y, x)
+        return self.add_applied(y, x)
+
+    def add_applied(self, y: Tensor, x: Tensor) -> Tensor:
+        """Adds the updates of the applied adapters to the base layer's output ``y``."""
         for slot, dropout in self.applied.values():
             dtype = compute_dtype(x.device, x.dtype if x.is_floating_point() else y.dtype)
             factors = slot.factors(dtype).to(x.device, dtype)

@@ -219,6 +219,11 @@ KINDS: tuple[type[Kind[Any]], ...] = (Linear, Conv1D, Embedding, Convolution)
 ALLOWED = "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d and transformers' Conv1D"
 
 
+def has_kind(layer: nn.Module) -> bool:
+    """Whether a layer is of a known kind."""
+    return any(kind.takes(layer) for kind in KINDS)
+
+
 def kind_of(layer: nn.Module) -> type[Kind[Any]]:
     """The kind of a layer.
 
@@ -233,7 +238,7 @@ def kind_of(layer: nn.Module) -> type[Kind[Any]]:
 
 def refusal(layer: nn.Module) -> str | None:
     """Why a layer cannot be adapted, worded to follow its class name; None if it can."""
-    if not any(kind.takes(layer) for kind in KINDS):
+    if not has_kind(layer):
         return f"; allowed are {ALLOWED}"
     if isinstance(layer.weight, UninitializedParameter):
         return ", which has no sizes yet; run the model once"

@@ -1,4 +1,4 @@
-"""Heads that train with an adapter: those of a task, and new ones that would be left out."""
+"""Task heads that train with an adapter, and a warning about new weights that would not train."""
 
 import dataclasses
 import warnings
@@ -11,7 +11,7 @@ from ..errors import VBLoRAWarning
 from ..layers.reads import listed
 from .targets import base_modules, matches
 
-# PEFT's names of the heads of its task types.
+# PEFT's names for the heads of its task types.
 _HEADS = {
     "SEQ_CLS": ["classifier", "score"],
     "TOKEN_CLS": ["classifier", "score"],
@@ -20,10 +20,10 @@ _HEADS = {
 
 
 def with_task_head(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """The config with the head of its ``task_type`` in ``modules_to_save``.
+    """The config, with the head of its ``task_type`` added to ``modules_to_save``.
 
-    That is the head that PEFT takes. Where a transformers model has none of that name, it is whatever has parameters outside
-    of the base model.
+    The heads have the names that PEFT uses. If the model has none of them, the head is every child with parameters outside
+    transformers' base model.
     """
     names = _HEADS.get(config.task_type or "")
     if names is None:
@@ -50,9 +50,9 @@ def _outside_base_model(model: nn.Module) -> list[str]:
 
 
 def warn_of_new_weights(model: nn.Module, covered: Collection[nn.Parameter]) -> None:
-    """Warns of parameters that transformers initialized because the checkpoint lacked them, but for ``covered`` ones.
+    """Warns about parameters, other than ``covered`` ones, that transformers initialized because the checkpoint lacked them.
 
-    It marks those that it has read.
+    transformers marks the parameters that it has loaded.
     """
     loaded, new = 0, []
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Training that would train nothing of an adapter: refused by ``parameter_groups``, warned of in a forward."""
+"""Detects adapters that training would not change: ``parameter_groups`` refuses them, a forward warns."""
 
 import warnings
 from collections.abc import Iterable
@@ -14,15 +14,11 @@ if TYPE_CHECKING:
     from .record import AttachedAdapter
 
 _UNMERGE = "Call vblora.unmerge(model) first"
-_THAW = "Load it with vblora.load(model, folder, is_trainable=True), or have its parameters require gradients"
+_THAW = "Load it with vblora.load(model, folder, is_trainable=True), or call requires_grad_(True) on its parameters"
 
 
 def refuse_merged(layers: Iterable[AdaptedLayer]) -> None:
-    """For what prepares training.
-
-    Raises:
-        ValueError: an update is in the weight, so that its adapter gets no gradient.
-    """
+    """Refuses to prepare training while an adapter is merged, because it would get no gradient."""
     merged = [layer for layer in layers if layer.merged]
     if merged:
         name = merged[0].merged[0]
@@ -34,12 +30,12 @@ def refuse_merged(layers: Iterable[AdaptedLayer]) -> None:
 
 
 def frozen(name: str) -> str:
-    """What is said of an adapter no parameter of which requires gradients."""
+    """The message for an adapter none of whose parameters requires gradients."""
     return f"no parameter of adapter {name!r} requires gradients. {_THAW}."
 
 
 def warn_if_idle(model: nn.Module, active: Iterable["AttachedAdapter"]) -> None:
-    """Warns, once each, of active adapters that a forward in training cannot train: merged or frozen while others train."""
+    """Warns once for each active adapter that gets no gradient in training: merged, or frozen while other parameters train."""
     if torch.compiler.is_compiling() or not model.training or not torch.is_grad_enabled():
         return
     for attached in active:

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..adapters import Adapter
+from ..adapters import Adapter, Target
 from ..adapters.base import warn_of_half_precision
 from ..adapters.registry import adapter_class
 from ..bank import VectorBank
@@ -51,7 +51,7 @@ def inject(
     Args:
         model: any module. For a Hugging Face model, the config may leave ``target_modules`` to the architecture's default.
         config: what to adapt, and how: a :class:`VBLoRAConfig`, :class:`VeraConfig`, :class:`TiedLoraConfig` or
-            :class:`LoraConfig`; or PEFT's config object for one of these methods.
+            :class:`LoraConfig`; or PEFT's config object of one of these methods.
         adapter_name: the name with which you activate, merge, save and delete the adapter.
         bank: VB-LoRA only: a bank to share with other adapters, or the path of its file (:meth:`VectorBank.save`), instead of a
             new bank. Its size must be that of the config.
@@ -164,15 +164,31 @@ class Plan:
         """Changes the model. Its first adapter becomes active; a later one does not."""
         model, record = self.model, self.record
         if record is None:
-            record = AdaptedModel(model)
-            model.requires_grad_(False)
-            model.add_module(ADAPTERS_ATTRIBUTE, Adapters())
-            vars(model)["_vblora_adapted_model"] = record
-            record.register_hooks()
+            record = AdaptedModel.install(model)
         extra = {name: TensorSwap(*place) for name, place in self.extra_tensors.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
         record.add(AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, extra))
         warn_of_new_weights(model, {p for attached in record.adapters.values() for p in attached.parameters.values()})
+
+
+def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedModel, tuple[Target, ...]]:
+    """Wraps the layers that ``config`` means, for adapters that are not modules of the model: those of a store.
+
+    Raises:
+        ValueError: the model has adapters, or nothing matches.
+        TypeError: a match that takes no update.
+    """
+    record = next((record for record in adapted_models(model) if record.model is model), None)
+    if record is not None and record.adapters:
+        raise ValueError(f"`model` has adapters, {', '.join(record.adapters)}. Take them out with vblora.eject first.")
+    _check_model(model, record, "")
+    found = find_targets(model, config)
+    targets = tuple(target_of(names[0], layer) for layer, names in found.items())
+    record = AdaptedModel.install(model)
+    for layer, names in found.items():
+        record.wrap(layer, names)
+    record.let_rows_differ()
+    return record, targets
 
 
 def _check_name(name: str) -> None:
@@ -192,6 +208,8 @@ def _check_model(model: nn.Module, record: AdaptedModel | None, adapter_name: st
             "`model` already contains adapted layers: a VBLinear, or an injected submodule. Eject that submodule with "
             "vblora.eject first."
         )
+    if record is not None and record.row_source is not None:
+        raise ValueError("`model` has a vblora.serving.AdapterStore attached. Call the store's `detach` first.")
     if record is None:
         if hasattr(model, ADAPTERS_ATTRIBUTE):
             raise ValueError(f"`model` has an attribute `{ADAPTERS_ATTRIBUTE}`, where the adapter would go. Rename it.")
@@ -219,8 +237,9 @@ def _find_saved(names: list[str], config: AdapterConfig) -> list[str]:
     entries = config.modules_to_save or []
     saved = [name for entry in entries for name in names if name and matches(name, [entry])]
     if entries and not saved:
-        listed = " and ".join(f"`{entry}`" for entry in entries)
-        raise ValueError(f"`modules_to_save` contains {listed}, which matches no module of this model.")
+        raise ValueError(
+            f"`modules_to_save` names {' and '.join(f'`{entry}`' for entry in entries)}, which matches no module of this model."
+        )
     return saved
 
 

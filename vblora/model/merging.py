@@ -92,7 +92,7 @@ def _warn_of_rounding(quantised: list[tuple[str, Rounding]]) -> None:
     name, worst = max(quantised, key=lambda item: item[1].of_update)
     warnings.warn(
         f"{len(quantised)} merged weights were quantised again. The error is largest in layer `{name}`: {worst.of_weight:.2g} of "
-        f"its weight's norm, {worst.of_update:.2g} of its update's. Each layer's is its `rounding`; unmerged there is none.",
+        f"its weight's norm and {worst.of_update:.2g} of its update's. `rounding` of each layer holds its error.",
         VBLoRAWarning,
         stacklevel=3,
     )

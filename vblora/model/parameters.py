@@ -48,8 +48,8 @@ def parameter_groups(
         The groups ``bank``, ``logits``, ``factors``, ``vectors`` and ``other``, without empty ones.
 
     Raises:
-        ValueError: the recipe is unknown, the adapters are disabled or merged, or the model has no active adapter or no parameter
-            that requires gradients.
+        ValueError: the recipe is unknown, the adapters are disabled, the model has no active adapter or a merged one, or no
+            parameter trains.
     """
     if recipe not in RECIPES:
         raise ValueError(f"`recipe` is {recipe!r}; allowed are {', '.join(map(repr, RECIPES))}.")
@@ -76,7 +76,7 @@ def parameter_groups(
 
 
 def _check_that_adapters_train(model: nn.Module, found: bool) -> None:
-    """Raises if there is no parameter to train, and warns of each adapter that has none."""
+    """Raises if no parameter trains, warns of an adapter of which none does."""
     idle = [
         attached.name
         for record in adapted_models(model)

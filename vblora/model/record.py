@@ -2,20 +2,22 @@
 
 import functools
 import warnings
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters import Adapter
+from ..adapters import Adapter, Factors
 from ..config import AdapterConfig
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, TensorSwap, Update
 from ..layers.kinds import compute_dtype
 from ..layers.reads import listed
+from ..layers.rows import RowAdapters
 from ..layers.weights import disable_packing, enable_packing, is_packed
+from . import mixed_batch
 from .idle import warn_if_idle
 
 ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
@@ -55,11 +57,9 @@ class AttachedAdapter:
         self.layers = layers
         self.extra = extra
         self.active = False
-        self.checked_for_training: bool | None = None  # whether it was merged when a training forward last looked
+        self.checked_for_training: bool | None = None  # whether it was merged when a training forward was last checked
         self.ran = False  # whether a forward of the model has completed
-        self.trainable_names: list[
-            str
-        ] = []  # what requires gradients while it is active; when it is, its parameters say so
+        self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -88,7 +88,14 @@ class AttachedAdapter:
 
     def begin_forward(self) -> None:
         if any(self.name in layer.applied for layer in self.layers):
-            self.adapter.begin_forward(compute_dtype(self.layers[0].weight.device, self._layers_dtype()))
+            self.adapter.begin_forward(self._compute_dtype())
+
+    def composed(self) -> list[Factors]:
+        """The factors of its layers, for inference."""
+        return self.adapter.all_factors(self._compute_dtype())
+
+    def _compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.layers[0].weight.device, self._layers_dtype())
 
     def end_forward(self, complete: bool) -> None:
         """Clears the factors; after a ``complete`` forward, warns about layers that it did not call or whose weight it read."""
@@ -134,6 +141,18 @@ class AdaptedModel:
         self.packing_layers = disable_packing(model)
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
+        self._rows_differ = False
+        self.row_source: Callable[[Sequence[str | None]], RowAdapters] | None = None  # of a store that is attached
+
+    @classmethod
+    def install(cls, model: nn.Module) -> "AdaptedModel":
+        """Freezes a base model, and makes it one that may have adapters."""
+        record = cls(model)
+        model.requires_grad_(False)
+        model.add_module(ADAPTERS_ATTRIBUTE, Adapters())
+        vars(model)["_vblora_adapted_model"] = record
+        record.register_hooks()
+        return record
 
     @property
     def layers(self) -> list[AdaptedLayer]:
@@ -145,18 +164,40 @@ class AdaptedModel:
 
     def register_hooks(self) -> None:
         self._hooks = [
-            self.model.register_forward_pre_hook(self._begin_forward),
+            self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward, always_call=True),
         ]
+        mixed_batch.install_generate(self)
 
-    def _begin_forward(self, _model: nn.Module, _args: tuple[object, ...]) -> None:
+    def _begin_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # It takes the argument out of `kwargs`, which are the forward's own. A model that never saw the argument has a graph
+        # without a trace of this.
+        if (mixed_batch.ARGUMENT in kwargs or self._rows_differ) and mixed_batch.begin_forward(self, args, kwargs):
+            return
         warn_if_idle(self.model, self._active)
         for attached in self._active:
             attached.begin_forward()
 
     def _end_forward(self, _model: nn.Module, _args: tuple[object, ...], output: object) -> None:
+        if self._rows_differ:
+            mixed_batch.end_forward(self)
         for attached in self._active:
             attached.end_forward(complete=output is not None)
+
+    def rows(self, names: Sequence[str | None]) -> RowAdapters:
+        """The adapters of a batch's rows, by their names."""
+        refuse_if_disabled(self.layers)
+        refuse_if_merged(self.layers)
+        if self.row_source is not None:
+            return self.row_source(names)
+        return mixed_batch.attached_rows(self, names)
+
+    def let_rows_differ(self) -> None:
+        """Has layers look whether their rows have adapters of their own, from now on."""
+        if not self._rows_differ:
+            self._rows_differ = True
+            for layer in self.layers:
+                layer.rows_differ = True
 
     def swapped_in(self) -> list[TensorSwap]:
         """The extra tensors that are in the model now."""
@@ -169,33 +210,38 @@ class AdaptedModel:
         if isinstance(present, AdaptedLayer):
             return present
         adapted = AdaptedLayer(layer)
+        adapted.rows_differ = self._rows_differ
         self.names[adapted] = names
         for name in names:
             _set_module(self.model, name, adapted)
         return adapted
 
     def add(self, attached: AttachedAdapter) -> None:
-        """Adds an adapter to its layers. The first adapter becomes active."""
+        """Adds an adapter to its layers; active if it is the first."""
         self.adapters[attached.name] = attached
         for slot, layer in zip(attached.adapter.slots, attached.layers, strict=True):
             layer.updates[attached.name] = Update(slot, attached.config.dropout)
         getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
         attached.note_trainable_names()
-        self.activate([attached.name] if len(self.adapters) == 1 else self.active)
+        self.activate([attached.name] if len(self.adapters) == 1 else self.active, added=[attached])
         self._keep_from_ddp()
 
-    def activate(self, names: Sequence[str]) -> None:
-        """Makes these adapters the active ones. Only their parameters require gradients."""
+    def activate(self, names: Sequence[str], added: Sequence[AttachedAdapter] = ()) -> None:
+        """Makes these adapters the active ones, which alone have parameters that require gradients.
+
+        Looks at the adapters that were active and those that become so, and at ``added`` ones, however many others there are.
+        """
         for attached in self._active:
             attached.note_trainable_names()
             for extra in attached.extra.values():
                 extra.swap()
-        self._active = tuple(self.adapters[name] for name in names)
-        for attached in self.adapters.values():
-            attached.active = attached in self._active
+        for attached in (*self._active, *added):
+            attached.active = False
             for parameter in attached.parameters.values():
                 parameter.requires_grad_(False)
+        self._active = tuple(self.adapters[name] for name in names)
         for attached in self._active:
+            attached.active = True
             parameters = attached.parameters
             for trainable in attached.trainable_names:
                 parameters[trainable].requires_grad_(True)
@@ -222,9 +268,10 @@ class AdaptedModel:
         for hook in self._hooks:
             hook.remove()
         enable_packing(self.packing_layers)
+        mixed_batch.remove_generate(self.model)
         delattr(self.model, ADAPTERS_ATTRIBUTE)
         del self.model._vblora_adapted_model
-        self.adapters, self._active = {}, ()
+        self.adapters, self._active, self.row_source = {}, (), None
         self._keep_from_ddp()
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
@@ -248,9 +295,15 @@ class AdaptedModel:
 
 
 def adapted_models(model: nn.Module) -> list[AdaptedModel]:
-    """The records of a model and of its submodules."""
-    records = (vars(module).get("_vblora_adapted_model") for module in model.modules())
-    return [record for record in records if record is not None]
+    """The records of a model and of all within it. Its adapters are not searched, so their number does not matter."""
+    found, pending = {}, [model]  # modules seen, with their records
+    while pending:
+        module = pending.pop()
+        if module is not None and module not in found and type(module) is not Adapters:
+            own = vars(module)
+            found[module] = own.get("_vblora_adapted_model")
+            pending += reversed(own["_modules"].values())
+    return [record for record in found.values() if record is not None]
 
 
 def adapted_model(model: nn.Module) -> AdaptedModel:
@@ -312,8 +365,8 @@ def _is_compiled(module: nn.Module) -> bool:
 def _warn_of_uncalled(names: list[str]) -> None:
     if names:
         warnings.warn(
-            f"the first forward did not call {listed(names)}, whose updates had no part in it. Name layers that no "
-            "input reaches in `exclude_modules`.",
+            f"the first forward did not call {listed(names)}, so their updates had no effect. List layers that no input "
+            "reaches in `exclude_modules`.",
             VBLoRAWarning,
         )
 
@@ -321,8 +374,8 @@ def _warn_of_uncalled(names: list[str]) -> None:
 def _warn_of_reading(names: list[str]) -> None:
     if names:
         warnings.warn(
-            f"the model's code read the weight of {listed(names)} itself, which leaves the adapter's update out. Merged, it "
-            "would be in, so vblora.merge refuses. Name such layers in `exclude_modules`.",
+            f"the model's code read the weight of {listed(names)} itself, which leaves out the adapter's update. vblora.merge "
+            "refuses, because merging would add it. List such layers in `exclude_modules`.",
             VBLoRAWarning,
         )
 

@@ -1,4 +1,4 @@
-"""Warnings of what a config names in vain, and of weights that no target reaches."""
+"""Warns about entries of a config that match nothing, and about weights that no target can reach."""
 
 import re
 import warnings
@@ -7,14 +7,14 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..errors import VBLoRAWarning
-from ..layers.kinds import KINDS
+from ..layers.kinds import has_kind
 from .targets import base_modules, is_all_linear, is_in_layers, matches
 
 
 def warn_of_unmatched(model: nn.Module, config: AdapterConfig, targets: list[str]) -> None:
-    """Warns of each entry of a config that matches nothing, and of weights that it seems to mean but cannot reach.
+    """Warns about each entry of a config that matches nothing, and about weights that it seems to select but cannot reach.
 
-    ``targets``: the names of the layers that it matches.
+    ``targets``: the names of the layers that the config selects.
     """
     modules = base_modules(model)
     names = [name for name in modules if name]
@@ -37,14 +37,14 @@ def warn_of_unmatched(model: nn.Module, config: AdapterConfig, targets: list[str
 
 
 def _unmatched(names: list[str], targets: list[str], config: AdapterConfig) -> dict[str, list[object]]:
-    """The entries that match nothing, by their field."""
+    """The entries that match nothing, by field."""
 
     def without_match(entries: list[str] | str | None, among: list[str]) -> list[object]:
         if entries is None or is_all_linear(entries):
             return []
         every = [entries] if isinstance(entries, str) else [[entry] for entry in entries]
-        vain = [entry for entry in every if not any(matches(name, entry) for name in among)]
-        return [entry if isinstance(entry, str) else entry[0] for entry in vain]
+        unmatched = [entry for entry in every if not any(matches(name, entry) for name in among)]
+        return [entry if isinstance(entry, str) else entry[0] for entry in unmatched]
 
     in_layers = [name for name in names if is_in_layers(name, config)]
     found = {
@@ -69,16 +69,17 @@ def _unmatched(names: list[str], targets: list[str], config: AdapterConfig) -> d
 
 
 def _unreached(modules: dict[str, nn.Module], config: AdapterConfig, targets: list[str]) -> dict[str, nn.Parameter]:
-    """Weights that are parameters of a module which is no layer that takes updates, as far as the config means them.
+    """Weights that the config seems to select, but whose module is no layer that can be adapted.
 
-    It does if it names them, means everything, or targets a layer of the block that holds stacked ones (experts, that is).
+    A config selects a weight if it names it. It selects stacked weights (of experts) also if it is "all-linear" or targets a
+    layer of the same block.
     """
     wanted, excluded = config.target_modules, config.exclude_modules or []
-    everything = is_all_linear(wanted)
+    all_linear = is_all_linear(wanted)
     listed = wanted if isinstance(wanted, list) else []
     found = {}
     for prefix, module in modules.items():
-        if any(kind.takes(module) for kind in KINDS) or type(module).__module__.startswith("torch."):
+        if has_kind(module) or type(module).__module__.startswith("torch."):
             continue
         block = prefix.rpartition(".")[0]
         for own, parameter in module._parameters.items():
@@ -86,7 +87,7 @@ def _unreached(modules: dict[str, nn.Module], config: AdapterConfig, targets: li
             if parameter is None or parameter.dim() < 2 or matches(name, excluded) or matches(prefix, excluded):
                 continue
             stacked = parameter.dim() == 3 and min(parameter.shape) > 1
-            beside = bool(block) and any(target.startswith(f"{block}.") for target in targets)
-            if matches(name, listed) or (stacked and (everything or (beside and listed))):
+            in_block = bool(block) and any(target.startswith(f"{block}.") for target in targets)
+            if matches(name, listed) or (stacked and (all_linear or (in_block and listed))):
                 found[name] = parameter
     return found

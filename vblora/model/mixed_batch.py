@@ -1,0 +1,176 @@
+"""``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])``: an adapter for each row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..adapters import Factors
+from ..layers import rows as layer_rows
+from ..layers.adapted import AdaptedLayer
+from ..layers.rows import RowAdapters, Stacked
+
+if TYPE_CHECKING:
+    from .record import AdaptedModel
+
+ARGUMENT = "adapter_names"
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # arguments of `generate`
+_EXPANDING = ("num_beams", "num_return_sequences")  # `generate` runs each row so many times
+
+
+class AttachedRows(RowAdapters):
+    """Rows that use adapters of an injected model."""
+
+    def __init__(self, record: AdaptedModel, names: Sequence[str | None]) -> None:
+        super().__init__(names, record.names)
+        self._factors = {name: record.adapters[name].composed() for name in dict.fromkeys(names) if name is not None}
+
+    def factors(self, layer: AdaptedLayer, name: str) -> Factors | None:
+        update = layer.updates.get(name)
+        return None if update is None else self._factors[name][update.slot.index]
+
+    def stacked(self, layer: AdaptedLayer) -> Stacked | None:
+        found = {name: self.factors(layer, name) for name in self._factors}
+        folded = {name: factors.folded() for name, factors in found.items() if factors is not None}
+        if not folded:
+            return None
+        rank = max(factors.A.shape[0] for factors in folded.values())
+        padded = {name: (_of_rank(rank, factors.A), _of_rank(rank, factors.B)) for name, factors in folded.items()}
+        places = [(row, padded[name]) for row, name in enumerate(self.names) if name in padded]
+        rows = None if len(places) == len(self.names) else torch.tensor([row for row, _ in places])
+        return Stacked(torch.stack([A for _, (A, _) in places]), torch.stack([B for _, (_, B) in places]), rows)
+
+
+def _of_rank(rank: int, factor: Tensor) -> Tensor:
+    return factor if factor.shape[0] == rank else F.pad(factor, (0, 0, 0, rank - factor.shape[0]))
+
+
+def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Takes ``adapter_names`` out of a forward's arguments; whether its rows have adapters of their own.
+
+    Raises:
+        TypeError, ValueError: as :func:`rows_for`, or in a forward that records gradients.
+    """
+    names = kwargs.pop(ARGUMENT, None)
+    running = layer_rows.current()
+    if names is None:
+        if running is None or running.layers is not record.names:  # of a model that this one is a part of
+            return False
+        if not running.outlasts_forwards:
+            layer_rows.set_current(None)  # left behind by a forward that an interrupt ended
+        return running.outlasts_forwards
+    if torch.is_grad_enabled():
+        raise ValueError("`adapter_names` is for inference, but gradients are recorded. Call it under torch.no_grad().")
+    rows = rows_for(record, names, _count_rows(record.model, args, kwargs))
+    rows.outer = running
+    layer_rows.set_current(rows)
+    return True
+
+
+def end_forward(record: AdaptedModel) -> None:
+    """Ends what :func:`begin_forward` began."""
+    rows = layer_rows.current()
+    if rows is not None and rows.layers is record.names and not rows.outlasts_forwards:
+        layer_rows.set_current(rows.outer)
+
+
+def rows_for(record: AdaptedModel, names: Sequence[str | None], count: int | None) -> RowAdapters:
+    """The adapters of a batch's rows.
+
+    Args:
+        count: how many rows there are; None if that is not known.
+
+    Raises:
+        TypeError: ``names`` is not a list of names and None.
+        ValueError: another number of names than rows, an unknown name, a merged or disabled model, or an adapter that cannot run
+            for some rows only.
+    """
+    if not isinstance(names, (list, tuple)) or not all(name is None or isinstance(name, str) for name in names):
+        raise TypeError(
+            f"`{ARGUMENT}` is {names!r}, but must be a list: the name of an adapter, or None for the base model, for each row."
+        )
+    if not names or (count is not None and len(names) != count):
+        has = "an unknown number of" if count is None else count
+        raise ValueError(f"`{ARGUMENT}` has {len(names)} names, but the batch has {has} rows. Give one for each row.")
+    record.let_rows_differ()
+    return record.rows(names)
+
+
+def attached_rows(record: AdaptedModel, names: Sequence[str | None]) -> AttachedRows:
+    """:func:`rows_for` of the adapters that a model was injected with."""
+    for name in names:
+        if name is not None and name not in record.adapters:
+            raise ValueError(f"`{ARGUMENT}` names {name!r}; the model's adapters are {', '.join(record.adapters)}.")
+    named = [adapter for name, adapter in record.adapters.items() if name in names]
+    for adapter in named:
+        if adapter.extra:
+            raise ValueError(
+                f"`{ARGUMENT}` names {adapter.name!r}, which trained `{next(iter(adapter.extra))}`: biases and "
+                "`modules_to_save` cannot differ between rows. Run it alone, with vblora.set_adapter."
+            )
+        if adapter.model.training and adapter.config.dropout:
+            raise ValueError(f"`{ARGUMENT}` names {adapter.name!r}, which has dropout. Call model.eval() first.")
+    for name in record.active:
+        if record.adapters[name].extra:
+            raise ValueError(
+                f"adapter {name!r} is active, whose biases or `modules_to_save` all rows would use. Deactivate it first: "
+                "vblora.set_adapter(model, [])."
+            )
+    return AttachedRows(record, names)
+
+
+def install_generate(record: AdaptedModel) -> None:
+    """Has the model's ``generate`` take ``adapter_names``, if it has one."""
+    if callable(getattr(type(record.model), "generate", None)) and "generate" not in vars(record.model):
+        # A partial and not a closure: a copied or pickled model takes it along, and it the model.
+        record.model.generate = partial(_generate, record)
+
+
+def remove_generate(model: nn.Module) -> None:
+    installed = vars(model).get("generate")
+    if isinstance(installed, partial) and installed.func is _generate:
+        del model.generate
+
+
+def _generate(
+    record: AdaptedModel, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+) -> Any:
+    """The model's own ``generate``, with an adapter for each row of its batch."""
+    model = record.model
+    if adapter_names is None:
+        return type(model).generate(model, *args, **kwargs)
+    configs = [
+        kwargs,
+        _values_of(kwargs.get("generation_config")),
+        _values_of(getattr(model, "generation_config", None)),
+    ]
+    for name in _ASSISTED:
+        if any(config.get(name) for config in configs):
+            raise ValueError(
+                f"`{ARGUMENT}` cannot be used with assisted generation (`{name}`). Leave one of the two out."
+            )
+    expansions = [next((config[name] for config in configs if config.get(name)), 1) for name in _EXPANDING]
+    with torch.no_grad():
+        rows = rows_for(record, adapter_names, _count_rows(model, args, kwargs))
+        rows.repeats = {1, max(expansions)}
+        rows.outlasts_forwards = True
+        with rows.running():
+            return type(model).generate(model, *args, **kwargs)
+
+
+def _values_of(config: object) -> Mapping[str, Any]:
+    return {} if config is None else vars(config)
+
+
+def _count_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Rows of a call's main input: of its first tensor, unless transformers says which one that is."""
+    main = getattr(model, "main_input_name", None)
+    for value in (*args, kwargs.get(main), kwargs.get("inputs_embeds"), *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0]
+    return None

@@ -1,0 +1,244 @@
+"""Adapters in as few bytes as they can be composed from: the cold tier of a store."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..adapters import Factors, Target
+from ..adapters.vblora import Deployed, as_factors, candidate_dtype, rows_of_factors, scaled
+from ..bank import VectorBank
+from ..checkpoint import folder, native
+from ..checkpoint.contents import Contents, check_tensor
+from ..checkpoint.flat import FlatContents
+from ..checkpoint.packing import pack_bits, unpack_bits
+from ..checkpoint.vblora import VBLoRAContents
+from ..config import AdapterConfig, VBLoRAConfig
+from ..files import read_tensors
+
+# A weight that is not its sub-vector's largest is at most 1/2, in steps of 2^-17.
+_STEPS = 2**17 - 2
+_OFFSET = 2**15
+_NOT_OF_THE_UPDATE = {"seed": None, "num_candidates": None}
+
+
+class PackedAdapter(ABC):
+    """An adapter without a model."""
+
+    config: AdapterConfig
+    targets: tuple[Target, ...]
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that it alone holds: not what it shares with others."""
+
+    @abstractmethod
+    def factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
+        """Each layer's factors."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedVBLoRA(PackedAdapter):
+    """``indices``: ⌈log₂ h⌉ bits each. ``weights``: int16 ``(S, k - 1)``, all but a row's largest; or float32 ``(S, k)``."""
+
+    layout: "Layout"
+    bank: Tensor
+    indices: Tensor
+    weights: Tensor
+
+    @property
+    def config(self) -> AdapterConfig:
+        return self.layout.config
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.layout.targets
+
+    @property
+    def nbytes(self) -> int:
+        return self.indices.nbytes + self.weights.nbytes
+
+    def deployed(self) -> Deployed:
+        layout = self.layout
+        indices = unpack_bits(self.indices, layout.bits, layout.num_rows * layout.config.topk)
+        indices = indices.view(-1, layout.config.topk).to(candidate_dtype(layout.config.num_vectors))
+        if self.weights.is_floating_point():
+            return Deployed(indices, self.weights)
+        rest = (self.weights.float() + _OFFSET) / _STEPS
+        return Deployed(indices, torch.cat([1 - rest.sum(1, keepdim=True), rest], 1))
+
+    def factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
+        config = self.layout.config
+        rows, bank = self.deployed(), scaled(self.bank, config.scaling)
+        subvectors = torch.ops.vblora.compose(bank, rows.indices.to(bank.device), rows.weights.to(bank.device), dtype)
+        parts = ops.in_parts(subvectors, rows_of_factors(self.targets, config.r, config.vector_length), config.r)
+        return zip(self.targets, as_factors(parts, self.targets), strict=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedFlat(PackedAdapter):
+    """An adapter of another method: its tensors, as they are."""
+
+    contents: FlatContents
+    nbytes: int
+
+    @property
+    def config(self) -> AdapterConfig:
+        return self.contents.config
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.contents.targets
+
+    def factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
+        return self.contents.factors(dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """What adapters of one model and config share. One object for all of them."""
+
+    config: VBLoRAConfig
+    targets: tuple[Target, ...]
+    num_rows: int
+    bits: int
+
+
+class Reader:
+    """Reads folders, and holds once what several of them share: banks, projections, layouts.
+
+    Args:
+        targets: the layers of the model, by name.
+        banks: the vector banks that adapters name by their file's hash.
+        device: where banks are held.
+        exact: whether weights keep all their bits.
+    """
+
+    def __init__(
+        self, targets: dict[str, Target], banks: list[VectorBank], max_rank: int, device: torch.device, exact: bool
+    ) -> None:
+        self.targets = targets
+        self.max_rank = max_rank
+        self.exact = exact
+        self._device = device
+        self._files = {bank.file.sha256: bank for bank in banks if bank.file is not None}
+        self._shared: dict[bytes, Tensor] = {}  # by their content's SHA-256
+        self._layouts: dict[str, Layout] = {}
+        self._of_files: dict[str, Tensor] = {}
+
+    @property
+    def shared_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in list(self._shared.values()))  # others add to it meanwhile
+
+    def read(self, directory: Path) -> PackedAdapter:
+        """An adapter that fits the model.
+
+        Raises:
+            FileNotFoundError, ValueError: it is not there, damaged, or does not fit; named.
+        """
+        tensors, metadata = read_tensors(directory / folder.TENSORS_FILE)
+        try:
+            description = json.loads(metadata.get(native.METADATA, "{}"))
+            key = _layout_key(description)
+        except (ValueError, TypeError, AttributeError):
+            description, key = {}, None  # what is wrong with it is told below
+        layout = None if key is None else self._layouts.get(key)
+        if layout is not None:  # all but its numbers has been checked with another adapter
+            bank = self._bank_of(description, tensors, layout)
+            if bank is not None:
+                return self._pack(layout, bank, tensors["indices"], tensors["weights"])
+        bank_file = self._files.get(_sha256_of_bank(description))
+        contents, _ = folder.read(directory, bank_file)
+        contents = self._fitting(contents)
+        if isinstance(contents, VBLoRAContents):
+            return self._first_of_layout(contents, key, _sha256_of_bank(description))
+        assert isinstance(contents, FlatContents)
+        shared = {name: self._intern(contents.tensors[name]) for name in ("A", "B") if name in contents.tensors}
+        own = {name: tensor for name, tensor in contents.tensors.items() if name not in shared}
+        contents = replace(contents, tensors=own | shared)
+        return PackedFlat(contents, sum(tensor.nbytes for tensor in own.values()))
+
+    def _fitting(self, contents: Contents) -> Contents:
+        for target in contents.targets:
+            if target.name not in self.targets:
+                raise ValueError(f"it adapts `{target.name}`, which is none of the store's layers (`target_modules`).")
+        if contents.config.r > self.max_rank:
+            raise ValueError(f"its rank is {contents.config.r}, but the store's `max_rank` is {self.max_rank}.")
+        for name in contents.extra_parameters:
+            raise ValueError(f"it trained `{name}`, but biases and `modules_to_save` cannot differ between rows.")
+        return contents.in_order(tuple(self.targets[target.name] for target in contents.targets))
+
+    def _first_of_layout(self, contents: VBLoRAContents, key: str | None, sha256: str) -> PackedVBLoRA:
+        config = replace(contents.config, **_NOT_OF_THE_UPDATE)
+        bits = max(1, (config.num_vectors - 1).bit_length())
+        layout = Layout(config, contents.targets, contents.num_rows, bits)
+        bank = self._intern(contents.bank)
+        if sha256:
+            self._of_files[sha256] = bank
+        if key is not None:
+            layout = self._layouts.setdefault(key, layout)
+        rows = contents.deployed()
+        return self._pack(layout, bank, pack_bits(rows.indices, bits), rows.weights)
+
+    def _pack(self, layout: Layout, bank: Tensor, indices: Tensor, weights: Tensor) -> PackedVBLoRA:
+        count, topk = layout.num_rows, layout.config.topk
+        check_tensor("indices", indices, (-(-count * topk * layout.bits // 8),), floating=False)
+        check_tensor("weights", weights, (count, topk), floating=True)
+        if indices.dtype != torch.uint8:
+            raise ValueError(f"`indices` is {indices.dtype}, but must be torch.uint8.")
+        weights = weights.float()
+        if not weights.isfinite().all():
+            raise ValueError("`weights` holds an infinite or NaN element.")
+        if 2**layout.bits != layout.config.num_vectors:
+            largest = int(unpack_bits(indices, layout.bits, count * topk).max())
+            if largest >= layout.config.num_vectors:
+                raise ValueError(f"`indices` holds {largest}, but the bank has {layout.config.num_vectors} vectors.")
+        rest = weights[:, 1:]
+        is_mixture = bool(((rest >= 0) & (rest <= weights[:, :1])).all() and ((weights.sum(1) - 1).abs() < 1e-5).all())
+        if is_mixture and not self.exact:
+            weights = ((rest * _STEPS).round() - _OFFSET).to(torch.int16)
+        return PackedVBLoRA(layout, bank, indices, weights)
+
+    def _bank_of(self, description: dict[str, Any], tensors: dict[str, Tensor], layout: Layout) -> Tensor | None:
+        """The bank of a folder, if it is one that was checked before and all else is as in a deploy form."""
+        if tensors.keys() == {"indices", "weights"}:
+            return self._of_files.get(_sha256_of_bank(description))
+        if description.get("bank_file") is None and tensors.keys() == {"indices", "weights", "bank.vectors"}:
+            return self._shared.get(_digest(_in_float(tensors["bank.vectors"])))
+        return None
+
+    def _intern(self, tensor: Tensor) -> Tensor:
+        return self._shared.setdefault(_digest(tensor), tensor.to(self._device))
+
+
+def _sha256_of_bank(description: dict[str, Any]) -> str:
+    """Of the file that a folder's bank is in; empty if it has its own."""
+    file = description.get("bank_file")
+    return str(file.get("sha256", "")) if isinstance(file, dict) else ""
+
+
+def _in_float(bank: Tensor) -> Tensor:
+    return bank if bank.dtype == torch.float64 else bank.float()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    data = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
+    digest.update(data.view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _layout_key(description: dict[str, Any]) -> str | None:
+    """Of a VB-LoRA adapter in its deploy form: all that adapters share. None: each of its kind is read in full."""
+    if description.get("form") != "deploy" or description.get("method") != "vblora" or description.get("aliases"):
+        return None
+    shared = {name: value for name, value in description.items() if name != "bank_file"}
+    return json.dumps(shared | {"config": description.get("config") | _NOT_OF_THE_UPDATE}, sort_keys=True)

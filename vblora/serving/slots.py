@@ -1,0 +1,116 @@
+"""Composed adapters in slots of a fixed size: the warm tier of a store."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters import Factors, Target
+from ..adapters.vblora import scaled
+from ..layers.adapted import AdaptedLayer
+from ..layers.rows import RowAdapters, Stacked
+from .packed import Layout, PackedAdapter, PackedVBLoRA
+
+
+class _Place(NamedTuple):
+    """Where a layer's factors are within a slot."""
+
+    A: int
+    B: int
+    target: Target
+
+
+class Slots:
+    """An arena ``(slots, elements)``: of each layer in turn its A ``(rank, in)`` and its B ``(rank, out)``.
+
+    That is the order of a VB-LoRA adapter's sub-vectors, so one of the slots' rank for all layers is composed into place; any
+    other is copied factor by factor, and a smaller rank filled up with zeros.
+    """
+
+    def __init__(
+        self, count: int, targets: Sequence[Target], rank: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.rank = rank
+        self.targets = tuple(targets)
+        widths = [width for target in targets for width in (target.in_features, target.out_features)]
+        starts = [0, *itertools.accumulate(rank * width for width in widths)]
+        self.places = {
+            target.name: _Place(A, B, target) for target, A, B in zip(targets, starts[:-1:2], starts[1::2], strict=True)
+        }
+        self.arena = torch.zeros(count, starts[-1], device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def fill(self, adapters: dict[int, PackedAdapter]) -> None:
+        """Composes adapters into slots; those that share a bank and a layout in one call."""
+        together: dict[tuple[Layout, int], dict[int, PackedVBLoRA]] = {}
+        for slot, adapter in adapters.items():
+            if isinstance(adapter, PackedVBLoRA) and self._is_in_order(adapter.layout):
+                together.setdefault((adapter.layout, id(adapter.bank)), {})[slot] = adapter
+            else:
+                self._place(slot, adapter)
+        for (layout, _), group in together.items():
+            rows = [adapter.deployed() for adapter in group.values()]
+            bank = scaled(next(iter(group.values())).bank, layout.config.scaling)
+            indices, weights = (torch.cat(parts).to(bank.device) for parts in zip(*rows, strict=True))
+            composed = torch.ops.vblora.compose(bank, indices, weights, self.arena.dtype)
+            slots = torch.tensor(list(group), device=self.arena.device)
+            self.arena.index_copy_(0, slots, composed.view(len(group), -1))
+
+    def _is_in_order(self, layout: Layout) -> bool:
+        b = layout.config.vector_length
+        return (
+            layout.config.r == self.rank
+            and layout.targets == self.targets
+            and all(t.in_features % b == 0 and t.out_features % b == 0 for t in self.targets)
+        )
+
+    def _place(self, slot: int, adapter: PackedAdapter) -> None:
+        row = torch.zeros_like(self.arena[slot])  # a slot that fails to be filled stays what it was
+        for target, factors in adapter.factors(torch.float32):
+            place = self.places[target.name]
+            for start, factor in ((place.A, factors.A), (place.B, factors.B)):
+                row[start : start + factor.numel()] = factor.reshape(-1)
+        self.arena[slot] = row
+
+    def gathered(self, slots: Sequence[int]) -> Tensor:
+        """A copy of some slots, which stays what it is when they are filled anew."""
+        return self.arena.index_select(0, torch.tensor(slots, device=self.arena.device))
+
+
+class SlotRows(RowAdapters):
+    """Rows that use adapters of a store. They hold copies of their slots: whatever becomes of those, the call ends as it began.
+
+    Args:
+        gathered: the slots of the rows that have an adapter, in order.
+    """
+
+    def __init__(
+        self, names: Sequence[str | None], layers: dict[AdaptedLayer, list[str]], slots: Slots, gathered: Tensor
+    ) -> None:
+        super().__init__(names, layers)
+        self._slots = slots
+        self._gathered = gathered
+        self._adapted = [row for row, name in enumerate(names) if name is not None]
+        self._rows = None if len(self._adapted) == len(names) else torch.tensor(self._adapted, device=gathered.device)
+        self._stacked: dict[AdaptedLayer, Stacked] = {}
+
+    def factors(self, layer: AdaptedLayer, name: str) -> Factors | None:
+        stacked = self.stacked(layer)
+        row = self._adapted.index(self.names.index(name))
+        return None if stacked is None else Factors(stacked.A[row], stacked.B[row])
+
+    def stacked(self, layer: AdaptedLayer) -> Stacked | None:
+        if not self._adapted:
+            return None
+        if layer not in self._stacked:
+            A, B, target = self._slots.places[self.layers[layer][0]]
+            self._stacked[layer] = Stacked(
+                self._view(A, target.in_features), self._view(B, target.out_features), self._rows
+            )
+        return self._stacked[layer]
+
+    def _view(self, start: int, width: int) -> Tensor:
+        rank = self._slots.rank
+        return self._gathered.narrow(1, start, rank * width).unflatten(1, (rank, width))

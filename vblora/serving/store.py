@@ -1,0 +1,287 @@
+"""The store: adapters by name, in two tiers."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import nn
+
+from ..bank import VectorBank
+from ..checks import check_count
+from ..config import LoraConfig
+from ..layers.weights import is_packed
+from ..model.inject import wrap_for_store
+from .metrics import Metrics, prometheus, timed
+from .packed import PackedAdapter, Reader
+from .slots import SlotRows, Slots
+
+Source = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | Callable[[str], str | os.PathLike[str]]
+BankPath = VectorBank | str | os.PathLike[str]
+
+
+class AdapterStore:
+    """Thousands of adapters for one model, each row of a batch with its own::
+
+        store = AdapterStore(model, "adapters/", bank="bank.safetensors")
+        model.generate(**batch, adapter_names=["user-17", "user-4", None])
+
+    Adapters are read when they are first named, and held packed (cold): of VB-LoRA ⌈log₂ h⌉ bits an index, and k - 1 weights of
+    16 bits a sub-vector, beside a bank that is checked and held once. Those that run are composed into slots (warm). Both tiers
+    are bounded, and the least recently used adapter makes room.
+
+    Adapters may be of any method and in any format that :func:`vblora.load` reads, and of several ranks and layers. They run in
+    inference only. Calls may come from several threads at a time.
+
+    Args:
+        model: the base model. Its target layers are wrapped and all of it is frozen, until :meth:`detach`.
+        source: where adapters are: a directory with a folder for each, a mapping from names to folders, or a function that
+            returns the folder of a name, and may fetch it first. A name that it does not know is a ``KeyError`` of its.
+        bank: the vector bank, or its file, or several, that folders without a bank of their own name by its SHA-256.
+        target_modules, exclude_modules: the layers that adapters may adapt, as in :class:`vblora.LoraConfig`. An adapter may have
+            fewer.
+        max_rank: rank of a slot. A larger one is refused; a smaller one takes as much time and memory as this.
+        slots: how many adapters are warm at a time, and how many one batch may name.
+        capacity_bytes: bytes of packed adapters that are held, without what they share. Those of at least one stay.
+        exact: hold all k weights as float32. By default weights are rounded to steps of 2^-17.
+        dtype: of the slots; that of the targets' weights by default.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, a model that has adapters, or no layer that matches. Nothing is changed
+            then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        *,
+        bank: BankPath | Sequence[BankPath] = (),
+        target_modules: list[str] | str | None = "all-linear",
+        exclude_modules: list[str] | str | None = None,
+        max_rank: int = 4,
+        slots: int = 16,
+        capacity_bytes: int = 2**30,
+        exact: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("max_rank", max_rank), ("slots", slots), ("capacity_bytes", capacity_bytes)):
+            check_count(name, value)
+        self._source = Path(source) if isinstance(source, (str, os.PathLike)) else source
+        if isinstance(self._source, Path) and not self._source.is_dir():
+            raise ValueError(f"`source` is {str(source)!r}, which is no directory.")
+        banks = [bank] if isinstance(bank, (VectorBank, str, os.PathLike)) else list(bank)
+        banks = [one if isinstance(one, VectorBank) else VectorBank.from_file(one) for one in banks]
+        self.capacity_bytes = capacity_bytes
+        config = LoraConfig(r=max_rank, target_modules=target_modules, exclude_modules=exclude_modules)
+        self._record, targets = wrap_for_store(model, config)
+        try:
+            weights = [layer.weight for layer in self._record.layers]
+            dtypes = [weight.dtype for weight in weights if not is_packed(weight)] or [torch.get_default_dtype()]
+            device = weights[0].device
+            self._slots = Slots(slots, targets, max_rank, device, dtype or reduce(torch.promote_types, dtypes))
+            self._reader = Reader({target.name: target for target in targets}, banks, max_rank, device, exact)
+        except BaseException:
+            self._record.take_out()
+            raise
+        # Guards all that follows. Files are read without it, under a lock of their adapter's.
+        self._lock = threading.RLock()
+        self._loading: dict[str, threading.Lock] = {}
+        self._cold: OrderedDict[str, PackedAdapter] = OrderedDict()  # the most recently used last
+        self._cold_bytes = 0
+        self._warm: OrderedDict[str, int] = OrderedDict()  # slots
+        self._free = list(range(slots))
+        self._pinned: set[str] = set()
+        self._metrics = Metrics()
+        self._record.row_source = self._rows
+
+    def names(self) -> list[str]:
+        """The adapters that the source lists; those in memory if it is a function."""
+        if isinstance(self._source, Path):
+            return sorted(path.parent.name for path in self._source.glob("*/adapter_config.json"))
+        with self._lock:
+            return sorted(self._source) if isinstance(self._source, Mapping) else sorted(self._cold)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Reads adapters into the cold tier, so that no request waits for their files.
+
+        Raises:
+            ValueError: one is unknown, damaged, or does not fit. The others are there.
+        """
+        faults = []
+        for name in names:
+            try:
+                self._packed(name)
+            except ValueError as error:
+                faults.append(error)
+        if faults:
+            more = f" ({len(faults) - 1} more are refused, too.)" if len(faults) > 1 else ""
+            raise ValueError(f"{faults[0]}{more}") from faults[0]
+
+    def pin(self, names: str | Sequence[str]) -> None:
+        """Keeps adapters in their slots until they are unpinned.
+
+        Raises:
+            ValueError: as :meth:`prefetch`, or no slot would be left for others. None is pinned then.
+        """
+        wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        with self._admitted(wanted):
+            pinned = self._pinned | set(wanted)
+            if len(pinned) == len(self._slots.arena):
+                raise ValueError(
+                    f"{len(pinned)} pinned adapters would leave no slot for others. Give the store more `slots`."
+                )
+            self._pinned = pinned
+
+    def unpin(self, names: str | Sequence[str]) -> None:
+        """Lets adapters be evicted again."""
+        with self._lock:
+            self._pinned -= {names} if isinstance(names, str) else set(names)
+
+    def discard(self, name: str) -> None:
+        """Forgets an adapter, which is read again when it is next named. Call it once its folder has changed."""
+        with self._lock:
+            self._pinned.discard(name)
+            self._drop_cold(name)
+            if name in self._warm:
+                self._free.append(self._warm.pop(name))
+
+    def detach(self) -> None:
+        """Takes the store out of its model, which is then as it was before."""
+        if self._record.row_source is not None:
+            self._record.take_out()
+
+    def stats(self) -> dict[str, float | dict[str, float]]:
+        """Adapters and bytes of each tier, counts of what happened, and seconds of reading and of composing (p50, p99)."""
+        with self._lock:
+            metrics, counts = self._metrics, self._metrics.counts
+            return {
+                "adapters": {"cold": len(self._cold), "warm": len(self._warm), "pinned": len(self._pinned)},
+                "bytes": {
+                    "cold": self._cold_bytes,
+                    "shared": self._reader.shared_bytes,
+                    "warm": self._slots.arena.nbytes,
+                },
+                "hits_total": {"cold": counts["cold hits"], "warm": counts["warm hits"]},
+                "misses_total": {"cold": counts["cold misses"], "warm": counts["warm misses"]},
+                "evictions_total": {"cold": counts["cold evictions"], "warm": counts["warm evictions"]},
+                "refusals_total": counts["refusals"],
+                "load_seconds": metrics.percentiles("load"),
+                "compose_seconds": metrics.percentiles("compose"),
+            }
+
+    def prometheus(self) -> str:
+        """:meth:`stats` in Prometheus' text format."""
+        return prometheus(self.stats())
+
+    def _rows(self, names: Sequence[str | None]) -> SlotRows:
+        """The adapters of a batch's rows, in slots by now."""
+        wanted = list(dict.fromkeys(name for name in names if name is not None))
+        with self._admitted(wanted):
+            gathered = self._slots.gathered([self._warm[name] for name in names if name is not None])
+        return SlotRows(names, self._record.names, self._slots, gathered)
+
+    @contextmanager
+    def _admitted(self, wanted: list[str]) -> Iterator[None]:
+        """Has all of ``wanted`` in slots, and holds the lock: within, no other thread evicts them."""
+        packed: dict[str, PackedAdapter] = {}
+        while True:
+            with self._lock:
+                room = len(self._slots.arena) - len(self._pinned - set(wanted))
+                if len(wanted) > room:
+                    raise ValueError(
+                        f"{len(wanted)} adapters are wanted at a time, but the store has {room} slots that are not pinned. "
+                        "Give it more `slots`, or make the batch smaller."
+                    )
+                cold = [name for name in wanted if name not in self._warm]
+                if packed.keys() >= set(cold):
+                    self._fill_slots(wanted, {name: packed[name] for name in cold})
+                    yield
+                    return
+            for name in cold:  # without the lock: files are read
+                packed[name] = self._packed(name)
+
+    def _fill_slots(self, wanted: list[str], cold: dict[str, PackedAdapter]) -> None:
+        counts = self._metrics.counts
+        counts["warm hits"] += len(wanted) - len(cold)
+        counts["warm misses"] += len(cold)
+        while len(self._free) < len(cold):
+            name = next(name for name in self._warm if name not in self._pinned and name not in wanted)
+            self._free.append(self._warm.pop(name))
+            counts["warm evictions"] += 1
+        if cold:
+            slots = dict(zip(cold, self._free, strict=False))
+            with timed() as timer:
+                self._slots.fill({slots[name]: adapter for name, adapter in cold.items()})
+            self._metrics.note_duration("compose", timer.seconds / len(cold))
+            self._free = self._free[len(cold) :]
+            self._warm |= slots
+        for name in wanted:
+            self._warm.move_to_end(name)
+
+    def _packed(self, name: str) -> PackedAdapter:
+        """An adapter of the cold tier, which reads it if need be; several that ask for one wait for one to read it."""
+        with self._lock:
+            if name in self._cold:
+                self._metrics.counts["cold hits"] += 1
+                self._cold.move_to_end(name)
+                return self._cold[name]
+            own = self._loading.setdefault(name, threading.Lock())
+        with own:
+            with self._lock:
+                if name in self._cold:
+                    return self._cold[name]
+                self._metrics.counts["cold misses"] += 1
+            try:
+                with timed() as timer:
+                    adapter = self._read(name)
+            except BaseException:
+                with self._lock:
+                    self._metrics.counts["refusals"] += 1
+                    self._loading.pop(name, None)
+                raise
+            with self._lock:
+                self._metrics.note_duration("load", timer.seconds)
+                self._loading.pop(name, None)
+                self._cold[name] = adapter
+                self._cold_bytes += adapter.nbytes
+                while self._cold_bytes > self.capacity_bytes and len(self._cold) > 1:
+                    self._drop_cold(next(iter(self._cold)))
+                    self._metrics.counts["cold evictions"] += 1
+            return adapter
+
+    def _drop_cold(self, name: str) -> None:
+        adapter = self._cold.pop(name, None)
+        self._cold_bytes -= 0 if adapter is None else adapter.nbytes
+
+    def _read(self, name: str) -> PackedAdapter:
+        try:
+            return self._reader.read(self._locate(name))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"adapter {name!r} cannot be used: {error}") from error
+
+    def _locate(self, name: str) -> Path:
+        if not isinstance(self._source, Path):
+            try:
+                return Path(self._source[name] if isinstance(self._source, Mapping) else self._source(name))
+            except KeyError:
+                self._refuse_unknown(name)
+        if Path(name).name != name or name in ("", ".", ".."):  # nothing outside of the directory
+            self._refuse_unknown(name)
+        folder = self._source / name
+        if not folder.is_dir():
+            self._refuse_unknown(name)
+        return folder
+
+    def _refuse_unknown(self, name: str) -> NoReturn:
+        raise ValueError(f"`source` has no adapter of that name ({name!r}).")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a vblora.serving.AdapterStore cannot be copied or pickled, nor can its model. Call `detach` first."
+        )
