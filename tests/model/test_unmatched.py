@@ -43,7 +43,7 @@ def test_each_entry_that_matches_nothing_is_named(fields, message):
         ({"layers_to_transform": [98, 99]}, "matches no layer of this model"),
         (
             {"modules_to_save": ["head", "score"]},
-            "`modules_to_save` contains `head` and `score`, which matches no module",
+            "`modules_to_save` names `head` and `score`, which matches no module",
         ),
     ],
 )
