@@ -18,6 +18,7 @@ from ..layers.reads import listed
 from ..layers.rows import RowAdapters
 from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
+from .completeness import BufferSnapshot
 from .idle import warn_if_idle
 
 ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
@@ -139,6 +140,10 @@ class AdaptedModel:
         self.names: dict[AdaptedLayer, list[str]] = {}  # a layer that the model uses in several places has several
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.packing_layers = disable_packing(model)
+        self.buffers = BufferSnapshot(model)
+        self.host = model  # the module whose child the adapters are
+        self.undo: list[Callable[[], None]] = []  # what else is undone as the adapters are taken out
+        self.unwrapped = False  # whether the base layers are in place, to write a plain model
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
         self._rows_differ = False
@@ -263,6 +268,9 @@ class AdaptedModel:
 
     def take_out(self) -> None:
         """Removes all adapters, hooks and wrappers from the model."""
+        for undo in self.undo:
+            undo()
+        self.undo = []
         for layer in self.layers:
             self._unwrap(layer)
         for hook in self._hooks:
