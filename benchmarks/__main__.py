@@ -20,7 +20,7 @@ import torch
 
 from .harness import Result, Settings, machine, table
 
-NAMES = ("compose", "training", "inference", "injection", "growth", "launches", "determinism")
+NAMES = ("compose", "training", "inference", "injection", "serving", "growth", "launches", "determinism")
 BEGIN, END = "<!-- make bench -->", "<!-- end of make bench -->"
 
 

@@ -381,8 +381,8 @@ def test_what_is_not_for_a_method_is_refused():
             vblora.inject(model, CONFIGS["lora"], **arguments)
     import peft
 
-    with pytest.raises(TypeError, match=r"peft.*LoraConfig; allowed are vblora\.VBLoRAConfig"):
-        vblora.inject(model, peft.LoraConfig(target_modules=["up"]))
+    with pytest.raises(TypeError, match=r"peft.*LoHaConfig; allowed are vblora\.VBLoRAConfig"):
+        vblora.inject(model, peft.LoHaConfig(target_modules=["up"]))
     assert model.state_dict().keys() == state.keys() and not hasattr(model, "vblora")
 
 

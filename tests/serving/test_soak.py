@@ -72,7 +72,7 @@ def test_soak(world, tmp_path, one_thread):
     stats = store.stats()
     assert min(batches) > 0 and sum(refused) > 0
     assert min(stats["evictions_total"].values()) > 0
-    assert stats["bytes"]["cold"] <= 30_000
+    assert stats["bytes"]["cold"] == sum(adapter.nbytes for adapter in store._cold.values()) <= 30_000
     settled = memory[int(WARM_UP * len(memory)) :]
     assert max(settled) - settled[0] < 50e6, "memory grows"
     print(

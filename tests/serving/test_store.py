@@ -45,6 +45,7 @@ def test_every_method_and_format_in_one_batch(world, ids):
         batch = names[start : start + 7]
         assert_rows(world, model, [None] * (8 - len(batch)) + batch, ids)
     assert_rows(world, model, ["user-1"] * 5 + ["lora"] * 3, ids)
+    assert_rows(world, model, [None] * 8, ids)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, world.base(input_ids=ids).logits)
         assert relative_error(world.alone("user-1")(input_ids=ids).logits, world.base(input_ids=ids).logits) > 0.01

@@ -60,7 +60,8 @@ class AdaptedLayer(nn.Module):
         enabled: False leaves out all updates.
         merged: names of the adapters whose updates are in ``base_layer.weight`` (:func:`vblora.merge`).
         unmerged: swaps the merged weight with the original; None if nothing is merged or the original was released.
-        rows_differ: whether a call may give each row of its batch an adapter of its own.
+        rows_differ: whether a call may use different adapters for the rows of its batch.
+        key: identifies the layer in compiled graphs once ``rows_differ``.
         rounding: the error of quantising a merged weight again; None if nothing was quantised.
 
     Raises:
@@ -93,6 +94,16 @@ class AdaptedLayer(nn.Module):
             own["enabled"] = enabled
         applied = [name for name in self.active if self.enabled and name not in self.merged]
         own["applied"] = {name: self.updates[name] for name in applied}
+
+    def let_rows_differ(self) -> None:
+        """Lets a call use different adapters for the rows of its batch."""
+        self.rows_differ = True
+        self.key = rows.new_key(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.rows_differ:
+            self.let_rows_differ()  # a copy needs a key of its own
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name in ("weight", "bias"):
@@ -131,11 +142,7 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.rows_differ:
-            batch = rows.current()
-            if batch is not None and self in batch.layers:
-                return batch.add_to(self, y, x)
-        return self.add_applied(y, x)
+        return rows.updated(self, y, x) if self.rows_differ else self.add_applied(y, x)
 
     def add_applied(self, y: Tensor, x: Tensor) -> Tensor:
         """Adds the updates of the applied adapters to the base layer's output ``y``."""

@@ -42,7 +42,7 @@ def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: 
         wanted = " and ".join(f"the {name} at {RECIPES['default'][name]:.2g}" for name in low)
         warnings.warn(
             f"{type(optimizer).__name__} trains {found}, far below the recipe's learning rates ({wanted}): the adapter will "
-            "hardly learn. Build the optimizer from vblora.parameter_groups(model); for transformers' Trainer and its like, "
+            "hardly learn. Build the optimizer from vblora.parameter_groups(model); for transformers' Trainer, "
             "pass **vblora.integrations.transformers.trainer_arguments(model).",
             VBLoRAWarning,
             stacklevel=2,

@@ -151,7 +151,7 @@ class AdaptedModel:
 
     @classmethod
     def install(cls, model: nn.Module) -> "AdaptedModel":
-        """Freezes a base model, and makes it one that may have adapters."""
+        """Freezes a base model and gives it an empty record."""
         record = cls(model)
         model.requires_grad_(False)
         model.add_module(ADAPTERS_ATTRIBUTE, Adapters())
@@ -175,22 +175,22 @@ class AdaptedModel:
         mixed_batch.install_generate(self)
 
     def _begin_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # It takes the argument out of `kwargs`, which are the forward's own. A model that never saw the argument has a graph
-        # without a trace of this.
+        warn_if_idle(self.model, self._active)
+        # mixed_batch removes its argument from `kwargs`. Until a model first gets that argument, its graph has no trace of this.
         if (mixed_batch.ARGUMENT in kwargs or self._rows_differ) and mixed_batch.begin_forward(self, args, kwargs):
             return
-        warn_if_idle(self.model, self._active)
         for attached in self._active:
             attached.begin_forward()
 
     def _end_forward(self, _model: nn.Module, _args: tuple[object, ...], output: object) -> None:
-        if self._rows_differ:
-            mixed_batch.end_forward(self)
-        for attached in self._active:
-            attached.end_forward(complete=output is not None)
+        mixed = self._rows_differ and mixed_batch.end_forward(self)
+        for (
+            attached
+        ) in self._active:  # a mixed batch does not use their slots, so it shows nothing about uncalled layers
+            attached.end_forward(complete=output is not None and not mixed)
 
     def rows(self, names: Sequence[str | None]) -> RowAdapters:
-        """The adapters of a batch's rows, by their names."""
+        """The adapters of a batch's rows, given their names."""
         refuse_if_disabled(self.layers)
         refuse_if_merged(self.layers)
         if self.row_source is not None:
@@ -198,11 +198,11 @@ class AdaptedModel:
         return mixed_batch.attached_rows(self, names)
 
     def let_rows_differ(self) -> None:
-        """Has layers look whether their rows have adapters of their own, from now on."""
+        """Makes layers check from now on whether the rows of a batch use different adapters."""
         if not self._rows_differ:
             self._rows_differ = True
             for layer in self.layers:
-                layer.rows_differ = True
+                layer.let_rows_differ()
 
     def swapped_in(self) -> list[TensorSwap]:
         """The extra tensors that are in the model now."""
@@ -215,14 +215,15 @@ class AdaptedModel:
         if isinstance(present, AdaptedLayer):
             return present
         adapted = AdaptedLayer(layer)
-        adapted.rows_differ = self._rows_differ
+        if self._rows_differ:
+            adapted.let_rows_differ()
         self.names[adapted] = names
         for name in names:
             _set_module(self.model, name, adapted)
         return adapted
 
     def add(self, attached: AttachedAdapter) -> None:
-        """Adds an adapter to its layers; active if it is the first."""
+        """Adds an adapter to its layers. The first adapter becomes active."""
         self.adapters[attached.name] = attached
         for slot, layer in zip(attached.adapter.slots, attached.layers, strict=True):
             layer.updates[attached.name] = Update(slot, attached.config.dropout)
@@ -232,7 +233,7 @@ class AdaptedModel:
         self._keep_from_ddp()
 
     def activate(self, names: Sequence[str], added: Sequence[AttachedAdapter] = ()) -> None:
-        """Makes these adapters the active ones, which alone have parameters that require gradients.
+        """Makes these adapters the active ones. Only their parameters require gradients.
 
         Looks at the adapters that were active and those that become so, and at ``added`` ones, however many others there are.
         """
@@ -303,7 +304,7 @@ class AdaptedModel:
 
 
 def adapted_models(model: nn.Module) -> list[AdaptedModel]:
-    """The records of a model and of all within it. Its adapters are not searched, so their number does not matter."""
+    """The records of a model and of its submodules. This does not search the adapters, so their number does not matter."""
     found, pending = {}, [model]  # modules seen, with their records
     while pending:
         module = pending.pop()

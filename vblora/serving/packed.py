@@ -26,14 +26,19 @@ from ..files import read_tensors
 # A weight that is not its sub-vector's largest is at most 1/2, in steps of 2^-17.
 _STEPS = 2**17 - 2
 _OFFSET = 2**15
-_NOT_OF_THE_UPDATE = {"seed": None, "num_candidates": None}
+_NOT_OF_THE_UPDATE: dict[str, Any] = {"seed": None, "num_candidates": None}
 
 
 class PackedAdapter(ABC):
     """An adapter without a model."""
 
-    config: AdapterConfig
-    targets: tuple[Target, ...]
+    @property
+    @abstractmethod
+    def config(self) -> AdapterConfig: ...
+
+    @property
+    @abstractmethod
+    def targets(self) -> tuple[Target, ...]: ...
 
     @property
     @abstractmethod
@@ -241,4 +246,4 @@ def _layout_key(description: dict[str, Any]) -> str | None:
     if description.get("form") != "deploy" or description.get("method") != "vblora" or description.get("aliases"):
         return None
     shared = {name: value for name, value in description.items() if name != "bank_file"}
-    return json.dumps(shared | {"config": description.get("config") | _NOT_OF_THE_UPDATE}, sort_keys=True)
+    return json.dumps(shared | {"config": (description.get("config") or {}) | _NOT_OF_THE_UPDATE}, sort_keys=True)

@@ -76,7 +76,7 @@ class Slots:
 
     def gathered(self, slots: Sequence[int]) -> Tensor:
         """A copy of some slots, which stays what it is when they are filled anew."""
-        return self.arena.index_select(0, torch.tensor(slots, device=self.arena.device))
+        return self.arena.index_select(0, torch.tensor(slots, dtype=torch.long, device=self.arena.device))
 
 
 class SlotRows(RowAdapters):

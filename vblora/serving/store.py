@@ -75,8 +75,8 @@ class AdapterStore:
         self._source = Path(source) if isinstance(source, (str, os.PathLike)) else source
         if isinstance(self._source, Path) and not self._source.is_dir():
             raise ValueError(f"`source` is {str(source)!r}, which is no directory.")
-        banks = [bank] if isinstance(bank, (VectorBank, str, os.PathLike)) else list(bank)
-        banks = [one if isinstance(one, VectorBank) else VectorBank.from_file(one) for one in banks]
+        given = [bank] if isinstance(bank, (VectorBank, str, os.PathLike)) else list(bank)
+        banks = [one if isinstance(one, VectorBank) else VectorBank.from_file(one) for one in given]
         self.capacity_bytes = capacity_bytes
         config = LoraConfig(r=max_rank, target_modules=target_modules, exclude_modules=exclude_modules)
         self._record, targets = wrap_for_store(model, config)
@@ -248,6 +248,9 @@ class AdapterStore:
             with self._lock:
                 self._metrics.note_duration("load", timer.seconds)
                 self._loading.pop(name, None)
+                self._drop_cold(
+                    name
+                )  # in the rare case that two threads have read it: it was evicted between their turns
                 self._cold[name] = adapter
                 self._cold_bytes += adapter.nbytes
                 while self._cold_bytes > self.capacity_bytes and len(self._cold) > 1:
