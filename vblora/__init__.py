@@ -16,6 +16,7 @@ from .model.inject import inject
 from .model.merging import merge, unmerge
 from .model.parameters import count_parameters, parameter_groups
 from .model.switching import active_adapters, delete_adapter, disabled, eject, set_adapter
+from .model.whole import adapter_state_dict
 from .ops import build_info, empty_cache
 
 __version__ = build_info()["version"]
@@ -29,6 +30,7 @@ __all__ = [
     "VectorBank",
     "VeraConfig",
     "active_adapters",
+    "adapter_state_dict",
     "build_info",
     "count_parameters",
     "delete_adapter",

@@ -41,7 +41,10 @@ def test_each_entry_that_matches_nothing_is_named(fields, message):
     [
         ({"target_modules": ["qeury", "valeu"]}, "matches no layer of this model"),
         ({"layers_to_transform": [98, 99]}, "matches no layer of this model"),
-        ({"modules_to_save": ["head", "score"]}, "`modules_to_save` names `head` and `score`, which matches no module"),
+        (
+            {"modules_to_save": ["head", "score"]},
+            "`modules_to_save` names `head` and `score`, which matches no module",
+        ),
     ],
 )
 def test_nothing_but_such_entries_is_refused(fields, message):

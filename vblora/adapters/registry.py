@@ -19,7 +19,7 @@ def adapter_class(config: AdapterConfig) -> type[Adapter]:
     """The adapter class of a config.
 
     Raises:
-        TypeError: ``config`` is not one of vblora's; PEFT's are not.
+        TypeError: ``config`` is not one of vblora's.
     """
     found = ADAPTER_CLASSES.get(type(config))
     if found is None:

@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from ..bank import VectorBank
 from ..distributed import gather_to_cpu, is_sharded, rank, reshard, shard_like
 from ..layers.kinds import Conv1D
+from ..model.completeness import check_completeness
 from ..model.inject import Plan
-from ..model.record import AttachedAdapter, adapted_models, attached_adapter, refuse_if_disabled, refuse_if_merged
+from ..model.record import (
+    AttachedAdapter,
+    adapted_model,
+    adapted_models,
+    attached_adapter,
+    refuse_if_disabled,
+    refuse_if_merged,
+)
 from .contents import Contents
 from .folder import FORMS, TENSORS_FILE, read, write
 from .formats import METHODS
@@ -54,11 +62,13 @@ def save(
             scale per vector. None keeps it exactly.
 
     Raises:
-        ValueError: the model has no such adapter, or ``form`` or ``bank_dtype`` does not suit it.
+        ValueError: the model has no such adapter, or has lost a module that this trains; or ``form`` or ``bank_dtype`` does not
+            suit it.
     """
     source = attached_adapter(model, adapter_name)
     if form not in (None, *FORMS):
         raise ValueError(f"`form` is {form!r}; allowed are {', '.join(map(repr, FORMS))}.")
+    check_completeness(adapted_model(model), source)
     contents = contents_of(source)
     if form is None:
         deploy = getattr(source.config, "save_only_topk_weights", False)

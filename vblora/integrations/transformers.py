@@ -24,6 +24,7 @@ from ..files import read_tensors, write_tensors
 from ..model.candidates import moves_untouched, stats
 from ..model.parameters import parameter_groups
 from ..model.record import adapted_models, attached_adapter
+from ..model.whole import is_plain, save_whole
 
 _PREFIX = "vblora.resume."  # of the adapter's tensors in the file that the Trainer reads
 _DESCRIPTION = _PREFIX + "description"
@@ -182,7 +183,7 @@ def _attach(model: nn.Module) -> bool:
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"VBLoRACallback saves through `save_pretrained`, which {type(model).__name__} does not have.")
     attached_adapter(model)
-    if "save_pretrained" in vars(model):
+    if getattr(vars(model).get("save_pretrained"), "func", None) is _save_pretrained:
         return False
     # partial objects, because a copied or pickled model takes them along, and they refer to the copy then
     replacements: dict[str, Any] = {"save_pretrained": partial(_save_pretrained, model)}
@@ -196,8 +197,12 @@ def _attach(model: nn.Module) -> bool:
 
 
 def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    if not adapted_models(model):
+    records = adapted_models(model)
+    if not records:
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        return
+    if is_plain(records[0]):
+        save_whole(records[0], model, save_directory, *args, **kwargs)
         return
     save(model, save_directory, form="resume")
     if not isinstance(model, PreTrainedModel):

@@ -77,6 +77,8 @@ class Linear(Kind[nn.Linear]):
 
     @staticmethod
     def refusal(layer: nn.Linear) -> str | None:
+        if not isinstance(layer.weight, UninitializedParameter) and 0 in layer.weight.shape:
+            return "has an empty weight"
         return _other_forward(layer, nn.Linear)
 
     @staticmethod

@@ -29,6 +29,7 @@ from .record import (
 )
 from .targets import base_modules, find_targets, matches
 from .unmatched import warn_of_unmatched
+from .whole import guard_saving
 
 
 def inject(
@@ -165,6 +166,7 @@ class Plan:
         model, record = self.model, self.record
         if record is None:
             record = AdaptedModel.install(model)
+            guard_saving(record)
         extra = {name: TensorSwap(*place) for name, place in self.extra_tensors.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
         record.add(AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, extra))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, adapted_layers
 from ..layers.weights import Rounding, can_merge_into, format_name
+from .merge_checks import warn_before_merging
 from .record import ModuleT, refuse_if_disabled
 
 
@@ -61,6 +62,7 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
                 f"the merged weight of layer `{name}` would not be finite in {weight.dtype}: the adapter holds NaN or is too "
                 "large for that dtype. Nothing was merged."
             )
+    warn_before_merging(model, [(name, layer) for name, layer in layers if chosen[layer]])
     for layer, names in chosen.items():
         if names:
             layer.merge(names, release)

@@ -18,6 +18,7 @@ from ..layers.reads import listed
 from ..layers.rows import RowAdapters
 from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
+from .completeness import BufferSnapshot
 from .idle import warn_if_idle
 
 ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
@@ -28,9 +29,16 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)  # functions that change a model i
 class Adapters(nn.ModuleDict):
     """The adapters of a model, by name."""
 
-    def forward(self, x: object, *_args: object, **_kwargs: object) -> object:
-        """Returns ``x``, because an injected ``nn.Sequential`` calls this module as its last layer."""
-        return x
+
+def _host_of(model: nn.Module) -> nn.Module:
+    """The module whose child the adapters become: the model, or the first within that is not a container.
+
+    A container runs or saves its children one after the other, so it must not get another.
+    """
+    modules = (
+        module for module in model.modules() if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    )
+    return next(modules, model)
 
 
 class AttachedAdapter:
@@ -139,6 +147,10 @@ class AdaptedModel:
         self.names: dict[AdaptedLayer, list[str]] = {}  # a layer that the model uses in several places has several
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.packing_layers = disable_packing(model)
+        self.buffers = BufferSnapshot(model)
+        self.host = _host_of(model)  # the module whose child the adapters are
+        self.undo: list[Callable[[], None]] = []  # what else is undone as the adapters are taken out
+        self.unwrapped = False  # whether the base layers are in place, to write a plain model
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
         self._rows_differ = False
@@ -149,7 +161,10 @@ class AdaptedModel:
         """Freezes a base model and gives it an empty record."""
         record = cls(model)
         model.requires_grad_(False)
-        model.add_module(ADAPTERS_ATTRIBUTE, Adapters())
+        adapters = Adapters()
+        record.host.add_module(ADAPTERS_ATTRIBUTE, adapters)
+        if record.host is not model:
+            vars(model)[ADAPTERS_ATTRIBUTE] = adapters
         vars(model)["_vblora_adapted_model"] = record
         record.register_hooks()
         return record
@@ -264,13 +279,17 @@ class AdaptedModel:
 
     def take_out(self) -> None:
         """Removes all adapters, hooks and wrappers from the model."""
+        for undo in self.undo:
+            undo()
+        self.undo = []
         for layer in self.layers:
             self._unwrap(layer)
         for hook in self._hooks:
             hook.remove()
         enable_packing(self.packing_layers)
         mixed_batch.remove_generate(self.model)
-        delattr(self.model, ADAPTERS_ATTRIBUTE)
+        delattr(self.host, ADAPTERS_ATTRIBUTE)
+        vars(self.model).pop(ADAPTERS_ATTRIBUTE, None)
         del self.model._vblora_adapted_model
         self.adapters, self._active, self.row_source = {}, (), None
         self._keep_from_ddp()
@@ -286,9 +305,9 @@ class AdaptedModel:
     def _keep_from_ddp(self) -> None:
         """Keeps DDP from broadcasting the adapters' buffers in every forward: they are equal in all processes."""
         known = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
-        names = [name for name in known if not name.startswith(f"{ADAPTERS_ATTRIBUTE}.")]
-        for attached in self.adapters.values():
-            names += [f"{ADAPTERS_ATTRIBUTE}.{attached.name}.{name}" for name, _ in attached.adapter.named_buffers()]
+        own = {id(buffer) for attached in self.adapters.values() for buffer in attached.adapter.buffers()}
+        names = [name for name in known if f".{ADAPTERS_ATTRIBUTE}." not in f".{name}"]
+        names += [name for name, buffer in self.model.named_buffers() if id(buffer) in own] if own else []
         if names:
             vars(self.model)["_ddp_params_and_buffers_to_ignore"] = names
         else:

@@ -108,7 +108,7 @@ def _with_parents(name: str) -> list[str]:
 
 
 def is_in_layers(name: str, config: AdapterConfig, indices: list[int] | None = None) -> bool:
-    """Whether a module is in a layer of ``layers_to_transform``, or of ``indices``."""
+    """Whether a module is in one of the layers ``layers_to_transform``, or ``indices``."""
     wanted = config.layers_to_transform if indices is None else indices
     if wanted is None:
         return True
@@ -124,13 +124,15 @@ def is_in_layers(name: str, config: AdapterConfig, indices: list[int] | None = N
 
 def _default_targets(model: nn.Module, defaults: dict[str, list[str]]) -> list[str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in defaults:
+    # The text part of a model has a type of its own: "llama4_text" in "llama4".
+    found = next((name for name in (model_type, str(model_type).removesuffix("_text")) if name in defaults), None)
+    if found is None:
         known = ", ".join(sorted(defaults))
         raise ValueError(
             f"`target_modules` is None, but there is no default for a model of type {model_type!r} (only for {known}). "
             'Pass names of layers, or "all-linear".'
         )
-    return defaults[model_type]
+    return defaults[found]
 
 
 def _output_layers(model: nn.Module) -> list[nn.Module]:

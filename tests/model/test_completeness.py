@@ -1,0 +1,79 @@
+"""An adapter's file holds what was trained, or saving says what it lacks."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import vblora
+from tests.small_models import Net, llama
+
+SIZES = {"num_vectors": 16, "vector_length": 8}
+
+
+def test_a_module_that_was_replaced_after_injection_is_refused(tmp_path):
+    model = vblora.inject(llama(), vblora.VBLoRAConfig(**SIZES, modules_to_save=["lm_head"]))
+    model.resize_token_embeddings(60)
+    with pytest.raises(ValueError, match=r"no longer contains `lm_head` that adapter 'default' trains.*then inject"):
+        vblora.save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_embeddings_that_were_resized_in_place_are_followed(tmp_path):
+    model = vblora.inject(llama(), vblora.VBLoRAConfig(**SIZES, modules_to_save=["embed_tokens"]))
+    model.resize_token_embeddings(60)
+    vblora.save(model, tmp_path)
+    again = llama()
+    again.resize_token_embeddings(60)
+    vblora.load(again, tmp_path)
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_a_layer_that_was_replaced_after_injection_is_refused(tmp_path):
+    net = vblora.inject(Net(blocks=2), vblora.VBLoRAConfig(**SIZES, target_modules=["up"]))
+    net.blocks[1] = nn.Identity()
+    with pytest.raises(ValueError, match=r"no longer contains `blocks.1.up` that"):
+        vblora.save(net, tmp_path)
+
+
+class Normalized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        return self.norm(self.up(x))
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_statistics_that_training_changed_are_named(tmp_path, cast):
+    net = vblora.inject(Normalized(), vblora.VBLoRAConfig(**SIZES, target_modules=["up"]))
+    net(torch.randn(4, 8))
+    if cast:
+        net.norm.half().float()
+    with pytest.warns(vblora.VBLoRAWarning, match=r"`norm.running_mean`, `norm.running_var`.* no adapter file holds"):
+        vblora.save(net, tmp_path)
+    with pytest.warns(vblora.VBLoRAWarning, match="`norm.running_mean`"):
+        vblora.save(copy.deepcopy(net), tmp_path)
+
+
+def test_statistics_that_are_saved_or_did_not_change_are_not_named(tmp_path):
+    saved = vblora.VBLoRAConfig(**SIZES, target_modules=["up"], modules_to_save=["norm"])
+    net = vblora.inject(Normalized(), saved)
+    net(torch.randn(4, 8))
+    still = vblora.inject(Normalized(), vblora.VBLoRAConfig(**SIZES, target_modules=["up"])).eval()
+    still(torch.randn(4, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vblora.save(net, tmp_path)
+        vblora.save(still.double().float(), tmp_path)
+
+
+def test_what_trains_beside_the_adapter_and_is_not_saved_is_named(tmp_path):
+    net = vblora.inject(Net(blocks=2), vblora.VBLoRAConfig(**SIZES, target_modules=["up"]))
+    net.head.requires_grad_(True)
+    with pytest.warns(vblora.VBLoRAWarning, match="`head.weight`, `head.bias` .* no adapter file holds"):
+        vblora.save(net, tmp_path)

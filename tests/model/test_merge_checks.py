@@ -1,0 +1,77 @@
+"""Merging says which layers compute something else once merged, or lose a tie; layers without weights are left out."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import vblora
+from tests.small_models import Net, llama, relative_error
+
+SIZES = {"num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 0.5}
+X = torch.randn(2, 16)
+
+
+def config(*targets: str) -> vblora.VBLoRAConfig:
+    return vblora.VBLoRAConfig(**SIZES, target_modules=list(targets))
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_the_base_layer_are_warned_of(kind):
+    net = Net(blocks=2)
+    value = (lambda _, __, y: 2 * y) if kind == "register_forward_hook" else (lambda _, args: (2 * args[0],))
+    getattr(net.blocks[1].up, kind)(value)
+    vblora.inject(net, config("up"))
+    adapted = net(X)
+    with pytest.warns(vblora.VBLoRAWarning, match=r"`blocks.1.up` had forward hooks before vblora.inject"):
+        vblora.merge(net)
+    assert relative_error(net(X), adapted) > 1e-3  # this is why
+
+
+def test_hooks_of_the_adapted_layer_are_right():
+    net = vblora.inject(Net(blocks=2), config("up"))
+    net.blocks[1].up.register_forward_hook(lambda _, __, y: 2 * y)
+    adapted = net(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vblora.merge(net)
+    assert relative_error(net(X), adapted) < 1e-5
+
+
+def test_layers_that_share_a_weight_are_named():
+    net = Net(blocks=2)
+    net.blocks[1].up.weight = net.blocks[0].up.weight
+    vblora.inject(net, config("up"))
+    adapted = net(X)
+    with pytest.warns(vblora.VBLoRAWarning, match="`blocks.0.up` and `blocks.1.up` share one weight"):
+        vblora.merge(net, release=True)
+    assert relative_error(vblora.eject(net)(X), adapted) < 1e-5
+    again = Net(blocks=2)
+    again.load_state_dict(net.state_dict())  # both are there, as they are
+    assert relative_error(again(X), adapted) < 1e-5
+    model = vblora.inject(
+        llama(tie_word_embeddings=True), vblora.VBLoRAConfig(**SIZES, pad=True, target_modules=["lm_head"])
+    )
+    with pytest.warns(vblora.VBLoRAWarning, match="`model.embed_tokens` and `lm_head` share one weight"):
+        vblora.merge(model)
+
+
+def test_a_layer_without_weights_is_left_out():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of nothing to initialize
+        net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 0))
+    with pytest.warns(vblora.VBLoRAWarning, match='"all-linear" leaves out `1`, a Linear, which has an empty weight'):
+        vblora.inject(net, vblora.VBLoRAConfig(**SIZES, target_modules="all-linear"))
+    assert [target.name for target in net.vblora.default.targets] == ["0"]
+    with pytest.raises(TypeError, match="`target_modules` matches `0`, a Linear, which has an empty weight"):
+        vblora.inject(nn.Sequential(net[1]), config("0"))
+
+
+def test_the_text_part_of_a_model_has_its_defaults():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_local_experts": 2}
+    model = vblora.inject(Llama4ForCausalLM(Llama4TextConfig(**sizes)), vblora.VBLoRAConfig(**SIZES))
+    assert [target.name.rpartition(".")[2] for target in model.vblora.default.targets] == ["q_proj", "v_proj"]

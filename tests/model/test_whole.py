@@ -1,0 +1,110 @@
+"""Whole models: a merged one is written as a plain one, an injected one is refused; state dicts of the adapter alone."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import vblora
+from tests.small_models import bert, gpt2, llama, relative_error
+
+IDS = torch.arange(12).view(2, 6)
+SIZES = {"num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 0.5}
+
+
+def injected(model=bert, **fields) -> nn.Module:
+    torch.manual_seed(0)
+    return vblora.inject(model().eval(), vblora.VBLoRAConfig(**SIZES | fields))
+
+
+def test_an_injected_model_is_not_written(tmp_path):
+    model = injected()
+    for call in (model.save_pretrained, model.bert.save_pretrained):
+        with pytest.raises(
+            ValueError, match=r"vblora.save\(model, directory\).*vblora.merge\(model\), then model.save_pret"
+        ):
+            call(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("make", [bert, gpt2, llama])
+def test_a_merged_model_is_written_as_a_plain_one(make, release, tmp_path):
+    plain_names = set(make().state_dict())
+    model = injected(make, target_modules="all-linear", modules_to_save=["classifier"] if make is bert else None)
+    adapted = model(IDS).logits
+    vblora.merge(model, release=release)
+    names, expected = list(model.state_dict()), model(IDS).logits
+    assert relative_error(expected, adapted) < 1e-5
+    model.save_pretrained(tmp_path)
+    assert list(model.state_dict()) == names and torch.equal(model(IDS).logits, expected)
+    again, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and set(again.state_dict()) == plain_names
+    torch.testing.assert_close(again.eval()(IDS).logits, expected)
+
+
+def test_a_state_dict_that_is_given_gets_the_base_names(tmp_path):
+    model = vblora.merge(injected())
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())  # as a Trainer does
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(again.eval()(IDS).logits, model(IDS).logits)
+
+
+def test_a_model_without_an_active_adapter_is_its_base_model(tmp_path):
+    model = injected()
+    vblora.set_adapter(model, [])
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path).eval()(IDS).logits, bert().eval()(IDS).logits)
+
+
+def test_copies_and_ejected_models_write_themselves(tmp_path):
+    model = injected()
+    other = vblora.merge(copy.deepcopy(model))
+    other.save_pretrained(tmp_path / "copy")
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path / "copy").eval()(IDS).logits, other(IDS).logits)
+    vblora.eject(model).save_pretrained(tmp_path / "ejected")
+    assert "save_pretrained" not in vars(model) and "save_pretrained" not in vars(model.bert)
+
+
+def test_tied_embeddings_that_merging_parted_are_refused(tmp_path):
+    model = injected(lambda: llama(tie_word_embeddings=True), target_modules=["embed_tokens"], pad=True)
+    vblora.merge(model)
+    with pytest.raises(ValueError, match="tie_word_embeddings = False first"):
+        model.save_pretrained(tmp_path)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
+
+
+class Task(nn.Module):
+    """A model within another, and a checkpoint of it, as Lightning's modules and trainers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = injected(modules_to_save=["classifier"], task_type="SEQ_CLS")
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["state_dict"] = vblora.adapter_state_dict(self)
+
+
+def test_a_state_dict_of_the_adapter_alone_restores_it():
+    task, other = Task(), Task()
+    with torch.no_grad():
+        for parameter in vblora.parameter_groups(task)[0]["params"] + [task.model.classifier.weight]:
+            parameter.normal_()
+    checkpoint = {"state_dict": task.state_dict()}
+    whole = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
+    task.on_save_checkpoint(checkpoint)
+    assert set(checkpoint["state_dict"]) < set(task.state_dict())
+    assert sum(tensor.numel() for tensor in checkpoint["state_dict"].values()) < whole / 4
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    report = other.load_state_dict(torch.load(file)["state_dict"], strict=False)
+    assert not report.unexpected_keys and not any("vblora" in name for name in report.missing_keys)
+    assert torch.equal(other.model(IDS).logits, task.model(IDS).logits)
+    with pytest.raises(ValueError, match="has no adapter"):
+        vblora.adapter_state_dict(bert())

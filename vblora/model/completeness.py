@@ -1,0 +1,84 @@
+"""Whether an adapter's file will hold what was trained: checked before it is saved."""
+
+import warnings
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VBLoRAWarning
+from ..layers.reads import listed
+
+if TYPE_CHECKING:
+    from .record import AdaptedModel, AttachedAdapter
+
+_LARGE = 2**16  # elements of a buffer whose values are not copied; statistics have one per channel
+
+
+class _Buffer(NamedTuple):
+    tensor: Tensor
+    version: int
+    values: Tensor | None
+
+
+class BufferSnapshot:
+    """The persistent buffers of a model, to tell later which of them changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers: dict[tuple[nn.Module, str], _Buffer] = {}
+        for module in model.modules():
+            for name, tensor in module._buffers.items():
+                if tensor is not None and name not in module._non_persistent_buffers_set and not tensor.is_meta:
+                    values = tensor.detach().clone() if tensor.numel() <= _LARGE else None
+                    self._buffers[module, name] = _Buffer(tensor, tensor._version, values)
+
+    def changed(self) -> list[tuple[nn.Module, str]]:
+        """The buffers that changed since, by their modules and names. Ones that were moved or cast count by their values."""
+        return [
+            place for place, buffer in self._buffers.items() if _has_changed(place[0]._buffers.get(place[1]), buffer)
+        ]
+
+
+def _has_changed(now: Tensor | None, then: _Buffer) -> bool:
+    if now is None:
+        return False
+    if then.values is None:
+        return now is then.tensor and now._version != then.version
+    # Batch normalization updates its statistics without counting versions.
+    return now.shape != then.values.shape or not torch.equal(now, then.values.to(now.device, now.dtype))
+
+
+def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> None:
+    """Refuses to save an adapter whose layers or modules the model has lost, and warns of what trained but is not part of it.
+
+    Raises:
+        ValueError: a layer or a module that the adapter trains was replaced in the model. The message names it.
+    """
+    names = {module: name for name, module in record.model.named_modules()}
+    lost = [record.names[layer][0] for layer in attached.layers if layer not in names]
+    lost += [name.rpartition(".")[0] for name, extra in attached.extra.items() if extra.module not in names]
+    if lost:
+        raise ValueError(
+            f"the model no longer contains {listed(list(dict.fromkeys(lost)))} that adapter {attached.name!r} trains: something "
+            "replaced it after vblora.inject, such as resize_token_embeddings. Change the model first, then inject."
+        )
+    own = {id(p) for adapter in record.adapters.values() for p in adapter.parameters.values()}
+    others = [
+        name.replace(".base_layer.", ".")
+        for name, parameter in record.model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in own
+    ]
+    swapped = {(extra.module, extra.name) for adapter in record.adapters.values() for extra in adapter.extra.values()}
+    others += [
+        f"{names[module]}.{own_name}".lstrip(".")
+        for module, own_name in record.buffers.changed()
+        if (module, own_name) not in swapped and module in names
+    ]
+    if others:
+        warnings.warn(
+            f"{listed(others)} changed in training or can, but no adapter file holds them: a loaded adapter gets the base "
+            "model's. Name their modules in `modules_to_save`, or keep them from changing (`requires_grad_(False)`; `eval()` for "
+            "the statistics of normalization layers).",
+            VBLoRAWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,130 @@
+"""Writing whole models: a merged one as a plain model, the trained tensors of any; an injected one is refused."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .record import ADAPTERS_ATTRIBUTE, AdaptedModel, Adapters, adapted_models, refuse_if_disabled
+
+if TYPE_CHECKING:
+    from ..layers.adapted import AdaptedLayer
+
+_METHOD = "save_pretrained"
+
+
+def guard_saving(record: AdaptedModel) -> None:
+    """Has ``save_pretrained``, of the model and of modules within, write the merged model, and refuse one that is not merged."""
+    for module in record.model.modules():
+        if callable(getattr(type(module), _METHOD, None)) and _METHOD not in vars(module):
+            # A partial object, because a copied or pickled model takes it along, and it refers to the copy then.
+            vars(module)[_METHOD] = partial(save_whole, record, module)
+    record.undo.append(partial(_unguard_saving, record))
+
+
+def _unguard_saving(record: AdaptedModel) -> None:
+    for module in record.model.modules():
+        if getattr(vars(module).get(_METHOD), "func", None) is save_whole:
+            del vars(module)[_METHOD]
+
+
+def is_plain(record: AdaptedModel) -> bool:
+    """Whether the weights alone are what the model computes: all that is active is merged."""
+    return all(layer.enabled and not layer.applied for layer in record.layers)
+
+
+def save_whole(record: AdaptedModel, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """``module.save_pretrained`` as its class has it, with the base model's names.
+
+    Raises:
+        ValueError: an active adapter is not merged, the adapters are disabled, or tied weights that merging has parted would
+            be tied again by whoever loads the model.
+    """
+    if not record.unwrapped:
+        refuse_if_disabled(record.layers)
+        if not is_plain(record):
+            raise ValueError(
+                "`save_pretrained` would write the model without its adapters, or with names that nobody can load. To write the "
+                "adapter: vblora.save(model, directory). To write the merged model: vblora.merge(model), then "
+                "model.save_pretrained(directory). In a Trainer, pass "
+                "**vblora.integrations.transformers.trainer_arguments(model)."
+            )
+        _refuse_parted_ties(record, module)
+    with unwrapped(record):
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = _with_base_names(record, kwargs["state_dict"])
+        return getattr(type(module), _METHOD)(module, *args, **kwargs)
+
+
+@contextmanager
+def unwrapped(record: AdaptedModel) -> Iterator[None]:
+    """Within it the model has its base layers in the places of the adapted ones, and no adapters."""
+    if record.unwrapped:
+        yield
+        return
+    modules = [*record.model.modules()]
+    children = {module: dict(module._modules) for module in modules}
+    record.unwrapped = True
+    try:
+        for module in modules:
+            for name, child in children[module].items():
+                if child in record.names:
+                    module._modules[name] = child.base_layer
+        record.host._modules.pop(ADAPTERS_ATTRIBUTE, None)
+        yield
+    finally:
+        record.unwrapped = False
+        for module, own in children.items():
+            module._modules.clear()
+            module._modules.update(own)
+
+
+def _with_base_names(record: AdaptedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefixes = {f"{name}.base_layer.": f"{name}." for names in record.names.values() for name in names}
+    found = {}
+    for name, tensor in state_dict.items():
+        inner = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if f".{ADAPTERS_ATTRIBUTE}." not in f".{name}":
+            found[name if inner is None else prefixes[inner] + name.removeprefix(inner)] = tensor
+    return found
+
+
+def _refuse_parted_ties(record: AdaptedModel, module: Any) -> None:
+    if not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+        return
+    layers: list[AdaptedLayer] = [layer for layer in record.layers if layer.merged]
+    first, last = (getattr(module, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings"))
+    if first is None or last is None or first.weight is last.weight:
+        return
+    if first in layers or last in layers:
+        raise ValueError(
+            "the model's input and output embeddings are tied, but merging changed one of them, and loading the model would tie "
+            "them again. Set model.config.tie_word_embeddings = False first."
+        )
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The part of ``model.state_dict()`` that adapters train: for checkpoints that should not hold the base model.
+
+    Of use where another package writes and reads state dicts, such as Lightning. ``model.load_state_dict(part, strict=False)``
+    restores it, in a model that was injected in the same way. Biases and ``modules_to_save`` of inactive adapters are not in it;
+    :func:`vblora.save` writes an adapter for good.
+
+    Args:
+        model: an injected model, or a module that holds some.
+
+    Raises:
+        ValueError: there is no adapter.
+    """
+    records = adapted_models(model)
+    if not records:
+        raise ValueError("`model` has no adapter: call vblora.inject(model, config) first.")
+    adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Adapters))
+    extra = {id(extra.replacement) for record in records for extra in record.swapped_in()}
+    return {
+        name: value.detach() if isinstance(value, Tensor) else value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name.startswith(adapters) or id(value) in extra
+    }
