@@ -50,7 +50,7 @@ def _of_rank(rank: int, factor: Tensor) -> Tensor:
     return factor if factor.shape[0] == rank else F.pad(factor, (0, 0, 0, rank - factor.shape[0]))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Takes ``adapter_names`` out of a forward's arguments; whether its rows have adapters of their own.
 
@@ -73,7 +73,7 @@ def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str,
     return True
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def end_forward(record: AdaptedModel) -> None:
     """Ends what :func:`begin_forward` began."""
     rows = layer_rows.current()
@@ -130,13 +130,13 @@ def install_generate(record: AdaptedModel) -> None:
     """Has the model's ``generate`` take ``adapter_names``, if it has one."""
     if callable(getattr(type(record.model), "generate", None)) and "generate" not in vars(record.model):
         # A partial and not a closure: a copied or pickled model takes it along, and it the model.
-        record.model.generate = partial(_generate, record)
+        vars(record.model)["generate"] = partial(_generate, record)
 
 
 def remove_generate(model: nn.Module) -> None:
     installed = vars(model).get("generate")
     if isinstance(installed, partial) and installed.func is _generate:
-        del model.generate
+        del vars(model)["generate"]
 
 
 def _generate(
@@ -144,8 +144,9 @@ def _generate(
 ) -> Any:
     """The model's own ``generate``, with an adapter for each row of its batch."""
     model = record.model
+    generate = getattr(type(model), "generate")  # noqa: B009  # which nn.Module does not have
     if adapter_names is None:
-        return type(model).generate(model, *args, **kwargs)
+        return generate(model, *args, **kwargs)
     configs = [
         kwargs,
         _values_of(kwargs.get("generation_config")),
@@ -162,7 +163,7 @@ def _generate(
         rows.repeats = {1, max(expansions)}
         rows.outlasts_forwards = True
         with rows.running():
-            return type(model).generate(model, *args, **kwargs)
+            return generate(model, *args, **kwargs)
 
 
 def _values_of(config: object) -> Mapping[str, Any]:
@@ -171,7 +172,7 @@ def _values_of(config: object) -> Mapping[str, Any]:
 
 def _count_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Rows of a call's main input: of its first tensor, unless transformers says which one that is."""
-    main = getattr(model, "main_input_name", None)
+    main = getattr(model, "main_input_name", "")
     for value in (*args, kwargs.get(main), kwargs.get("inputs_embeds"), *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0]

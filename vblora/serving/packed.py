@@ -19,20 +19,16 @@ from ..checkpoint import folder, native
 from ..checkpoint.contents import Contents, VBLoRAContents, check_tensor
 from ..checkpoint.flat import FlatContents
 from ..checkpoint.packing import pack_bits, unpack_bits
-from ..config import AdapterConfig, VBLoRAConfig
+from ..config import VBLoRAConfig
 from ..files import read_tensors
 
 # A weight that is not its sub-vector's largest is at most 1/2, in steps of 2^-17.
 _STEPS = 2**17 - 2
 _OFFSET = 2**15
-_NOT_OF_THE_UPDATE = {"seed": None, "num_candidates": None}
 
 
 class PackedAdapter(ABC):
     """An adapter without a model."""
-
-    config: AdapterConfig
-    targets: tuple[Target, ...]
 
     @property
     @abstractmethod
@@ -54,14 +50,6 @@ class PackedVBLoRA(PackedAdapter):
     weights: Tensor
 
     @property
-    def config(self) -> AdapterConfig:
-        return self.layout.config
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        return self.layout.targets
-
-    @property
     def nbytes(self) -> int:
         return self.indices.nbytes + self.weights.nbytes
 
@@ -75,11 +63,11 @@ class PackedVBLoRA(PackedAdapter):
         return Deployed(indices, torch.cat([1 - rest.sum(1, keepdim=True), rest], 1))
 
     def factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
-        config = self.layout.config
+        config, targets = self.layout.config, self.layout.targets
         rows, bank = self.deployed(), scaled(self.bank, config.scaling)
         subvectors = torch.ops.vblora.compose(bank, rows.indices.to(bank.device), rows.weights.to(bank.device), dtype)
-        parts = ops.in_parts(subvectors, rows_of_factors(self.targets, config.r, config.vector_length), config.r)
-        return zip(self.targets, as_factors(parts, self.targets), strict=True)
+        parts = ops.in_parts(subvectors, rows_of_factors(targets, config.r, config.vector_length), config.r)
+        return zip(targets, as_factors(parts, targets), strict=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,15 +75,11 @@ class PackedFlat(PackedAdapter):
     """An adapter of another method: its tensors, as they are."""
 
     contents: FlatContents
-    nbytes: int
+    own_bytes: int
 
     @property
-    def config(self) -> AdapterConfig:
-        return self.contents.config
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        return self.contents.targets
+    def nbytes(self) -> int:
+        return self.own_bytes
 
     def factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
         return self.contents.factors(dtype)
@@ -147,7 +131,7 @@ class Reader:
         try:
             description = json.loads(metadata.get(native.METADATA, "{}"))
             key = _layout_key(description)
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             description, key = {}, None  # what is wrong with it is told below
         layout = None if key is None else self._layouts.get(key)
         if layout is not None:  # all but its numbers has been checked with another adapter
@@ -166,17 +150,19 @@ class Reader:
         return PackedFlat(contents, sum(tensor.nbytes for tensor in own.values()))
 
     def _fitting(self, contents: Contents) -> Contents:
+        """The contents, if they fit the model."""
         for target in contents.targets:
             if target.name not in self.targets:
                 raise ValueError(f"it adapts `{target.name}`, which is none of the store's layers (`target_modules`).")
-        if contents.config.r > self.max_rank:
-            raise ValueError(f"its rank is {contents.config.r}, but the store's `max_rank` is {self.max_rank}.")
+        rank: int = getattr(contents.config, "r")  # noqa: B009  # of each method's config
+        if rank > self.max_rank:
+            raise ValueError(f"its rank is {rank}, but the store's `max_rank` is {self.max_rank}.")
         for name in contents.extra_parameters:
             raise ValueError(f"it trained `{name}`, but biases and `modules_to_save` cannot differ between rows.")
         return contents.in_order(tuple(self.targets[target.name] for target in contents.targets))
 
     def _first_of_layout(self, contents: VBLoRAContents, key: str | None, sha256: str) -> PackedVBLoRA:
-        config = replace(contents.config, **_NOT_OF_THE_UPDATE)
+        config = replace(contents.config, seed=None, num_candidates=None)
         bits = max(1, (config.num_vectors - 1).bit_length())
         layout = Layout(config, contents.targets, contents.num_rows, bits)
         bank = self._intern(contents.bank)
@@ -240,4 +226,5 @@ def _layout_key(description: dict[str, Any]) -> str | None:
     if description.get("form") != "deploy" or description.get("method") != "vblora" or description.get("aliases"):
         return None
     shared = {name: value for name, value in description.items() if name != "bank_file"}
-    return json.dumps(shared | {"config": description.get("config") | _NOT_OF_THE_UPDATE}, sort_keys=True)
+    config = description["config"] | {"seed": None, "num_candidates": None}  # which say nothing of the update
+    return json.dumps(shared | {"config": config}, sort_keys=True)

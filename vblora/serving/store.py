@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..bank import VectorBank
 from ..checks import check_count
@@ -75,13 +75,13 @@ class AdapterStore:
         self._source = Path(source) if isinstance(source, (str, os.PathLike)) else source
         if isinstance(self._source, Path) and not self._source.is_dir():
             raise ValueError(f"`source` is {str(source)!r}, which is no directory.")
-        banks = [bank] if isinstance(bank, (VectorBank, str, os.PathLike)) else list(bank)
-        banks = [one if isinstance(one, VectorBank) else VectorBank.from_file(one) for one in banks]
+        given = [bank] if isinstance(bank, (VectorBank, str, os.PathLike)) else list(bank)
+        banks = [one if isinstance(one, VectorBank) else VectorBank.from_file(one) for one in given]
         self.capacity_bytes = capacity_bytes
         config = LoraConfig(r=max_rank, target_modules=target_modules, exclude_modules=exclude_modules)
         self._record, targets = wrap_for_store(model, config)
         try:
-            weights = [layer.weight for layer in self._record.layers]
+            weights: list[Tensor] = [getattr(layer, "weight") for layer in self._record.layers]  # noqa: B009
             dtypes = [weight.dtype for weight in weights if not is_packed(weight)] or [torch.get_default_dtype()]
             device = weights[0].device
             self._slots = Slots(slots, targets, max_rank, device, dtype or reduce(torch.promote_types, dtypes))
