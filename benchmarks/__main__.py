@@ -1,4 +1,4 @@
-"""Runs the benchmarks, prints their table, and leaves a JSON file and a figure of each.
+"""Runs the benchmarks, prints their table, and writes a JSON file and a figure of each.
 
 python -m benchmarks                       # all of them, in under 20 minutes on 2 idle cores
 python -m benchmarks compose               # one; the table holds what the others found before
@@ -34,7 +34,7 @@ def run(name: str, settings: Settings, folder: Path) -> Result:
 
 
 def earlier(name: str, folder: Path) -> Result | None:
-    """What a benchmark that is not run now found on this machine, with the same packages and threads."""
+    """The earlier results of a benchmark on this machine, with the same packages and threads."""
     path = folder / f"{name}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return Result.from_json(found) if found.get("machine") == machine() else None
@@ -49,7 +49,7 @@ def report(results: list[Result]) -> str:
 
 
 def write_between(path: Path, text: str) -> None:
-    """Puts a report in the place of the one that stands in a file."""
+    """Replaces the report in a file."""
     page = path.read_text(encoding="utf-8")
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)

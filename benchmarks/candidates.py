@@ -1,4 +1,4 @@
-"""How many candidates a row needs: trains densely, and looks how far down its initial order each row has come.
+"""How many candidates a row needs: trains with all logits, and measures how far down its initial order each row gets.
 
     python benchmarks/candidates.py --num-vectors 2048 --steps 800
 

@@ -33,7 +33,7 @@ OPTIMIZERS = ("fused", "foreach", "for-loop")
 
 
 class Layers(torch.autograd.Function):
-    """In the place of the layers: takes factors, and hands back a gradient for each."""
+    """Replaces the layers: takes the factors, and returns a gradient for each."""
 
     @staticmethod
     def forward(ctx, grads: list[Tensor], *factors: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Layers(torch.autograd.Function):
 
 
 class Side:
-    """Parameters, what makes factors of them, and a gradient for each factor, as the layers would have handed it back."""
+    """Parameters, the function that composes factors of them, and a gradient for each factor, as layers would return it."""
 
     def __init__(self, parameters: list[nn.Parameter], factors: Callable[[], list[Tensor]]) -> None:
         self.parameters = parameters
@@ -68,12 +68,12 @@ class Side:
         return times
 
     def settled_step(self) -> dict[str, float]:
-        """Seconds of a whole step with AdamW fused, after one that the clock leaves out: the caches are its own again."""
+        """Seconds of a whole step with fused AdamW, after a step that is not timed, which warms the caches."""
         self.step(("fused",))
         return {"step": sum(self.step(("fused",)).values())}
 
     def state_bytes(self) -> int:
-        """Parameters, their gradients, and AdamW's two moments of each."""
+        """Bytes of the parameters, their gradients, and AdamW's two moments."""
         return 4 * held_bytes(self.parameters)
 
 
@@ -84,7 +84,7 @@ def ours(targets: list[Target], dtype: torch.dtype, num_candidates: int | None) 
 
     def factors() -> list[Tensor]:
         adapter.begin_forward(dtype)
-        made = [factor for slot in adapter.slots for factor in slot.handed.factors[:2]]
+        made = [factor for slot in adapter.slots for factor in slot.forward_factors.factors[:2]]
         adapter.end_forward()
         return made
 
@@ -104,7 +104,7 @@ def peft_vblora(targets: list[Target], compiled: bool = False) -> Side:
 
 
 def lora_bytes(targets: list[Target]) -> int:
-    """What PEFT LoRA's factors, in float32, take with gradients and AdamW's moments."""
+    """Bytes of PEFT LoRA's factors in float32, their gradients, and AdamW's moments."""
     model = models.peft_lora(models.Layout(targets), R)
     return 4 * held_bytes([p for p in model.parameters() if p.requires_grad])
 
@@ -130,7 +130,7 @@ def steps(times: Times) -> Times:
 
 
 def memory(targets: list[Target], make: Callable[[], Side]) -> int:
-    """The most that making an adapter and two of its steps took, gradients of its factors included."""
+    """Peak memory of creating an adapter and training it for two steps, with the gradients of its factors."""
 
     def run() -> None:
         side = make()
@@ -147,7 +147,7 @@ def run(settings: Settings) -> Result:
 
     candidates, adapter = ours(targets, float32, 128)
     half, _ = ours(targets, bfloat16, 128)
-    # Against the floor before there are others. What memory moves changes by the minute where a machine is shared.
+    # The floor is measured first. On a shared machine, memory bandwidth changes by the minute.
     turns = {"vblora": candidates.settled_step, "vblora bf16 factors": half.settled_step, "memcpy": copying()}
     alone = in_turn(turns, settings.seconds(15))
     del turns

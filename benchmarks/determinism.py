@@ -1,4 +1,4 @@
-"""What the deterministic gradient of the bank moves on a GPU, beside an atomic scatter: counted by the emulation.
+"""Bytes that the deterministic gradient of the bank moves on a GPU, compared with an atomic scatter, by emulation.
 
 Sectors of 32 bytes that warps ask for, as if there were no cache. It is no time, and nothing here has run on a GPU.
 """

@@ -1,4 +1,4 @@
-"""How a step of composing grows with S, h, M, k and b."""
+"""How the time to compose grows with S, h, M, k and b."""
 
 from __future__ import annotations
 

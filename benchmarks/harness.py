@@ -18,12 +18,12 @@ import vblora
 
 @dataclass(frozen=True)
 class Settings:
-    """quick: small sizes and few rounds, to see that all runs. What it prints means nothing."""
+    """quick: small sizes and few rounds, to check that everything runs. The numbers mean nothing."""
 
     quick: bool = False
 
     def seconds(self, full: float) -> float:
-        """How long to repeat something that would be repeated for `full` seconds."""
+        """How many seconds to repeat something for: `full`, or less if quick."""
         return 0.0 if self.quick else full
 
 
@@ -32,7 +32,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median and quartiles of the ratios of runs that stood side by side."""
+    """Median and quartiles of the ratios of runs in the same round."""
 
     low: float
     middle: float
@@ -92,7 +92,7 @@ def in_turn(
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that tensors allocated within ``function`` took at once, by torch's own allocator: no sampling, no noise."""
+    """Peak bytes of the tensors that ``function`` allocates, by torch's own allocator: exact, without sampling."""
     gc.collect()
     vblora.empty_cache()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -111,7 +111,7 @@ def held_bytes(tensors: list[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine does at best: bytes read and written by a large copy, and multiply-adds of large matrices."""
+    """The machine's ceilings: bytes read and written by a large copy, and multiply-adds of large matrices, per second."""
 
     bytes_per_second: float
     flops: float  # float32
@@ -169,7 +169,7 @@ def machine() -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of the table. ``holds`` is None where there is no target."""
+    """A row of the table. ``holds`` is None without a target."""
 
     case: str
     figure: str
@@ -199,7 +199,7 @@ def value_row(
 
 @dataclass
 class Result:
-    """What a benchmark found: rows for the table, all measurements for the JSON file, and their figure."""
+    """The results of a benchmark: rows for the table, all measurements for the JSON file, and a figure."""
 
     title: str
     rows: list[Row]
@@ -218,7 +218,7 @@ class Result:
 
     @classmethod
     def from_json(cls, found: dict) -> "Result":
-        """What :meth:`as_json` was of, without its figure."""
+        """The result that :meth:`as_json` was called on, without its figure."""
         rows = [Row(**row) for row in found["rows"]]
         return cls(found["title"], rows, found["measurements"], Figure(), found["seconds"])
 
@@ -233,7 +233,7 @@ def table(results: list[Result]) -> str:
 
 
 def bars(title: str, groups: Mapping[str, Times], unit: str = "ms", scale: float = 1e3) -> Figure:
-    """Medians as bars, with quartiles, a panel a group."""
+    """Medians as bars with quartiles, one panel for each group."""
     count = max(len(times.seconds) for times in groups.values())
     figure = Figure(figsize=(9, len(groups) * (0.35 * count + 0.9)), layout="constrained")
     figure.suptitle(title)

@@ -1,4 +1,4 @@
-"""Prefill and token-by-token decoding of SmolLM2-135M: adapters beside it, and merged into it."""
+"""Prefill and token-by-token decoding of SmolLM2-135M: with adapters, unmerged and merged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .harness import Result, Settings, bars, in_turn, ratio_row
 
 
 class Decoder:
-    """A model in the middle of a text: every call decodes one more token."""
+    """A model in the middle of a text. Each call decodes one more token."""
 
     def __init__(self, model: nn.Module, prompt: torch.Tensor) -> None:
         self.model = model

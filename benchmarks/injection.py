@@ -21,7 +21,7 @@ def run(settings: Settings) -> Result:
         mine, theirs = Path(folder, "vblora"), Path(folder, "peft")
         model = models.ours(models.Layout(targets), adapter, seed=0)
         other = models.peft_vblora(models.Layout(targets), adapter)
-        # A layout that has an adapter cannot take another one: one for each call.
+        # A model takes only one adapter of a name, so each call needs a new layout.
         fresh = iter(lambda: models.Layout(targets), None)
         work: dict[str, Callable[[], object]] = {
             "vblora inject": lambda: models.ours(next(fresh), adapter, seed=0),
@@ -33,7 +33,7 @@ def run(settings: Settings) -> Result:
             "the layout alone": lambda: next(fresh),
         }
         times = in_turn(work, settings.seconds(30), warm_up=1)
-        # What is made is dropped at once, so its memory is in the peak.
+        # The result is dropped at once, so the peak includes its memory.
         peak = {name: peak_bytes(function) for name, function in work.items()}
     rows = []
     for name in work:

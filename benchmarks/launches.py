@@ -1,4 +1,4 @@
-"""Dispatcher calls of a training step, and CUDA launches of our operators, as layers grow in number."""
+"""Dispatcher calls of a training step, and CUDA launches of our operators, by the number of layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ADAPTER = {"r": 4, "num_vectors": 256, "vector_length": 32, "topk": 2, "target_m
 
 
 class Calls(TorchDispatchMode):
-    """Counts what reaches a device: calls of operators below autograd, but for those that only make another view."""
+    """Counts the calls that reach a device: operators below autograd, except those that only create a view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Calls(TorchDispatchMode):
 
 
 def llama(layers: int) -> nn.Module:
-    """As many target layers as Llama has in so many of its own, 7 each, but narrow ones."""
+    """The target layers of a Llama of this depth, 7 for each of its layers, but narrow."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "vocab_size": 64}
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes)).train()
 
@@ -55,7 +55,7 @@ def calls_of_the_base(model: nn.Module) -> int:
 
 
 def calls_of_composing(model: nn.Module) -> int:
-    """Of making all factors and taking their gradients back, with the optimizer's step and without the layers'."""
+    """Calls of composing all factors, their backward and the optimizer's step, without the layers."""
     adapter = next(iter(model.vblora.values())) if hasattr(model.vblora, "values") else model.vblora
     optimizer = torch.optim.AdamW(adapter.parameters(), fused=True)
     grads: list[torch.Tensor] = []
@@ -68,7 +68,7 @@ def calls_of_composing(model: nn.Module) -> int:
 
 
 def cuda_launches() -> int:
-    """Of our operators in a training step: forward and backward, however many rows there are."""
+    """Launches of our operators in a training step, forward and backward, for any number of rows."""
     build.load_operators()
     ops = torch.ops.vblora_emulated
     rows, columns = 64, 32

@@ -1,4 +1,4 @@
-"""A training step with our LoRA beside one with PEFT's of the same rank, layers and dtype, in turn in one process.
+"""A training step with our LoRA and with PEFT's of the same rank, layers and dtype, in turn in one process.
 
     python -m benchmarks.lora --threads 2
 

@@ -1,14 +1,11 @@
-"""The models that benchmarks run on, and the adapters that they are given."""
+"""The models that benchmarks run on, and their adapters. Functions that need transformers or peft import them."""
 
 import copy
 from importlib.util import find_spec
 from pathlib import Path
 
-import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 import vblora
 from vblora.adapters import Target
@@ -29,9 +26,11 @@ def llama_targets(layers: int = LLAMA_LAYERS) -> list[Target]:
 
 
 class Layout(nn.Module):
-    """Linear layers of these names and sizes whose weights take no memory: adapters on it are real, it cannot compute."""
+    """Linear layers of these names and sizes whose weights take no memory. Its adapters are real, but it cannot run."""
 
     def __init__(self, targets: list[Target]) -> None:
+        from transformers import LlamaConfig
+
         super().__init__()
         self.config = LlamaConfig()
         for target in targets:
@@ -61,27 +60,36 @@ def smollm2_file() -> Path:
 
 def smollm2() -> nn.Module:
     """That model, dequantised to float32."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     file = smollm2_file()
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
 
 
 def small_llama() -> nn.Module:
-    """In the place of SmolLM2 where numbers do not matter; of widths that 192 divides, too."""
+    """A small stand-in for SmolLM2 where numbers do not matter. 192 divides its widths, too."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     sizes = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 3}
     return LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=3, **sizes))
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The same model again, on the very same weights: no copy is luckier than another with where it lies in memory."""
+    """A copy of the model that shares its weights, so that both have the same place in memory."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def peft_lora(model: nn.Module, r: int = 4) -> nn.Module:
+    import peft
+
     return peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=r, target_modules="all-linear"))
 
 
 def peft_vblora(model: nn.Module, adapter: dict) -> nn.Module:
+    import peft
+
     return peft.get_peft_model(model, peft.VBLoRAConfig(**adapter))
 
 
@@ -105,6 +113,6 @@ def ours(model: nn.Module, adapter: dict, **choice) -> nn.Module:
 
 
 def optimizers(parameters: list[nn.Parameter]) -> dict[str, torch.optim.Optimizer]:
-    """AdamW as torch's three implementations; ``for-loop`` is what a CPU gets by default."""
+    """AdamW in torch's three implementations; ``for-loop`` is the default on a CPU."""
     settings = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
     return {name: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, **s) for name, s in settings.items()}

@@ -1,4 +1,4 @@
-"""A training step of PEFT's own VB-LoRA beside the accelerated one, in turn in one process.
+"""A training step of PEFT's own VB-LoRA and of the accelerated one, in turn in one process.
 
     python -m benchmarks.peft_accelerate --threads 2
 

@@ -1,4 +1,4 @@
-"""What adapters take on disk: our forms, PEFT's, and LoRA, for Llama-2-7B and for the demo's model.
+"""The size of adapters on disk: our forms, PEFT's, and LoRA, for Llama-2-7B and for the demo's model.
 
     python benchmarks/sizes.py
 
@@ -9,6 +9,7 @@ PEFT's forms are written by us; tests hold them to be what PEFT writes.
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 
 import vblora
 from vblora.adapters import Target
-from vblora.adapters.vblora import Trained, draw_rows
-from vblora.checkpoint.contents import Contents
+from vblora.adapters.vblora import draw_rows, rows_of_factors
 from vblora.checkpoint.folder import write
 from vblora.checkpoint.packing import pack_prefixes
+from vblora.checkpoint.vblora import VBLoRAContents
 
 _MEAN_TOUCHED = 31
 _FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -49,23 +50,20 @@ def minilm() -> tuple[str, tuple[Target, ...], vblora.VBLoRAConfig]:
     return "all-MiniLM-L6-v2 as in the demo, r=4, h=90, b=128, without its head", tuple(targets), config
 
 
-def trained(targets: tuple[Target, ...], config: vblora.VBLoRAConfig) -> Contents:
+def trained(targets: tuple[Target, ...], config: vblora.VBLoRAConfig) -> VBLoRAContents:
     torch.manual_seed(0)
-    contents = Contents(config, targets, torch.randn(config.num_vectors, config.vector_length) / 50, Trained(None))
-    dense = not contents.has_candidates
-    drawn = draw_rows(
-        contents.sizes,
-        config.num_vectors,
-        None if dense else config.num_candidates,
-        seed=0,
-        std=config.init_logits_std,
-    )
-    order = contents.initial(0).candidates.long() if dense else None
-    return Contents(config, targets, contents.bank, drawn._replace(logits=drawn.logits + touches(drawn.logits, order)))
+    bank = torch.randn(config.num_vectors, config.vector_length) / 50
+    sizes = rows_of_factors(targets, config.r, config.vector_length)
+    dense = config.num_candidates is None or config.num_candidates >= config.num_vectors
+    columns = None if dense else config.num_candidates
+    drawn = draw_rows(sizes, config.num_vectors, columns, seed=0, std=config.init_logits_std)
+    contents = VBLoRAContents(config, targets, bank, drawn)
+    order = contents.initial(0)[1] if dense else None
+    return replace(contents, rows=drawn._replace(logits=drawn.logits + touches(drawn.logits, order)))
 
 
 def touches(logits: Tensor, order: Tensor | None) -> Tensor:
-    """Something for the first few of each row's initial order, geometrically many, and zeros."""
+    """Random values for the first few of each row's initial order, a geometric number of them, and zeros for the rest."""
     rows, columns = logits.shape
     depth = torch.empty(rows, 1).geometric_(1 / _MEAN_TOUCHED).clamp(max=columns)
     touched = torch.randn_like(logits) * (torch.arange(columns) < depth)
@@ -80,10 +78,10 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for title, targets, config in (llama(), minilm()):
         contents = trained(targets, config)
-        initial = contents.initial(0)
+        initial, candidates = contents.initial(0)
         logits = contents.rows.logits
         if not contents.has_candidates:
-            logits = logits.gather(1, initial.candidates.long())
+            logits = logits.gather(1, candidates)
         moments = (logits - initial.logits).where(logits != initial.logits, 0)
         lengths, values = pack_prefixes(moments)
         rows = {
@@ -105,7 +103,7 @@ def main() -> None:
             print(f"| {name} | {text} | {count / rows['PEFT']:.1%} |")
 
 
-def size(contents: Contents, *, shared: bool = False, **options: object) -> int:
+def size(contents: VBLoRAContents, *, shared: bool = False, **options: object) -> int:
     with tempfile.TemporaryDirectory() as folder:
         bank = vblora.VectorBank(*contents.bank.shape)
         if shared:

@@ -1,22 +1,23 @@
-# Sets cuda_sources (empty in a build for the CPU), cuda_version and cuda_archs ("none" then), and enables CUDA otherwise.
+# Finds the CUDA compiler. Sets cuda_sources, cuda_version and cuda_archs and enables CUDA; a CPU-only build gets no sources
+# and "none".
 set(cuda_version none)
 set(cuda_archs none)
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
 
-# CUDA_HOME is an order, so nothing else is tried beside it.
+# If CUDA_HOME is set, try nothing else.
 if(NOT "$ENV{CUDA_HOME}" STREQUAL "")
   find_program(VBLORA_NVCC nvcc PATHS "$ENV{CUDA_HOME}/bin" NO_DEFAULT_PATH)
   set(searched "CUDA_HOME=$ENV{CUDA_HOME} has no bin/nvcc")
 elseif(NOT "$ENV{CUDACXX}" STREQUAL "")
   find_program(VBLORA_NVCC "$ENV{CUDACXX}")
-  set(searched "CUDACXX=$ENV{CUDACXX} is not there")
+  set(searched "CUDACXX=$ENV{CUDACXX} does not exist")
 else()
   find_program(VBLORA_NVCC nvcc PATHS ENV PATH /usr/local/cuda/bin NO_DEFAULT_PATH)
-  set(searched "there is no nvcc on PATH or in /usr/local/cuda/bin; CUDA_HOME names another place")
+  set(searched "there is no nvcc on PATH or in /usr/local/cuda/bin; set CUDA_HOME if it is elsewhere")
 endif()
 
 if(VBLORA_CPU_ONLY)
-  set(reason "as VBLORA_CPU_ONLY asks")
+  set(reason "VBLORA_CPU_ONLY is set")
 elseif(NOT VBLORA_NVCC)
   set(reason "no CUDA compiler: ${searched}")
 elseif(NOT cuda_sources)
@@ -24,7 +25,7 @@ elseif(NOT cuda_sources)
 endif()
 if(reason)
   if(VBLORA_FORCE_CUDA)
-    message(FATAL_ERROR "FORCE_CUDA=1, but ${reason}. Mend that, or unset FORCE_CUDA to build for the CPU only.")
+    message(FATAL_ERROR "FORCE_CUDA=1, but ${reason}. Fix that, or unset FORCE_CUDA to build for the CPU only.")
   endif()
   message(NOTICE "vblora: building for the CPU only (${reason})")
   set(cuda_sources "")
@@ -34,20 +35,20 @@ endif()
 execute_process(COMMAND ${VBLORA_NVCC} --list-gpu-arch OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
 string(REGEX MATCHALL "[0-9]+" known "${known}")
 
-# archs: what CMake is told ("80-real" is machine code, "90" is machine code and PTX for later ones).
+# archs: in CMake's notation ("80-real" is machine code; "90" is machine code and PTX, which later GPUs can run).
 set(archs "")
 if(VBLORA_CUDA_ARCH_LIST)
   string(REGEX REPLACE "[ ,]+" ";" wanted "${VBLORA_CUDA_ARCH_LIST}")
   foreach(arch IN LISTS wanted)
     if(NOT arch MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
-      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST=${VBLORA_CUDA_ARCH_LIST}: '${arch}' is no compute capability. "
-                          "Write numbers, with PTX where later GPUs shall run it: 8.0;9.0+PTX")
+      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST=${VBLORA_CUDA_ARCH_LIST}: '${arch}' is not a compute capability. "
+                          "Write numbers, with +PTX to support later GPUs: 8.0;9.0+PTX")
     endif()
     set(number ${CMAKE_MATCH_1}${CMAKE_MATCH_2})
     if(NOT number IN_LIST known)
       list(TRANSFORM known REPLACE "(.)$" ".\\1")
       message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST=${VBLORA_CUDA_ARCH_LIST}: ${VBLORA_NVCC} cannot compile for ${arch}. "
-                          "It knows ${known}")
+                          "It supports ${known}")
     endif()
     if(CMAKE_MATCH_4)
       list(APPEND archs ${number}${CMAKE_MATCH_3})
@@ -56,7 +57,7 @@ if(VBLORA_CUDA_ARCH_LIST)
     endif()
   endforeach()
 else()
-  # PTX of 9.0 serves every later GPU that has no machine code here, such as 11.0; PTX of the newest would not.
+  # PTX of 9.0 runs on every later GPU without machine code here, such as 11.0. PTX of the newest would not.
   foreach(arch 75 80 86 89 90 100 120)
     if(arch EQUAL 90)
       list(APPEND archs 90)
@@ -70,8 +71,8 @@ set(CMAKE_CUDA_COMPILER ${VBLORA_NVCC})
 set(CMAKE_CUDA_ARCHITECTURES ${archs})
 enable_language(CUDA)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12)
-  message(FATAL_ERROR "${VBLORA_NVCC} is of CUDA ${CMAKE_CUDA_COMPILER_VERSION}; C++20 needs 12.0 or newer. "
-                      "Name a newer one with CUDA_HOME, or set VBLORA_CPU_ONLY=1.")
+  message(FATAL_ERROR "${VBLORA_NVCC} is from CUDA ${CMAKE_CUDA_COMPILER_VERSION}, but C++20 needs 12.0 or newer. "
+                      "Set CUDA_HOME to a newer toolkit, or set VBLORA_CPU_ONLY=1.")
 endif()
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" cuda_version ${CMAKE_CUDA_COMPILER_VERSION})
 list(TRANSFORM archs APPEND "+PTX" REGEX "[0-9af]$")

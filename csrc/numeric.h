@@ -1,6 +1,6 @@
-// Arithmetic that gives the same bits on every backend and instruction set (in float64, but for the library's exp):
-// conversions, exp, and the order of a row's entries. Everything here is `static`: the CPU kernels compile it once an
-// instruction set, and a function with linkage would leave the choice among those copies to the linker.
+// Conversions, exp and the order of a row's entries, with the same bits on every backend and instruction set (except
+// float64's exp, which is the library's). Everything is `static`: the CPU kernels compile this file once per
+// instruction set, and with external linkage the linker would pick one copy for all of them.
 #pragma once
 
 #include <math.h>
@@ -30,7 +30,7 @@ static VBLORA_BOTH inline To bits_as(From from) {
   return to;
 }
 
-// What a type is accumulated in.
+// The type that sums of T use.
 template <class T>
 struct accumulator {
   using type = float;
@@ -58,10 +58,10 @@ template <class To>
 static VBLORA_BOTH inline To load(f16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t normal = (magnitude << 13) + 0x38000000u;  // the exponents' biases differ by 112
+  const uint32_t normal = (magnitude << 13) + 0x38000000u;  // the exponent biases differ by 112
   const uint32_t special = (magnitude << 13) | 0x7f800000u;
-  // A denormal is a count of 2^-24, which float holds as a normal number: exact even where denormals are flushed to
-  // zero.
+  // A denormal is a multiple of 2^-24, which float represents as a normal number: exact even if denormals are flushed
+  // to zero.
   const uint32_t denormal = bits_as<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   const uint32_t finite = magnitude < 0x0400u ? denormal : normal;
   return static_cast<To>(bits_as<float>((magnitude >= 0x7c00u ? special : finite) | sign));
@@ -79,9 +79,9 @@ static VBLORA_BOTH inline void store(bf16* to, float x) {
 static VBLORA_BOTH inline void store(f16* to, float x) {
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal results: rebias the exponent, round to nearest even; a carry runs into the exponent, up to infinity.
+  // Normal results: rebias the exponent and round to nearest even; a carry increments the exponent, up to infinity.
   const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Denormal results: adding 0.5 puts the last mantissa bit that half can hold where float rounds by itself.
+  // Denormal results: adding 0.5 aligns half's last mantissa bit with float's, so that float's own rounding applies.
   const uint32_t denormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t half = magnitude < 0x38800000u ? denormal : normal;
   half = magnitude >= 0x47800000u ? 0x7c00u : half;  // 65536 and above, infinity
@@ -94,15 +94,15 @@ static VBLORA_BOTH inline void store(f16* to, double x) { store(to, static_cast<
 static VBLORA_BOTH inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 static VBLORA_BOTH inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
-// e^x for the differences of a softmax, x <= 0 or NaN. Ours, since libraries differ in the last bit and a checkpoint
-// should not: x = n ln2 + r with |r| <= ln2 / 2, a Taylor polynomial for e^r (its remainder is below 6e-9), 2^n in two
-// exact steps.
+// e^x for the softmax: x <= 0 or NaN. Not the library's, because libraries differ in the last bit and checkpoints must
+// not. x = n ln2 + r with |r| <= ln2 / 2; a Taylor polynomial for e^r with a remainder below 6e-9; 2^n in two exact
+// steps.
 static VBLORA_BOTH inline float exponential(float x) {
   if (!(x >= -104.0f)) return x != x ? x : 0.0f;
-  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits
+  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds x to an integer in the low bits
   const float shifted = fmaf(x, 1.44269504f, shifter);
   const float n = shifted - shifter;
-  float r = fmaf(n, -0.693359375f, x);  // ln2 in two parts, the first with few bits, so that its product is exact
+  float r = fmaf(n, -0.693359375f, x);  // ln2 in two parts; the first has few bits, so its product is exact
   r = fmaf(n, 2.12194440e-4f, r);
   float p = 1.0f / 5040.0f;
   p = fmaf(p, r, 1.0f / 720.0f);
@@ -113,15 +113,17 @@ static VBLORA_BOTH inline float exponential(float x) {
   p = fmaf(p, r, 1.0f);
   p = fmaf(p, r, 1.0f);
   const int32_t exponent = static_cast<int32_t>(n);
-  const int32_t half = exponent / 2;  // n goes down to -150, where the result is denormal and 2^n alone is no float
+  const int32_t half = exponent / 2;  // n can be -150: the result is denormal, and 2^n alone does not fit in a float
   const float first = bits_as<float>(static_cast<uint32_t>(127 + half) << 23);
   const float second = bits_as<float>(static_cast<uint32_t>(127 + exponent - half) << 23);
   return p * first * second;
 }
-static VBLORA_BOTH inline double exponential(double x) { return exp(x); }  // the library's: float64 is for checking
+static VBLORA_BOTH inline double exponential(double x) {
+  return exp(x);
+}  // the library's; float64 is meant for testing
 
-// Whether entry (x, vector, column) of a row comes before entry (y, ...) : larger first, NaN largest as in torch.topk,
-// ties to the lowest bank vector, then to the lowest column.
+// Whether a row's entry x is ordered before y: larger first, NaN largest as in torch.topk, ties by bank vector and then
+// by column, lowest first.
 template <class T>
 static VBLORA_BOTH inline bool comes_before(T x, int64_t x_vector, int64_t x_column, T y, int64_t y_vector,
                                             int64_t y_column) {

@@ -28,8 +28,8 @@ int64_t element_size(ScalarType type) {
       aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(torch::stable::detail::from(type))));
 }
 
-// Before 2.13, torch only says that an allocation failed. Whoever looks for torch's words (accelerate's
-// find_executable_batch_size, people who search for them) shall find them, so we say them in its place.
+// Before 2.13, torch only reports that an allocation failed. Tools such as accelerate's find_executable_batch_size look
+// for the wording of torch's own out-of-memory errors, so we raise it ourselves.
 Tensor allocated(const Tensor& like, double bytes, const std::function<Tensor()>& allocation) {
   try {
     return allocation();
@@ -44,22 +44,22 @@ Tensor allocated(const Tensor& like, double bytes, const std::function<Tensor()>
   }
 }
 
-// Of fresh memory each page is to be cleared and, unless huge, a fault of its own.
+// New memory in huge pages, because each page costs a fault on first use.
 Tensor fresh(const Tensor& like, int64_t bytes) {
   const Tensor block = make_empty(like, {bytes}, ScalarType::Byte);
 #ifdef MADV_HUGEPAGE
   const auto address = reinterpret_cast<uintptr_t>(block.mutable_data_ptr());
   const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  if (begin < end)  // advice: where it is refused, all is as before
+  if (begin < end)  // only a hint; a failure does no harm
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return block;
 }
 
-// Blocks of torch's allocator that no tensor uses at the moment. A training step asks for the same few sizes as the
-// last one did: the sub-vectors and the gradient of the logits.
-class Kept {
+// Blocks from torch's allocator that no tensor uses. Every training step asks for the same few sizes: the sub-vectors
+// and the gradient of the logits.
+class BlockCache {
  public:
   Tensor take(const Tensor& like, int64_t bytes) {
     {
@@ -89,14 +89,14 @@ class Kept {
   }
 
  private:
-  static constexpr size_t kMost = 8;  // the longest unused goes first
+  static constexpr size_t kMost = 8;  // then the least recently used block is freed
   std::mutex mutex_;
   std::vector<Tensor> blocks_;
 };
 
-Kept& kept() {
-  static Kept& all = *new Kept;  // never destroyed: tensors may outlive what would destroy it
-  return all;
+BlockCache& block_cache() {
+  static BlockCache& cache = *new BlockCache;  // never destroyed, because tensors may outlive static destructors
+  return cache;
 }
 
 }  // namespace
@@ -116,9 +116,9 @@ Tensor allocate(const Tensor& like, int64_t rows, int64_t columns, ScalarType ty
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   const int64_t bytes = rows * columns * element_size(type);
   if (like.device().type() != DeviceType::CPU || bytes < kLarge) return make_empty(like, {rows, columns}, type);
-  const Tensor block = kept().take(like, bytes);
+  const Tensor block = block_cache().take(like, bytes);
   return torch::stable::from_blob(block.mutable_data_ptr(), {sizes, 2}, {strides, 2}, like.device(), type,
-                                  [block](void*) { kept().give_back(block); });
+                                  [block](void*) { block_cache().give_back(block); });
 }
 
 std::vector<Tensor> in_parts(const Tensor& whole, const std::vector<int64_t>& sizes, int64_t ranks) {
@@ -135,6 +135,6 @@ std::vector<Tensor> in_parts(const Tensor& whole, const std::vector<int64_t>& si
   return parts;
 }
 
-void empty_cache() { kept().clear(); }
+void empty_cache() { block_cache().clear(); }
 
 }  // namespace vblora

@@ -1,5 +1,5 @@
-// Memory: of what operators return, and of the copies and workspaces that they need. All allocations are made here, so
-// that running out of memory says so under every torch.
+// Memory for outputs, copies and workspaces. All allocations go through these functions, so that running out of memory
+// gives the same error with every version of torch.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,20 +13,20 @@ namespace vblora {
 torch::stable::Tensor make_empty(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,
                                  torch::headeronly::ScalarType type);
 
-// The tensor itself if it is contiguous, else a copy that is.
+// The tensor itself if it is contiguous, otherwise a contiguous copy.
 torch::stable::Tensor make_contiguous(const torch::stable::Tensor& tensor);
 
-// An uninitialised (rows, columns) tensor on the device of `like`. On the CPU, large ones lie in memory that earlier
-// ones have left, where there is such.
+// An uninitialised (rows, columns) tensor on the device of `like`. On the CPU, large ones reuse memory of earlier ones
+// where possible.
 torch::stable::Tensor allocate(const torch::stable::Tensor& like, int64_t rows, int64_t columns,
                                torch::headeronly::ScalarType type);
 
-// Runs of `sizes` rows of a matrix, each a tensor (ranks, *) of its own in the same memory, which they keep alive. In
-// the eyes of torch they are no views, of which each would take a call of its dispatcher or two.
+// Splits a matrix into runs of `sizes` rows, each a (ranks, *) tensor in the same memory, which it keeps alive. These
+// are not views to torch: creating a view would take one or two dispatcher calls each.
 std::vector<torch::stable::Tensor> in_parts(const torch::stable::Tensor& whole, const std::vector<int64_t>& sizes,
                                             int64_t ranks);
 
-// Gives back to the system what is kept for coming outputs.
+// Frees the memory that is cached for later outputs.
 void empty_cache();
 
 }  // namespace vblora

@@ -1,6 +1,5 @@
-// From the operators' tensors to a backend's problem: every argument checked by name, made dense where it is not, and
-// the outputs allocated. The same for all backends; what is returned keeps the tensors alive that the problem points
-// into.
+// Turns an operator's tensors into a problem for a backend: checks the arguments, makes them contiguous and allocates
+// the outputs. All backends share this. A call object owns the tensors that its problem points into.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -26,8 +25,8 @@ struct AdmixtureCall {
 AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
                                 int64_t k, std::optional<ScalarType> out_dtype);
 
-// For an admixture whose sub-vectors are handed out as runs of `sizes` rows, each a matrix of `ranks` rows, and that
-// says which rows are exhausted.
+// The same for sub-vectors that are split into runs of `sizes` rows, each a matrix of `ranks` rows. Also allocates
+// `exhausted`.
 AdmixtureCall prepare_admixture_parts(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
                                       int64_t k, std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
                                       int64_t ranks);
@@ -43,7 +42,7 @@ CompositionCall prepare_composition(const Tensor& bank, const Tensor& indices, c
 struct AdmixtureBackwardCall {
   AdmixtureBackward problem;
   std::optional<Tensor> grad_subvectors;
-  std::vector<Tensor> grad_parts;  // or these, of some of the rows each
+  std::vector<Tensor> grad_parts;  // used instead of grad_subvectors; each covers some of the rows
   std::optional<Tensor> grad_weights;
   Tensor indices, weights, bank;
   std::optional<Tensor> candidates;
@@ -55,8 +54,8 @@ AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& gr
                                                  const std::optional<Tensor>& candidates, int64_t num_candidates,
                                                  bool need_logits, bool need_bank);
 
-// The gradients of the sub-vectors as runs of rows, part i, of any shape, from row begins[i] on; those of other rows
-// are zero. The problem's grad_subvectors is null.
+// The same for gradients given as runs of rows: part i, of any shape, starts at row begins[i]. Rows outside the parts
+// have zero gradients. The problem's grad_subvectors is null.
 AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>& parts,
                                                        const std::vector<int64_t>& begins, const Tensor& indices,
                                                        const Tensor& weights, const Tensor& bank,
@@ -65,12 +64,12 @@ AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>
 
 struct DrawCall {
   Draw problem;
-  Tensor logits;  // what the problem writes: the caller's own, or dense stand-ins for them
+  Tensor logits;  // what the problem writes: the caller's tensors, or temporaries if those are not contiguous
   std::optional<Tensor> candidates;
   Tensor given_logits;
   std::optional<Tensor> given_candidates;
 
-  void write_back();  // from the stand-ins, if there are any
+  void write_back();  // copies temporaries to the caller's tensors
 };
 DrawCall prepare_draw(const Tensor& logits, const std::optional<Tensor>& candidates, int64_t num_vectors, int64_t seed,
                       double std);
@@ -83,8 +82,8 @@ struct UniformDrawCall {
 };
 UniformDrawCall prepare_uniform_draw(const Tensor& values, int64_t seed, int64_t stream, double bound);
 
-// VBLORA_CHECKED=1 in the environment: every call also looks at the values it was given (on the CPU; they are copied
-// there).
+// Whether VBLORA_CHECKED is set. If so, every call copies its arguments to the CPU and checks their values
+// (check_values.cpp).
 bool checked();
 void check_values(const AdmixtureCall& call);
 void check_values(const CompositionCall& call);

@@ -1,5 +1,5 @@
-// The problems that a backend solves, as raw pointers and sizes: what the CPU and the CUDA kernels share. No torch
-// here, so that kernels compile without it. All arrays are dense and row-major.
+// What a backend gets: problems as raw pointers and sizes, without torch, so that kernels compile without it. All
+// arrays are contiguous and row-major.
 #pragma once
 
 #include <cstdint>
@@ -8,24 +8,24 @@ namespace vblora {
 
 enum class Type : int8_t { f32, f64, bf16, f16, u8, i16, i32, i64 };
 
-// logits, candidates -> the k best of each row, their softmax weights, and the mixture of the bank vectors they stand
-// for. Weights, and all accumulation, are float32, or float64 when the inputs are.
+// Selects the k largest logits of each row and mixes their bank vectors with softmax weights. Weights and sums are
+// float64 for float64 inputs, otherwise float32.
 struct Admixture {
   Type type;            // of logits and bank
   Type candidate_type;  // i16 or i32
   Type out_type;
   const void* logits;      // (rows, columns)
   const void* bank;        // (vectors, length)
-  const void* candidates;  // (rows, columns), or null: column j stands for bank vector j
+  const void* candidates;  // (rows, columns), or null: column j has bank vector j
   void* subvectors;        // (rows, length)
   int32_t* indices;        // (rows, k): columns of logits, best first
   void* weights;           // (rows, k)
-  bool* exhausted;         // (rows), or null: whether the k-th best logit is not above the last column's.
-                           // The CPU's alone; elsewhere a few operators of torch's do that.
+  bool* exhausted;         // (rows), or null: whether the k-th largest logit is not above the last column's.
+                           // CPU only; on other devices vblora/ops.py computes it.
   int64_t rows, columns, vectors, length, k;
 };
 
-// A deployed adapter: bank indices and weights -> mixtures.
+// Mixes bank vectors by given indices and weights: the operator of a deployed adapter.
 struct Composition {
   Type type;  // of bank
   Type index_type;
@@ -37,14 +37,14 @@ struct Composition {
   int64_t rows, vectors, length, k;
 };
 
-// The gradients of an Admixture. Either incoming gradient may be null (zero), either outgoing one too (not wanted).
+// The gradients of an Admixture. A null incoming gradient is zero; a null outgoing one is not computed.
 struct AdmixtureBackward {
   Type type;                    // of bank, and of both outgoing gradients
   Type candidate_type;          // i16 or i32
   Type grad_type;               // of grad_subvectors
   const void* grad_subvectors;  // (rows, length)
   const void* grad_weights;     // (rows, k), of the weights' type
-  const int32_t* indices;       // (rows, k): of each row distinct, as an Admixture's are
+  const int32_t* indices;       // (rows, k), distinct within a row, as an Admixture returns them
   const void* weights;          // (rows, k)
   const void* bank;             // (vectors, length)
   const void* candidates;       // (rows, columns), or null
@@ -53,18 +53,18 @@ struct AdmixtureBackward {
   int64_t rows, columns, vectors, length, k;
 };
 
-// The random numbers that logits begin with (random.h): all of a row's, or the largest of them and where they stood.
+// Initial logits (random.h): all numbers of a row, or the largest ones and their columns.
 struct Draw {
   Type type;            // of logits
   Type candidate_type;  // i16 or i32
   void* logits;         // (rows, columns)
-  void* candidates;     // (rows, columns), or null: columns is vectors
+  void* candidates;     // (rows, columns), or null if columns equals vectors
   int64_t rows, columns, vectors;
   uint64_t seed;
   double std;
 };
 
-// Uniform random numbers by place (random.h).
+// Uniform random numbers (random.h).
 struct UniformDraw {
   Type type;
   void* values;  // (rows, columns)

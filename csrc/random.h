@@ -1,12 +1,13 @@
-// Random numbers that are functions of their place: the same bits on every backend, instruction set and compiler, in
-// any order and on any number of threads. vblora/reference.py has the same in plain PyTorch. `static`, as in numeric.h.
+// Counter-based random numbers: each depends only on the seed, the stream, the row and the column, so the bits are the
+// same on every backend, instruction set and compiler, and for any number of threads. vblora/reference.py implements
+// the same in plain PyTorch. `static` for the reason given in numeric.h.
 #pragma once
 
 #include "numeric.h"
 
 namespace vblora {
 
-// What a draw is for: draws of one seed in different streams are independent.
+// Draws with the same seed in different streams are independent.
 enum class Stream : uint32_t { logits = 0, vera_A = 1, vera_B = 2 };
 
 struct Words {
@@ -29,19 +30,19 @@ static VBLORA_BOTH inline Words philox(uint64_t key, const Words& counter) {
   return {{c0, c1, c2, c3}};
 }
 
-// The words of columns [4 * quarter, 4 * quarter + 4) of a row. They depend on nothing else, so that a matrix may be
-// drawn in parts, be extended, or have another shape, and what was drawn before is drawn again.
+// The words of columns [4 * quarter, 4 * quarter + 4) of a row. They do not depend on the matrix's shape, so a matrix
+// can be drawn in parts or extended.
 static VBLORA_BOTH inline Words draw_words(uint64_t seed, Stream stream, int64_t row, int64_t quarter) {
   return philox(seed, {{static_cast<uint32_t>(quarter), static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32),
                         static_cast<uint32_t>(stream)}});
 }
 
-// ln x of a normal x > 0, to 3e-16 of the result where x < 0.1: x = 2^e m with m from sqrt(1/2) to sqrt(2), and
-// ln m = 2 artanh(s) with s = (m - 1) / (m + 1), |s| < 0.172; the first term of its series left out is below 1e-17.
+// ln x of a normal x > 0, with a relative error of 3e-16 for x < 0.1: x = 2^e m with m from sqrt(1/2) to sqrt(2), and
+// ln m = 2 artanh(s) with s = (m - 1) / (m + 1), |s| < 0.172; the first omitted term of the series is below 1e-17.
 static VBLORA_BOTH inline double logarithm(double x) {
   constexpr uint64_t sqrt_half = 0x3fe6a09e667f3bcdu, mantissa = 0x000fffffffffffffu;
   const uint64_t bits = bits_as<uint64_t>(x) + (0x3ff0000000000000u - sqrt_half);
-  // The exponent is an integer below 2^52, which or-ed into 2^52 makes a double without a conversion.
+  // OR-ing the exponent, an integer below 2^52, into 2^52 makes it a double without a conversion.
   const double exponent = bits_as<double>(0x4330000000000000u | bits >> 52) - (0x1p52 + 1023.0);
   const double m = bits_as<double>((bits & mantissa) + sqrt_half);
   const double s = (m - 1.0) / (m + 1.0), s2 = s * s;
@@ -58,18 +59,18 @@ static VBLORA_BOTH inline double logarithm(double x) {
   return exponent * 0x1.62e42fefa39efp-1 + s * series;  // ln 2
 }
 
-// The standard normal whose rank among the 2^32 possible ones is `word`: the quantile at (word + 0.5) / 2^32, from
-// -6.34 to 6.34, by PPND16 of Wichura's AS 241 (Applied Statistics 37, 1988). Only operations that IEEE 754 rounds
-// exactly, in a fixed order; no fused ones, so nothing here may be compiled with contraction (CMakeLists.txt).
+// The quantile of the standard normal distribution at (word + 0.5) / 2^32, from -6.34 to 6.34, by PPND16 of Wichura's
+// AS 241 (Applied Statistics 37, 1988). It uses only operations whose rounding IEEE 754 defines, in a fixed order and
+// never fused, so compile it without contraction (CMakeLists.txt).
 //
-// Strictly increasing in the word: neighbouring quantiles are at least 2^-32 sqrt(2 pi) = 5.8e-10 apart and the error
-// is below 3e-15. So words can be compared in place of normals.
+// It is strictly increasing: neighbouring quantiles are at least 2^-32 sqrt(2 pi) = 5.8e-10 apart, and the error is
+// below 3e-15. So comparing words is comparing normals.
 static VBLORA_BOTH inline double standard_normal(uint32_t word) {
-  // The probability less one half, exactly; through int32, which every instruction set converts.
+  // The probability minus one half, exact; via int32, which every instruction set converts.
   const double q = (static_cast<double>(static_cast<int32_t>(word ^ 0x80000000u)) + 0.5) * 0x1p-32;
   const double distance = q < 0.0 ? -q : q;
 
-  // Both formulas are worked out and one is taken, so that the loops around this are vectorised.
+  // Computing both formulas and selecting one lets the compiler vectorise the loops around this.
   const double r = 0.180625 - q * q;
   double above = 2.5090809287301226727e+3, below = 5.2264952788528545610e+3;
   above = above * r + 3.3430575583588128105e+4, below = below * r + 2.8729085735721942674e+4;
@@ -81,7 +82,7 @@ static VBLORA_BOTH inline double standard_normal(uint32_t word) {
   above = above * r + 3.3871328727963666080e+0, below = below * r + 1.0;
   const double central = q * above / below;
 
-  // AS 241 has a third formula, for probabilities below e^-25; the least here is 2^-33.
+  // AS 241's third formula is for probabilities below e^-25; the smallest here is 2^-33.
   const double t = sqrt(-logarithm(0.5 - distance)) - 1.6;
   above = 7.74545014278341407640e-4, below = 1.05075007164441684324e-9;
   above = above * t + 2.27238449892691845833e-2, below = below * t + 5.47593808499534494600e-4;
@@ -96,14 +97,14 @@ static VBLORA_BOTH inline double standard_normal(uint32_t word) {
   return distance <= 0.425 ? central : q < 0.0 ? -tail : tail;
 }
 
-// Rounded, to nearest even, to the 24 bits of float32 whatever the tensor's type, so that a seed means the same in all
-// of them. By hand: where gcc 12 vectorises, it leaves out a conversion to float and back to double.
+// Rounds to the 24 bits of float32, to nearest even, so that a seed gives the same numbers in every dtype. Written out
+// because gcc 12 drops a conversion to float and back when it vectorises.
 static VBLORA_BOTH inline double to_24_bits(double x) {
   const uint64_t bits = bits_as<uint64_t>(x);
   return bits_as<double>((bits + 0x0fffffffu + (bits >> 29 & 1u)) & ~uint64_t{0x1fffffff});
 }
 
-// What a word draws.
+// Maps a word to a number.
 struct Normal {
   double std;
   VBLORA_BOTH double operator()(uint32_t word) const { return to_24_bits(std * standard_normal(word)); }
@@ -113,7 +114,7 @@ struct Normal {
 struct Uniform {
   double bound;
   VBLORA_BOTH double operator()(uint32_t word) const {
-    const double step = static_cast<double>(static_cast<int32_t>(word ^ 0x80000000u) >> 8);  // through int32, as above
+    const double step = static_cast<double>(static_cast<int32_t>(word ^ 0x80000000u) >> 8);  // via int32, as above
     return to_24_bits(bound * (step * 0x1p-23));
   }
 };

@@ -1,4 +1,4 @@
-// The operators' schemas, and the Python module that carries them with the facts of its build.
+// The operators' schemas, and the Python module with its build information.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 

@@ -1,5 +1,5 @@
-// Included before all else. Makes errors that come from torch's own functions say what torch says. Built for the stable
-// ABI of 2.11, torch's headers would only name the call that failed.
+// Included before everything else. Errors from torch's own functions get torch's message; with the stable ABI of 2.11,
+// torch's headers would only name the failed call.
 #pragma once
 
 #include <dlfcn.h>
@@ -10,16 +10,15 @@
 
 namespace vblora {
 
-// A function of torch's C shim that not every supported torch has, or not in a library that every build of it has.
-// Linking it would keep the module from loading there, so it is looked up in the library that torch has loaded. Null if
-// missing.
+// Looks up a function of torch's C shim in a library that torch has loaded; null if it is missing. For functions that
+// some supported versions or builds of torch lack: linking them would keep the module from loading there.
 template <class Function>
 Function* find_in_torch(const char* library, const char* name) {
   void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
   return reinterpret_cast<Function*>(loaded ? dlsym(loaded, name) : nullptr);
 }
 
-// torch's message for the error that it has just returned; null before 2.13, which prints it instead.
+// torch's message for the last error; null before 2.13, where torch prints it instead.
 inline const char* torch_message() {
   using Function = const char*();
   static Function* const function =

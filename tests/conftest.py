@@ -1,4 +1,4 @@
-"""What every test may ask for: a backend that runs the operators, and a seed that a failure prints."""
+"""What every test may ask for: a backend that runs the operators, a device, and a seed that a failure prints."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
 
 import vblora
 from tests.emulation import build
 from tests.tables import FILLERS, WORDS
+
+DEVICES = ["cpu"]
+if vblora.build_info()["cuda"] != "none" and torch.cuda.is_available():
+    DEVICES.append("cuda")
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ def _backends() -> dict[str, Backend]:
     for order in build.ORDERS:  # the CUDA kernels, run on the CPU, with a block's threads in this order
         name = f"cuda-emulated-{order}"
         backends[name] = Backend(name, build.Operators(order), torch.device("cpu"))
-    if vblora.build_info()["cuda"] != "none" and torch.cuda.is_available():
+    if "cuda" in DEVICES:
         backends["cuda"] = Backend("cuda", torch.ops.vblora, torch.device("cuda"))
     return backends
 
@@ -71,6 +76,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where a test makes its tensors and modules if it does not say so: on each device that there is."""
+    device = torch.device(request.param)
+    if device.type == "cpu":  # is the default
+        yield device
+        return
+    # Bits are compared, and torch's memory-efficient attention is not deterministic.
+    with device, sdpa_kernel(SDPBackend.MATH):
+        yield device
 
 
 @pytest.fixture

@@ -52,6 +52,21 @@ class ComposedRows(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Made(TorchDispatchMode):
+    """Notes the shapes of the tensors that operators make within it: neither views of others nor what is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else [out]
+        if not any(value.alias_info for value in function._schema.returns):
+            self.shapes += [tuple(tensor.shape) for tensor in made if torch.is_tensor(tensor)]
+        return out
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 

@@ -1,4 +1,4 @@
-"""VB-LoRA for PyTorch: low-rank adapters mixed from one vector bank, with kernels of our own.
+"""VB-LoRA for PyTorch: low-rank adapters composed from one shared vector bank, with native kernels.
 
 >>> model = vblora.inject(model, vblora.VBLoRAConfig(r=4, num_vectors=256, vector_length=64))
 >>> optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
@@ -8,7 +8,9 @@ from . import ops, reference
 from .bank import VectorBank
 from .checkpoint import load, pack_optimizer, save, unpack_optimizer
 from .config import LoraConfig, TiedLoraConfig, VBLoRAConfig, VeraConfig
+from .errors import VBLoRAWarning
 from .layers.linear import VBLinear
+from .model import learning_rates  # noqa: F401  (it watches every optimizer)
 from .model.candidates import grow, stats
 from .model.inject import inject
 from .model.merging import merge, unmerge
@@ -23,6 +25,7 @@ __all__ = [
     "TiedLoraConfig",
     "VBLinear",
     "VBLoRAConfig",
+    "VBLoRAWarning",
     "VectorBank",
     "VeraConfig",
     "active_adapters",

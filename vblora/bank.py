@@ -1,4 +1,4 @@
-"""The vector bank: what all adapted layers of a model are mixed from."""
+"""The vector bank that all adapted layers of a model share."""
 
 import hashlib
 import os
@@ -9,36 +9,37 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_count
-from .distributed import whole
+from .distributed import gather_to_cpu
 from .files import read_tensors, write_tensors
 
 
 class BankFile(NamedTuple):
-    """The file that a bank was read from."""
+    """The file that a bank was loaded from."""
 
     name: str
     sha256: str  # of the file
-    content: str  # SHA-256 of the vectors as they came out of it
+    content: str  # SHA-256 of the vectors as loaded
 
 
 class VectorBank(nn.Module):
-    """A bank of ``num_vectors`` (h) trainable vectors of ``vector_length`` (b) elements (VB-LoRA, arXiv 2405.15179, §3.2).
+    """A bank of ``num_vectors`` (h) trainable vectors of length ``vector_length`` (b) (VB-LoRA, arXiv 2405.15179, §3.2).
 
     Args:
-        num_vectors: h, vectors in the bank.
-        vector_length: b, elements of a vector.
-        init_bound: vectors start uniform in ``[-init_bound, init_bound]``. Not zero: a bank of zeros has no gradient.
-        pairs: each vector 2i + 1 starts as the negative of vector 2i, for adapters with ``init="noop"``.
-        device, dtype: of the parameter, as in ``torch.nn.Linear``.
+        num_vectors: h, the number of vectors.
+        vector_length: b, the length of each vector.
+        init_bound: vectors are initialized uniformly in ``[-init_bound, init_bound]``. Must be positive: a bank of zeros gets no
+            gradient.
+        pairs: initialize vector 2i + 1 to the negative of vector 2i, for adapters with ``init="noop"``.
+        device, dtype: device and dtype of the parameter.
 
     Attributes:
         vectors: ``(h, b)`` parameter.
-        file: the file that it was read from, or None. An adapter whose bank is still what that file holds is saved without its
-            bank, which is named by its hash.
+        file: the file that the bank was loaded from, or None. While the bank equals its file, an adapter is saved with the
+            file's hash in place of the bank.
 
     Raises:
-        TypeError: a size that is no integer.
-        ValueError: a size below 1, or an ``init_bound`` that is not above 0.
+        TypeError: a size is not an integer.
+        ValueError: a size is less than 1, ``init_bound`` is not positive, or ``pairs`` is set and ``num_vectors`` is odd.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class VectorBank(nn.Module):
         check_count("num_vectors", num_vectors)
         check_count("vector_length", vector_length)
         if not init_bound > 0:
-            raise ValueError(f"`init_bound` is {init_bound}, but must be above 0: a bank of zeros gets no gradient.")
+            raise ValueError(f"`init_bound` is {init_bound}, but must be positive: a bank of zeros gets no gradient.")
         if pairs and num_vectors % 2:
             raise ValueError(f"`num_vectors` is {num_vectors}, but must be even for a bank of pairs.")
         self.init_bound = init_bound
@@ -79,50 +80,53 @@ class VectorBank(nn.Module):
                 self.vectors[1::2] = -self.vectors[::2]
 
     def is_of_pairs(self) -> bool:
-        """Whether each vector 2i + 1 is the negative of vector 2i."""
+        """Whether vector 2i + 1 is the negative of vector 2i for every i."""
         if self.vectors.is_meta:
             return self.pairs
         return self.num_vectors % 2 == 0 and torch.equal(self.vectors[1::2], -self.vectors[::2])
 
-    def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> str:
-        """Writes the bank into a file of its own, for adapters to share (:meth:`from_file`).
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> str:
+        """Saves the bank to a file that several adapters can share; load it with :meth:`from_file`.
 
         Args:
-            path: of a safetensors file, written under a temporary name and renamed.
-            dtype: what its elements are rounded to; ``torch.int8`` has a scale a vector. None keeps them exactly.
+            path: safetensors file, written atomically.
+            dtype: round to float32, bfloat16, float16 or int8 (with one scale per vector). None saves the exact values.
 
         Returns:
-            The file's SHA-256, by which adapters name it.
+            The file's SHA-256, which adapters refer to.
+
+        Raises:
+            ValueError: another dtype, or the bank is not finite in it.
         """
         path = Path(path)
-        write_tensors(path, encode_vectors(whole(self.vectors), dtype))
+        write_tensors(path, encode_vectors(gather_to_cpu(self.vectors), dtype))
         return _sha256(path.read_bytes())
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike, *, device: torch.device | str | None = None) -> "VectorBank":
-        """The bank that :meth:`save` wrote, in float32.
+    def from_file(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> "VectorBank":
+        """Loads a bank that :meth:`save` wrote, as float32.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is damaged, or holds something else.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged or does not hold a bank.
         """
         path = Path(path)
         tensors, _ = read_tensors(path)
         try:
             vectors = decode_vectors(tensors)
         except ValueError as error:
-            raise ValueError(f"{path} is no file of a vector bank: {error}") from None
+            raise ValueError(f"{path} does not hold a vector bank: {error}") from None
         bank = cls(*vectors.shape, device="meta")
         bank.vectors = nn.Parameter(vectors.float().to(device))
         bank.file = BankFile(path.name, _sha256(path.read_bytes()), bank._content())
         return bank
 
     def unchanged(self) -> bool:
-        """Whether it is what its file holds."""
+        """Whether the bank equals the file that it was loaded from."""
         return self.file is not None and self._content() == self.file.content
 
     def _content(self) -> str:
-        vectors = whole(self.vectors).contiguous()
+        vectors = gather_to_cpu(self.vectors).contiguous()
         return _sha256(f"{vectors.dtype} {tuple(vectors.shape)}".encode() + vectors.view(torch.uint8).numpy().tobytes())
 
     def extra_repr(self) -> str:
@@ -130,10 +134,10 @@ class VectorBank(nn.Module):
 
 
 def encode_vectors(vectors: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A bank as tensors of a file: ``vectors``, and for int8 the ``scales`` ``(h,)``, in float32.
+    """Encodes a bank as a file's tensors: ``vectors``, and for int8 also float32 ``scales`` ``(h,)``.
 
     Raises:
-        ValueError: another ``dtype``, or vectors that are not finite.
+        ValueError: the dtype is not supported, or the vectors are not finite in it.
     """
     if not vectors.isfinite().all():
         raise ValueError("the vector bank holds an infinite or NaN element.")
@@ -148,29 +152,35 @@ def encode_vectors(vectors: Tensor, dtype: torch.dtype | None = None) -> dict[st
         raise ValueError(f"`bank_dtype` is {dtype}; allowed are {allowed}.")
     rounded = vectors.to(dtype)
     if not rounded.isfinite().all():
-        raise ValueError(f"`bank_dtype` is {dtype}, in which the largest element of the bank is infinite.")
+        raise ValueError(
+            f"`bank_dtype` is {dtype}, in which the largest element of the bank is infinite; use torch.bfloat16."
+        )
     return {"vectors": rounded}
 
 
 def decode_vectors(tensors: dict[str, Tensor]) -> Tensor:
-    """The vectors of :func:`encode_vectors`; of int8 in float32, others as they are.
+    """Decodes the result of :func:`encode_vectors`: int8 to float32, other dtypes unchanged.
 
     Raises:
-        ValueError: these are not such tensors.
+        ValueError: the tensors do not encode a bank.
     """
     vectors, scales = tensors.get("vectors"), tensors.get("scales")
     if vectors is None or tensors.keys() - {"vectors", "scales"}:
-        raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'no tensor'}.")
+        raise ValueError(
+            f"its tensors are {', '.join(sorted(tensors)) or 'none'}; allowed are `vectors` and optional `scales`."
+        )
     if vectors.dim() != 2 or 0 in vectors.shape:
-        raise ValueError(f"`vectors` is {tuple(vectors.shape)}, but must be (h, b).")
+        raise ValueError(f"`vectors` has shape {tuple(vectors.shape)}, but must be (h, b).")
     if (vectors.dtype == torch.int8) != (scales is not None):
-        raise ValueError(f"`vectors` is {vectors.dtype} {'with' if scales is not None else 'without'} `scales`.")
+        raise ValueError(
+            f"`vectors` is {vectors.dtype} {'with' if scales is not None else 'without'} `scales`; int8 alone has scales."
+        )
     if scales is not None:
         if scales.dtype != torch.float32 or scales.shape != vectors.shape[:1]:
-            raise ValueError(f"`scales` is {scales.dtype} {tuple(scales.shape)}, but must be float32, one a vector.")
+            raise ValueError(f"`scales` is {scales.dtype} {tuple(scales.shape)}, but must be float32 of shape (h,).")
         vectors = vectors.float() * scales[:, None]
     elif vectors.dtype not in (*_DTYPES, torch.float64):
-        raise ValueError(f"`vectors` is {vectors.dtype}.")
+        raise ValueError(f"`vectors` is {vectors.dtype}, but must be a float dtype or torch.int8.")
     if not vectors.isfinite().all():
         raise ValueError("`vectors` holds an infinite or NaN element.")
     return vectors

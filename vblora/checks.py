@@ -1,8 +1,8 @@
-"""Checks of arguments that stand on nothing else."""
+"""Argument checks that every other module may import."""
 
 
 def check_count(name: str, value: int) -> None:
-    """Refuses anything but a positive integer, by name."""
+    """Raises unless ``value`` is a positive integer; the message names the argument."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"`{name}` is {value!r}, but must be an integer.")
     if value < 1:

@@ -1,55 +1,60 @@
-"""Several processes: parameters of which each holds a part (FSDP2's DTensors), and draws that all must make alike.
+"""Distributed training: parameters sharded by FSDP2 (DTensors), and the process group.
 
-Sharded tensors are told by their methods, so that ``torch.distributed.tensor`` is imported by those who use it.
+DTensors are recognised by their methods, so ``torch.distributed.tensor`` is only imported where it is used.
 """
 
 import os
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(tensor: Tensor) -> bool:
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     return hasattr(tensor, "full_tensor")
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """All of a tensor, for our operators, which take no DTensor; a plain one is returned as it is. All processes take part.
+    """Gathers a DTensor for our operators, which take plain tensors; returns a plain tensor unchanged. A collective call.
 
-    Its gradient is the mean of what the processes make of it, each on data of its own, as FSDP's are.
+    Like FSDP's gradients, the gradient is the mean over the processes.
     """
-    if not is_sharded(tensor):
-        return tensor
-    from torch.distributed.tensor import Partial
+    if is_sharded(tensor):
+        from torch.distributed.tensor import Partial
 
-    mesh = tensor.device_mesh
-    full = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if full.requires_grad:
-        full.register_hook(lambda gradient: gradient / mesh.size())
-    return full
+        mesh = tensor.device_mesh
+        full: Tensor = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+        if full.requires_grad:
+            full.register_hook(lambda gradient: gradient / mesh.size())
+        return full
+    return tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, detached and on the CPU. All processes take part."""
+def gather_to_cpu(tensor: Tensor) -> Tensor:
+    """The full tensor, detached and on the CPU. A collective call if it is sharded."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if is_sharded(tensor) else tensor).cpu()
 
 
-def like(tensor: Tensor, model: Tensor) -> Tensor:
-    """``tensor``, which every process has all of, on the device of ``model`` and sharded as that is."""
-    tensor = tensor.to(model.device)
-    if not is_sharded(model):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Moves ``tensor`` to the device of ``other`` and shards it like ``other``. Every process passes the full tensor."""
+    tensor = tensor.to(other.device)
+    if is_sharded(other):
+        from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+        return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    return tensor
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts the sharded parameters back, in whose place FSDP2 leaves the gathered ones after some forwards."""
+    """Makes a model's parameters the sharded ones; FSDP2 leaves the gathered ones in place after some forwards."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        reshard_module = getattr(module, "reshard", None)
+        if callable(reshard_module):
+            reshard_module()
 
 
 def rank() -> int:
@@ -57,7 +62,7 @@ def rank() -> int:
 
 
 def processes() -> int:
-    """How many train together, as far as can be told: a launcher says it before there is a process group."""
+    """The number of processes; before the process group exists, the one that the launcher set in ``WORLD_SIZE``."""
     return torch.distributed.get_world_size() if _in_group() else int(os.environ.get("WORLD_SIZE") or 1)
 
 

@@ -1,9 +1,9 @@
-"""The operators of `torch.ops.vblora` in plain PyTorch: the definition of what they compute, written to be read.
+"""The oracle: the operators of `torch.ops.vblora` in plain PyTorch, written to be read.
 
-Each function takes what its operator takes and returns what it returns; `admixture` is differentiable by autograd. Nothing
-here is fast. The tests hold every backend against this module, in float64, so it is also where to look a rule up.
+Each function has its operator's arguments and results and defines what the operator computes; `admixture` is differentiable by
+autograd. Nothing here is fast. The tests compare every backend with this module in float64.
 
-Symbols, as everywhere: a sub-vector is one row; S rows, M logits a row, k of them mixed, a bank of h vectors of length b.
+Symbols: S rows, one per sub-vector; M logits per row, k of them selected; a bank of h vectors of length b.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import math
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CANDIDATE_DTYPES = (torch.int16, torch.int32)
-INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+from .arguments import (
+    accumulation_dtype,
+    check_admixture,
+    check_admixture_backward,
+    check_compose,
+    check_draw_logits,
+    check_draw_uniform,
+)
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What weights are, and sums run, in: float32, or float64 where the inputs are float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+_require = torch._check_value  # raises a ValueError
 
 
 def admixture(
@@ -28,38 +30,28 @@ def admixture(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The top-k admixture module of VB-LoRA (arXiv 2405.15179, eq. 3.3): `u = sum_s w_s alpha_s`, `w = softmax(top_k(sigma))`.
 
-    sigma is a row of `logits` and alpha the vectors of `bank`; u is a sub-vector, which eq. 3.1 and 3.2 join into the rows
-    of a LoRA pair.
+    sigma is a row of `logits`, alpha_s a vector of `bank`, and u a sub-vector; eq. 3.1 and 3.2 concatenate sub-vectors into
+    the rows of A and B.
 
     Args:
         logits: (S, M), float32, float64, bfloat16 or float16.
-        bank: (h, b), of the same dtype.
-        candidates: (S, M), int16 or int32: the bank vector that each logit stands for; more than one may stand for the same.
-            None, where M = h: column j stands for vector j. One outside 0..h-1 is selected like any other, but adds nothing.
-        k: how many logits of a row are mixed, 1 <= k <= M.
-        out_dtype: of `subvectors`, any of the four; the bank's if None.
+        bank: (h, b), the dtype of `logits`.
+        candidates: (S, M), int16 or int32: the bank vector of each logit; several logits can have the same one. An index outside
+            0..h-1 is selected like any other but contributes nothing. None requires M = h: column j has vector j.
+        k: the number of logits to select per row, 1 <= k <= M.
+        out_dtype: dtype of `subvectors`, one of the four above; None for the bank's.
 
     Returns:
-        subvectors: (S, b). Summed in float32 (float64 for float64 inputs) from the best logit to the least, rounded once.
-        indices: (S, k), int32: columns of `logits`, the largest logit first. A NaN counts as largest. Among equal logits
-            the lowest bank vector comes first, and for the same vector the lowest column.
-        weights: (S, k), float32 (float64 for float64 inputs): the softmax of the selected logits. A logit of -inf has weight 0;
-            NaN, +inf, and nothing but -inf among the selected make the row NaN.
+        subvectors: (S, b), summed in float32 (float64 for float64 inputs) in descending order of the logits and rounded once.
+        indices: (S, k), int32: columns of `logits`, largest logit first. NaN counts as largest. Ties go to the lowest bank
+            vector, then to the lowest column.
+        weights: (S, k), float32 (float64 for float64 inputs): the softmax of the selected logits. A logit of -inf has weight 0.
+            If NaN or +inf is selected, or only -inf, the row is NaN.
 
     Raises:
-        ValueError: a shape, a dtype or k is not as above; the message names the argument.
+        ValueError: a shape, a dtype, a device or k is invalid.
     """
-    _check_matrix("logits", logits, FLOAT_DTYPES)
-    _check_matrix("bank", bank, (logits.dtype,))
-    num_columns = logits.shape[1]
-    if candidates is None:
-        _require(num_columns == len(bank), f"logits must have a column for each of the bank's {len(bank)} vectors when there "
-                 f"are no candidates, got {num_columns}")  # fmt: skip
-    else:
-        _check_matrix("candidates", candidates, CANDIDATE_DTYPES, tuple(logits.shape))
-    _require(1 <= k <= num_columns, f"k must be between 1 and the {num_columns} columns of logits, got {k}")
-    _check_out_dtype(out_dtype)
-
+    check_admixture(logits, bank, candidates, k, out_dtype, require=_require)
     columns = _best_columns(logits, candidates, k)
     selected = logits.gather(1, columns).to(accumulation_dtype(logits.dtype))
     weights = torch.softmax(selected, dim=1)
@@ -79,53 +71,41 @@ def admixture_backward(
     need_logits: bool,
     need_bank: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `admixture`, from what it returned.
+    """The gradients of `admixture`.
 
-    With v_j the bank vector of a row's j-th selected logit, and g, gw the row's incoming gradients:
-    `d_j = <g, v_j> + gw_j`, the gradient of that logit is `w_j (d_j - sum_i w_i d_i)`, and v_j is owed `w_j g`.
+    For a row with incoming gradients g of the sub-vector and gw of the weights, let v_j be the bank vector of its j-th selected
+    logit and `d_j = <g, v_j> + gw_j`. The gradient of that logit is `w_j (d_j - sum_i w_i d_i)`; the row adds `w_j g` to the
+    gradient of v_j.
 
     Args:
-        grad_subvectors: (S, b), any of the four float dtypes; None for zero.
-        grad_weights: (S, k), of the weights' dtype; None for zero, but not both.
-        indices, weights: (S, k), as `admixture` returned them. An index outside 0..M-1 has no vector and gets no gradient.
-        bank, candidates: as `admixture` was given them.
+        grad_subvectors: (S, b), float32, float64, bfloat16 or float16; None for zero.
+        grad_weights: (S, k), the dtype of `weights`; None for zero. At least one of the two must be given.
+        indices, weights: (S, k), the results of `admixture`. An index outside 0..M-1 contributes nothing.
+        bank, candidates: the arguments of `admixture`.
         num_candidates: M.
         need_logits, need_bank: which gradients to compute.
 
     Returns:
-        grad_logits: (S, M), of the bank's dtype, zero where a logit was not selected; empty, of shape (0,), if not needed.
-        grad_bank: (h, b), of the bank's dtype: all that a vector is owed, summed in float32 (float64) and rounded once; empty,
-            of shape (0,), if not needed.
+        grad_logits: (S, M), the bank's dtype, zero where a logit was not selected; shape (0,) if not needed.
+        grad_bank: (h, b), the bank's dtype, summed in float32 (float64 for a float64 bank) and rounded once; shape (0,) if not
+            needed.
 
     Raises:
-        ValueError: a shape or a dtype is not as above; the message names the argument.
+        ValueError: a shape, a dtype or a device is invalid.
     """
-    _check_matrix("bank", bank, FLOAT_DTYPES)
+    check_admixture_backward(
+        grad_subvectors, grad_weights, indices, weights, bank, candidates, num_candidates, require=_require
+    )
     dtype = accumulation_dtype(bank.dtype)
-    _check_matrix("indices", indices, (torch.int32,))
-    _check_matrix("weights", weights, (dtype,), tuple(indices.shape))
     num_rows, k = indices.shape
     num_vectors, length = bank.shape
-    _require(
-        grad_subvectors is not None or grad_weights is not None, "grad_subvectors and grad_weights cannot both be None"
-    )
-    if grad_subvectors is not None:
-        _check_matrix("grad_subvectors", grad_subvectors, FLOAT_DTYPES, (num_rows, length))
-    if grad_weights is not None:
-        _check_matrix("grad_weights", grad_weights, (dtype,), (num_rows, k))
-    if candidates is None:
-        _require(num_candidates == num_vectors, f"num_candidates must be the bank's {num_vectors} vectors when there are no "
-                 f"candidates, got {num_candidates}")  # fmt: skip
-    else:
-        _check_matrix("candidates", candidates, CANDIDATE_DTYPES, (num_rows, num_candidates))
-
     column_exists = (indices >= 0) & (indices < num_candidates)
     columns = torch.where(column_exists, indices, 0).long()
     vectors = columns if candidates is None else candidates.long().gather(1, columns)
     vectors, vector_exists = _vectors_that_exist(torch.where(column_exists, vectors, -1), num_vectors)
 
     grad_w = torch.zeros_like(weights) if grad_weights is None else grad_weights.clone()
-    grad_bank = bank.new_zeros(num_vectors + 1, length, dtype=dtype)  # the last row takes what is owed to no vector
+    grad_bank = bank.new_zeros(num_vectors + 1, length, dtype=dtype)  # the last row collects what belongs to no vector
     if grad_subvectors is not None:
         grad = grad_subvectors.to(dtype)
         table = _with_a_zero_row(bank.to(dtype))
@@ -144,62 +124,45 @@ def admixture_backward(
 
 
 def compose(bank: Tensor, indices: Tensor, weights: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """The sub-vectors of an adapter that keeps only what was selected: the sum of eq. 3.3, without the choice.
+    """The sub-vectors of a deployed adapter: the sum of eq. 3.3 for given bank indices and weights.
 
     Args:
         bank: (h, b), float32, float64, bfloat16 or float16.
-        indices: (S, k), uint8, int16, int32 or int64: bank vectors. One outside 0..h-1 adds nothing.
-        weights: (S, k), float32 (float64 if the bank is).
-        out_dtype: any of the four float dtypes; the bank's if None.
+        indices: (S, k), uint8, int16, int32 or int64: bank vectors. An index outside 0..h-1 contributes nothing.
+        weights: (S, k), float32 (float64 for a float64 bank).
+        out_dtype: float32, float64, bfloat16 or float16; None for the bank's dtype.
 
     Returns:
-        subvectors: (S, b), summed like `admixture`'s. The operator is for inference and has no gradient.
+        subvectors: (S, b), summed like those of `admixture`. The operator is for inference and has no gradient.
 
     Raises:
-        ValueError: a shape or a dtype is not as above; the message names the argument.
+        ValueError: a shape, a dtype or a device is invalid.
     """
-    _check_matrix("bank", bank, FLOAT_DTYPES)
-    _check_matrix("indices", indices, INDEX_DTYPES)
-    _check_matrix("weights", weights, (accumulation_dtype(bank.dtype),), tuple(indices.shape))
-    _check_out_dtype(out_dtype)
+    check_compose(bank, indices, weights, out_dtype, require=_require)
     return _mix(bank, indices.long(), weights).to(out_dtype or bank.dtype)
 
 
 def draw_logits_(logits: Tensor, candidates: Tensor | None, num_vectors: int, seed: int, std: float) -> None:
-    """The logits that an adapter begins with: normals, in place, each a function of seed, row and bank vector alone.
+    """Draws an adapter's initial logits in place: normal numbers that depend only on the seed, the row and the bank vector.
 
-    The word of a row and a bank vector is `philox`'s (`draw_words`), its number is `standard_normal` of it times `std`, rounded
-    to the 24 bits of float32 and then to the logits' dtype. With candidates only the M largest of a row's h numbers are kept, in
-    which `admixture` finds the same best ones as among all h. (All h are held here; the operator does without.)
+    Each number is `standard_normal` of its word (`draw_words`) times `std`, rounded to the 24 bits of float32 and then to the
+    logits' dtype. With candidates, only the M largest numbers of a row are kept, so `admixture` selects the same vectors as among
+    all h. (This function holds all h numbers; the operator does not.)
 
     Args:
-        logits: (S, M), float32, float64, bfloat16 or float16; written to. All numbers of a row without candidates, where
-            M = h, in the order of the bank vectors; the M largest in descending order with candidates.
-        candidates: (S, M), int16 (for h <= 32768) or int32; written to: the bank vectors that the M numbers belong to. Equal
-            words, of which a bank vector's number is an increasing function, go to the lowest bank vector first.
+        logits: (S, M), float32, float64, bfloat16 or float16; overwritten. Without candidates M = h, in the order of the bank;
+            with candidates in descending order.
+        candidates: (S, M), int16 (for h <= 32768) or int32; overwritten with the bank vector of each logit. Ties between words
+            go to the lowest bank vector.
         num_vectors: h >= M.
-        seed: any integer of 64 bits, signed.
-        std: of the numbers; finite, at least 0.
+        seed: signed 64-bit integer.
+        std: standard deviation; finite and not negative.
 
     Raises:
-        ValueError: a shape, a dtype or a value is not as above; the message names the argument.
+        ValueError: a shape, a dtype, a device or a value is invalid.
     """
-    _check_matrix("logits", logits, FLOAT_DTYPES)
+    check_draw_logits(logits, candidates, num_vectors, std, require=_require)
     num_rows, num_columns = logits.shape
-    _require(0 <= num_vectors < 2**31, f"num_vectors must be between 0 and 2^31 - 1, got {num_vectors}")
-    if candidates is None:
-        _require(num_columns == num_vectors, f"logits must have num_vectors={num_vectors} columns when there are no "
-                 f"candidates, got {num_columns}")  # fmt: skip
-    else:
-        _check_matrix("candidates", candidates, CANDIDATE_DTYPES, tuple(logits.shape))
-        _require(
-            num_vectors <= torch.iinfo(candidates.dtype).max + 1, f"candidates must be int32 for {num_vectors} vectors"
-        )
-        _require(
-            num_columns <= num_vectors, f"logits must have at most num_vectors={num_vectors} columns, got {num_columns}"
-        )
-    _require(0 <= std < math.inf, f"std must be finite and not negative, got {std}")
-
     words = draw_words(num_rows, num_vectors, seed)
     if candidates is not None:
         words, order = words.sort(dim=1, descending=True, stable=True)
@@ -209,30 +172,29 @@ def draw_logits_(logits: Tensor, candidates: Tensor | None, num_vectors: int, se
 
 
 def draw_uniform_(values: Tensor, seed: int, stream: int, bound: float) -> None:
-    """Uniform numbers from -bound up to but not including bound, in place, each a function of seed, stream, row and column alone.
+    """Draws uniform numbers in [-bound, bound) in place; each depends only on the seed, the stream, the row and the column.
 
-    The leading 24 bits of a place's word (`draw_words`), less 2^23 and over 2^23, are what `bound` is multiplied by, in float64;
-    the product is rounded to the 24 bits of float32 and then to the tensor's dtype (which may round up to `bound`).
+    Each number is `bound * (w - 2^23) / 2^23` in float64, where w is the upper 24 bits of its word (`draw_words`), rounded to the
+    24 bits of float32 and then to the tensor's dtype, which may round up to `bound`.
 
     Args:
-        values: (rows, columns), float32, float64, bfloat16 or float16; written to.
-        seed: any integer of 64 bits, signed.
-        stream: what it is for, 0 to 2^32 - 1: those of one seed are independent. 0 is for logits, 1 and 2 for VeRA's A and B.
-        bound: finite, at least 0.
+        values: (rows, columns), float32, float64, bfloat16 or float16; overwritten.
+        seed: signed 64-bit integer.
+        stream: 0 to 2^32 - 1; streams of one seed are independent. Logits use 0, VeRA's A and B use 1 and 2.
+        bound: finite and not negative.
 
     Raises:
-        ValueError: a shape, a dtype or a value is not as above; the message names the argument.
+        ValueError: a shape, a dtype, a device or a value is invalid.
     """
-    _check_matrix("values", values, FLOAT_DTYPES)
-    _require(0 <= stream < 2**32, f"stream must be between 0 and 2^32 - 1, got {stream}")
-    _require(0 <= bound < math.inf, f"bound must be finite and not negative, got {bound}")
-    steps = (draw_words(*values.shape, seed, stream) >> 8) - 2**23
+    check_draw_uniform(values, stream, bound, require=_require)
+    num_rows, num_columns = values.shape
+    steps = (draw_words(num_rows, num_columns, seed, stream) >> 8) - 2**23
     values.copy_(_round_to_24_bits(steps.double() * 2.0**-23 * bound).to(accumulation_dtype(values.dtype)))
 
 
 def draw_words(num_rows: int, num_columns: int, seed: int, stream: int = 0) -> Tensor:
-    """(rows, columns), int64: the 32-bit word of each place. The counter of four neighbouring columns is
-    `(column // 4, row % 2^32, row // 2^32, stream)`; a column's word is the one at `column % 4`."""
+    """(rows, columns), int64: a random 32-bit word per element. Four neighbouring columns share the counter
+    `(column // 4, row % 2^32, row // 2^32, stream)`; each takes the word at `column % 4`."""
     quarters = torch.arange(-(-num_columns // 4))
     rows = torch.arange(num_rows)[:, None]
     counter = torch.broadcast_tensors(quarters, rows & _LOW, rows >> 32, torch.tensor(stream))
@@ -243,11 +205,11 @@ def philox(key: int, counter: Tensor) -> Tensor:
     """Philox 4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011).
 
     Args:
-        key: 64 bits, signed or not; the low half is the first word of the key.
-        counter: (..., 4), int64: words of 32 bits.
+        key: 64 bits, signed or unsigned; the lower half is the first word of the key.
+        counter: (..., 4), int64: 32-bit words.
 
     Returns:
-        (..., 4), int64: words of 32 bits.
+        (..., 4), int64: 32-bit words.
     """
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key & _LOW, key >> 32 & _LOW
@@ -262,8 +224,8 @@ def philox(key: int, counter: Tensor) -> Tensor:
 def standard_normal(words: Tensor) -> Tensor:
     """The quantile of the standard normal distribution at `(word + 0.5) / 2^32`, strictly increasing in the word.
 
-    By PPND16 of Wichura's AS 241 (Applied Statistics 37, 1988), without its third formula, for probabilities below e^-25. Each
-    operation is one that IEEE 754 rounds exactly, so that there is one right answer, to the last bit.
+    PPND16 of Wichura's AS 241 (Applied Statistics 37, 1988) without its third formula, which is for probabilities below e^-25.
+    IEEE 754 defines the rounding of every operation, so the result is defined to the last bit.
 
     Args:
         words: int64, 0 to 2^32 - 1.
@@ -271,7 +233,7 @@ def standard_normal(words: Tensor) -> Tensor:
     Returns:
         float64, of the same shape.
     """
-    q = (words.double() - 2.0**31 + 0.5) * 2.0**-32  # the probability less one half, exactly
+    q = (words.double() - 2.0**31 + 0.5) * 2.0**-32  # the probability minus one half, exact
     central = q * _polynomial(_CENTRAL_ABOVE, 0.180625 - q * q) / _polynomial(_CENTRAL_BELOW, 0.180625 - q * q)
     t = torch.sqrt(-_logarithm(0.5 - q.abs())) - 1.6
     tail = _polynomial(_TAIL_ABOVE, t) / _polynomial(_TAIL_BELOW, t)
@@ -291,13 +253,13 @@ _ARTANH = tuple(2.0 / n for n in range(19, 0, -2))  # of 2 artanh(s) / s in s^2
 
 
 def _product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """The two 32-bit words of a product of two, high and low, in steps that fit in 63 bits."""
+    """The high and low 32-bit words of a product, computed in steps that fit in 63 bits."""
     upper, lower = constant * (word >> 16), constant * (word & 0xFFFF)
     return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _LOW
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    """The highest power first. No operation that could be fused."""
+    """Coefficients of the highest power first. Multiplications and additions are separate, never fused."""
     value = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
         value = value * x + coefficient
@@ -305,7 +267,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def _logarithm(x: Tensor) -> Tensor:
-    """ln x = e ln 2 + 2 artanh((m - 1) / (m + 1)) of x = 2^e m with m from sqrt(1/2) to sqrt(2); x normal, greater than 0."""
+    """ln x = e ln 2 + 2 artanh((m - 1) / (m + 1)) for x = 2^e m, m in [sqrt(1/2), sqrt(2)); x is normal and positive."""
     sqrt_half = 0x3FE6A09E667F3BCD
     bits = x.view(torch.int64) + (0x3FF0000000000000 - sqrt_half)
     exponent = ((bits >> 52) - 1023).double()
@@ -315,15 +277,15 @@ def _logarithm(x: Tensor) -> Tensor:
 
 
 def _round_to_24_bits(x: Tensor) -> Tensor:
-    """float64 to as many bits as float32 has, to nearest even: what a conversion does, but for numbers outside its range."""
+    """Rounds float64 to the precision of float32, to nearest even, but keeps float64's range."""
     bits = x.view(torch.int64)
     return ((bits + 0x0FFFFFFF + (bits >> 29 & 1)) & ~0x1FFFFFFF).view(torch.float64)
 
 
 def _best_columns(logits: Tensor, candidates: Tensor | None, k: int) -> Tensor:
     """(S, k): the columns of each row's k largest logits, best first."""
-    # Two stable sorts, the less important first: equal logits stay in the order of their bank vectors, and equal vectors in the
-    # order of their columns. Sorting in descending order puts NaN first, and takes -0.0 and 0.0 for equal.
+    # Two stable sorts, by vector and then by logit: equal logits stay in the order of their vectors, and equal vectors in the
+    # order of their columns. A descending sort puts NaN first and treats -0.0 and 0.0 as equal.
     if candidates is None:
         by_vector = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
     else:
@@ -333,7 +295,7 @@ def _best_columns(logits: Tensor, candidates: Tensor | None, k: int) -> Tensor:
 
 
 def _mix(bank: Tensor, vectors: Tensor, weights: Tensor) -> Tensor:
-    """(S, b): the weighted sum of each row's bank vectors, in the weights' dtype, in the order of the columns."""
+    """(S, b): the weighted sum of each row's bank vectors in the weights' dtype, summed in the order of the columns."""
     vectors, exists = _vectors_that_exist(vectors, len(bank))
     weights = torch.where(exists, weights, 0)
     table = _with_a_zero_row(bank.to(weights.dtype))
@@ -344,32 +306,10 @@ def _mix(bank: Tensor, vectors: Tensor, weights: Tensor) -> Tensor:
 
 
 def _vectors_that_exist(vectors: Tensor, num_vectors: int) -> tuple[Tensor, Tensor]:
-    """Bank vectors with h in the place of those outside 0..h-1, and a mask of those inside."""
+    """Replaces indices outside 0..h-1 by h; also returns the mask of those inside."""
     exists = (vectors >= 0) & (vectors < num_vectors)
     return torch.where(exists, vectors, num_vectors), exists
 
 
 def _with_a_zero_row(table: Tensor) -> Tensor:
     return torch.cat([table, table.new_zeros(1, table.shape[1])])
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_matrix(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None = None
-) -> None:
-    _require(tensor.dim() == 2, f"{name} must have two dimensions, got shape {tuple(tensor.shape)}")
-    _require(
-        shape is None or tuple(tensor.shape) == shape, f"{name} must have shape {shape}, got {tuple(tensor.shape)}"
-    )
-    allowed = " or ".join(str(dtype) for dtype in dtypes)
-    _require(tensor.dtype in dtypes, f"{name} must be {allowed}, got {tensor.dtype}")
-
-
-def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
-    _require(
-        out_dtype is None or out_dtype in FLOAT_DTYPES, f"out_dtype must be one of {FLOAT_DTYPES}, got {out_dtype}"
-    )

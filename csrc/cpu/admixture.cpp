@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "../prepare.h"
 #include "../outputs.h"
+#include "../prepare.h"
 #include "kernels.h"
 
 namespace vblora::cpu {

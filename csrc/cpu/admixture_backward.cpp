@@ -13,12 +13,11 @@
 namespace vblora::cpu {
 namespace {
 
-// Elements of a part of the bank, and rows whose gradients are read for the logits and again for the bank: what a cache
-// holds.
-constexpr int64_t kSums = 1 << 19;
-constexpr int64_t kRows = 1024;
+// Sized to fit in a cache.
+constexpr int64_t kSums = 1 << 19;  // elements of a part of the bank
+constexpr int64_t kRows = 1024;     // rows whose gradients are read twice, for the logits and for the bank
 
-// Of each entry its bank vector, or -1: there is none, or its row has no gradient.
+// Each entry's bank vector, or -1 if it is out of range or its row has no gradient.
 std::unique_ptr<int32_t[]> vectors_of(const AdmixtureBackward& problem, const void* const* grads) {
   std::unique_ptr<int32_t[]> vectors(new int32_t[problem.rows * problem.k]);
   torch::stable::parallel_for(0, problem.rows, grain(32 * problem.k), [&](int64_t begin, int64_t end) {
@@ -31,7 +30,7 @@ std::unique_ptr<int32_t[]> vectors_of(const AdmixtureBackward& problem, const vo
   return vectors;
 }
 
-// Which parts the bank's gradient is computed in: runs of vectors that have about as much to do each.
+// Splits the bank into ranges of vectors with about equal work.
 class Parts {
  public:
   Parts(const AdmixtureBackward& problem, const Entries& entries)
@@ -48,7 +47,7 @@ class Parts {
   // The first vector of part i.
   int64_t begin(int64_t i) const {
     const int64_t vectors = static_cast<int64_t>(before_.size()) - 1;
-    const int64_t wanted = (before_.back() + vectors) * i / count_;  // a vector without entries is work, too
+    const int64_t wanted = (before_.back() + vectors) * i / count_;  // a vector without entries takes time, too
     int64_t low = 0, high = vectors;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
@@ -59,12 +58,11 @@ class Parts {
   }
 
  private:
-  std::vector<int64_t> before_;  // entries of the vectors before one
+  std::vector<int64_t> before_;  // number of entries of all vectors before each one
   int64_t count_;
 };
 
-// Both gradients, row by row from one end to the other: a task has a part of the bank, and its share of the logits'
-// rows.
+// Computes both gradients in blocks of rows. Each task has a part of the bank and an equal share of the logits' rows.
 void backward(const AdmixtureBackward& problem, const Entries& entries) {
   const Parts parts(problem, entries);
   const int64_t vectors = problem.grad_bank ? problem.vectors : 0;
@@ -91,7 +89,7 @@ void backward(const AdmixtureBackward& problem, const Entries& entries) {
   });
 }
 
-// Where the gradient of each row's sub-vector stands, or null: it is zero.
+// The address of each sub-vector's gradient, or null if it is zero.
 std::vector<const void*> rows_of(const AdmixtureBackwardCall& call, const std::vector<int64_t>& begins) {
   const AdmixtureBackward& problem = call.problem;
   std::vector<const void*> grads(static_cast<size_t>(problem.rows));

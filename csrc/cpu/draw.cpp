@@ -9,7 +9,7 @@
 namespace vblora::cpu {
 namespace {
 
-constexpr int64_t kCost = 4;  // of a word, in elementary steps
+constexpr int64_t kCost = 4;  // elementary steps per word
 
 void draw_logits(const Tensor& logits, const std::optional<Tensor>& candidates, int64_t num_vectors, int64_t seed,
                  double std) {

@@ -42,7 +42,7 @@ const Kernels& choose() {
   if (!best)
     throw std::runtime_error(
         "vblora: VBLORA_CPU_ISA is \"" + std::string(wanted) +
-        "\"; allowed are baseline, avx2 and avx512, where the machine has them. Unset it for the best.");
+        "\"; allowed are baseline, and avx2 or avx512 if the machine supports them. Unset it to use the best.");
   return *best;
 }
 

@@ -1,30 +1,28 @@
-// The CPU kernels, compiled once an instruction set; the best that this machine has is chosen once, when first asked
-// for. VBLORA_CPU_ISA=baseline|avx2|avx512 overrides. Results have the same bits on each.
+// The CPU kernels, compiled once per instruction set. The first call picks the best one that the machine supports;
+// VBLORA_CPU_ISA=baseline|avx2|avx512 overrides it. All give the same bits.
 #pragma once
 
 #include "../problems.h"
 
 namespace vblora::cpu {
 
-constexpr int64_t kScratch = 5;  // doubles that a row's entry needs: value, vector, column, address, weight
+constexpr int64_t kScratch = 5;  // doubles per entry of a row: value, vector, column, address, weight
 
-constexpr int64_t kDrawn = 256;  // words of a row that are drawn at once
-// Candidates of a row that are kept until they are sorted: enough that this is rarely more than once.
+constexpr int64_t kDrawn = 256;  // words drawn at a time
+// Capacity for a row's candidates before they are sorted, large enough that one sort usually suffices.
 [[maybe_unused]] static inline int64_t draw_keys(int64_t columns) { return 2 * columns + kDrawn; }
 
-// Of a backward problem: grads, of each row where the gradient of its sub-vector stands, or null: it is zero. That
-// stands for the problem's grad_subvectors. vectors: of each entry (row * k + j) the bank vector, or -1: out of range,
-// or its row has no gradient.
+// Lookup tables of a backward problem.
 struct Entries {
-  const void* const* grads;
-  const int32_t* vectors;
+  const void* const* grads;  // (rows): the gradient of each sub-vector, or null if it is zero; replaces grad_subvectors
+  const int32_t* vectors;    // (rows, k): bank vectors; -1 if out of range or if the row has no gradient
 };
-// Some of the bank's vectors, and what their gradients take.
+// A range of bank vectors, with the workspace for their gradients.
 struct BankPart {
-  int64_t first, last;  // vectors
-  bool* reached;        // (last - first): which have been added to; all false in the beginning
-  int64_t* places;      // room for the entries of as many rows as are added at once, and one
-  void* sums;           // (last - first, length) in float32; null: grad_bank itself is of the accumulator's type
+  int64_t first, last;  // vectors [first, last)
+  bool* reached;        // (last - first): whether a vector's sum has started; initially false
+  int64_t* places;      // (rows per call * k + 1)
+  void* sums;           // (last - first, length), float32; null if grad_bank has the accumulation type
 };
 
 struct Kernels {
@@ -33,7 +31,7 @@ struct Kernels {
   void (*admixture)(const Admixture&, int64_t begin, int64_t end, void* scratch);
   void (*compose)(const Composition&, int64_t begin, int64_t end, void* scratch);
   void (*backward_logits)(const AdmixtureBackward&, const Entries&, int64_t begin, int64_t end);
-  // To a part's gradient what rows [begin, end) contribute; rows are to come in order.
+  // Adds the contribution of rows [begin, end) to a part's gradient; call it in ascending order of rows.
   void (*backward_bank)(const AdmixtureBackward&, const Entries&, const BankPart&, int64_t begin, int64_t end);
   void (*finish_bank)(const AdmixtureBackward&, const BankPart&);
   // Rows [begin, end) of the problem. scratch: 2 * draw_keys(columns) integers.
@@ -43,7 +41,7 @@ struct Kernels {
 
 const Kernels& kernels();
 
-// Rows that make a task worth another thread, when a row costs about `work` elementary steps.
+// The number of rows worth another thread, if a row takes about `work` elementary steps.
 [[maybe_unused]] static inline int64_t grain(int64_t work) { return work >= 32768 ? 1 : 32768 / (work + 1) + 1; }
 
 }  // namespace vblora::cpu

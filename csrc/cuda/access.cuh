@@ -2,8 +2,8 @@
 // run time only, and which bank vector a column stands for. The counterpart of cpu/isa/rows.h.
 #pragma once
 
-#include "../problems.h"
 #include "../numeric.h"
+#include "../problems.h"
 #include "launch.cuh"
 
 namespace vblora::cuda {

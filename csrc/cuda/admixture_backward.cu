@@ -1,7 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
-#include "../prepare.h"
 #include "../outputs.h"
+#include "../prepare.h"
 #include "admixture_backward.cuh"
 #include "stream.h"
 

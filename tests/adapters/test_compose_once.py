@@ -1,5 +1,5 @@
-"""When factors are composed: each clause of the rule in ``vblora.adapters.base.Adapter``, by counting rows and by comparing
-gradients with those of layers that compose their own rows."""
+"""When factors are composed: each rule in the docstring of ``vblora.adapters.base.Adapter``. The tests count composed rows, and
+compare gradients with those of layers that compose their own rows."""
 
 import copy
 import gc
@@ -13,8 +13,9 @@ from torch import nn
 
 import vblora
 from tests.small_models import Block, ComposedRows, Net, llama, relative_error
-from vblora.adapters.base import PACKING
+from vblora.adapters.base import SAVED_TENSORS_HOOKS
 
+pytestmark = pytest.mark.usefixtures("device")
 CONFIG = vblora.VBLoRAConfig(
     r=2, num_vectors=16, vector_length=8, target_modules=["up", "down"], init_vector_bank_bound=1.0
 )
@@ -27,8 +28,8 @@ def net() -> Net:
 
 
 @pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+def x(device) -> torch.Tensor:
+    return torch.randn(5, 16, generator=torch.Generator().manual_seed(1), device="cpu").to(device)
 
 
 def gradients(net: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +81,7 @@ def test_two_forwards_then_two_backwards(net, x):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_composes_at_most_twice(net, x, reentrant):
-    x.requires_grad_()  # the re-entrant kind needs it
+    x.requires_grad_()  # re-entrant checkpointing needs it
     expected = per_layer_gradients(net, x)
     net.reentrant = reentrant
     with ComposedRows() as composed:
@@ -109,7 +110,7 @@ def test_offloading_hooks_do_not_see_the_composition(net, x):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net(x)
-    assert packed  # of the layers
+    assert packed  # tensors that the layers saved
     assert net.vblora.default.logits.shape not in packed
     assert net.vblora.default.bank.vectors.shape not in packed
     assert (net.vblora.default.num_subvectors, net.vblora.default.topk) not in packed
@@ -126,8 +127,10 @@ def test_an_optimizer_step_between_forward_and_backward_is_refused(net, x):
 
 def test_a_forward_without_backward_is_freed(net, x):
     adapter = net.vblora.default
-    operator = torch.ops.vblora.admixture  # as on other devices: unlike the CPU's, its graph holds outputs of its own
-    with torch.autograd.graph.saved_tensors_hooks(*PACKING):
+    operator = (
+        torch.ops.vblora.admixture
+    )  # as on other devices; unlike the CPU's fused step, its graph holds its own outputs
+    with torch.autograd.graph.saved_tensors_hooks(*SAVED_TENSORS_HOOKS):
         *_, weights = operator(adapter.logits, adapter.bank.vectors, adapter.candidates, adapter.topk)
     freed = weakref.ref(weights)
     del weights, _
@@ -158,7 +161,7 @@ def test_evaluation_keeps_factors(net, x, context):
 
 
 def test_factors_kept_in_inference_mode_serve_elsewhere(net, x):
-    """An inference tensor among the kept factors could not be used where a gradient is recorded."""
+    """A cached inference tensor could not be used where a gradient is recorded."""
     with torch.inference_mode():
         expected = net(x)
     net.vblora.default.requires_grad_(False)
@@ -198,7 +201,7 @@ def test_generate_composes_once():
 
 
 class WritesThroughData(torch.optim.Optimizer):
-    """As older optimizers do, and FSDP2 when it gathers: the version counter does not move."""
+    """Older optimizers and FSDP2's all-gather write this way: the version counter does not move."""
 
     def __init__(self, parameters) -> None:
         super().__init__(parameters, {})
@@ -245,13 +248,13 @@ def change_parameter(net):
 
 
 def change_data_twice(net):
-    """The second one may get the memory of what the first one let go."""
+    """The second one may get the memory that the first one freed."""
     for _ in range(2):
         net.vblora.default.bank.vectors.data = 2 * net.vblora.default.bank.vectors.data
 
 
 def change_through_data_and_mode(net):
-    """As helpers do that evaluate with averaged weights."""
+    """Code that evaluates with averaged weights writes this way."""
     net.vblora.default.bank.vectors.data.mul_(2)
     net.train().eval()
 
@@ -289,7 +292,7 @@ def test_a_change_between_evaluations_is_seen(net, x, change):
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_a_copy_is_tied_to_its_own_adapter(net, x, clone):
     with torch.no_grad():
-        before = net(x)  # leaves kept factors behind
+        before = net(x)  # fills the cache
     twin = clone(net)
     assert twin.blocks[0].up.updates["default"].slot.adapter is twin.vblora.default is not net.vblora.default
     with torch.no_grad():
@@ -315,13 +318,13 @@ def test_moving_and_casting_keep_the_tie(net, x):
     assert meta(x.to("meta")).device.type == "meta"
 
 
-def test_factors_follow_autocast(x):
+def test_factors_follow_autocast(x, device):
     net = vblora.inject(Net(blocks=2), CONFIG)
     seen = []
     hook = net.blocks[0].up.register_forward_hook(
-        lambda module, *_: seen.append(module.updates["default"].slot.handed.factors.A.dtype)
+        lambda module, *_: seen.append(module.updates["default"].slot.forward_factors.factors.A.dtype)
     )
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         net(x).float().square().sum().backward()
     assert seen == [torch.bfloat16]
     hook.remove()
@@ -331,14 +334,14 @@ def test_factors_follow_autocast(x):
 def test_a_forward_that_fails_hands_nothing_on(net, x):
     with pytest.raises(RuntimeError, match="mat1"):
         net(x[:, :3])
-    assert all(slot.handed is None for slot in net.vblora.default.slots)
+    assert all(slot.forward_factors is None for slot in net.vblora.default.slots)
     expected = per_layer_gradients(net, x)
     net(x).square().sum().backward()
     assert_same(gradients(net), expected)
 
 
 def test_parameters_that_are_swapped_for_a_call(x):
-    """Each time for other tensors, which may get the identity and the memory of those before."""
+    """Each time with new tensors, which may get the identity and memory of earlier ones."""
     net = vblora.inject(Net(blocks=1), CONFIG)
     with torch.no_grad():
         for _ in range(25):
@@ -366,7 +369,7 @@ def test_an_interrupted_forward_leaves_nothing_that_is_used(net, x):
 
 
 def test_threads_do_not_share_a_forward(net, x):
-    """One evaluates the model in the middle of another's training forward, which must keep its history."""
+    """One thread evaluates the model during another's training forward, which must keep its graph."""
     expected = per_layer_gradients(net, x)
 
     def evaluate(*_):
@@ -387,7 +390,7 @@ def test_threads_do_not_share_a_forward(net, x):
 def test_nothing_of_a_forward_outlives_it(net, x):
     seen = []
     net.blocks[0].up.register_forward_hook(
-        lambda module, *_: seen.append(weakref.ref(module.updates["default"].slot.handed.factors.A))
+        lambda module, *_: seen.append(weakref.ref(module.updates["default"].slot.forward_factors.factors.A))
     )
     gc.disable()
     try:
@@ -410,7 +413,7 @@ def compiled_graphs() -> int:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiling_the_whole_model(x, training):
-    """In one graph, and no other one from step to step."""
+    """In one graph, without recompiling between steps."""
     forget_compiled()
     net = vblora.inject(Net(blocks=3), CONFIG)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -428,7 +431,7 @@ def test_compiling_the_whole_model(x, training):
             net.vblora.default.invalidate()
         graphs.append(compiled_graphs())
     assert graphs[0] == graphs[2]
-    assert all(slot.handed is None for slot in net.vblora.default.slots)
+    assert all(slot.forward_factors is None for slot in net.vblora.default.slots)
 
 
 def test_compiling_with_inductor(x):
@@ -441,8 +444,8 @@ def test_compiling_with_inductor(x):
 
 def test_compiling_block_by_block_shares_one_graph(x):
     forget_compiled()
-    net = vblora.inject(Net(blocks=10), CONFIG)  # more than torch would compile anew
-    x.requires_grad_()  # as the other blocks' inputs do
+    net = vblora.inject(Net(blocks=10), CONFIG)  # more than torch's limit of recompilations
+    x.requires_grad_()  # like the other blocks' inputs
     expected = per_layer_gradients(net, x)
     for index, block in enumerate(net.blocks):
         net.blocks[index] = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -465,11 +468,11 @@ def test_exporting(net, x):
     calls = [node for node in exported.graph.nodes if node.target is torch.ops.vblora.admixture.default]
     assert len(calls) == 1
     assert relative_error(exported.module()(x), net(x)) < 1e-6
-    assert all(slot.handed is None for slot in net.vblora.default.slots)
+    assert all(slot.forward_factors is None for slot in net.vblora.default.slots)
 
 
 def test_a_repeated_block_adds_up(x):
-    """One module used twice in a model: its rows are there once, its gradients from both uses."""
+    """A module used twice in a model has its rows once, with gradients from both uses."""
     torch.manual_seed(0)
     block = Block(16)
     net = nn.Sequential(block, nn.Tanh(), block)

@@ -1,4 +1,4 @@
-"""VeRA, Tied-LoRA and LoRA: the update that their formulas say, at no cost in copies, in every way that a model runs."""
+"""VeRA, Tied-LoRA and LoRA: their updates equal the papers' formulas, copy no factors, and work in every way a model runs."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vblora
-from tests.small_models import Net, bert, relative_error
+from tests.small_models import Made, Net, bert, relative_error
 from vblora import reference
 from vblora.adapters.base import Factors
 from vblora.layers.kinds import add_product
@@ -24,10 +24,11 @@ CONFIGS = {
     "tied_lora": vblora.TiedLoraConfig(r=5, lora_alpha=3, target_modules=TARGETS),
 }
 methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def injected(config, dtype: torch.dtype = torch.float64, **sizes) -> nn.Module:
-    """A model whose adapter's parameters are random, so that no part of the update is 0."""
+    """A model whose adapter has random parameters, so that no part of the update is 0."""
     model = vblora.inject(Net(**{"blocks": 2} | sizes), config).to(dtype)
     randomise(model.vblora.default)
     return model
@@ -40,7 +41,7 @@ def randomise(adapter: nn.Module) -> None:
 
 
 def written_out(model: nn.Module, config) -> dict[str, Tensor]:
-    """Each layer's update ``(out, in)``, from the parameters, by the papers' formulas."""
+    """Each layer's update ``(out, in)``, computed from the parameters by the papers' formulas."""
     adapter = model.vblora.default
     start, updates = 0, {}
     for number, target in enumerate(adapter.targets):
@@ -60,7 +61,7 @@ def written_out(model: nn.Module, config) -> dict[str, Tensor]:
 
 
 def in_the_weights(net: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The base model's parameters with the updates added, for functional_call."""
+    """The base model's parameters plus the updates, for functional_call."""
     parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
     return parameters | {f"{name}.weight": parameters[f"{name}.weight"] + update for name, update in updates.items()}
 
@@ -91,7 +92,7 @@ def test_the_first_update_is_zero_and_all_but_one_part_trains(config):
     assert torch.equal(model(x), net(x))
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(vblora.parameter_groups(model), lr=1.0)
-    for _ in range(2):  # what is multiplied by zeros trains from the second step on
+    for _ in range(2):  # parameters that are multiplied by zeros train from the second step on
         model(x).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -105,7 +106,7 @@ def test_how_they_start():
     adapter = vblora.inject(Net(**sizes), vblora.VeraConfig(r=32, target_modules=TARGETS)).vblora.default
     assert (adapter.d == 0.1).all() and (adapter.e == 0).all()
     A, B = torch.empty(32, 128), torch.empty(32, 128)
-    reference.draw_uniform_(A, 0, 1, math.sqrt(6 / 128))  # Kaiming's bound of PEFT's (r, in) and (out, r)
+    reference.draw_uniform_(A, 0, 1, math.sqrt(6 / 128))  # Kaiming's bound for PEFT's (r, in) and (out, r)
     reference.draw_uniform_(B, 0, 2, math.sqrt(6 / 32))
     assert torch.equal(adapter.A, A) and torch.equal(adapter.B, B)
 
@@ -134,7 +135,7 @@ def test_how_lora_of_an_embedding_starts():
 
 def test_the_projection_depends_on_the_key_alone():
     def pair(key: int, **sizes) -> tuple[Tensor, Tensor]:
-        torch.randn(3)  # torch's generator has no part in it
+        torch.randn(3)  # torch's generator has no influence
         config = vblora.VeraConfig(r=8, projection_prng_key=key, target_modules=TARGETS)
         adapter = vblora.inject(Net(**sizes), config).vblora.default
         return adapter.A, adapter.B
@@ -142,29 +143,15 @@ def test_the_projection_depends_on_the_key_alone():
     assert all(map(torch.equal, pair(3, blocks=1), pair(3, blocks=2)))
     assert not any(map(torch.equal, pair(3, blocks=1), pair(4, blocks=1)))
     narrow, wide = pair(3, width=16, blocks=1), pair(3, width=32, blocks=1)
-    torch.testing.assert_close(wide[0][:, :32] * math.sqrt(2), narrow[0])  # but for the bound, one is the other's slice
+    torch.testing.assert_close(
+        wide[0][:, :32] * math.sqrt(2), narrow[0]
+    )  # except for the bound, one is a slice of the other
     assert torch.equal(wide[1][:, :32], narrow[1])
-
-
-class Made(TorchDispatchMode):
-    """Notes the largest tensors that operators make within it; views of others are not made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if not function.is_view:
-            self.shapes += [
-                tuple(t.shape) for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t)
-            ]
-        return out
 
 
 @pytest.mark.parametrize("name", ["vera", "tied_lora"])
 def test_no_slice_and_no_scaled_copy_is_made(name):
-    """What a forward makes is as large as the tokens' r or the layer's output; A and B are sliced by views, and not scaled."""
+    """A forward only creates tensors as large as (tokens, r) or the output: A and B are sliced as views and never scaled."""
     model = injected(CONFIGS[name] if name == "vera" else replace(CONFIGS[name], lora_alpha=5), torch.float32)
     adapter, r, tokens = model.vblora.default, CONFIGS[name].r, 7
     x = torch.randn(tokens, 16)
@@ -180,7 +167,7 @@ def test_no_slice_and_no_scaled_copy_is_made(name):
     for pair, *_ in ((f.A, f.B) for f in factors):
         assert pair.data_ptr() == adapter.A.data_ptr()
     assert y.requires_grad
-    # What is kept until backward of A and B is the pair itself; of the rest, what PEFT keeps: (tokens, r) and (tokens, out).
+    # Of A and B, autograd saves the pair itself; otherwise it saves what PEFT's does: (tokens, r) and (tokens, out).
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         add_product(torch.randn(tokens, 32), torch.randn(tokens, r, requires_grad=True), factors[1])
@@ -218,12 +205,12 @@ def test_other_dtypes(config, dtype):
 
 
 @methods
-def test_autocast_and_a_base_of_half_precision(config):
+def test_autocast_and_a_base_of_half_precision(config, device):
     torch.manual_seed(0)
     model = injected(config, torch.float32)
     x = torch.randn(6, 16)
     want = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = model(x)
     assert y.dtype == torch.bfloat16 and relative_error(y.float(), want) < 5e-2
     y.float().square().sum().backward()
@@ -233,11 +220,11 @@ def test_autocast_and_a_base_of_half_precision(config):
     assert mixed(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_another_projection_is_seen_in_every_dtype():
-    """A frozen pair is cast once."""
+def test_another_projection_is_seen_in_every_dtype(device):
+    """A frozen pair is cast only once."""
     model = injected(CONFIGS["vera"], torch.float32)
     x = torch.randn(6, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = model(x)
         state = copy.deepcopy(model.vblora.state_dict())
         state["default.A"] += 1
@@ -249,7 +236,7 @@ def test_another_projection_is_seen_in_every_dtype():
         model.vblora.default.A.mul_(2)
         assert not torch.equal(model(x), y)
         model.vblora.default.A.div_(2)
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):  # none from what was rounded for another
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):  # never cast from a rounded copy
         A, B, *_ = model.vblora.default.compose(dtype)[0]
         assert torch.equal(A, model.vblora.default.A[:, :16].to(dtype)) and A.dtype == dtype
         assert torch.equal(B, model.vblora.default.B[:, :16].to(dtype))
@@ -330,7 +317,7 @@ def test_without_gradients_factors_are_kept_until_something_changes(config):
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]])
 def test_adapters_of_different_methods_keys_and_sizes_in_any_order(order):
-    """PEFT refuses VeRA adapters of another key, and some of another size if they come second."""
+    """PEFT refuses a second VeRA adapter with another key, and some with another size."""
     net = Net(blocks=2).double()
     x = torch.randn(5, 16, dtype=torch.float64)
     configs = [
@@ -434,7 +421,7 @@ def test_product(scaled, shape):
 
 
 def test_a_module_of_another_kind():
-    """An embedding and a convolution, by the same frame."""
+    """An embedding and a convolution."""
     torch.manual_seed(0)
 
     class Mixed(nn.Module):

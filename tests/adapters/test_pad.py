@@ -17,7 +17,7 @@ ROWS = 3 * (3 + 1 + 1 + 1 + 1 + 2)  # ranks, and sub-vectors of 576, 192, 192, 5
 
 
 def uneven() -> nn.Sequential:
-    """Widths that 256 does not divide, that are below it, and one of two that it divides; both kinds within one layer."""
+    """Widths that 256 does not divide, widths below 256, and 512, which it divides; one layer has both."""
     layers = nn.Linear(576, 192), nn.Tanh(), nn.Linear(192, 50), nn.Tanh(), nn.Linear(50, 512)
     return nn.Sequential(*layers)
 
@@ -33,7 +33,7 @@ def injected(dtype=torch.float64, **choice):
 
 
 def mixed(adapter: VBLoRAAdapter, row: int) -> Tensor:
-    """Sub-vector ``row``, of all b elements."""
+    """Sub-vector ``row``, with all b elements."""
     columns = sorted(range(adapter.logits.shape[1]), key=lambda j: -adapter.logits[row, j].item())[: adapter.topk]
     weights = torch.softmax(torch.stack([adapter.logits[row, j] for j in columns]), 0)
     vectors = columns if adapter.candidates is None else [int(adapter.candidates[row, j]) for j in columns]
@@ -41,7 +41,7 @@ def mixed(adapter: VBLoRAAdapter, row: int) -> Tensor:
 
 
 def plain_weights(base: nn.Module, adapter: VBLoRAAdapter) -> dict[str, Tensor]:
-    """The targets' weights with the update in them, for ``torch.func.functional_call``."""
+    """The targets' weights plus the update, for ``torch.func.functional_call``."""
     row = 0
     weights = {}
     for target in adapter.targets:
@@ -71,7 +71,7 @@ def test_is_the_formula(choice):
     parameters = (adapter.logits, adapter.bank.vectors)
     expected = torch.func.functional_call(base, plain_weights(base, adapter), x)
     wanted = torch.autograd.grad(expected.square().sum(), parameters)
-    for forward in (nn.Module.__call__, nn.Sequential.forward):  # all layers composed at once, and each its own rows
+    for forward in (nn.Module.__call__, nn.Sequential.forward):  # all layers composed at once, or each on its own
         with ComposedRows() as composed:
             actual = forward(model, x)
         assert composed.calls == (1 if forward is nn.Module.__call__ else 3)
@@ -81,7 +81,7 @@ def test_is_the_formula(choice):
 
 
 class Tokens(nn.Module):
-    """A vocabulary, and a convolution of 7 * 3 inputs to an output in each of 2 groups."""
+    """An embedding, and a convolution with 2 groups and 7 * 3 inputs per output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_other_dtypes(dtype, tolerance):
 
 
 def test_what_is_cut_off_gets_no_gradient():
-    """A bank vector that only sub-vectors of 50 use."""
+    """A bank vector that only sub-vectors of length 50 use."""
     layer = vblora.VBLinear(50, 50, vector_length=64, pad=True, num_vectors=6)
     layer(torch.randn(3, 50)).square().sum().backward()
     gradient = layer.adapter.bank.vectors.grad
@@ -127,7 +127,7 @@ def test_what_is_cut_off_gets_no_gradient():
 
 
 class LargestSlices(TorchDispatchMode):
-    """Elements of each tensor that the gradient of a slice makes."""
+    """The sizes of the tensors that the backward of slices creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,12 +146,10 @@ def test_a_cut_is_a_view_whose_gradient_is_no_larger_than_the_factor():
     assert [tuple(f.shape) for f in factors] == [(3, w) for w in (576, 192, 192, 50, 50, 512)]
     assert [factor.stride(0) for factor in factors] == [768, 256, 256, 256, 256, 512]
     ends = [factor.data_ptr() + 3 * factor.stride(0) * factor.itemsize for factor in factors]
-    assert ends[:-1] == [
-        factor.data_ptr() for factor in factors[1:]
-    ]  # in the memory that the sub-vectors were mixed into
+    assert ends[:-1] == [factor.data_ptr() for factor in factors[1:]]  # views of the sub-vectors' memory
     with LargestSlices() as slices:
         sum(factor.square().sum() for factor in factors).backward()
-    assert sorted(slices.elements) == [3 * 256] * 4 + [3 * 768]  # not of 512, which is not cut
+    assert sorted(slices.elements) == [3 * 256] * 4 + [3 * 768]  # none for 512, which is not cut
 
 
 def test_evaluation_composes_once():

@@ -1,4 +1,4 @@
-"""Two processes train VeRA, Tied-LoRA and LoRA as one does on the whole batch; what they save loads anywhere."""
+"""Two processes train VeRA, Tied-LoRA and LoRA like one process on the whole batch; what they save loads anywhere."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How an adapter starts: exactly as nothing, if asked; and the factor of its update."""
+"""How an adapter starts: with ``init="noop"``, its first update is exactly 0. And the scaling of its update."""
 
 import copy
 
@@ -43,7 +43,7 @@ def test_b_starts_with_a_pair_and_a_as_ever():
     assert torch.equal(noop.logits[~of_b], paper.logits[~of_b])
     assert torch.equal(noop.logits[of_b][:, ::2], noop.logits[of_b][:, 1::2])
     few = draw_rows([3, 2, 4, 5], 24, 8, seed=1, std=0.1, init="noop")
-    wanted = noop.logits.sort(dim=1, descending=True, stable=True)  # ties to the lowest vector
+    wanted = noop.logits.sort(dim=1, descending=True, stable=True)  # ties go to the lowest vector
     assert torch.equal(few.logits, wanted.values[:, :8])
     assert torch.equal(few.candidates.long(), wanted.indices[:, :8])
 

@@ -18,7 +18,7 @@ from vblora import files
 from vblora.adapters import Target
 from vblora.adapters.vblora import Deployed, Trained, draw_rows
 from vblora.checkpoint import folder, native, packing
-from vblora.checkpoint.contents import VBLoRAContents
+from vblora.checkpoint.vblora import VBLoRAContents
 
 IDS = torch.randint(3, 50, (2, 7))
 SIZES = {"r": 2, "num_vectors": 24, "vector_length": 8, "init_vector_bank_bound": 1.0}
@@ -90,7 +90,8 @@ def test_a_deployed_adapter_gives_the_same_bits(topk, num_candidates, tmp_path):
     other = loaded(tmp_path)
     assert torch.equal(other(IDS).logits, model(IDS).logits)
     assert other.vblora.default.logits is None and not any(p.requires_grad for p in other.parameters())
-    assert vblora.parameter_groups(other) == []
+    with pytest.raises(ValueError, match="no parameter to train"):
+        vblora.parameter_groups(other)
     assert vblora.count_parameters(other).stored == vblora.count_parameters(model).stored
     vblora.save(other, tmp_path / "again")  # deploy, as it has no logits
     assert (tmp_path / "again" / folder.TENSORS_FILE).read_bytes() == (tmp_path / folder.TENSORS_FILE).read_bytes()
@@ -175,6 +176,18 @@ def test_a_deployed_adapter_does_not_train_unless_told_how(tmp_path):
     with pytest.raises(ValueError, match="without logits to go on with"):
         vblora.save(loaded(tmp_path), tmp_path / "x", form="resume")
     assert not (tmp_path / "x").exists()
+
+
+def test_weights_that_are_no_softmax_do_not_train(tmp_path):
+    vblora.save(trained(topk=3), tmp_path, form="deploy")
+    path = tmp_path / folder.TENSORS_FILE
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    safetensors.torch.save_file(tensors | {"weights": -tensors["weights"]}, path, metadata)
+    assert loaded(tmp_path)(IDS).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: some of its weights are negative"):
+        loaded(tmp_path, train_kept=True)
 
 
 def test_loading_over_an_adapter_of_another_form_is_refused(tmp_path):
@@ -383,12 +396,12 @@ def test_a_wrong_or_missing_bank_is_refused_by_name(tmp_path):
 def test_files_that_are_no_bank_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     for tensors, message in (
-        ({"weight": torch.ones(2, 2)}, "it holds weight"),
+        ({"weight": torch.ones(2, 2)}, "its tensors are weight"),
         ({"vectors": torch.ones(2)}, r"\(2,\), but must be \(h, b\)"),
         ({"vectors": torch.ones(2, 2).int()}, "int32"),
         ({"vectors": torch.ones(2, 2) / 0}, "infinite"),
         ({"vectors": torch.ones(2, 2), "scales": torch.ones(2)}, "with `scales`"),
-        ({"vectors": torch.ones(2, 2, dtype=torch.int8), "scales": torch.ones(3)}, "one a vector"),
+        ({"vectors": torch.ones(2, 2, dtype=torch.int8), "scales": torch.ones(3)}, "must be float32 of shape"),
     ):
         safetensors.torch.save_file(tensors, path)
         with pytest.raises(ValueError, match=message):

@@ -26,6 +26,7 @@ CONFIGS = {
     "tied_lora": vblora.TiedLoraConfig(r=4, target_modules=TARGETS),
 }
 methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+on_each_device = pytest.mark.usefixtures("device")
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1])
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Specified to not")
@@ -63,6 +64,7 @@ def rewrite(directory, change_tensors=None, **config):
 # Ours
 
 
+@on_each_device
 @methods
 @pytest.mark.parametrize("form", [None, "resume", "deploy"])
 def test_round_trip_has_the_same_bits(config, form, tmp_path):
@@ -87,6 +89,19 @@ def test_round_trip_has_the_same_bits(config, form, tmp_path):
 
 
 @methods
+@pytest.mark.parametrize("form", [None, "lora"])
+def test_the_default_device_has_no_part_in_it(config, form, tmp_path):
+    torch.manual_seed(0)
+    net, x = Net(blocks=2), torch.randn(4, 16)
+    model = shaken(vblora.inject(copy.deepcopy(net), config))
+    with torch.device("meta"):
+        vblora.save(model, tmp_path, form=form)
+        loaded = vblora.load(copy.deepcopy(net), tmp_path)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+@on_each_device
+@methods
 def test_training_goes_on_from_it(config, tmp_path):
     torch.manual_seed(0)
     net, x = Net(blocks=1), torch.randn(6, 16)
@@ -108,6 +123,7 @@ def test_training_goes_on_from_it(config, tmp_path):
     assert torch.equal(resumed(x), straight(x))
 
 
+@on_each_device
 @methods
 def test_loading_over_an_adapter(config, tmp_path):
     net, x = Net(blocks=1), torch.randn(3, 16)
@@ -132,6 +148,7 @@ def test_loading_over_an_adapter(config, tmp_path):
     assert torch.equal(another(x), model(x))
 
 
+@on_each_device
 @methods
 def test_layers_in_another_order(config, tmp_path):
     model = shaken(vblora.inject(Net(blocks=1), config))
@@ -156,6 +173,7 @@ def test_layers_in_another_order(config, tmp_path):
     assert torch.equal(other(x), model(x))
 
 
+@on_each_device
 def test_a_projection_is_left_out_only_if_its_key_draws_it(tmp_path):
     config = CONFIGS["vera, without its projection"]
     torch.manual_seed(0)
@@ -219,7 +237,7 @@ def test_sizes_that_cannot_be_are_refused(name, tmp_path):
 def test_what_a_method_does_not_have_is_refused(tmp_path):
     model = vblora.inject(Net(blocks=1), CONFIGS["tied_lora"])
     for form in ("peft", "peft-topk"):
-        with pytest.raises(ValueError, match=f'`form` is "{form}", which there is not of a TiedLoraConfig'):
+        with pytest.raises(ValueError, match=f'`form` is "{form}", which a TiedLoraConfig does not have'):
             vblora.save(model, tmp_path / "x", form=form)
     with pytest.raises(ValueError, match="has no bank"):
         vblora.save(model, tmp_path / "x", form="deploy", bank_dtype=torch.int8)
@@ -464,6 +482,8 @@ def test_beginnings_that_leave_the_base_model_alone_are_read(init, tmp_path):
         ("vera", lambda t, n: t[f"{n}.vera_lambda_b"].fill_(math.inf), "infinite"),
         ("vera", lambda t, n: t["base_model.vera_B"].fill_(math.inf), "infinite"),
         ("vera", lambda t, n: t.update({"base_model.vera_B": torch.ones(31, 4)}), r"`base_model\.vera_B` is"),
+        ("vera", lambda t, n: t.update({"base_model.vera_A": torch.ones(())}), r"`base_model\.vera_A` is \(\)"),
+        ("vera", lambda t, n: t.update({"base_model.vera_B": torch.ones(())}), r"`base_model\.vera_B` is \(\)"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_of_pefts_is_refused(kind, change, message, tmp_path):

@@ -4,6 +4,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+import yaml
 
 import vblora
 from tests.small_models import bert, gpt2, llama
@@ -11,7 +12,11 @@ from vblora import files
 from vblora.checkpoint import folder, native
 
 SIZES = {"r": 2, "num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 1.0}
-IDS = torch.randint(3, 50, (2, 7))
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def ids() -> torch.Tensor:
+    return 3 + torch.arange(14).view(2, 7)
 
 
 def trained(make, **choice):
@@ -32,7 +37,7 @@ def test_round_trip(make, choice, tmp_path):
     base, model = trained(make, **choice)
     vblora.save(model, tmp_path / "a" / "b")
     loaded = vblora.load(copy.deepcopy(base), tmp_path / "a" / "b")
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert torch.equal(loaded(ids()).logits, model(ids()).logits)
     assert not any(p.requires_grad for p in loaded.parameters())
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {
         folder.CONFIG_FILE,
@@ -40,14 +45,34 @@ def test_round_trip(make, choice, tmp_path):
         "README.md",
     }
     vblora.eject(loaded)
-    assert torch.equal(loaded(IDS).logits, base(IDS).logits)
+    assert torch.equal(loaded(ids()).logits, base(ids()).logits)
+
+
+@pytest.mark.parametrize("form", ["resume", "deploy", "peft", "peft-topk", "lora"])
+def test_the_default_device_has_no_part_in_it(form, tmp_path):
+    """The model says where it is, and files are read on the CPU."""
+    base, model = trained(bert, num_vectors=17, num_candidates=8, seed=3)
+    expected = model(ids()).logits
+    with torch.device("meta"):
+        vblora.save(model, tmp_path, form=form)
+        loaded = vblora.load(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(loaded(ids()).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["org/name", "C: #1", 'a "quoted" \\ path', "two\nlines", "caf\u00e9", "\udcff"])
+def test_the_model_card_names_the_base_model(name, tmp_path):
+    _, model = trained(bert)
+    model.config._name_or_path = name
+    vblora.save(model, tmp_path)
+    _, header, _ = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert yaml.safe_load(header) == {"library_name": "vblora", "base_model": name}
 
 
 def test_saves_what_trains_beside(tmp_path):
     base, model = trained(bert, modules_to_save=["classifier", "pooler"], bias="vblora_only")
     vblora.save(model, tmp_path)
     loaded = vblora.load(copy.deepcopy(base), tmp_path, is_trainable=True)
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert torch.equal(loaded(ids()).logits, model(ids()).logits)
     ours, theirs = ([n for n, p in m.named_parameters() if p.requires_grad] for m in (model, loaded))
     assert ours == theirs
 
@@ -69,10 +94,10 @@ def test_loads_over_an_adapter_of_the_same_config(tmp_path):
     vblora.save(model, tmp_path)
     other = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(**SIZES))
     with torch.no_grad():
-        other(IDS)  # keeps factors, which loading must forget
+        other(ids())  # keeps factors, which loading must forget
     vblora.load(other, tmp_path)
     with torch.no_grad():
-        assert torch.equal(other(IDS).logits, model(IDS).logits)
+        assert torch.equal(other(ids()).logits, model(ids()).logits)
     different = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(**SIZES | {"r": 1}))
     with pytest.raises(ValueError, match="another config"):
         vblora.load(different, tmp_path)
@@ -84,7 +109,7 @@ def test_tied_tensors_are_saved(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     vblora.save(model, tmp_path)
     loaded = vblora.load(copy.deepcopy(base), tmp_path)
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert torch.equal(loaded(ids()).logits, model(ids()).logits)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
@@ -150,7 +175,7 @@ DAMAGES = {
     "of somebody else": (
         lambda d: safetensors.torch.save_file({"weight": torch.ones(1)}, d / folder.TENSORS_FILE),
         ValueError,
-        "no adapter of vblora's",
+        "neither for an adapter of vblora's",
     ),
     "another version": (lambda d: change_description(d, version=2), ValueError, "version 2"),
     "another form": (lambda d: change_description(d, form="x"), ValueError, "form 'x'"),
@@ -188,6 +213,7 @@ RESUME = {
     "values too few": (tensors(**{"logits.values": lambda t: t[1:].clone()}), ValueError, "values"),
     "values of another type": (tensors(**{"logits.values": lambda t: t.double()}), ValueError, "float64"),
     "logits NaN": (tensors(**{"logits.values": lambda t: t * float("nan")}), ValueError, "`logits` holds NaN"),
+    "logits -inf": (tensors(**{"logits.values": lambda t: t.fill_(-torch.inf)}), ValueError, "nothing but -inf"),
     "exhausted": (tensors(exhausted=lambda t: t[1:].clone()), ValueError, "integers of 1 bits"),
 }
 DEPLOY = {
@@ -215,7 +241,7 @@ def test_a_bad_folder_is_refused_and_changes_nothing(form, damage, tmp_path):
         vblora.load(target, tmp_path)
     assert [name for name, _ in target.named_modules()] == [name for name, _ in base.named_modules()]
     assert all(p.requires_grad for p in target.parameters())
-    assert torch.equal(target(IDS).logits, base(IDS).logits)
+    assert torch.equal(target(ids()).logits, base(ids()).logits)
 
 
 def test_a_save_that_fails_leaves_the_old_one(tmp_path, monkeypatch):

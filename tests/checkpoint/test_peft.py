@@ -378,9 +378,12 @@ def config(**values):
 
 DENSE = {
     "no config": (lambda d: (d / CONFIG_FILE).unlink(), "adapter_config.json is missing"),
-    "no JSON": (lambda d: (d / CONFIG_FILE).write_text("{"), "no JSON"),
-    "LoHa": (config(peft_type="LOHA"), "type 'LOHA'; what is read are 'VBLORA', 'LORA' and 'VERA'"),
-    "nobody's": (config(peft_type=None), "none of PEFT's"),
+    "not a JSON object": (lambda d: (d / CONFIG_FILE).write_text("{"), "not a JSON object"),
+    "LoHa": (
+        config(peft_type="LOHA"),
+        "`peft_type` is 'LOHA'; of PEFT's adapters, vblora reads 'VBLORA', 'VERA', 'LORA'",
+    ),
+    "nobody's": (config(peft_type=None), "nor of PEFT's"),
     "unknown field": (config(scaling=3), "unknown config field `scaling`"),
     "field out of range": (config(topk=99), "`topk` is 99"),
     "other sizes": (config(num_vectors=17), "`base_model.vblora_vector_bank` is \\(16, 8\\), but must be \\(17, 8\\)"),

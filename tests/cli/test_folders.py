@@ -114,7 +114,7 @@ def test_rounds_the_bank(dtype, tmp_path, capsys):
     _, model = trained(bert)
     vblora.save(model, tmp_path / "src")
     command = ("convert", tmp_path / "src", tmp_path / "dst", "--bank-dtype", dtype, "--form")
-    assert "only --form" in fails(capsys, *command, "resume")
+    assert "only --form deploy" in fails(capsys, *command, "resume")
     assert run(*command, "deploy") == 0
     vblora.save(model, tmp_path / "saved", form="deploy", bank_dtype=getattr(torch, dtype))
     assert files(tmp_path / "saved") == files(tmp_path / "dst")
@@ -190,7 +190,13 @@ def test_says_what_is_wrong_with_folders(tmp_path, capsys):
             tmp_path / "src",
         ): "DST: the folder .* is not empty. Give another one, or --overwrite",
         ("convert", tmp_path / "src", tmp_path / "file"): "DST: .* is a file",
-        ("convert", tmp_path / "src", tmp_path / "dst", "--topk", "2"): "--topk: is for a file of the paper's",
+        (
+            "convert",
+            tmp_path / "src",
+            tmp_path / "dst",
+            "--topk",
+            "2",
+        ): "--topk: applies only to a checkpoint of the paper's",
         ("convert", tmp_path, tmp_path / "dst"): "SRC: .* sub-folders src",
         ("convert", tmp_path / "src", tmp_path / "dst", "--bank", tmp_path / "file"): "--bank: .* damaged",
         ("info", tmp_path / "none"): "FOLDER: there is no folder",
@@ -204,6 +210,33 @@ def test_says_what_is_wrong_with_folders(tmp_path, capsys):
         assert re.search(message, fails(capsys, *command, *form)), message
     assert not (tmp_path / "dst").exists()
     assert run("convert", tmp_path / "src", tmp_path / "src", "--form", "deploy", "--overwrite") == 0
+
+
+def test_git_lfs_pointers_are_named(tmp_path, capsys):
+    base, model = trained(bert)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    vblora.save(model, tmp_path / "src", form="peft")
+    for file in ("src/adapter_model.safetensors", "src/adapter_config.json", "base/model.safetensors.index.json"):
+        before = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        printed = fails(capsys, "merge", tmp_path / "base", tmp_path / "src", tmp_path / "dst")
+        assert f"{tmp_path / file} is a Git LFS pointer" in printed and "git lfs pull" in printed
+        (tmp_path / file).write_bytes(before)
+    for file in (tmp_path / "base").glob("model-*.safetensors"):
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    printed = fails(capsys, "merge", tmp_path / "base", tmp_path / "src", tmp_path / "dst")
+    assert re.search(r"model-\S+ is a Git LFS pointer", printed)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_files_may_start_with_a_byte_order_mark(encoding, tmp_path, capsys):
+    base, model = trained(bert)
+    base.save_pretrained(tmp_path / "base")
+    vblora.save(model, tmp_path / "src", form="peft")
+    for file in ("base/config.json", "src/adapter_config.json"):
+        (tmp_path / file).write_text((tmp_path / file).read_text(), encoding=encoding)
+    assert run("merge", tmp_path / "base", tmp_path / "src", tmp_path / "dst") == 0
+    assert "weights updated" in capsys.readouterr().out
 
 
 # --- info --------------------------------------------------------------------------------------------------------------------
@@ -224,7 +257,7 @@ def test_info(form, tmp_path, capsys):
     assert (
         sizes["factors" if form == "lora" else "vector bank"] == (4 * 2 * (32 + 32) if form == "lora" else 16 * 8) * 4
     )
-    assert sizes["beside: biases, modules_to_save"] == (2 * 32 + 2) * 4
+    assert sizes["extra: biases, modules_to_save"] == (2 * 32 + 2) * 4
     rows = model.vblora.default.num_subvectors
     if form == "peft":
         assert sizes["logits"] == rows * 16 * 4
@@ -275,7 +308,7 @@ def test_info_merge_and_convert_of_other_methods(config, parts, form, tmp_path, 
     if form == "peft" and config.method == "vera":  # which does not say how wide the inputs are
         for command, last in (("merge", ()), ("convert", ("--form", "lora"))):
             source = (tmp_path / "base", tmp_path / "src") if command == "merge" else (tmp_path / "src",)
-            assert "do not say how wide" in fails(capsys, command, *source, tmp_path / "dst", *last)
+            assert "do not hold the widths" in fails(capsys, command, *source, tmp_path / "dst", *last)
         assert not (tmp_path / "dst").exists()
         return
     assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", "lora") == 0
@@ -417,7 +450,7 @@ def test_refuses_damaged_shards(tmp_path, capsys):
     shard.unlink()
     assert f"{shard} is missing" in fails(capsys, *command)
     index.write_text(index.read_text().replace(shard.name, "../whole"))
-    assert "no file of that folder" in fails(capsys, *command)
+    assert "not a file of the same folder" in fails(capsys, *command)
     index.write_text("{}")
     assert "no `weight_map`" in fails(capsys, *command)
     assert not (tmp_path / "out").exists()

@@ -79,7 +79,7 @@ def files(*patterns):
 
 
 def test_the_sdist_has_all_that_a_build_and_its_tests_need(source):
-    needed = files("csrc/**/*", "cmake/*", "tests/**/*", "vblora/**/*.py", "vblora/py.typed")
+    needed = files("csrc/**/*", "cmake/*", "tests/**/*", "vblora/**/*.py", "vblora/*.pyi", "vblora/py.typed")
     needed |= files("*.md", "*.toml", "CMakeLists.txt", "Makefile", "setup.py", "LICENSE", ".clang-format")
     packed = {path.relative_to(source).as_posix() for path in source.rglob("*")}
     assert needed <= packed
@@ -95,7 +95,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
         assert b"Root-Is-Purelib: false" in archive.read(f"{info}/WHEEL")
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     (binary,) = [name for name in names if re.fullmatch(r"vblora/_C\.[^/]+\.so", name)]
-    expected = files("vblora/**/*.py", "vblora/py.typed") | {binary}
+    expected = files("vblora/**/*.py", "vblora/*.pyi", "vblora/py.typed") | {binary}
     assert {name for name in names if not name.startswith(info)} == expected
     assert "vblora = vblora.cli:main" in entry_points
     for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.11", "Requires-Dist: torch>=2.11"):
@@ -170,7 +170,9 @@ def test_force_cuda_without_a_compiler(source, tmp_path):
     assert f"FORCE_CUDA=1, but no CUDA compiler: CUDA_HOME={tmp_path} has no bin/nvcc" in message
 
 
-@pytest.mark.parametrize(("value", "why"), [("8.0;Ampere", "'Ampere' is no compute"), ("13.0", "It knows 7.5;8.0;9.0")])
+@pytest.mark.parametrize(
+    ("value", "why"), [("8.0;Ampere", "'Ampere' is not a compute"), ("13.0", "It supports 7.5;8.0;9.0")]
+)
 def test_a_wrong_architecture(source, toolkit, value, why):
     message = refusal(source, CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST=value)
     assert f"TORCH_CUDA_ARCH_LIST={value}: " in message
@@ -182,4 +184,4 @@ def test_too_old_a_torch(source, tmp_path):
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.10.0\n")
     message = refusal(source, PYTHONPATH=tmp_path)
-    assert "vblora needs torch >= 2.11, but torch 2.10.0 is installed here" in message
+    assert "vblora builds against torch >= 2.11, but torch 2.10.0 is installed" in message

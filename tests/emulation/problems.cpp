@@ -1,21 +1,26 @@
-// Runs the kernels of one operator on a random problem, with every buffer watched, and prints what the checker found.
+// Runs the kernels of one operator on a random problem. In the emulation every buffer is watched, and what the checker
+// found is printed; compiled by nvcc, the same problems run on a GPU.
 //   problems_trace admixture rows=64 columns=128 vectors=2048 length=256 k=2 type=f32 candidates=i16 out=bf16 seed=1
-#include <stdio.h>
-
+//   problems @FILE    for many of them, a line each
 #include <algorithm>
+#include <fstream>
+#include <iostream>
 #include <map>
 #include <numeric>
 #include <random>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "buffers.h"
 #include "kernels.h"
 #include "numeric.h"
 
-extern "C" void vblora_emulation_set(int order, uint64_t seed, int workers);
-extern "C" const char* vblora_emulation_launches();
+#ifdef __CUDACC__
+#include "gpu.h"
+#else
+#include "host.h"
+#endif
 
 namespace {
 
@@ -81,8 +86,10 @@ struct Problems {
   void* output(const char* name, Type of, int64_t count) { return buffer(name, of, count, Contents::output); }
   template <class Draw>
   void* input(const char* name, Type of, int64_t count, Draw&& draw) {
+    std::vector<char> drawn(static_cast<size_t>(count) * bytes_of(of));
+    for (int64_t i = 0; i < count; ++i) set(drawn.data(), of, i, draw());
     void* array = buffer(name, of, count, Contents::input);
-    for (int64_t i = 0; i < count; ++i) set(array, of, i, draw());
+    vblora_emulation::upload(array, drawn.data(), drawn.size());
     return array;
   }
   void* numbers(const char* name, Type of, int64_t count) {
@@ -110,56 +117,65 @@ struct Problems {
                                      : nullptr;
   }
 
+  template <class Launch>
+  void run(const Launch& launch) {
+    vblora_emulation::run(launch, options.number("repeat", 0));
+  }
+
   void admixture() {
-    vblora_emulation::admixture({.type = type,
-                                 .candidate_type = candidate_type,
-                                 .out_type = out_type,
-                                 .logits = numbers("logits", type, rows * columns),
-                                 .bank = numbers("bank", type, vectors * length),
-                                 .candidates = candidates(),
-                                 .subvectors = output("subvectors", out_type, rows * length),
-                                 .indices = static_cast<int32_t*>(output("indices", Type::i32, rows * k)),
-                                 .weights = output("weights", weight_type, rows * k),
-                                 .rows = rows,
-                                 .columns = columns,
-                                 .vectors = vectors,
-                                 .length = length,
-                                 .k = k});
+    const Admixture problem = {.type = type,
+                               .candidate_type = candidate_type,
+                               .out_type = out_type,
+                               .logits = numbers("logits", type, rows * columns),
+                               .bank = numbers("bank", type, vectors * length),
+                               .candidates = candidates(),
+                               .subvectors = output("subvectors", out_type, rows * length),
+                               .indices = static_cast<int32_t*>(output("indices", Type::i32, rows * k)),
+                               .weights = output("weights", weight_type, rows * k),
+                               .rows = rows,
+                               .columns = columns,
+                               .vectors = vectors,
+                               .length = length,
+                               .k = k};
+    run([&] { vblora_emulation::admixture(problem); });
   }
   void compose() {
     const Type index_type = options.type("indices", Type::i32);
-    vblora_emulation::compose({.type = type,
-                               .index_type = index_type,
-                               .out_type = out_type,
-                               .bank = numbers("bank", type, vectors * length),
-                               .indices = choices("indices", index_type, rows * k, k, vectors),
-                               .weights = numbers("weights", weight_type, rows * k),
-                               .subvectors = output("subvectors", out_type, rows * length),
-                               .rows = rows,
-                               .vectors = vectors,
-                               .length = length,
-                               .k = k});
+    const Composition problem = {.type = type,
+                                 .index_type = index_type,
+                                 .out_type = out_type,
+                                 .bank = numbers("bank", type, vectors * length),
+                                 .indices = choices("indices", index_type, rows * k, k, vectors),
+                                 .weights = numbers("weights", weight_type, rows * k),
+                                 .subvectors = output("subvectors", out_type, rows * length),
+                                 .rows = rows,
+                                 .vectors = vectors,
+                                 .length = length,
+                                 .k = k};
+    run([&] { vblora_emulation::compose(problem); });
   }
   void draw() {
-    vblora_emulation::draw(
-        {.type = type,
-         .candidate_type = candidate_type,
-         .logits = output("logits", type, rows * columns),
-         .candidates = options.has("candidates") ? output("candidates", candidate_type, rows * columns) : nullptr,
-         .rows = rows,
-         .columns = columns,
-         .vectors = vectors,
-         .seed = static_cast<uint64_t>(options.number("seed", 0)),
-         .std = 0.02});
+    const Draw problem = {
+        .type = type,
+        .candidate_type = candidate_type,
+        .logits = output("logits", type, rows * columns),
+        .candidates = options.has("candidates") ? output("candidates", candidate_type, rows * columns) : nullptr,
+        .rows = rows,
+        .columns = columns,
+        .vectors = vectors,
+        .seed = static_cast<uint64_t>(options.number("seed", 0)),
+        .std = 0.02};
+    run([&] { vblora_emulation::draw(problem); });
   }
   void draw_uniform() {
-    vblora_emulation::draw_uniform({.type = type,
-                                    .values = output("values", type, rows * columns),
-                                    .rows = rows,
-                                    .columns = columns,
-                                    .seed = static_cast<uint64_t>(options.number("seed", 0)),
-                                    .stream = 1,
-                                    .bound = 0.1});
+    const UniformDraw problem = {.type = type,
+                                 .values = output("values", type, rows * columns),
+                                 .rows = rows,
+                                 .columns = columns,
+                                 .seed = static_cast<uint64_t>(options.number("seed", 0)),
+                                 .stream = 1,
+                                 .bound = 0.1};
+    run([&] { vblora_emulation::draw_uniform(problem); });
   }
   void admixture_backward(bool atomic) {
     const Type grad_type = options.type("out", type);
@@ -182,35 +198,54 @@ struct Problems {
         .vectors = vectors,
         .length = length,
         .k = k};
-    if (atomic) return vblora_emulation::scatter(problem);
+    if (atomic) return run([&] { vblora_emulation::scatter(problem); });
     const int64_t bytes = static_cast<int64_t>(vblora_emulation::backward_workspace_bytes(problem));
-    vblora_emulation::admixture_backward(problem, output("workspace", Type::u8, bytes));
+    void* workspace = output("workspace", Type::u8, bytes);
+    run([&] { vblora_emulation::admixture_backward(problem, workspace); });
   }
 };
+
+// `words`: an operator, and its options.
+void solve(std::istream& words) {
+  std::string op;
+  words >> op;
+  Options options;
+  for (std::string word; words >> word;) {
+    const size_t equals = word.find('=');
+    options.given[word.substr(0, equals)] = word.substr(equals + 1);
+  }
+  vblora_emulation::start(static_cast<int>(options.number("order", 0)),
+                          static_cast<uint64_t>(options.number("seed", 0)));
+  Problems problems{options};
+  if (op == "admixture") problems.admixture();
+  else if (op == "compose") problems.compose();
+  else if (op == "draw") problems.draw();
+  else if (op == "draw_uniform") problems.draw_uniform();
+  else if (op == "admixture_backward") problems.admixture_backward(false);
+  else if (op == "scatter") problems.admixture_backward(true);
+  else throw std::runtime_error("no operator of this name: " + op);
+}
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string op = argc > 1 ? argv[1] : "";
-  Options options;
-  for (int i = 2; i < argc; ++i) {
-    const std::string argument = argv[i];
-    const size_t equals = argument.find('=');
-    options.given[argument.substr(0, equals)] = argument.substr(equals + 1);
+  std::stringstream given;
+  for (int i = 1; i < argc; ++i) given << argv[i] << ' ';
+  std::string line = given.str();
+  const bool many = line.starts_with('@');
+  std::ifstream lines(many ? argv[1] + 1 : "");
+  int failures = 0;
+  while (!many || std::getline(lines, line)) {
+    if (many) std::cout << line << ": " << std::flush;
+    try {
+      std::stringstream words(line);
+      solve(words);
+      std::cout << vblora_emulation::finish() << std::flush;
+    } catch (const std::exception& error) {
+      std::cerr << error.what() << std::endl;
+      ++failures;
+    }
+    if (!many) break;
   }
-  vblora_emulation_set(static_cast<int>(options.number("order", 0)), static_cast<uint64_t>(options.number("seed", 0)),
-                       1);
-  Problems problems{options};
-  try {
-    if (op == "admixture") problems.admixture();
-    else if (op == "compose") problems.compose();
-    else if (op == "draw") problems.draw();
-    else if (op == "draw_uniform") problems.draw_uniform();
-    else if (op == "admixture_backward") problems.admixture_backward(false);
-    else if (op == "scatter") problems.admixture_backward(true);
-    else throw std::runtime_error("no operator of this name: " + op);
-  } catch (const std::exception& error) {
-    fprintf(stderr, "%s\n", error.what());
-  }
-  fputs(vblora_emulation::trace::findings().c_str(), stdout);
+  return failures ? 1 : 0;
 }

@@ -3,6 +3,9 @@
 import bz2
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -33,6 +36,18 @@ def write(path: Path, text: str) -> Path:
 def test_csv(tmp_path, suffix, packed, text):
     rows = data.read_rows(write(tmp_path / f"rows{suffix}{packed}", text), COLUMNS, "--data")
     assert [(row.text, row.label) for row in rows] == [('one, "two"\nthree', "x"), ("'four'", "y")]
+
+
+def test_columns_that_are_not_read_may_share_a_name(tmp_path):
+    path = write(tmp_path / "rows.csv", "v1,v2,,,\nham,hello,,,\nspam,win,now,,\n")
+    rows = data.read_rows(path, data.Columns("v2", "v1"), "--data")
+    assert [(row.text, row.label) for row in rows] == [("hello", "ham"), ("win", "spam")]
+
+
+def test_errors_name_the_line_on_which_a_row_begins(tmp_path):
+    path = write(tmp_path / "rows.csv", 'text,label\n"one\ntwo",x\n\n"three\nfour",\n')
+    with pytest.raises(CommandError, match="line 5: column 'label' is empty"):
+        data.read_rows(path, COLUMNS, "--data")
 
 
 def test_quotes_of_a_tsv_are_characters(tmp_path):
@@ -75,6 +90,20 @@ def test_labels_are_in_order():
 
     assert labels("b", "a") == ["a", "b"]
     assert labels("10", "9", "0") == ["0", "9", "10"]
+    assert labels("9" * 5000, "1") == ["1", "9" * 5000]
+
+
+def test_labels_that_are_equal_as_numbers_have_one_order_in_every_process():
+    script = (
+        "from pathlib import Path; from vblora.finetune import data\n"
+        "rows = [data.Row('', label, None, None) for label in ('1', '01', '001', '2', '02') * 3]\n"
+        "print(data.labels_of(rows, Path('rows.csv'), 'label'))"
+    )
+    orders = {
+        subprocess.check_output([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, text=True)
+        for seed in ("1", "2", "3")
+    }
+    assert orders == {"['001', '01', '1', '02', '2']\n"}
 
 
 def rows_of(count: int) -> list[data.Row]:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,80 @@ def test_pairs_a_second_file_and_another_model(finetune, tiny_model, tmp_path):
     assert adapter["modules_to_save"] == ["pre_classifier", "classifier"]
 
 
+def save_with_tokenizer(model, tiny_model: Path, folder: Path) -> Path:
+    from transformers import AutoTokenizer
+
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.model_max_length = 10**30  # as if it did not know
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder_decoder_model(finetune, table, tiny_model, tmp_path, capsys):
+    """Its predictions hold the encoder's states, too."""
+    from transformers import BartConfig, BartForSequenceClassification
+
+    layers = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 64))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+    config = BartConfig(vocab_size=40, d_model=32, max_position_embeddings=64, **layers, **heads, **tokens)
+    model = save_with_tokenizer(BartForSequenceClassification(config), tiny_model, tmp_path / "bart")
+    assert finetune("--data", table, model=model) == 0
+    assert re.search(r"same logits, to the bit, for (\d+) of \1 rows", capsys.readouterr().out)
+
+
+def test_lengths_that_models_state_in_their_own_ways(tiny_model, tmp_path):
+    from transformers import (
+        RobertaConfig,
+        RobertaForSequenceClassification,
+        T5Config,
+        T5ForSequenceClassification,
+        XLNetConfig,
+        XLNetForSequenceClassification,
+    )
+
+    from vblora.finetune.training import _load_tokenizer, _max_length
+
+    config = RobertaConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=514
+    )
+    roberta = RobertaForSequenceClassification(config).eval()
+    xlnet = XLNetForSequenceClassification(XLNetConfig(vocab_size=40, d_model=32, n_layer=1, n_head=2, d_inner=64))
+    t5 = T5ForSequenceClassification(T5Config(vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2))
+    tokenizer = _load_tokenizer(str(save_with_tokenizer(roberta, tiny_model, tmp_path)))
+    assert _max_length(512, tokenizer, roberta) == 512
+    roberta(torch.full((1, 512), 7))
+    with pytest.raises(CommandError, match="is 513, but this model reads at most 512 tokens"):
+        _max_length(513, tokenizer, roberta)
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(torch.full((1, 513), 7))
+    for model in (xlnet, t5):
+        assert _max_length(3000, tokenizer, model) == 3000
+        assert _max_length(None, tokenizer, model) == 128
+
+
+@pytest.mark.parametrize("printing", [False, True], ids=["results", "table"])
+def test_a_console_that_cannot_print_the_path(printing, table, tiny_model, tmp_path):
+    """The work is done, so the exit code is 0. The path is also no markup of rich's."""
+    out = tmp_path / "caf\u00e9 [/b]"
+    command = [sys.executable, "-m", "vblora.cli"]
+    if printing:
+        model = vblora.inject(
+            torch.nn.Sequential(torch.nn.Linear(8, 8)),
+            vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"]),
+        )
+        vblora.save(model, out)
+        command += ["info", out]
+    else:
+        command += ["finetune", "--data", table, "--model", tiny_model, "--output", out, "--epochs", "1"]
+        command += ["--num-vectors", "16", "--vector-length", "16", "--no-baseline"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert rb"caf\xe9[/b]" in b"".join(done.stdout.split())  # a title may be wrapped
+    assert (out / "adapter_model.safetensors").is_file()
+
+
 def test_writes_over_an_old_adapter_when_told_to(finetune, table, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -202,23 +277,29 @@ def refuse(finetune, capsys, tmp_path, *arguments, **options) -> str:
     return one_line(capsys)
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 BAD_FILES = {
     "no such column": ("rows.csv", "text,lable\na,b\n", r"--label-column: column 'label' .*did you mean 'lable'\?"),
     "column twice": ("rows.csv", "text,text,label\na,b,c\n", "--text-column: column 'text' is there more than once"),
     "empty file": ("rows.csv", "", "--text-column: column 'text' is not there"),
-    "header only": ("rows.csv", "text,label\n", "--data: .*rows.csv holds no rows"),
-    "one label": ("rows.csv", "text,label\na b,x\nc,x\n", "--label-column: .*the label 'x'; .*at least two labels"),
+    "header only": ("rows.csv", "text,label\n", "--data: .*rows.csv has no rows"),
+    "one label": ("rows.csv", "text,label\na b,x\nc,x\n", "--label-column: .*the label 'x', .*at least two labels"),
     "labels that are texts": ("rows.csv", "text,label\na,b\nc,d\n", "'label' has 2 different values in 2 rows"),
     "empty text": ("rows.csv", "text,label\na,x\n  ,y\n", "--data: .*line 3: column 'text' is empty"),
     "empty label": ("rows.csv", "text,label\na,\n", "--data: .*line 2: column 'label' is empty"),
     "too few fields": ("rows.csv", "text,label\na,x\nb\n", "--data: .*line 3: 1 fields, but the header has 2"),
     "too many fields": ("rows.csv", "text,label\na, b,x\n", "--data: .*line 2: 3 fields, but the header has 2"),
-    "open quote": ("rows.csv", 'text,label\n"a,x\n', "--data: .*rows.csv, line 1: unexpected end of data"),
-    "unreadable line": ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', "--data: .*line 2 is no JSON"),
-    "no object": ("rows.jsonl", '["a", 1]\n', "--data: .*line 1 is no JSON object"),
+    "open quote": ("rows.csv", 'text,label\n"a,x\n', "--data: .*rows.csv, line 2: unexpected end of data"),
+    "unreadable line": ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', "--data: .*line 2 is not valid JSON"),
+    "no object": ("rows.jsonl", '["a", 1]\n', "--data: .*line 1 is not a JSON object"),
     "no text": ("rows.jsonl", '{"text": null, "label": 1}\n', "--data: .*line 1: column 'text' is null"),
     "column missing later": ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "--label-column: .*line 2"),
-    "unknown kind": ("rows.xlsx", "text,label\n", r"--data: rows.xlsx is of no known kind; .*\.csv, \.tsv, \.jsonl"),
+    "5,000 digits": ("rows.jsonl", f'\n{{"text": "a", "label": {"1" * 5000}}}', "--data: .*line 2 has an integer"),
+    "half a pair": ("rows.jsonl", '{"text": "a\\ud83d", "label": 1}\n', r"line 1: column 'text' contains '\\ud83d'"),
+    "half a pair as label": ("rows.jsonl", '{"text": "a", "label": "\\udc00"}\n', "line 1: column 'label' contains"),
+    "Git LFS pointer": ("rows.csv", LFS_POINTER, "--data: .*rows.csv is a Git LFS pointer, .*git lfs pull"),
+    "compressed Git LFS pointer": ("rows.csv.gz", LFS_POINTER, "--data: .*rows.csv.gz is a Git LFS pointer"),
+    "unknown kind": ("rows.xlsx", "text,label\n", r"--data: the format of rows.xlsx is unknown; .*\.csv, \.tsv, \.jsonl"),
     "not what it says": ("rows.csv.gz", "text,label\n", "--data: .*rows.csv.gz cannot be read"),
 }  # fmt: skip
 
@@ -233,6 +314,10 @@ def test_a_bad_file_is_refused(finetune, tmp_path, capsys, case):
 def test_a_file_of_another_encoding_is_refused(finetune, tmp_path, capsys):
     (tmp_path / "rows.csv").write_bytes("text,label\ncafé,x\n".encode("latin-1"))
     assert "is not UTF-8" in refuse(finetune, capsys, tmp_path, "--data", tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_bytes("text,label\na,x\n".encode("utf-16"))
+    assert "is UTF-16 text, as its byte-order mark shows" in refuse(
+        finetune, capsys, tmp_path, "--data", tmp_path / "rows.csv"
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,8 +333,8 @@ def test_a_file_of_another_encoding_is_refused(finetune, tmp_path, capsys):
         (["--vector-length", "7"], "`vector_length` is 7, but must divide"),
         (["--topk", "17"], "`topk` is 17, but must be at most `num_vectors`, 16"),
         (["--target-modules", "qurey"], "which matches no layer of this model. Nearest names: query"),
-        (["--max-length", "100"], "--max-length: is 100, but this model reads no more than 64 tokens"),
-        (["--keep-labels", "fresh,stale"], "--keep-labels: 'stale' is no label in .*there are 'fresh', 'rotten'"),
+        (["--max-length", "100"], "--max-length: is 100, but this model reads at most 64 tokens"),
+        (["--keep-labels", "fresh,stale"], "--keep-labels: 'stale' is not a label in .*labels are 'fresh', 'rotten'"),
         (["--keep-labels", "fresh,"], "argument --keep-labels: is 'fresh,'"),
         (
             ["--group-column", "studio"],
@@ -264,14 +349,21 @@ def test_a_bad_argument_is_refused(finetune, table, tmp_path, capsys, arguments,
     assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table, *arguments))
 
 
-def test_a_bad_model_is_refused(finetune, table, tmp_path, capsys):
+def test_a_bad_model_is_refused(finetune, tiny_model, table, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     config_only = tmp_path / "config-only"
     config_only.mkdir()
     (config_only / "config.json").write_text('{"model_type": "bert"}')
+    pointer, marked = tmp_path / "pointer", tmp_path / "marked"
+    for folder in (pointer, marked):
+        shutil.copytree(tiny_model, folder)
+    (pointer / "model.safetensors").write_text(LFS_POINTER)
+    (marked / "tokenizer_config.json").write_text("{}", encoding="utf-8-sig")
     for model, expected in {
+        pointer: "--model: .*model.safetensors is a Git LFS pointer, not the file itself. Run `git lfs pull`",
+        marked: "--model: .*tokenizer_config.json starts with a UTF-8 byte-order mark",
         tmp_path / "nowhere": "--model: there is no folder",
-        tmp_path / "empty": "--model: the folder .* holds no config.json",
+        tmp_path / "empty": "--model: the folder .* has no config.json",
         table: "--model: .* is a file",
         config_only: "--model: no (tokenizer|sequence classifier) can be loaded",
         "no-such-model-anywhere": "--model: no tokenizer can be loaded from 'no-such-model-anywhere'",

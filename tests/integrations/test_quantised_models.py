@@ -105,8 +105,8 @@ def test_trains_and_resumes(load, tmp_path):
     "options",
     [
         {"bf16": True},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

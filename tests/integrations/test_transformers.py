@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 import vblora
 from tests.sentences import batches, encoder
 from tests.workers import run_in_processes
-from vblora.integrations.transformers import VBLoRACallback
+from vblora.integrations.transformers import VBLoRACallback, trainer_arguments
 
 CONFIG = {"r": 4, "num_vectors": 256, "vector_length": 64, "vblora_dropout": 0.1}
 CONFIG |= {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
@@ -155,7 +155,7 @@ def test_a_callback_that_comes_too_late_is_no_silent_restart(tmp_path):
     model = injected()
     late = Trainer(model, settings(tmp_path), train_dataset=rows(), optimizers=(optimizer_of(model), None))
     late.add_callback(VBLoRACallback())
-    with pytest.raises(ValueError, match=r"was not restored.*when it is made"):
+    with pytest.raises(ValueError, match=r"was not restored.*when you make the Trainer"):
         late.train(resume_from_checkpoint=True)
 
 
@@ -196,6 +196,34 @@ def test_two_processes_resume_what_the_first_saved(tmp_path):
     assert any(torch.equal(kept.vblora.default.logits, tensor) for tensor in runs[0][1])
 
 
+# In one line
+
+
+def test_one_line_gives_the_trainer_its_groups_and_checkpoints(tmp_path):
+    model = injected()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        how = settings(tmp_path, max_steps=4, save_steps=2)
+        trainer = Trainer(model, how, train_dataset=rows(), **trainer_arguments(model, recipe="paper", lr_other=0.01))
+        trainer.train()
+    rates = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {"bank": 1e-3, "logits": 1e-2, "other": 0.01}
+    again = injected(torch_seed=1)
+    resumed = Trainer(again, how, train_dataset=rows(), **trainer_arguments(again, recipe="paper", lr_other=0.01))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(resumed) == losses(trainer)
+    with pytest.raises(TypeError, match="`save_pretrained`, which Sequential does not have"):
+        trainer_arguments(torch.nn.Sequential(model))
+
+
+def test_the_trainers_own_optimizer_is_warned_of(tmp_path):
+    model = injected()
+    trainer = Trainer(model, settings(tmp_path, max_steps=2, save_strategy="no"), train_dataset=rows())
+    with pytest.warns(UserWarning, match=r"the logits at 5e-05.* far below .*trainer_arguments\(model\)") as caught:
+        trainer.train()
+    assert len([w for w in caught if "far below" in str(w.message)]) == 1
+
+
 # Options
 
 
@@ -205,9 +233,9 @@ def test_two_processes_resume_what_the_first_saved(tmp_path):
         {"gradient_accumulation_steps": 2},
         {"max_grad_norm": 0.5},
         {"bf16": True},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
-        {"bf16": True, "activation_checkpointing": True, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

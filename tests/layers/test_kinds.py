@@ -1,4 +1,4 @@
-"""Embeddings and convolutions as targets, against the base layer run on ``W + ΔW``; what is refused; their files."""
+"""Embeddings and convolutions as targets, compared with the base layer on ``W + ΔW``; refused layers; their files."""
 
 import copy
 import json
@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.pytorch_utils import Conv1D
 
 import vblora
 from tests.small_models import bert, gpt2, llama, relative_error
@@ -24,7 +27,7 @@ IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
 class Holder(nn.Module):
-    """Some layers in a row."""
+    """A chain of layers."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -44,8 +47,11 @@ def scaled(kind, padding_idx):
     return kind(12, 8, padding_idx, embed_scale=2.5)
 
 
-# The layer, and the shape of an input.
+# The layer, and the shape of its input.
 CASES = {
+    "linear": (lambda: nn.Linear(8, 12), lambda: (3, 5, 8)),
+    "linear, a subclass": (lambda: NonDynamicallyQuantizableLinear(8, 12), lambda: (3, 5, 8)),
+    "linear, Falcon's": (lambda: FalconLinear(8, 12), lambda: (3, 5, 8)),
     "embedding": (lambda: nn.Embedding(12, 8), lambda: ids(3, 5)),
     "embedding, one index": (lambda: nn.Embedding(12, 8), lambda: ids()),
     "embedding, no index": (lambda: nn.Embedding(12, 8), lambda: ids(0, 5)),
@@ -88,7 +94,7 @@ def case(request, generator):
 
 
 def composed(model, name="default"):
-    """A and B of the one layer, from the oracle's sub-vectors."""
+    """A and B of the only layer, from the oracle's sub-vectors."""
     adapter = model.vblora[name]
     (target,) = adapter.targets
     mixed, _, _ = vblora.reference.admixture(adapter.logits, adapter.bank.vectors, adapter.candidates, adapter.topk)
@@ -98,11 +104,11 @@ def composed(model, name="default"):
 
 
 def expected(base, model, x):
-    """The base layer on its weight with the update in it."""
+    """The base layer on its weight plus the update."""
     layer = base.layers[0]
     A, B = composed(model)
     delta = (A.T @ B if isinstance(layer, nn.Embedding) else B.T @ A).view_as(layer.weight)
-    if getattr(layer, "sparse", False):  # its gradient only goes to a leaf
+    if getattr(layer, "sparse", False):  # only a leaf can get a sparse gradient
         return F.embedding(x, layer.weight.detach() + delta, layer.padding_idx)
     return functional_call(layer, {"weight": layer.weight.detach() + delta}, (x,))
 
@@ -123,7 +129,7 @@ def test_outputs_and_gradients_are_those_of_the_updated_weight(case):
 
 
 def test_factors_with_scales_are_those_with_the_scales_in_them(case):
-    """Of methods that train scales: ``d`` after A, ``e`` after B."""
+    """The scales that some methods train: ``d`` after A, ``e`` after B."""
     _, model, x = case
     layer = model.layers[0]
     A, B = composed(model)
@@ -211,7 +217,7 @@ def test_dropout_is_of_the_updates_input():
     seen = F.dropout(x, 0.5)
     assert torch.allclose(ours, layer.base_layer(x) + F.conv1d(seen, layer.delta_weight(["default"])), atol=1e-5)
     assert not torch.equal(ours, model(x))
-    # An index cannot be dropped: embeddings have no dropout, as PEFT's have none.
+    # Indices cannot be dropped: embeddings have no dropout, like PEFT's.
     model, x = vblora.inject(Holder(nn.Embedding(12, 8)), config), ids(4, 5)
     assert torch.equal(model(x), model(x))
 
@@ -242,14 +248,46 @@ class Doubled(nn.Conv2d):
         return 2 * super()._conv_forward(x, weight, bias)
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+class OtherConv1D(Conv1D):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def patched():
+    layer = nn.Linear(8, 12)
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    return layer
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
+        (lambda: Scaled(8, 12), r"a Scaled, which is no plain nn\.Linear: its `forward` may compute something else"),
+        (lambda: Router(8, 12), r"a Router, which is no plain nn\.Linear"),
+        (lambda: OtherConv1D(12, 8), "a OtherConv1D, which is no plain Conv1D"),
+        (patched, "a Linear, which has a replaced `forward`"),
         (lambda: nn.Embedding(12, 8, max_norm=1.0), "a Embedding, which changes its weight.*`max_norm`"),
-        (lambda: nn.Embedding(12, 8, scale_grad_by_freq=True), "a Embedding, which has a rule.*`scale_grad_by_freq`"),
-        (lambda: Shifted(12, 8), r"a Shifted, which is no plain nn\.Embedding: what its `forward` does is not known"),
+        (
+            lambda: nn.Embedding(12, 8, scale_grad_by_freq=True),
+            "a Embedding, which scales its gradients.*`scale_grad_by_freq`",
+        ),
+        (
+            lambda: Shifted(12, 8),
+            r"a Shifted, which is no plain nn\.Embedding: its `forward` may compute something else",
+        ),
         (lambda: Causal(8, 12, 3), r"a Causal, which is no plain nn\.Conv1d"),
-        (lambda: Doubled(8, 12, 3), "a Doubled, which has a `_conv_forward` of its own"),
+        (lambda: Doubled(8, 12, 3), "a Doubled, which overrides `_conv_forward`"),
         (lambda: nn.LazyLinear(8), "a LazyLinear, which has no sizes yet"),
         (lambda: nn.LazyConv1d(8, 3), "a LazyConv1d, which has no sizes yet"),
         (lambda: nn.Conv3d(8, 12, 3), r"a Conv3d; allowed are nn\.Linear, nn\.Embedding, nn\.Conv1d"),
@@ -262,6 +300,29 @@ def test_refuses_by_name(layer, message):
     with pytest.raises(TypeError, match=rf"`layers\.0`, {message}.*`exclude_modules`"):
         vblora.inject(model, vblora.VBLoRAConfig(target_modules=["layers.0"], **SIZES))
     assert [name for name, _ in model.named_modules()] == ["", "layers", "layers.0"]
+
+
+@pytest.mark.parametrize("layer", [lambda: Scaled(8, 8), lambda: Router(8, 8), lambda: OtherConv1D(8, 8), patched])
+def test_all_linear_leaves_out_layers_with_a_forward_of_their_own(layer):
+    model = Holder(nn.Linear(8, 8), layer(), layer())
+    with pytest.warns(UserWarning, match=r'"all-linear" leaves out `layers\.1`, `layers\.2`, a \w+, which') as said:
+        vblora.inject(model, vblora.VBLoRAConfig(target_modules="all-linear", **SIZES))
+    assert len(said) == 1
+    assert [target.name for target in model.vblora.default.targets] == ["layers.0"]
+    with pytest.raises(TypeError, match=r"`base_layer` is a .*forward"):
+        vblora.VBLinear(base_layer=layer())
+
+
+def test_layers_whose_forward_accelerate_wraps_are_adapted():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    layer, x = add_hook_to_module(nn.Linear(8, 12).double(), ModelHook()), torch.randn(3, 8, dtype=torch.float64)
+    base = Holder(nn.Linear(8, 12).double())
+    base.layers[0].load_state_dict(layer.state_dict())
+    model = vblora.inject(Holder(layer), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES)).double()
+    before = model(x)
+    assert relative_error(before, expected(base, model, x)) < 1e-12
+    assert relative_error(vblora.merge(model)(x), before) < 1e-12
 
 
 def test_positions_of_transformers_that_count_otherwise_are_refused():
@@ -287,7 +348,7 @@ def test_all_linear_means_linear_layers():
 
 
 class Vision(nn.Module):
-    """Patches, a depthwise convolution and a head, as in small vision models."""
+    """Patches, a depthwise convolution and a head, like a small vision model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -387,7 +448,7 @@ def test_peft_computes_the_same_from_a_lora_of_convolutions(tmp_path):
 )
 def test_a_lora_of_convolutions_that_peft_computes_otherwise_is_refused(layer, what, tmp_path):
     model = vblora.inject(Holder(layer), vblora.VBLoRAConfig(target_modules=["layers.0"], **SIZES))
-    with pytest.raises(ValueError, match=rf"`layers\.0` is a convolution with other {what} than most"):
+    with pytest.raises(ValueError, match=rf"`layers\.0` is a convolution with {what} of its own"):
         vblora.save(model, tmp_path / "lora", form="lora")
     assert not (tmp_path / "lora").exists()
 
@@ -433,7 +494,7 @@ def test_a_damaged_description_of_a_layer_is_refused(entry, tmp_path):
     assert description["targets"] == [["layers.0", 12, 8, "convolution", [4, 3]]]
     description["targets"] = [["layers.0", *entry]]
     safetensors.torch.save_file(tensors, path, metadata | {"vblora": json.dumps(description)})
-    with pytest.raises(ValueError, match="description is not what it should be"):
+    with pytest.raises(ValueError, match="description is invalid"):
         vblora.load(Holder(nn.Conv1d(4, 8, 3)), tmp_path)
 
 
@@ -473,4 +534,4 @@ def test_refuses_to_merge_tied_embeddings_alone_into_files(tmp_path, capsys):
     base.save_pretrained(tmp_path / "base")
     vblora.save(model, tmp_path / "adapter")
     assert main(["merge", *map(str, (tmp_path / "base", tmp_path / "adapter", tmp_path / "out"))]) == 2
-    assert "`model.embed_tokens.weight` is that of the head, too" in capsys.readouterr().err
+    assert "`model.embed_tokens.weight` is also that of the head" in capsys.readouterr().err

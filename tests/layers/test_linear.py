@@ -123,7 +123,7 @@ def test_compiles_in_one_graph():
         (
             {"in_features": 8, "out_features": 12, "vector_length": 8},
             ValueError,
-            "vector_length.*would do: 1, 2, 4; .*pad=True",
+            "vector_length.*Allowed lengths: 1, 2, 4; .*pad=True",
         ),
         ({"in_features": 8, "out_features": 8, "num_vectors": 2, "topk": 3}, ValueError, "topk"),
         ({"in_features": 8, "out_features": 8, "r": 0}, ValueError, "`r`"),

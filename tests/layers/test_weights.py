@@ -1,4 +1,4 @@
-"""Quantised linear layers as targets, with the packages that quantise them: training, inference, merging, and the Trainer."""
+"""Quantised linear layers as targets, with the real packages: training, inference, merging, and the Trainer."""
 
 import copy
 import importlib
@@ -11,7 +11,7 @@ from torch import nn
 import vblora
 from tests.small_models import Block, relative_error
 from vblora.layers.adapted import AdaptedLayer
-from vblora.layers.weights import format_of, keep_unpacked
+from vblora.layers.weights import disable_packing, format_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -25,7 +25,7 @@ CONFIG = {"target_modules": ["up", "down"]} | SIZES
 def package(name):
     try:
         return importlib.import_module(name)
-    except Exception as error:  # whatever keeps it from running here is the reason
+    except Exception as error:  # the reason to skip
         pytest.skip(f"{name} does not import here: {type(error).__name__}: {error}")
 
 
@@ -47,7 +47,7 @@ def replaced(net, make):
         for name, linear in list(block.named_children()):
             layer = make(linear.in_features, linear.out_features)
             layer.load_state_dict(linear.state_dict())
-            setattr(block, name, layer.to("cpu"))  # which quantises it
+            setattr(block, name, layer.to("cpu"))  # `to` quantises it
     return net
 
 
@@ -79,7 +79,7 @@ QUANTISED = {
     "torchao, by tensor": lambda net: torchao_int8(net, group=lambda q: q.PerTensor()),
     "torchao, by groups": lambda net: torchao_int8(net, group=lambda q: q.PerGroup(32)),
 }
-# The error of a merged weight: that of its format.
+# The error of a merged weight is that of its format.
 ERROR = {"8 bits": 0.01, "nf4": 0.12, "fp4": 0.15, "torchao": 0.02}
 
 
@@ -111,7 +111,7 @@ def test_outputs_and_gradients_are_those_of_base_and_update(base):
     model, x = injected(base), torch.randn(3, 64)
 
     class Explicit(nn.Module):
-        """The update by its formula, around the same quantised layer."""
+        """The same quantised layer plus the update, by its formula."""
 
         def __init__(self, layer):
             super().__init__()
@@ -145,7 +145,7 @@ def test_outputs_and_gradients_are_those_of_base_and_update(base):
 
 
 def test_trains_also_after_an_evaluation(base):
-    """bitsandbytes packs evaluated 4-bit weights on some CPUs, and passes no gradient through them then."""
+    """bitsandbytes repacks 4-bit weights for evaluation on some CPUs, and then passes no gradient through them."""
     with torch.no_grad():
         base.eval()(torch.randn(3, 64))
     model, x = injected(base).train(), torch.randn(8, 64)
@@ -155,7 +155,7 @@ def test_trains_also_after_an_evaluation(base):
         loss = (model(x) - 1).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        first = model.blocks[0].up.updates["default"].slot  # far from the loss: through every layer after it
+        first = model.blocks[0].up.updates["default"].slot  # far from the loss: its gradient passes every later layer
         rows = slice(0, first.adapter._rows[0] + first.adapter._rows[1])
         gradient = first.adapter.logits.grad[rows].clone()
         if step == 0:
@@ -175,7 +175,7 @@ def test_inference_composes_for_the_dtype_of_the_activations(base):
     with torch.no_grad():
         model(torch.randn(3, 64))
     assert model.vblora.default.compute_dtype == torch.float32
-    assert model.vblora.default._kept.factors[0].A.dtype == torch.float32
+    assert model.vblora.default._cached.factors()[0].A.dtype == torch.float32
 
 
 def test_merge_reports_its_error_and_unmerge_gives_every_bit_back(base):
@@ -201,24 +201,24 @@ def test_merge_reports_its_error_and_unmerge_gives_every_bit_back(base):
         assert 0 < layer.rounding.of_weight < allowed
     with torch.no_grad():
         merged = model(x)
-        model(x)  # again: bitsandbytes' 8-bit layers move what they keep of a weight in their first forward
+        model(x)  # again: bitsandbytes' 8-bit layers move a weight's state in their first forward
     with vblora.disabled(model), torch.no_grad():
         plain = model(x)
-        keep_unpacked(base)
+        disable_packing(base)
         assert torch.equal(plain, base.eval()(x))
     assert relative_error(merged, before) < 0.5 * relative_error(before, plain)
     vblora.unmerge(model)
     assert {name: _bits(layer.weight) for name, layer in layers.items()} == stored
     for name, layer in layers.items():
         assert layer.weight is weights[name] and layer.rounding is None
-        if hasattr(layer.weight, "quant_state"):  # where bitsandbytes looks for it should FSDP lose the weight's own
+        if hasattr(layer.weight, "quant_state"):  # where bitsandbytes looks for it if FSDP loses the weight's own
             assert layer.base_layer.quant_state is layer.weight.quant_state
     with torch.no_grad():
         assert torch.equal(model(x), before)
 
 
 def _bits(weight):
-    """All that a quantised weight consists of."""
+    """All parts of a quantised weight."""
     if hasattr(weight, "quant_state"):
         state = weight.quant_state
         parts = [weight.data, state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
@@ -237,7 +237,7 @@ def test_a_released_merge_leaves_a_plain_quantised_model(base):
         vblora.merge(model, release=True)
     vblora.eject(model)
     assert type(model.blocks[0].up) is type(base.blocks[0].up)
-    keep_unpacked(base)
+    disable_packing(base)
     with torch.no_grad():
         after = model(x)
         assert relative_error(after, before) < 0.5 * relative_error(before, base.eval()(x))
@@ -259,7 +259,7 @@ def test_adapters_are_merged_one_after_the_other(base):
         vblora.unmerge(model)
         assert _bits(layer.weight) == bits
         vblora.merge(model)
-    # The weight from before was quantised once, not twice.
+    # The original weight was quantised once, not twice.
     assert torch.equal(dense(layer.base_layer), twice)
     assert relative_error(twice, expected) < 0.2
     vblora.unmerge(model)
@@ -280,7 +280,7 @@ def test_eject_and_copies_keep_the_base_as_it_was(base):
 
 
 def test_unmerging_after_a_cast(base):
-    """Which a quantised weight does not take part in; what it is stored in is none of a cast's business."""
+    """A cast of the model leaves the storage of a quantised weight alone."""
     model = injected(base)
     layer = model.blocks[0].up
     bits = _bits(layer.weight)
@@ -374,7 +374,7 @@ def test_compiles_in_one_graph(quantise):
 
 @pytest.mark.parametrize("kind", [vblora.LoraConfig, vblora.VeraConfig, vblora.TiedLoraConfig])
 def test_other_methods(base, kind):
-    """The update is the same as on the weights that the base stands for, and what is merged comes out again."""
+    """The update equals that on the dequantised weights, and unmerging restores the base."""
     torch.manual_seed(1)
     model = vblora.inject(copy.deepcopy(base), kind(r=4, target_modules=["up", "down"]))
     with torch.no_grad():
@@ -383,7 +383,7 @@ def test_other_methods(base, kind):
     x = torch.randn(3, 64)
     layer = model.blocks[0].up
     update = layer(x) - layer.base_layer(x)
-    assert relative_error(update, x @ layer.delta_weight(["default"]).T) < 1e-2  # of a difference, of what is rounded
+    assert relative_error(update, x @ layer.delta_weight(["default"]).T) < 1e-2  # a difference of rounded values
     y = model(x)
     y.square().mean().backward()
     assert all(parameter.grad.any() for parameter in model.vblora.parameters())

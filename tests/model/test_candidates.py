@@ -1,4 +1,4 @@
-"""Training with candidates is dense training, step for step and bit for bit, until the count of exhausted rows says otherwise."""
+"""Training with candidates equals dense training, step for step and bit for bit, while no row is exhausted."""
 
 import itertools
 import subprocess
@@ -23,7 +23,7 @@ CONFIG = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("device", "one_thread")
 
 
 class Lion(torch.optim.Optimizer):
@@ -48,7 +48,7 @@ class Run:
     def __init__(self, num_candidates, make_optimizer, *, num_vectors=1024, decay=0.0, accumulate=1, scheduled=False):
         config = vblora.VBLoRAConfig(**CONFIG, num_vectors=num_vectors, num_candidates=num_candidates)
         model = encoder()
-        torch.manual_seed(1)  # of the bank
+        torch.manual_seed(1)  # for the bank
         self.model = vblora.inject(model, config).train()
         groups = vblora.parameter_groups(self.model)
         for group in groups:
@@ -78,7 +78,7 @@ class Run:
 
 
 SGD_LR = {"bank": 0.1, "logits": 3e3, "other": 0.1}
-# Steps are so many that rows come at most two thirds of 128 candidates far: another machine's rounding uses none up either.
+# So few steps that rows use at most two thirds of 128 candidates: none is exhausted with another machine's rounding either.
 OPTIMIZERS = {
     "AdamW": (lambda groups: torch.optim.AdamW(groups), {}, 200),
     "AdamW, accumulated, scheduled": (
@@ -98,7 +98,7 @@ OPTIMIZERS = {
 
 
 def selected(adapter):
-    """Of each row, how far down its initial order training has come."""
+    """For each row, how far down its initial order training has selected."""
     initial = adapter.initial()
     touched = initial.logits != adapter.logits.detach()
     return (touched * torch.arange(1, touched.shape[1] + 1)).amax(1)
@@ -117,7 +117,7 @@ def test_is_dense_training_to_the_bit(name):
     assert torch.equal(few.adapter.bank.vectors, dense.adapter.bank.vectors)
     assert torch.equal(few.adapter.logits, dense.adapter.logits.gather(1, few.adapter.candidates.long()))
     if not options.get("decay"):
-        assert selected(few.adapter).max() > 2 * few.adapter.topk  # rows did change whom they select
+        assert selected(few.adapter).max() > 2 * few.adapter.topk  # rows did change their selection
     chosen = torch.zeros_like(dense.adapter.logits, dtype=torch.bool).scatter_(1, few.adapter.candidates.long(), True)
     moved = (dense.adapter.logits != dense.adapter.initial().logits) & ~chosen
     assert not moved.any() or options.get("decay")
@@ -134,9 +134,9 @@ def test_the_count_rises_before_the_equality_breaks():
         assert counted, num_candidates
         if broken:
             assert counted[0] <= broken[0]
-        assert few.exhausted == sorted(few.exhausted)  # it sticks
+        assert few.exhausted == sorted(few.exhausted)  # rows stay exhausted
         if num_candidates == 3:
-            assert broken  # this test would see it
+            assert broken  # this test would notice
 
 
 @pytest.mark.slow
@@ -175,7 +175,9 @@ def small(num_vectors=40, num_candidates=8, seed=3, **choice):
     layer = vblora.VBLinear(
         16, 16, r=2, vector_length=8, num_vectors=num_vectors, num_candidates=num_candidates, seed=seed, **choice
     )
-    torch.nn.init.normal_(layer.adapter.bank.vectors, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(
+        layer.adapter.bank.vectors, generator=torch.Generator(layer.adapter.bank.vectors.device).manual_seed(0)
+    )
     return layer
 
 
@@ -190,7 +192,7 @@ def test_growing_with_a_gradient_under_way():
 
 
 def test_growing_in_a_loop_that_keeps_its_loss():
-    """The graph's end at the logits would refuse their next gradient, of another size."""
+    """The graph's node for the logits would refuse their next gradient, whose size differs."""
     layer = vblora.VBLinear(16, 16, num_candidates=6, seed=1)
     optimizer = torch.optim.AdamW(vblora.parameter_groups(layer))
     loss = None
@@ -220,7 +222,7 @@ def test_growing_to_all_is_dense():
 @pytest.mark.parametrize(
     ("spoil", "num_candidates", "message"),
     [
-        (lambda a: None, 8, "`num_candidates` is 8.*more than the 8"),
+        (lambda a: None, 8, "`num_candidates` is 8.*above the current 8"),
         (lambda a: None, 41, "`num_candidates` is 41.*at most `num_vectors`, 40"),
         (lambda a: setattr(a, "seed", None), 16, "no seed"),
         (lambda a: setattr(a, "seed", 4), 16, "not those that its seed draws"),
@@ -269,7 +271,7 @@ def test_the_initial_logits_are_normal_of_the_given_deviation():
 def test_only_training_exhausts():
     layer = small()
     with torch.no_grad():
-        layer.adapter.logits[0] = 0.0  # all equal: whatever is selected is no better than the last candidate
+        layer.adapter.logits[0] = 0.0  # all equal: the selected ones are no larger than the last candidate
         layer(torch.ones(1, 16))
     assert not layer.adapter.exhausted.any()
     layer(torch.ones(1, 16))
@@ -330,7 +332,7 @@ def test_llamas_layout_starts_within_200_mib():
     assert int(printed) < 200 * 1024  # dense logits alone would be 305 MiB
 
 
-# What optimizers are like
+# Optimizers
 
 
 def parameters_of(layer):
@@ -356,8 +358,8 @@ def test_optimizers_that_move_what_was_never_selected_are_known(make, reason):
     optimizer = make(parameters_of(layer))
     found = moves_untouched(layer, optimizer)
     assert found is None if reason is None else reason in found
-    # ... and it is true: an untouched logit stays, or all of a row's scale alike. (Under Adafactor it is those that are touched
-    # that move otherwise.)
+    # ... and it is true: untouched logits keep their values, or all logits of a row scale by the same factor. (Under Adafactor,
+    # the touched logits differ.)
     for _ in range(5):
         layer(torch.randn(4, 16)).square().sum().backward()
         optimizer.step()
@@ -394,7 +396,7 @@ def test_the_trainer_is_told(optimizer, tmp_path):
 
 
 def test_candidates_of_targets_are_rows_of_one_draw():
-    # A layer's rows do not depend on which other layers there are after it.
+    # A layer's rows do not depend on the layers after it.
     bank = vblora.VectorBank(40, 8)
     one = VBLoRAAdapter([Target("a", 16, 8)], bank, num_candidates=8, seed=1)
     two = VBLoRAAdapter([Target("a", 16, 8), Target("b", 8, 8)], bank, num_candidates=8, seed=1)

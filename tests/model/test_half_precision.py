@@ -1,4 +1,4 @@
-"""Half precision: of the base, under autocast, and advice against it in the adapter itself."""
+"""Half precision: of the base model, under autocast, and the warning about casting the adapter itself."""
 
 import copy
 import dataclasses
@@ -42,7 +42,7 @@ def test_a_cast_of_the_adapter_is_warned_of_once(cast):
 
 
 def test_the_warning_is_true():
-    """That rounded logits choose other vectors."""
+    """Rounded logits select other vectors."""
     config = dataclasses.replace(CONFIG, num_vectors=256, num_candidates=None)
     adapter = vblora.inject(Net(blocks=4), config).vblora.default
     chosen = torch.ops.vblora.admixture(adapter.logits, adapter.bank.vectors, adapter.candidates, 2)[1]
@@ -75,7 +75,7 @@ def test_a_deployed_adapter_has_no_logits_to_warn_of(tmp_path):
 
 
 def test_trains_in_float16_with_a_gradient_scaler():
-    """As on a GPU without bfloat16: scaled gradients, and steps that are left out where one is infinite."""
+    """As on a GPU without bfloat16: gradients are scaled, and a step with an infinite one is skipped."""
     net, x = injected(), torch.randn(16, 16)
     whole = copy.deepcopy(net)
     wanted = torch.randn(16, 3)
@@ -93,13 +93,13 @@ def test_trains_in_float16_with_a_gradient_scaler():
         optimizer.zero_grad()
         losses.append(loss.item())
         scales.append(scaler.get_scale())
-        if step == 0:  # it overflowed: nothing was changed
+        if step == 0:  # it overflowed, so nothing changed
             assert scales[0] < 2.0**40
             assert all(torch.equal(parameter, start[name]) for name, parameter in net.named_parameters())
     assert output.dtype == torch.float16
     assert losses[-1] < 0.7 * losses[0] and min(scales) > 1
     assert net.vblora.default.logits.dtype == torch.float32 and net.vblora.default.logits.isfinite().all()
-    # The gradients are those without autocast, as far as float16 goes.
+    # The gradients equal those without autocast, up to float16's precision.
     reference = torch.autograd.grad((whole(x) - wanted).square().mean(), whole.vblora.default.bank.vectors)[0]
     with torch.autocast("cpu", dtype=torch.float16):
         output = whole(x)

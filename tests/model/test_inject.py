@@ -1,4 +1,4 @@
-"""Putting an adapter into a model and taking it out, merging, disabling, and what trains."""
+"""Injects and ejects adapters, merges and disables them, and checks what trains."""
 
 import copy
 
@@ -11,11 +11,12 @@ from tests.small_models import Block, ComposedRows, Net, bert, gpt2, llama, rela
 from vblora.layers.adapted import AdaptedLayer
 
 SIZES = {"r": 2, "num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 1.0}
+pytestmark = pytest.mark.usefixtures("device")
 NET_CONFIG = vblora.VBLoRAConfig(target_modules=["up", "down"], **SIZES)
 
 
 def snapshot(model: nn.Module) -> dict:
-    """All that `inject` may change, to see that it did not."""
+    """Everything that `inject` can change, to check that it did not."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return {
         "state": state,
@@ -46,7 +47,8 @@ def train_a_little(model: nn.Module, **inputs) -> None:
         optimizer.step()
 
 
-BERT_INPUTS = {"input_ids": torch.randint(3, 50, (3, 9)), "labels": torch.tensor([0, 1, 0])}
+def bert_inputs() -> dict[str, torch.Tensor]:
+    return {"input_ids": 3 + torch.arange(27).view(3, 9), "labels": torch.tensor([0, 1, 0])}
 
 
 def test_wraps_targets_and_freezes_the_rest():
@@ -74,11 +76,11 @@ def test_eject_restores_everything():
     before, state = snapshot(model), copy.deepcopy(model.state_dict())
     config = vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES)
     vblora.inject(model, config)
-    train_a_little(model, **BERT_INPUTS)
+    train_a_little(model, **bert_inputs())
     assert not torch.equal(model.classifier.weight, state["classifier.weight"])
     assert vblora.eject(model) is model
     assert same_state(assert_unchanged(model, before), state)
-    vblora.inject(model, config)  # and again
+    vblora.inject(model, config)  # again
 
 
 def test_eject_after_moving_and_casting():
@@ -100,7 +102,7 @@ def test_eject_after_moving_and_casting():
             lambda: Net(blocks=1),
             {"target_modules": ["up", "head"]},
             ValueError,
-            r"`vector_length` is 8.*head \(16 -> 3\).*would do: 1; or any, with pad=True",
+            r"`vector_length` is 8.*head \(16 -> 3\).*Allowed lengths: 1; with pad=True, any length",
         ),
         (lambda: Net(blocks=1), {"target_modules": ["blocks"]}, TypeError, "`blocks`, a ModuleList"),
         (bert, {"target_modules": ["LayerNorm"]}, TypeError, "a LayerNorm; allowed are nn.Linear, nn.Embedding"),
@@ -151,7 +153,7 @@ class Attention(nn.Module):
 
 
 def test_layers_that_are_read_but_not_called_are_left_out():
-    """MultiheadAttention never calls its projection; TransformerEncoderLayer's fast path none of its layers."""
+    """MultiheadAttention never calls its projection, and TransformerEncoderLayer's fast path calls none of its layers."""
     model = vblora.inject(Attention(), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES))
     assert [t.name for t in model.vblora.default.targets] == ["head"]
     for name in ("encoder.linear1", "attention.out_proj"):
@@ -181,10 +183,10 @@ def test_bias(bias):
     everywhere = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     of_targets = {f"{t.name}.base_layer.bias" for t in model.vblora.default.targets}
     assert biases == {"none": set(), "all": everywhere, "vblora_only": of_targets}[bias]
-    x = BERT_INPUTS["input_ids"]
+    x = bert_inputs()["input_ids"]
     with vblora.disabled(model), torch.no_grad():
         base = model(x).logits
-    train_a_little(model, **BERT_INPUTS)
+    train_a_little(model, **bert_inputs())
     with vblora.disabled(model), torch.no_grad():
         assert torch.equal(model(x).logits, base)
 
@@ -222,7 +224,7 @@ def test_merge_and_unmerge(make):
     vblora.merge(model)
     assert not same_state(dict(model.state_dict()), state)
     assert relative_error(model(ids).logits, before) < 1e-5
-    with pytest.raises(ValueError, match="merged already"):
+    with pytest.raises(ValueError, match="already merged"):
         vblora.merge(model)
     vblora.unmerge(model)
     assert same_state(dict(model.state_dict()), state)
@@ -237,14 +239,14 @@ def test_merge_rounds_once():
     A, B, *_ = layer.updates["default"].slot.factors(torch.float32)
     expected = (layer.weight.double() + (B.T @ A).double()).bfloat16()
     vblora.merge(net)
-    assert (layer.weight != expected).float().mean() < 0.01  # float32 sums, now and then on the other side of a tie
+    assert (layer.weight != expected).float().mean() < 0.01  # float32 sums sometimes round to the other side of a tie
 
 
 def test_a_released_merge_is_final():
     torch.manual_seed(0)
     model = vblora.inject(bert().eval(), vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
-    train_a_little(model, **BERT_INPUTS)
-    x = BERT_INPUTS["input_ids"]
+    train_a_little(model, **bert_inputs())
+    x = bert_inputs()["input_ids"]
     before = model(x).logits
     vblora.merge(model, release=True)
     assert relative_error(model(x).logits, before) < 1e-5
@@ -280,10 +282,10 @@ def test_an_integer_weight_is_not_merged():
 def test_disabled_is_the_base_model(merged):
     torch.manual_seed(0)
     base = bert().eval()
-    x = BERT_INPUTS["input_ids"]
+    x = bert_inputs()["input_ids"]
     expected = base(x).logits
     model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES))
-    train_a_little(model, **BERT_INPUTS)
+    train_a_little(model, **bert_inputs())
     if merged:
         vblora.merge(model)
     before = model(x).logits
@@ -355,7 +357,7 @@ def test_a_layer_in_two_places_is_adapted_once():
 
 
 class Wrapper(nn.Module):
-    """As DDP stands around a model."""
+    """Wraps a model like DDP."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -368,10 +370,10 @@ class Wrapper(nn.Module):
 def test_everything_works_through_a_wrapper(tmp_path):
     torch.manual_seed(0)
     base = bert().eval()
-    x = BERT_INPUTS["input_ids"]
+    x = bert_inputs()["input_ids"]
     expected = base(x).logits
     model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES))
-    train_a_little(model, **BERT_INPUTS)
+    train_a_little(model, **bert_inputs())
     wrapper = Wrapper(model)
     before = wrapper(x).logits
     with vblora.disabled(wrapper):
@@ -385,19 +387,19 @@ def test_everything_works_through_a_wrapper(tmp_path):
 
 def test_what_is_refused_while_disabled(tmp_path):
     model = vblora.inject(bert().eval(), vblora.VBLoRAConfig(modules_to_save=["classifier"], **SIZES))
-    train_a_little(model, **BERT_INPUTS)
-    before, count = model(BERT_INPUTS["input_ids"]).logits, vblora.count_parameters(model)
+    train_a_little(model, **bert_inputs())
+    before, count = model(bert_inputs()["input_ids"]).logits, vblora.count_parameters(model)
     with vblora.disabled(model):
         for refused in (vblora.merge, vblora.unmerge, vblora.eject, vblora.parameter_groups):
             with pytest.raises(ValueError, match="disabled"):
                 refused(model)
-        vblora.save(model, tmp_path)  # what was trained, not what stands there now
+        vblora.save(model, tmp_path)  # saves the trained tensors, not those in the model now
         with pytest.raises(ValueError, match="disabled"):
             vblora.load(model, tmp_path)
         assert vblora.count_parameters(model).stored == count.stored
-    assert torch.equal(model(BERT_INPUTS["input_ids"]).logits, before)
+    assert torch.equal(model(bert_inputs()["input_ids"]).logits, before)
     vblora.eject(model)
-    assert torch.equal(vblora.load(model, tmp_path)(BERT_INPUTS["input_ids"]).logits, before)
+    assert torch.equal(vblora.load(model, tmp_path)(bert_inputs()["input_ids"]).logits, before)
 
 
 def test_a_failure_while_copying_changes_nothing(monkeypatch):
@@ -513,9 +515,9 @@ def test_factors_are_composed_in_the_widest_dtype():
     net.blocks[0].up.bfloat16()
     vblora.inject(net, NET_CONFIG)
     seen = []
-    net.embed.register_forward_hook(lambda *_: seen.append(net.vblora.default.slots[0].handed.factors.A.dtype))
+    net.embed.register_forward_hook(lambda *_: seen.append(net.vblora.default.slots[0].forward_factors.factors.A.dtype))
     with pytest.raises(RuntimeError):
-        net(torch.randn(2, 16))  # such a model casts between its layers; this one does not
+        net(torch.randn(2, 16))  # such models cast between layers; this one does not
     assert seen == [torch.float32]
 
 
@@ -535,5 +537,5 @@ def test_a_layer_on_another_device_gets_its_factors_moved():
 
 
 def test_one_vector_a_sub_vector_is_warned_of():
-    with pytest.warns(UserWarning, match="`topk` is 1.*never train.*keeps the vector.*Take 2"):
+    with pytest.warns(UserWarning, match="`topk` is 1.*never train.*keeps its initial bank vector.*Set `topk` to 2"):
         vblora.inject(bert(), vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, topk=1))

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -57,6 +58,14 @@ def assert_rows(mixed: Tensor, alone: list[Tensor], names: list[str | None], tol
             assert torch.equal(mixed[row], expected), row
         else:
             assert (mixed[row] - expected).norm() < tolerance * norm, (row, name)
+
+
+@torch.no_grad()
+def test_a_first_forward_with_mixed_rows_does_not_warn_about_uncalled_layers():
+    model = with_adapters(Net(blocks=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 16), adapter_names=["lora", None])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Several adapters on one model: adding, activating, merging some, deleting, and what each of them leaves alone."""
+"""Several adapters on one model: adding, activating, merging and deleting them, without effects on the others."""
 
 import copy
 import gc
@@ -34,23 +34,23 @@ def base(dtype: torch.dtype = torch.float64) -> Net:
 
 
 def alone(net: nn.Module, config: vblora.VBLoRAConfig, trained: nn.Module, name: str) -> nn.Module:
-    """A copy of the base model with nothing but the adapter ``name`` of ``trained``, which is active there."""
+    """A copy of the base model with only the adapter ``name`` of ``trained``, active."""
     model = vblora.inject(copy.deepcopy(net), config).double()
     model.vblora.default.load_state_dict(trained.vblora[name].state_dict())
-    for place, replaced in vblora.model.record.attached_adapter(trained, name).replaced.items():
-        vblora.model.record.attached_adapter(model).replaced[place].stand_in.data.copy_(replaced.stand_in)
+    for place, extra in vblora.model.record.attached_adapter(trained, name).extra.items():
+        vblora.model.record.attached_adapter(model).extra[place].replacement.data.copy_(extra.replacement)
     return model
 
 
 def randomise(net: nn.Module, name: str) -> None:
     with torch.no_grad():
-        for replaced in vblora.model.record.attached_adapter(net, name).replaced.values():
-            replaced.stand_in.add_(torch.randn_like(replaced.stand_in))
+        for extra in vblora.model.record.attached_adapter(net, name).extra.values():
+            extra.replacement.add_(torch.randn_like(extra.replacement))
 
 
 @pytest.fixture
 def nets() -> tuple[nn.Module, nn.Module, torch.Tensor]:
-    """A base model, a copy with two adapters whose biases and head are not the base's, and an input."""
+    """A base model, a copy with two adapters whose biases and heads differ from the base's, and an input."""
     net = base()
     model = vblora.inject(copy.deepcopy(net), FIRST)
     vblora.inject(model, SECOND, adapter_name="second")
@@ -151,7 +151,7 @@ def test_what_was_frozen_stays_frozen():
     for name in ("second", "default", "second", "default"):
         vblora.set_adapter(model, name)
     assert model.vblora.default.logits.requires_grad and not model.vblora.default.bank.vectors.requires_grad
-    model.vblora.default.logits.requires_grad_(False)  # the user's own choice is remembered, too
+    model.vblora.default.logits.requires_grad_(False)  # the user's own choice is restored, too
     vblora.set_adapter(model, "second")
     vblora.set_adapter(model, "default")
     assert not model.vblora.default.logits.requires_grad
@@ -180,11 +180,11 @@ def test_deleting_frees_it_and_unwraps_its_layers(nets):
     net, model, x = nets
     vblora.set_adapter(model, ["default", "second"])
     with torch.no_grad():
-        model(x)  # factors are kept
+        model(x)  # caches factors
     second = vblora.model.record.attached_adapter(model, "second")
     held = [second.adapter, second.adapter.logits, second.adapter.bank.vectors]
-    held += [second.replaced["head.weight"].stand_in, second.layers[0], second.adapter.slots[0]]
-    held += [second.adapter._kept.factors[0].A]
+    held += [second.extra["head.weight"].replacement, second.layers[0], second.adapter.slots[0]]
+    held += [second.adapter._cached.factors()[0].A]
     held = [weakref.ref(thing) for thing in held]
     vblora.delete_adapter(model, "second")
     del second
@@ -223,7 +223,7 @@ def test_merging_some(nets):
     with vblora.disabled(model):
         assert torch.equal(model(x), net(x))
     assert relative_error(model(x), expected) < 1e-12
-    with pytest.raises(ValueError, match="'second' merged already"):
+    with pytest.raises(ValueError, match="'second' is already merged"):
         vblora.merge(model)
     vblora.merge(model, ["default"])
     with ComposedRows() as composed:
@@ -252,7 +252,7 @@ def test_releasing_some(nets):
     expected = model(x)
     vblora.merge(model, "default", release=True)
     assert relative_error(model(x), expected) < 1e-12
-    with pytest.raises(ValueError, match="for good"):
+    with pytest.raises(ValueError, match=r"only some active adapters.*release=True"):
         vblora.eject(model)
     vblora.merge(model, "second", release=True)
     vblora.eject(model)
@@ -297,7 +297,7 @@ def test_saved_and_loaded_by_name(nets, tmp_path):
         vblora.set_adapter(again, name)
         assert torch.equal(again(x), expected[name])
         assert not any(p.requires_grad for p in again.parameters())
-    vblora.load(again, tmp_path / "default", adapter_name="default", is_trainable=True)  # over one that is not active
+    vblora.load(again, tmp_path / "default", adapter_name="default", is_trainable=True)  # replaces an inactive adapter
     assert not any(p.requires_grad for p in again.parameters())
     vblora.set_adapter(again, "default")
     assert again.vblora.default.logits.requires_grad and not again.vblora.second.logits.requires_grad
@@ -325,7 +325,9 @@ def test_counted_and_grown_by_name():
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "forward"])
 def test_names_that_cannot_be(name):
     net = base()
-    with pytest.raises(ValueError, match="`adapter_name`"):
+    with pytest.raises(
+        ValueError, match=r"`adapter_name` .* not empty, has no '\.', and is not an attribute of nn\.ModuleDict"
+    ):
         vblora.inject(net, FIRST, adapter_name=name)
     assert not hasattr(net, "vblora")
 
@@ -358,9 +360,9 @@ def test_what_is_refused_changes_nothing(nets, tmp_path):
     for unknown in (vblora.set_adapter, vblora.delete_adapter):
         with pytest.raises(ValueError, match="'third'; the model's adapters are default, second"):
             unknown(model, "third")
-    with pytest.raises(ValueError, match="'second', but active are default"):
+    with pytest.raises(ValueError, match="'second', but the active adapters are default"):
         vblora.merge(model, "second")
-    with pytest.raises(ValueError, match="an adapter 'second' already"):
+    with pytest.raises(ValueError, match="already has an adapter 'second'"):
         vblora.inject(model, SECOND, adapter_name="second")
     assert torch.equal(model(x), before)
     vblora.set_adapter(model, [])

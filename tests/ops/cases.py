@@ -1,4 +1,4 @@
-"""What the operators are tried on, and how results are compared."""
+"""Test cases for the operators, and comparisons of results."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import torch
 from torch import Tensor
 
 from vblora import reference
+from vblora.arguments import FLOAT_DTYPES
 
-DTYPES = reference.FLOAT_DTYPES
+DTYPES = FLOAT_DTYPES
 NAN, INF = float("nan"), float("inf")
 
-# The largest allowed ||result - exact|| / ||exact||, by the dtype of the result. For the half types it is their unit roundoff
-# (2^-8, 2^-11), which bounds the one rounding that is allowed; for the others, a few times what is measured.
+# The largest allowed ||result - exact|| / ||exact|| per dtype of the result. For the half types: the unit roundoff (2^-8, 2^-11),
+# which bounds the single rounding that is allowed. For the others: a few times the measured error.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 4e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 def torch_says(message: str) -> str:
-    """How an error of torch's own begins to read, from 2.13 on; an older one prints it, and raises which call failed."""
+    """What an error from torch itself contains: its message from 2.13 on; before, only that a call failed."""
     return message if torch.__version__ >= (2, 13) else "API call failed"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A size to try. `columns` is M; without candidates it is also the number of bank vectors."""
+    """A size to test. `columns` is M; without candidates it is also the number of bank vectors."""
 
     dtype: torch.dtype
     rows: int
@@ -36,7 +37,9 @@ class Case:
     k: int
     candidates: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
-    vectors: int | None = None  # of the bank; drawn to be fewer or more than the columns if there are candidates
+    vectors: int | None = (
+        None  # of the bank; if None and there are candidates, drawn at random around the number of columns
+    )
 
     def __str__(self) -> str:
         short = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.candidates, self.out_dtype)]
@@ -45,7 +48,7 @@ class Case:
 
 @functools.cache
 def pairwise_cases() -> list[Case]:
-    """Few cases in which any two values of any two fields meet, as far as they can (k <= M); and a few without any row."""
+    """A small set of cases that covers every pair of values of any two fields (with k <= M), and a few cases without rows."""
     factors = {
         "dtype": DTYPES,
         "rows": (1, 7, 33, 257),
@@ -60,7 +63,7 @@ def pairwise_cases() -> list[Case]:
     def allowed(values: dict) -> bool:
         k, columns = values.get("k"), values.get("columns")
         if k == "all":
-            return columns is None or columns <= 300  # the oracle takes its time
+            return columns is None or columns <= 300  # the oracle is slow
         return k is None or columns is None or k <= columns
 
     def pairs(values: dict) -> set:
@@ -72,7 +75,7 @@ def pairwise_cases() -> list[Case]:
             if allowed(values := dict(zip((first, second), pair, strict=True))):
                 missing |= dict.fromkeys(pairs(values))
 
-    rng = random.Random(2405)  # the same cases each time; it is the numbers in them that are drawn afresh
+    rng = random.Random(2405)  # the same cases in each run; only the numbers in them are new
     cases = [Case(dtype, 0, 17, 8, 2, candidates) for dtype in DTYPES for candidates in (None, torch.int16)]
     while missing:
         values = dict(rng.choice(list(missing)))
@@ -106,7 +109,7 @@ def make_inputs(case: Case, generator: torch.Generator, device: torch.device) ->
 
     vectors = case.vectors or case.columns
     if case.candidates is not None and case.vectors is None and torch.rand((), generator=generator) < 0.5:
-        vectors = max(1, case.columns // 3)  # so that candidates of a row repeat
+        vectors = max(1, case.columns // 3)  # so that candidates repeat within a row
     return Inputs(
         logits=normal(case.rows, case.columns, case.dtype),
         bank=normal(vectors, case.length, case.dtype),
@@ -119,13 +122,13 @@ def make_inputs(case: Case, generator: torch.Generator, device: torch.device) ->
 
 
 def random_candidates(rows: int, columns: int, vectors: int, generator: torch.Generator) -> Tensor:
-    """(rows, columns) bank vectors in random order; each of a row another one, as long as there are enough."""
+    """(rows, columns) bank vectors in random order, distinct within a row if there are enough."""
     order = torch.rand(rows, max(columns, vectors), generator=generator).argsort(dim=1)
     return order[:, :columns] % vectors
 
 
 def exact(inputs: Inputs, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The oracle in float64, on the CPU, from the same (rounded) inputs; and the magnitude of the sub-vectors' terms."""
+    """The oracle's float64 results on the CPU from the same rounded inputs, and the magnitude of the sub-vectors' terms."""
     inputs = inputs.to(torch.device("cpu"))
     logits, bank = inputs.logits.double(), inputs.bank.double()
     magnitude, _, _ = reference.admixture(logits, bank.abs(), inputs.candidates, k)

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _unwritten_memory_is_nan():
-    """New tensors are filled with NaN (or the largest integer): what an operator does not write shows."""
+    """Fills new tensors with NaN (or the largest integer), so that elements that an operator does not write are detected."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

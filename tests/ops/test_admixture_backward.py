@@ -1,4 +1,4 @@
-"""What admixture_backward computes, called by itself. Its place in autograd is in test_autograd.py."""
+"""What admixture_backward computes when called directly; test_autograd.py tests it in autograd."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_table_with_candidates(backend, candidate_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_are_summed_in_float32(backend, dtype):
-    # 5000 rows that owe one vector 1 each: in their own type, sums of ones stop at 256 (bfloat16) or 2048 (float16).
+    # 5000 rows that each add 1 to one vector: in the half types, such a sum would stop at 256 (bfloat16) or 2048 (float16).
     rows, length = 5000, 40
     saved = (
         torch.ones(rows, 1, dtype=torch.int32, device=backend.device),
@@ -210,7 +210,7 @@ def test_only_what_is_needed(backend, dtype, given, generator):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7, 9])
 def test_duplicates_add_up(backend, k, generator):
-    # All candidates are one vector: the choice does not matter, and each row owes it its whole gradient.
+    # All candidates are the same vector: the selection does not matter, and the vector gets each row's whole gradient.
     inputs = make_inputs(Case(torch.float64, 20, 9, 5, k, torch.int32, vectors=4), generator, backend.device)
     inputs.candidates.fill_(2)
     grad_logits, grad_bank = run(backend, inputs.grad_subvectors, None, saved_of(inputs, k))

@@ -1,4 +1,4 @@
-"""admixture in autograd: the right gradients, of no more than was asked for, once."""
+"""admixture in autograd: correct gradients, only those that are needed, and no second derivatives."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_parts_are_one_split_and_its_gradient(backend, generator, candidates, ou
         ([(2, 12)], [19], "`begins` holds 19 for a part of 2 rows"),
         ([(2, 12)], [-1], "`begins` holds -1"),
         ([(2, 12), (2, 12)], [0, 1], "`begins` holds 1"),
-        ([(2, 11)], [0], "`grad_parts` has a part of 22 elements, but parts must be whole sub-vectors of 12"),
+        ([(2, 11)], [0], "`grad_parts` holds a part of 22 elements, but each part must have a multiple of 12"),
     ],
 )
 def test_parts_are_checked(backend, generator, parts, begins, message):
@@ -275,10 +275,10 @@ def test_parts_are_checked(backend, generator, parts, begins, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sizes": [4, 15]}, "`sizes` leaves out 1 of the 20 rows"),
-        ({"sizes": [4, 18]}, "`sizes` holds 18"),
+        ({"sizes": [4, 15]}, "`sizes` adds up to 19, but must add up to 20"),
+        ({"sizes": [4, 18]}, "`sizes` adds up to 22"),
         ({"sizes": [-2, 22]}, "`sizes` holds -2"),
-        ({"sizes": [3, 17], "ranks": 2}, "`sizes` holds 3, but must hold multiples of `ranks`, 2"),
+        ({"sizes": [3, 17], "ranks": 2}, "`sizes` holds 3, but each size must be a multiple of `ranks`, 2"),
         ({"ranks": 0}, "`ranks` is 0"),
     ],
 )

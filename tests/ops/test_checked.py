@@ -1,4 +1,4 @@
-"""VBLORA_CHECKED=1: values are looked at too, in each call; what is wrong is raised with the argument and the row."""
+"""VBLORA_CHECKED=1: each call also checks the values; errors name the argument and the row."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_faults_are_raised_with_argument_and_row(backend, monkeypatch, operator,
         monkeypatch.delenv("VBLORA_CHECKED", raising=False)
         if setting:
             monkeypatch.setenv("VBLORA_CHECKED", setting)
-        run(**arguments)  # not looked at
+        run(**arguments)  # not checked
     monkeypatch.setenv("VBLORA_CHECKED", "1")
     with pytest.raises((RuntimeError, ValueError), match=rf"{operator}: .*`{name}` .*\brow {ROW}\b"):
         run(**arguments)
@@ -75,7 +75,7 @@ def test_indices_of_each_dtype_are_looked_at(backend, monkeypatch, index_dtype, 
     arguments["indices"] = arguments["indices"].to(index_dtype)
     monkeypatch.setenv("VBLORA_CHECKED", "1")
     backend.ops.compose(**arguments)
-    for row in (0, 19):  # the first and the last there is
+    for row in (0, 19):  # the first and the last row
         bad = arguments["indices"].clone()
         bad[row, -1] = 2**32 if index_dtype == torch.int64 else 25
         with pytest.raises((RuntimeError, ValueError), match=rf"`indices` .*\brow {row}\b"):

@@ -1,4 +1,4 @@
-"""compose: the sums of admixture from indices and weights that were kept."""
+"""compose: the sums of admixture from stored indices and weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vblora import reference
+from vblora.arguments import INDEX_DTYPES
 
 from .cases import (
     DTYPES,
@@ -18,8 +19,6 @@ from .cases import (
     not_contiguous,
     pairwise_cases,
 )
-
-INDEX_DTYPES = reference.INDEX_DTYPES
 
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=str)

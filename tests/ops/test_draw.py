@@ -1,21 +1,20 @@
-"""draw_logits_: the numbers of the published generator, at their places, to the bit; and that they are normal."""
+"""draw_logits_: exactly the numbers of the published generator, at the right elements, normally distributed."""
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 
 import pytest
 import torch
 
 from vblora import reference
+from vblora.arguments import CANDIDATE_DTYPES
 
 from .cases import DTYPES, LAYOUTS, NAN, assert_same_bits, not_contiguous, torch_says
 
-CANDIDATE_DTYPES = reference.CANDIDATE_DTYPES
 INT16_VECTORS = 2**15
-# How often a figure that is looked at may be out of bounds, if the numbers are what they should be: once in a billion runs.
+# The probability that a correct generator fails one of the statistical tests.
 FALSE_ALARM = 1e-9
 
 
@@ -80,7 +79,7 @@ def test_quantiles():
 
 
 def test_literal_bits(backend):
-    # Whatever changes these changes what every seed means.
+    # Changing these numbers changes the meaning of every seed.
     logits, _ = draw(backend.ops, backend.device, 3, 6, seed=0)
     assert hexadecimal(logits) == [
         "be82fa50 3f96bb4f 3f2153b7 3e88fdeb 3ff51846 beb4ac05",
@@ -273,37 +272,6 @@ def good_arguments(device: torch.device) -> dict:
 
 
 @pytest.mark.parametrize("device", ["backend", "meta"])
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({"logits": torch.zeros(9)}, "logits"),
-        ({"logits": torch.zeros(6, 9, 1)}, "logits"),
-        ({"logits": torch.zeros(6, 9, dtype=torch.int32)}, "logits"),
-        ({"logits": torch.zeros(6, 9, dtype=torch.complex64)}, "logits"),
-        ({"candidates": torch.zeros(9, dtype=torch.int16)}, "candidates"),
-        ({"candidates": torch.zeros(6, 8, dtype=torch.int16)}, "candidates"),
-        ({"candidates": torch.zeros(9, 6, dtype=torch.int16)}, "candidates"),
-        ({"candidates": torch.zeros(6, 9, dtype=torch.int64)}, "candidates"),
-        ({"candidates": torch.zeros(6, 9, dtype=torch.uint8)}, "candidates"),
-        ({"num_vectors": INT16_VECTORS + 1}, "candidates"),
-        ({"num_vectors": 8}, "logits"),  # fewer than candidates
-        ({"num_vectors": -1}, "num_vectors"),
-        ({"num_vectors": 2**31}, "num_vectors"),
-        ({"candidates": None}, "logits"),  # nine columns for twenty vectors
-        ({"candidates": None, "num_vectors": 8}, "logits"),
-        ({"std": -0.5}, "std"),
-        ({"std": NAN}, "std"),
-        ({"std": math.inf}, "std"),
-    ],
-)
-def test_bad_arguments_are_named(backend, device, changes, name):
-    device = backend.device if device == "backend" else torch.device(device)
-    changes = {key: value.to(device) if torch.is_tensor(value) else value for key, value in changes.items()}
-    with pytest.raises((RuntimeError, ValueError), match=re.escape(f"`{name}`")):
-        backend.ops.draw_logits_(**good_arguments(device) | changes)
-
-
-@pytest.mark.parametrize("device", ["backend", "meta"])
 def test_good_arguments_are_good(backend, device):
     device = backend.device if device == "backend" else torch.device(device)
     arguments = good_arguments(device)
@@ -311,12 +279,6 @@ def test_good_arguments_are_good(backend, device):
         backend.ops.draw_logits_(**arguments | changes)
     for seed in (-(2**63), 2**63 - 1):
         backend.ops.draw_logits_(**arguments | {"seed": seed, "std": 0.0})
-
-
-def test_another_device_is_refused(backend):
-    arguments = good_arguments(backend.device)
-    with pytest.raises((RuntimeError, ValueError), match=r"device|\bmeta\b"):
-        backend.ops.draw_logits_(**arguments | {"candidates": arguments["candidates"].to("meta")})
 
 
 def test_elements_that_share_memory_are_refused(backend):

@@ -1,9 +1,8 @@
-"""draw_uniform_: the same numbers everywhere, each a function of seed, stream and place; and that they are uniform."""
+"""draw_uniform_: the same numbers everywhere, each a function of seed, stream, row and column, uniformly distributed."""
 
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
@@ -44,7 +43,7 @@ def test_number_of_a_word():
 
 
 def test_literal_bits(backend):
-    # Whatever changes these changes what every VeRA adapter that was saved without its projection means.
+    # Changing these numbers changes every VeRA adapter that was saved without its projections.
     values = draw(backend.ops, backend.device, 3, 6, seed=0, stream=1, bound=1.0)
     assert hexadecimal(values) == [
         "bf24631a bf596e3c 3f79f1c0 3e8a1ea8 3f52a6b6 bebbceec",
@@ -164,37 +163,6 @@ def test_neighbours_are_independent(backend, generator):
 
 
 # What torch expects of an operator that writes to its argument
-
-
-@pytest.mark.parametrize("device", ["backend", "meta"])
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({"values": torch.zeros(9)}, "values"),
-        ({"values": torch.zeros(6, 9, dtype=torch.int32)}, "values"),
-        ({"stream": -1}, "stream"),
-        ({"stream": 2**32}, "stream"),
-        ({"bound": -0.5}, "bound"),
-        ({"bound": NAN}, "bound"),
-        ({"bound": math.inf}, "bound"),
-    ],
-)
-def test_bad_arguments_are_named(backend, device, changes, name):
-    device = backend.device if device == "backend" else torch.device(device)
-    changes = {key: value.to(device) if torch.is_tensor(value) else value for key, value in changes.items()}
-    good = {"values": torch.zeros(6, 9, device=device), "seed": -(2**63), "stream": 2**32 - 1, "bound": 1.0}
-    backend.ops.draw_uniform_(**good)
-    with pytest.raises((RuntimeError, ValueError), match=re.escape(f"`{name}`")):
-        backend.ops.draw_uniform_(**good | changes)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool], ids=str)
-def test_the_oracle_names_bad_arguments(dtype):
-    with pytest.raises(ValueError, match="values"):
-        reference.draw_uniform_(torch.zeros(2, 2, dtype=dtype), 0, 0, 1.0)
-    for stream, bound, name in ((-1, 1.0, "stream"), (0, -1.0, "bound")):
-        with pytest.raises(ValueError, match=name):
-            reference.draw_uniform_(torch.zeros(2, 2), 0, stream, bound)
 
 
 @pytest.mark.backends("cpu", "cuda")

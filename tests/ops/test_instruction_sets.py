@@ -1,4 +1,4 @@
-"""The CPU kernels are compiled for several instruction sets, of which a process takes the best: all give the same bits."""
+"""The CPU kernels are compiled for several instruction sets; a process uses the best one. All give the same bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 pytestmark = [pytest.mark.backends("cpu"), pytest.mark.slow]
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # each machine that has one has those before it
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # a machine that supports one supports those before it
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,4 +1,4 @@
-"""The memory of large outputs on the CPU is used again: never while a tensor still has it, and given back when asked."""
+"""The memory of large CPU outputs is reused, but never while a tensor uses it, and freed by empty_cache."""
 
 import pytest
 import torch

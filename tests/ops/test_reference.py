@@ -1,4 +1,4 @@
-"""The oracle itself, against loops over Python numbers that share nothing with it."""
+"""The oracle itself, against independent loops over Python numbers."""
 
 from __future__ import annotations
 

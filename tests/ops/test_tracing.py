@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vblora import reference
+from vblora.arguments import INDEX_DTYPES
 
 from .cases import DTYPES, Case, make_inputs
 
@@ -84,7 +84,7 @@ def test_opcheck_admixture_backward(backend, case, generator):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("index_dtype", reference.INDEX_DTYPES, ids=str)
+@pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=str)
 def test_opcheck_compose(backend, case, index_dtype, generator):
     inputs = make_inputs(case, generator, backend.device)
     indices = torch.randint(len(inputs.bank), (case.rows, case.k), generator=generator).to(index_dtype)

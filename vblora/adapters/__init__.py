@@ -1,4 +1,4 @@
-"""Methods of adaptation: from what is trained to the factors of each layer."""
+"""The adaptation methods: each composes the factors of all layers from its parameters."""
 
 from .base import Adapter, Factors, Slot, Target
 from .lora import LoRAAdapter

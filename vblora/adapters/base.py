@@ -1,50 +1,58 @@
-"""What every method of adaptation shares: which layers it serves, and when their factors are composed.
+"""The base class of all methods: which layers an adapter serves, and when it composes their factors.
 
-The factors A and B of all layers depend on the adapter's parameters alone, never on a layer's input. So a forward of the
-whole model composes them once, before its first layer runs, and hands them out through one :class:`Slot` a layer.
+The factors A and B depend only on the adapter's parameters, never on a layer's input. So a forward of the whole model composes
+them once, before its first layer runs, and passes them to the layers through one :class:`Slot` per layer.
 """
 
 import threading
 import warnings
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..config import AdapterConfig
+from .. import streams
+from ..errors import VBLoRAWarning
 
 
 class Factors(NamedTuple):
-    """The low-rank update of a layer is ``(((x Aᵀ) ∘ d) B) ∘ e``."""
+    """The low-rank update of one layer, ``(((x Aᵀ) ∘ d) B) ∘ e``."""
 
     A: Tensor  # (r, in_features)
-    B: Tensor  # (r, out_features): transposed, so that nothing ever has to be
-    d: Tensor | None = None  # (r,); None: of ones
-    e: Tensor | None = None  # (out_features,); None: of ones
+    B: Tensor  # (r, out_features): stored transposed, so that no forward transposes it
+    d: Tensor | None = None  # (r,); None means ones
+    e: Tensor | None = None  # (out_features,); None means ones
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
         if all(factor is None or (factor.device, factor.dtype) == (device, dtype) for factor in self):
-            return self  # as those of a whole forward mostly are
-        return Factors(*(None if factor is None else factor.to(device, dtype) for factor in self))
+            return self
+        A, B, d, e = self
+        return Factors(
+            A.to(device, dtype),
+            B.to(device, dtype),
+            None if d is None else d.to(device, dtype),
+            None if e is None else e.to(device, dtype),
+        )
 
     def folded(self) -> "Factors":
-        """The same update by A and B alone."""
+        """The same update as A and B only: d and e are multiplied into them."""
         A, B, d, e = self
         return Factors(A if d is None else A * d[:, None], B if e is None else B * e)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer, as an adapter and its files see it.
+    """What adapters and files know of a layer to adapt.
 
     Attributes:
         kind: ``"linear"``, ``"embedding"`` or ``"convolution"``.
-        kernel: of a convolution, what ``in_features`` is the product of: ``(in_channels / groups, *kernel_size)``.
-        unusual: of a convolution, which of ``groups``, ``dilation`` and ``padding_mode`` are not those of most.
+        kernel: for a convolution, ``(in_channels / groups, *kernel_size)``, whose product is ``in_features``.
+        unusual: for a convolution, which of ``groups``, ``dilation`` and ``padding_mode`` differ from their defaults.
     """
 
     name: str
@@ -56,151 +64,202 @@ class Target:
 
 
 _optimizer_steps = 0
+_step_was_captured = False  # in a CUDA graph: replays change parameters without being counted
 
 
-def _count_step(*_) -> None:
-    global _optimizer_steps
+def _count_step(*_: object) -> None:
+    global _optimizer_steps, _step_was_captured
     _optimizer_steps += 1
+    if not torch.compiler.is_compiling():
+        _step_was_captured = _step_was_captured or streams.capturing()
 
 
-# An optimizer may write through `.data`, and FSDP2 gathers into it: neither moves a tensor's version counter.
+# Optimizers that write through `.data`, and FSDP2's all-gather, change parameters without moving their version counters.
 register_optimizer_step_post_hook(_count_step)
 
 
-def _now() -> tuple[int, int]:
-    """What tells a forward apart from one in another thread, or one that a KeyboardInterrupt cut off before a step."""
-    return threading.get_ident(), _optimizer_steps
+class ForwardContext(NamedTuple):
+    """Identifies a forward: another thread, another stream, a graph capture or an optimizer step begins a different one.
+
+    The step count catches a forward that a KeyboardInterrupt stopped before it could clear its slots.
+    """
+
+    thread: int
+    steps: int  # optimizer steps so far
+    stream: torch.cuda.Stream | None
+    capturing: bool
 
 
-class Handed(NamedTuple):
-    """A layer's factors of the outermost forward that is under way, and by what to tell that it still is."""
+def _context(device: torch.device) -> ForwardContext:
+    return ForwardContext(threading.get_ident(), _optimizer_steps, streams.current(device), streams.capturing(device))
+
+
+class ForwardFactors(NamedTuple):
+    """One layer's factors, composed by the outermost forward that is in progress."""
 
     factors: Factors
-    thread: int
-    steps: int  # of optimizers, so far
+    context: ForwardContext | None  # None while compiling
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs within that forward. Do not call it while compiling."""
+        return self.context == _context(self.factors.A.device)
 
 
 class Slot:
     """Where a layer finds its factors.
 
-    A plain object and not a module: layers refer to the adapter through it without owning it, ``deepcopy`` and pickling keep
-    that tie, and ``torch.compile`` reuses the graph of one block for the next.
+    It is a plain object, not a module: layers refer to the adapter without owning it, ``deepcopy`` and pickle preserve the
+    reference, and ``torch.compile`` reuses the graph of one block for the next.
     """
 
     def __init__(self, adapter: "Adapter", index: int) -> None:
         self.adapter = adapter
         self.index = index
-        self.handed: Handed | None = None
+        self.forward_factors: ForwardFactors | None = None
+        self.was_called = False  # whether the layer ever asked for its factors
+        self.weight_read = False  # whether the model's code ever read the weight without calling the layer
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        """This layer's factors, in ``dtype`` if they are not those of a whole forward."""
-        handed = self.handed
-        if handed is not None and (torch.compiler.is_compiling() or handed[1:] == _now()):
-            return handed.factors
+        """This layer's factors: those of the forward in progress, or else composed now, in ``dtype``."""
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            self._note_tracing()
+        else:
+            self.was_called = True
+        current = self.forward_factors
+        if current is not None and (compiling or current.is_current):
+            return current.factors
         return self.adapter.factors_of(self.index, dtype)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "handed": None}  # a forward's own: it may have a history, which cannot be copied
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # runs while tracing, leaves nothing in the graph
+    def _note_tracing(self) -> bool:
+        self.adapter.traced = True
+        return True
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether an outermost forward is in progress in eager mode."""
+        return (
+            self.forward_factors is not None and not torch.compiler.is_compiling() and self.forward_factors.is_current
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"forward_factors": None}  # a graph cannot be copied
 
 
 def _pack(tensor: Tensor) -> tuple[Tensor, int]:
-    # Detached: a graph that holds its own outputs through a hook is never freed.
+    # A graph that refers to its own outputs through a hook is never freed, so detach.
     return tensor.detach(), tensor._version
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:
     tensor, version = packed
-    if tensor._version != version:  # torch checks this only without hooks
+    if tensor._version != version:  # torch's own check does not run for tensors with hooks
         raise RuntimeError(
             "one of the adapter's tensors needed for gradient computation has been modified by an inplace operation "
-            f"(of shape {tuple(tensor.shape)}, version {tensor._version}, expected {version}): run backward before an "
+            f"(shape {tuple(tensor.shape)}, version {tensor._version}, expected {version}). Run backward before the "
             "optimizer steps."
         )
     return tensor
 
 
-PACKING = _pack, _unpack
+SAVED_TENSORS_HOOKS = _pack, _unpack
 
 
 class Adapter(nn.Module, ABC):
-    """The trained tensors of one adapter for all the layers that it serves. A method subclasses it and writes ``compose``.
+    """The trained tensors of one adapter, for all layers that it serves. Each method is a subclass.
 
     When factors are composed:
 
-    * With gradients, each outermost forward composes once (:meth:`begin_forward`), and shares with no other: several
-      forwards may stand before their backwards. A layer that runs outside of one (recomputed by activation checkpointing, or
-      called by itself) composes its own rows only.
-    * Without, all layers' factors are kept from forward to forward until a parameter changes: its version counter moves, an
-      optimizer steps, the module is cast, moved or switched between training and evaluation, a state dict is loaded, or
-      :meth:`invalidate` is called. The last is for other writes through ``.data``, which nothing else can see.
-    * While compiling or exporting, always, so that the composition is part of the graph.
+    * With gradients, each outermost forward composes once (:meth:`begin_forward`) and never shares with another forward: you
+      may run several forwards before their backwards. A layer that runs outside an outermost forward, because activation
+      checkpointing recomputes it or you call it directly, composes only its own rows.
+    * Without gradients, the factors are cached until a parameter changes: its version counter moves, an optimizer steps, the
+      module is cast, moved or switched between training and evaluation, or a state dict is loaded. If you write to a parameter
+      through ``.data``, call :meth:`invalidate`. Another stream waits for the one that composed the factors.
+    * While compiling or exporting, always, so that composition is part of the graph.
+    * While a CUDA graph is captured, always, so that each replay composes from the current parameters. A replay moves no version
+      counter. So an adapter that was captured never caches again; after any captured optimizer step, no adapter does. Then each
+      outermost forward composes, even each token of ``generate()``. If you capture other writes to the parameters, such as a
+      moving average, call :meth:`invalidate` after each replay.
     """
 
-    def __init__(self, targets: list[Target]) -> None:
+    def __new__(cls, *_args: object, **_kwargs: object) -> Self:
+        adapter = super().__new__(cls)
+        _living.add(adapter)  # here and not in __init__, which copying and unpickling leave out
+        return adapter
+
+    def __init__(self, targets: Sequence[Target]) -> None:
         super().__init__()
         self.targets = tuple(targets)
         self.slots = [Slot(self, index) for index in range(len(targets))]
         self.compute_dtype: torch.dtype | None = (
-            None  # of the layers, until something is cast: whoever knows them notes it
+            None  # of the layers, cached by AttachedAdapter until something is cast
         )
-        self._kept: _Kept | None = None
-        self.register_load_state_dict_post_hook(_invalidate_after_load)
+        self._cached: _CachedFactors | None = None
+        self._captured = False
+        self.traced = False  # whether some layer was compiled: its slot's `was_called` then says nothing
+        # Slots of the layers whose weight this forward accessed without calling them, and whether it used the values.
+        self.weight_reads: dict[Slot, bool] = {}
+        self.register_load_state_dict_post_hook(_invalidate_after_load)  # type: ignore[no-untyped-call]
 
     takes_bank: ClassVar[bool] = False  # whether from_config has an argument `bank`
 
+    # In these three, `config` is of the method's own class, as adapters/registry.py pairs them.
+
     @classmethod
     @abstractmethod
-    def from_config(
-        cls, config: AdapterConfig, targets: Sequence[Target], *, device: torch.device | str | None = None
-    ) -> Self:
+    def from_config(cls, config: Any, targets: Sequence[Target], *, device: torch.device | str | None = None) -> Self:
         """A new adapter for ``targets``, in float32 on ``device``."""
 
     @classmethod
-    def check_targets(cls, config: AdapterConfig, targets: tuple[Target, ...]) -> None:
+    def check_targets(cls, config: Any, targets: tuple[Target, ...]) -> None:
         """Refuses layers that the method cannot adapt.
 
         Raises:
-            ValueError: a layer does not fit ``config``; named.
+            ValueError: a layer does not fit ``config``. The message names it.
         """
 
     @classmethod
-    def warn_if_untrainable(cls, config: AdapterConfig) -> None:
-        """Warns of settings that keep a part of the adapter from learning. The warning points at the caller of the caller."""
+    def warn_if_untrainable(cls, config: Any) -> None:
+        """Warns about settings that keep part of the adapter from learning. The warning points at the caller's caller."""
 
     @abstractmethod
     def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
-        """The factors of all targets in one go, or of target ``index`` alone, in ``dtype``."""
+        """The factors of all targets, or of target ``index`` only, in ``dtype``."""
 
     @abstractmethod
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Its parameters by the groups that they train in (:func:`vblora.parameter_groups`)."""
+        """The parameters by optimizer group (:func:`vblora.parameter_groups`)."""
 
-    def stored_whole(self) -> list[Tensor]:
-        """What is stored of it element by element once it is trained."""
+    def stored_tensors(self) -> list[Tensor]:
+        """The tensors that a trained adapter stores in full."""
         return list(self.parameters())
 
-    def stored_mixtures(self) -> int:
-        """What else is stored, such as indices and weights into a bank, in float32 values' worth."""
+    def stored_mixture_size(self) -> int:
+        """The size of the indices and weights that a trained adapter stores, as a number of float32 values."""
         return 0
 
     def begin_forward(self, dtype: torch.dtype) -> None:
-        """Hands out this forward's factors."""
-        thread, steps = (0, 0) if torch.compiler.is_compiling() else _now()
-        for slot, factors in zip(self.slots, self.all_factors(dtype), strict=True):
-            slot.handed = Handed(factors, thread, steps)
+        """Composes the factors for this forward and puts them into the slots."""
+        all_factors = self.all_factors(dtype)
+        context = None if torch.compiler.is_compiling() else _context(all_factors[0].A.device)
+        for slot, factors in zip(self.slots, all_factors, strict=True):
+            slot.forward_factors = ForwardFactors(factors, context)
 
     def end_forward(self) -> None:
-        """Takes back what ``begin_forward`` handed out."""
+        """Clears the slots."""
         for slot in self.slots:
-            slot.handed = None
+            slot.forward_factors = None
 
     def invalidate(self) -> None:
-        """Forgets factors composed so far. Call it after writing to a parameter through ``.data``."""
-        self._kept = None
+        """Drops the cached factors. Call it after you write to a parameter through ``.data``."""
+        self._cached = None
         self.end_forward()
 
     def factors_of(self, index: int, dtype: torch.dtype) -> Factors:
-        """The factors of one layer that runs outside of an outermost forward."""
+        """The factors of one layer that runs outside an outermost forward."""
         if self._needs_composition():
             return self._compose(dtype, index)[0]
         return self.all_factors(dtype)[index]
@@ -208,20 +267,26 @@ class Adapter(nn.Module, ABC):
     def _needs_composition(self) -> bool:
         if torch.compiler.is_compiling():
             return True
+        if streams.capturing(next(self.parameters()).device):
+            self._captured = True
+        if self._captured or _step_was_captured:
+            self._cached = None
+            return True
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def all_factors(self, dtype: torch.dtype) -> list[Factors]:
         """The factors of all layers, which are kept where no gradient flows to what they were made from."""
         if self._needs_composition():
             return self._compose(dtype)
-        if self._kept is None or not self._kept.is_current(dtype, self._sources()):
+        cached = self._cached  # read once: another thread may replace it
+        if cached is None or not cached.is_current(dtype, self._sources()):
             sources = self._sources()
             if not all(is_plain(source) for source in sources):
                 return self._compose(dtype)
-            # Outside of inference mode: its tensors could not be used where gradients are recorded.
+            # Not in inference mode, whose tensors cannot be used later where gradients are recorded.
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = _Kept(dtype, sources, self.compose(dtype))
-        return self._kept.factors
+                cached = self._cached = _CachedFactors(dtype, sources, self.compose(dtype))
+        return cached.factors()
 
     def _sources(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]
@@ -229,67 +294,92 @@ class Adapter(nn.Module, ABC):
     def _compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
         if torch.compiler.is_compiling():
             return self.compose(dtype, index)
-        # Activation checkpointing and offloading see what a layer saves through hooks. Factors are composed in another
-        # place when a layer is recomputed, so these tensors must be neither counted nor moved.
-        with torch.autograd.graph.saved_tensors_hooks(*PACKING):
+        # Activation checkpointing and offloading track the tensors that a layer saves. A recomputed layer composes its factors
+        # elsewhere, so these hooks keep them from counting or moving the tensors saved here.
+        with torch.autograd.graph.saved_tensors_hooks(*SAVED_TENSORS_HOOKS):
             return self.compose(dtype, index)
 
-    def train(self, mode: bool = True) -> "Adapter":
-        self._kept = None  # where weights are averaged or swapped through `.data`, the mode is mostly switched, too
+    def train(self, mode: bool = True) -> Self:
+        self._cached = None  # code that averages or swaps weights through `.data` usually switches the mode, too
         return super().train(mode)
 
-    def _apply(self, *args, **kwargs) -> "Adapter":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.compute_dtype = None
         self.invalidate()
         before = {name: parameter.dtype for name, parameter in self.named_parameters()}
-        super()._apply(*args, **kwargs)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = {name: parameter.dtype for name, parameter in self.named_parameters()}
         warn_of_half_precision({name: dtype for name, dtype in after.items() if dtype != before[name]})
         return self
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None}  # composed anew by the copy
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cached": None, "_captured": False}  # no CUDA graph refers to the copy
 
 
-class _Kept:
-    """Factors, and the very tensors that they were composed from, as those were."""
+class _CachedFactors:
+    """Factors, with the tensors that they were composed from and the versions of those tensors at the time."""
 
     def __init__(self, dtype: torch.dtype, sources: list[Tensor], factors: list[Factors]) -> None:
-        self.factors = factors
-        self._made_from = dtype, _optimizer_steps, [(source.data_ptr(), source._version) for source in sources]
-        # Held, so that no other tensor gets their identity or their memory.
+        self._factors = factors
+        self._device = factors[0].A.device
+        stream = streams.current(self._device)
+        self._composed = None if stream is None else stream.record_event()
+        self._ready_on = {stream}
+        self._composed_from = dtype, _optimizer_steps, [(source.data_ptr(), source._version) for source in sources]
+        # References, so that no other tensor can take their identity or memory.
         self._sources = [(source, source.detach()) for source in sources]
 
     def is_current(self, dtype: torch.dtype, sources: list[Tensor]) -> bool:
         return (
             len(sources) == len(self._sources)
-            and all(now is then for now, (then, _) in zip(sources, self._sources, strict=True))
-            and self._made_from == (dtype, _optimizer_steps, [(s.data_ptr(), s._version) for s in sources])
+            and all(source is cached for source, (cached, _) in zip(sources, self._sources, strict=True))
+            and self._composed_from == (dtype, _optimizer_steps, [(s.data_ptr(), s._version) for s in sources])
         )
+
+    def factors(self) -> list[Factors]:
+        """The factors, safe to use on the current stream."""
+        stream = streams.current(self._device)
+        if stream is not None and self._composed is not None and stream not in self._ready_on:
+            stream.wait_event(self._composed)
+            for factors in self._factors:
+                for factor in factors:
+                    if factor is not None:
+                        streams.mark_used(factor, stream)
+            self._ready_on.add(stream)
+        return self._factors
 
 
 def warn_of_half_precision(dtypes: dict[str, torch.dtype]) -> None:
-    """``dtypes``: of an adapter's parameters by their names, as they are from now on."""
+    """``dtypes``: the new dtype of each adapter parameter, by name."""
     rounded = [f"`{name}`" for name, dtype in dtypes.items() if dtype in (torch.bfloat16, torch.float16)]
     if rounded:
         choice = "Rounded logits choose other bank vectors. " if "`logits`" in rounded else ""
         warnings.warn(
-            f"the adapter's {' and '.join(rounded)} {'are' if len(rounded) > 1 else 'is'} half precision now, in which small "
-            f"steps of training are lost. {choice}Cast the base model before vblora.inject, which leaves the adapter in float32; "
-            "its factors are computed in the dtype of each layer's input all the same."
+            f"the adapter's {' and '.join(rounded)} {'are' if len(rounded) > 1 else 'is'} half precision now, which loses small "
+            f"training steps. {choice}Cast the base model before vblora.inject, which keeps the adapter in float32 and "
+            "still computes its factors in the dtype of each layer's input.",
+            VBLoRAWarning,
         )
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's changes can be told from the tensor itself."""
+    """Whether the tensor's version counter and address show its changes: False for subclasses and inference tensors."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
         return False
     try:
         tensor.data_ptr()
-    except RuntimeError:  # a wrapper of torch.func's
+    except RuntimeError:  # a torch.func wrapper
         return False
     return True
 
 
-def _invalidate_after_load(adapter: Adapter, _incompatible_keys) -> None:
+_living: "weakref.WeakSet[Adapter]" = weakref.WeakSet()
+
+
+def living_adapters() -> "list[Adapter]":
+    """Every adapter of this process, so that an optimizer's parameters can be told apart."""
+    return list(_living)
+
+
+def _invalidate_after_load(adapter: Adapter, _incompatible_keys: object) -> None:
     adapter.invalidate()

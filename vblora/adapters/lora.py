@@ -1,4 +1,4 @@
-"""LoRA: every layer has a pair of factors of its own (arXiv 2106.09685)."""
+"""LoRA: each layer has its own pair of factors (arXiv 2106.09685)."""
 
 import itertools
 import math
@@ -12,22 +12,23 @@ from ..checks import check_count
 from ..config import LoraConfig
 from ..distributed import gather
 from .base import Adapter, Factors, Target
+from .rows import rows_of
 
 
 class LoRAAdapter(Adapter):
-    """One LoRA adapter of one model: the factors of all layers in one tensor, which is cast once and split once.
+    """One LoRA adapter of one model, with the factors of all layers in one tensor: one cast and one split per forward.
 
     Args:
         targets: the layers.
         r: rank of each layer's update.
-        scaling: factor of every update, above 0. Both factors get its square root.
-        init: True starts A as ``nn.Linear`` starts its weight, and B as zeros; ``"gaussian"`` A normal, with a standard
-            deviation of ``1 / r``; False both as ``nn.Linear``'s. Of an embedding A starts as zeros and B normal; with False
-            both normal.
+        scaling: factor of every update, above 0. Its square root multiplies both factors.
+        init: with True, A starts like the weight of ``nn.Linear`` and B as zeros; with ``"gaussian"``, A is normal with standard
+            deviation ``1 / r`` and B zeros; with False, both start like ``nn.Linear``. For an embedding, A starts as zeros and B
+            normal, or with False both normal.
         device, dtype: of the parameter.
 
     Attributes:
-        factors: parameter: of each target its A ``(r, in_features)`` and its B ``(r, out_features)``, flat.
+        factors: parameter, flat: A ``(r, in_features)`` and B ``(r, out_features)`` of each target in turn.
     """
 
     def __init__(
@@ -65,17 +66,17 @@ class LoRAAdapter(Adapter):
 
     @staticmethod
     def parts(targets: Sequence[Target], r: int) -> dict[str, list[int]]:
-        """Of each tensor that has a part for each target, along its first dimension: their sizes."""
+        """For each tensor that is split by target along its first dimension, the size of each part."""
         return {"factors": [r * (target.in_features + target.out_features) for target in targets]}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the factors anew, from torch's generator."""
+        """Draws the factors again, from torch's generator."""
         if self.factors.is_meta:
             return
         parts = self.factors.split_with_sizes(self._sizes)
         for target, A, B in zip(self.targets, parts[::2], parts[1::2], strict=True):
-            if target.kind == "embedding":  # its inputs are one-hot: A is what is looked up
+            if target.kind == "embedding":  # A is the table that is looked up
                 A.normal_(std=0.0 if self.init else 1.0)
                 B.normal_()
                 continue
@@ -91,7 +92,7 @@ class LoRAAdapter(Adapter):
         factors, sizes = gather(self.factors), self._sizes
         if index is not None:
             sizes = sizes[2 * index : 2 * index + 2]
-            factors = factors.narrow(0, self._starts[index], sum(sizes))
+            factors = rows_of(factors, self._starts[index], sum(sizes))
         parts = _scaled(factors, self.scaling).to(dtype).split_with_sizes(sizes)
         return [Factors(a.view(self.r, -1), b.view(self.r, -1)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
 

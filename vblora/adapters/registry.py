@@ -1,4 +1,4 @@
-"""Which adapter class a config is for."""
+"""The adapter class of each config class."""
 
 from ..config import AdapterConfig, LoraConfig, TiedLoraConfig, VBLoRAConfig, VeraConfig
 from .base import Adapter
@@ -16,10 +16,10 @@ ADAPTER_CLASSES: dict[type[AdapterConfig], type[Adapter]] = {
 
 
 def adapter_class(config: AdapterConfig) -> type[Adapter]:
-    """The adapter class of a config's method.
+    """The adapter class of a config.
 
     Raises:
-        TypeError: ``config`` is not one of vblora's, for example one of PEFT's.
+        TypeError: ``config`` is not one of vblora's; PEFT's are not.
     """
     found = ADAPTER_CLASSES.get(type(config))
     if found is None:

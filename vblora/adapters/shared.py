@@ -1,4 +1,4 @@
-"""What VeRA and Tied-LoRA share: one pair of projections for all layers, and two vectors for each."""
+"""The common base of VeRA and Tied-LoRA: one pair of projections for all layers, and two vectors per layer."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from .base import Adapter, Factors, Target
 
 
 class SharedPairAdapter(Adapter):
-    """``A`` ``(r, in)`` and ``B`` ``(r, out)`` of the largest widths; a layer's are their first columns, which are never copied.
+    """``A`` ``(r, in)`` and ``B`` ``(r, out)`` of the largest widths. Each layer uses views of their first columns.
 
-    What is a layer's own is two vectors: a row of the one scales the ranks, a run of the other the outputs. A subclass makes the
-    pair, as parameters or buffers, and the vectors, whose names are in ``VECTORS``.
+    Each layer also has two vectors: one scales its ranks, the other its outputs. A subclass registers A and B, as parameters or
+    buffers, and the vectors under the names in ``VECTORS``.
     """
 
     VECTORS: tuple[str, str]
@@ -31,7 +31,7 @@ class SharedPairAdapter(Adapter):
 
     @classmethod
     def parts(cls, targets: Sequence[Target], r: int) -> dict[str, list[int]]:
-        """Of each tensor that has a part for each target, along its first dimension: their sizes."""
+        """For each tensor that is split by target along its first dimension, the size of each part."""
         return {cls.VECTORS[0]: [1] * len(targets), cls.VECTORS[1]: [target.out_features for target in targets]}
 
     @staticmethod
@@ -42,8 +42,8 @@ class SharedPairAdapter(Adapter):
         """``A`` and ``B`` in ``dtype``."""
         return gather(self.A).to(dtype), gather(self.B).to(dtype)
 
-    def _make_vectors(
-        self, of_ranks: float, of_outputs: float, device: torch.device | str | None, dtype: torch.dtype
+    def _register_vectors(
+        self, of_ranks: float, of_outputs: float, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         sizes = (len(self.targets), self.r), (sum(self._widths),)
         for name, size, value in zip(self.VECTORS, sizes, (of_ranks, of_outputs), strict=True):
@@ -53,13 +53,15 @@ class SharedPairAdapter(Adapter):
         A, B = self.pair(dtype)
         d, e = (gather(getattr(self, name)) for name in self.VECTORS)
         targets = self.targets
+        ds: Sequence[Tensor]
+        es: Sequence[Tensor]
         if index is None:
             ds, es = d.to(dtype).unbind(), e.to(dtype).split_with_sizes(self._widths)
         else:
             targets = targets[index : index + 1]
             ds, es = [d[index].to(dtype)], [e.narrow(0, self._starts[index], self._widths[index]).to(dtype)]
-        # One view a width, not a layer: where the pair trains, each view's gradient is a whole pair.
-        of_width = {}
+        # One view per width, not per layer: if the pair trains, the gradient of each view is as large as the pair.
+        of_width: dict[tuple[str, int], Tensor] = {}
         for target in targets:
             for name, tensor, width in (("A", A, target.in_features), ("B", B, target.out_features)):
                 if (name, width) not in of_width:

@@ -1,4 +1,4 @@
-"""Tied-LoRA: one trained pair of projections for all layers, and two trained vectors for each (arXiv 2311.09578)."""
+"""Tied-LoRA: one trained pair of projections for all layers, and two trained vectors per layer (arXiv 2311.09578)."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from .shared import SharedPairAdapter
 
 
 class TiedLoRAAdapter(SharedPairAdapter):
-    """One Tied-LoRA adapter of one model: the update of a layer is ``(((x Aᵀ) ∘ u) B) ∘ v``, and all four train (vBuA).
+    """One Tied-LoRA adapter of one model: each layer's update is ``(((x Aᵀ) ∘ u) B) ∘ v``, and all four train (vBuA).
 
-    A starts uniform up to Kaiming's bound, sqrt(6 / in), B as zeros, u and v as ones.
+    A starts uniform within Kaiming's bound, sqrt(6 / in); B starts as zeros, u and v as ones.
 
     Args:
         targets: the layers.
@@ -48,7 +48,7 @@ class TiedLoRAAdapter(SharedPairAdapter):
         bound = math.sqrt(6 / self.A.shape[1])
         if not self.A.is_meta:
             nn.init.uniform_(self.A, -bound, bound)
-        self._make_vectors(1.0, 1.0, device, dtype)
+        self._register_vectors(1.0, 1.0, device, dtype)
 
     @classmethod
     def from_config(

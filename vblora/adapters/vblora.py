@@ -1,10 +1,10 @@
-"""VB-LoRA: every sub-vector of every factor is a mixture from one vector bank (arXiv 2405.15179)."""
+"""VB-LoRA: every sub-vector of every factor is a mixture of vectors from one bank (arXiv 2405.15179)."""
 
 import itertools
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -15,16 +15,21 @@ from ..bank import VectorBank
 from ..checks import check_count
 from ..config import VBLoRAConfig
 from ..distributed import gather, processes
+from ..errors import VBLoRAWarning
 from .base import Adapter, Factors, Target
+from .rows import rows_of
 
-_DEFAULT_LENGTH = 256  # of bank vectors, the paper's and PEFT's
+_DEFAULT_LENGTH = 256  # of bank vectors, as in the paper and PEFT
 
 
 class Trained(NamedTuple):
-    """What an adapter's sub-vectors are mixed by while it trains.
+    """The rows of logits of a trainable adapter, one row per sub-vector.
 
-    ``logits`` ``(S, M)``; ``candidates`` ``(S, M)``, the bank vectors that their columns stand for, or None: all in order;
-    ``exhausted`` ``(S,)``, which rows have used their candidates up, or None where there are none or no ``seed`` that drew them.
+    Attributes:
+        logits: ``(S, M)``.
+        candidates: ``(S, M)``, the bank vector of each logit; None if M is h and the columns are all bank vectors in order.
+        exhausted: ``(S,)``, the rows that have used up their candidates; None without candidates or without a seed.
+        seed: the seed that drew the initial logits, or None if it is unknown.
     """
 
     logits: Tensor
@@ -32,53 +37,68 @@ class Trained(NamedTuple):
     exhausted: Tensor | None = None
     seed: int | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Trained":
+        """The same rows with ``function`` applied to each tensor."""
+        candidates = None if self.candidates is None else function(self.candidates)
+        exhausted = None if self.exhausted is None else function(self.exhausted)
+        return Trained(function(self.logits), candidates, exhausted, self.seed)
+
 
 class Deployed(NamedTuple):
-    """What is left of it for inference: the bank vectors of each sub-vector, best first, and their weights, both ``(S, k)``."""
+    """The mixtures of an adapter for inference only: k bank vectors per sub-vector, best first.
+
+    Attributes:
+        indices: ``(S, k)``, the bank vectors.
+        weights: ``(S, k)``.
+    """
 
     indices: Tensor
     weights: Tensor
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Deployed":
+        """The same mixtures with ``function`` applied to each tensor."""
+        return Deployed(function(self.indices), function(self.weights))
+
 
 class VBLoRAAdapter(Adapter):
-    """One VB-LoRA adapter of one model: a bank and a row of logits a sub-vector, whatever the number of layers.
+    """One VB-LoRA adapter of one model: a bank, and one row of logits per sub-vector of all layers.
 
-    Rows stand in the order of the targets, for each first those of its A, rank by rank, then those of its B: the ``r`` ranks
-    of ``in_features / b`` and of ``out_features / b`` sub-vectors, rounded up. A rank of either factor is thus contiguous, and of
-    its last sub-vector what goes beyond the width is cut off.
+    Rows are in the order of the targets. For each target come the rows of A, rank by rank, then those of B: ``r`` ranks of
+    ``in_features / b`` and of ``out_features / b`` sub-vectors, rounded up. So each rank of a factor is contiguous; the part of
+    its last sub-vector beyond the width is cut off.
 
-    A row holds the M largest of its h initial logits, in descending order, with the bank vectors that they are of. A logit
-    that never was among a row's top k has no gradient and no optimizer state, so it still is what it was, and the
-    next one to be selected is the largest of those: training is the same as with all h until a row has used its M up.
+    A row holds the M largest of its h initial logits in descending order, and the bank vector of each. A logit that was never
+    among its row's top k has no gradient and no optimizer state, so it keeps its initial value, and the largest of these is the
+    next to be selected. So training equals dense training until a row has used up its M candidates.
 
     Args:
         targets: the layers.
-        bank: the vector bank ``V``, ``(h, b)``. The adapter owns it, unless several adapters were given the same one.
+        bank: the vector bank ``V``, ``(h, b)``. Several adapters may share one.
         r: rank of the update.
-        topk: k, bank vectors mixed into a sub-vector (eq. 2: top-k, softmax over them, weighted sum).
-        num_candidates: M. None, or h and more, is the paper's dense form.
-        init_logits_std: logits start normal with this standard deviation.
-        init: ``"paper"``, or ``"noop"``: the first update is exactly 0, and bank and logits have gradients all the same. The bank
-            then is one of pairs (``VectorBank(..., pairs=True)``), and a row of B begins with a pair, with half the weight each.
-        scaling: factor of the update; the paper's is 1. It is applied to the bank as its square root.
+        topk: k, the number of bank vectors mixed into a sub-vector (eq. 2: top-k, softmax over them, weighted sum).
+        num_candidates: M. None, or at least h, means the paper's dense form.
+        init_logits_std: standard deviation of the initial logits, which are normal.
+        init: ``"paper"``, or ``"noop"``, whose first update is exactly 0 while bank and logits still get gradients. ``"noop"``
+            needs a bank of pairs (``VectorBank(..., pairs=True)``); each row of B starts with one pair at equal weights.
+        scaling: factor of the update, 1 in the paper. Its square root multiplies the bank.
         pad: allow targets whose widths ``b`` does not divide.
-        seed: of that draw, which is the same on every device; from torch's generator if None.
-        rows: what a file holds, instead of a draw.
-        device, dtype: of the logits; the bank's unless told otherwise.
+        seed: of the initial logits, which are the same on every device. None draws one from torch's generator.
+        rows: rows from a file, instead of a draw.
+        device, dtype: of the logits; by default the bank's.
 
     Attributes:
-        logits: ``(S, M)`` parameter. None in an adapter that was loaded from its deployed form, which has
-        indices, weights: buffers ``(S, k)`` in its place.
-        candidates: ``(S, M)`` buffer: the bank vectors that the columns of the logits stand for. None: all of them in order.
-        exhausted: ``(S,)`` buffer: rows that may have parted from what they would be with all h. None where M = h.
-        seed: what the logits were drawn with, or None if that is not known.
+        logits: parameter ``(S, M)``; None in a deployed adapter.
+        indices, weights: buffers ``(S, k)`` of a deployed adapter, otherwise None.
+        candidates: buffer ``(S, M)``, the bank vector of each logit; None if M = h and the columns are the bank in order.
+        exhausted: buffer ``(S,)``, the rows that may differ from dense training; None if M = h.
+        seed: the seed that drew the logits, or None if it is unknown.
 
     Raises:
-        ValueError: ``r``, ``topk`` or ``num_candidates`` out of range, or a target whose width ``b`` does not divide, without
-            ``pad``.
+        ValueError: ``r``, ``topk`` or ``num_candidates`` is out of range, or ``b`` does not divide a target's width and ``pad``
+            is False.
     """
 
-    logits: Tensor | None
+    logits: nn.Parameter | None
     candidates: Tensor | None
     exhausted: Tensor | None
     indices: Tensor | None
@@ -86,7 +106,7 @@ class VBLoRAAdapter(Adapter):
 
     def __init__(
         self,
-        targets: list[Target],
+        targets: Sequence[Target],
         bank: VectorBank,
         *,
         r: int = 4,
@@ -133,14 +153,14 @@ class VBLoRAAdapter(Adapter):
                 device=bank.vectors.device if device is None else device,
                 dtype=bank.vectors.dtype if dtype is None else dtype,
             )
-        trained = rows if isinstance(rows, Trained) else Trained(None)
-        deployed = rows if isinstance(rows, Deployed) else Deployed(None, None)
-        self.seed = trained.seed
-        self.register_parameter("logits", None if trained.logits is None else nn.Parameter(trained.logits))
-        self.register_buffer("candidates", trained.candidates)
-        self.register_buffer("exhausted", trained.exhausted)
-        self.register_buffer("indices", deployed.indices)
-        self.register_buffer("weights", deployed.weights)
+        trained = rows if isinstance(rows, Trained) else None
+        deployed = rows if isinstance(rows, Deployed) else None
+        self.seed = trained and trained.seed
+        self.register_parameter("logits", trained and nn.Parameter(trained.logits))
+        self.register_buffer("candidates", trained and trained.candidates)
+        self.register_buffer("exhausted", trained and trained.exhausted)
+        self.register_buffer("indices", deployed and deployed.indices)
+        self.register_buffer("weights", deployed and deployed.weights)
 
     takes_bank = True
 
@@ -150,22 +170,22 @@ class VBLoRAAdapter(Adapter):
         config: VBLoRAConfig,
         targets: Sequence[Target],
         *,
-        bank: VectorBank | str | os.PathLike | None = None,
+        bank: VectorBank | str | os.PathLike[str] | None = None,
         rows: Trained | Deployed | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
         """A new adapter for ``targets``.
 
         Args:
-            bank: a bank to share, or its file, instead of a new one on ``device``. The logits are on its device.
-            rows: what a file holds, instead of a draw.
+            bank: a bank to share, or the path of its file, instead of a new bank on ``device``. The logits go to its device.
+            rows: rows from a file, instead of a draw.
 
         Raises:
-            ValueError: a bank of another size than the config says.
-            FileNotFoundError: there is no such file of a bank.
+            ValueError: the size of ``bank`` differs from the config's.
+            FileNotFoundError: the file of the bank does not exist.
         """
         return cls(
-            list(targets),
+            targets,
             _bank_for(config, bank, device),
             r=config.r,
             topk=config.topk,
@@ -186,34 +206,35 @@ class VBLoRAAdapter(Adapter):
     def warn_if_untrainable(cls, config: VBLoRAConfig) -> None:
         if config.topk == 1:
             warnings.warn(
-                "`topk` is 1: the weight of a single bank vector is always 1, so logits get no gradient and never train: each "
-                "sub-vector keeps the vector that it began with. Take 2 to let training choose.",
+                "`topk` is 1: the weight of a single bank vector is always 1, so the logits get no gradient and never train. "
+                "Each sub-vector keeps its initial bank vector. Set `topk` to 2 so that training can choose.",
+                VBLoRAWarning,
                 stacklevel=3,
             )
 
     @property
     def num_subvectors(self) -> int:
-        """S, the sub-vectors of all factors."""
+        """S, the number of sub-vectors of all factors."""
         return sum(self._rows)
 
     @property
     def rows(self) -> Trained | Deployed:
-        """What the sub-vectors are mixed by."""
+        """The rows that the sub-vectors are mixed from."""
         if self.logits is None:
+            assert self.indices is not None and self.weights is not None  # one of the two forms
             return Deployed(self.indices, self.weights)
         return Trained(self.logits, self.candidates, self.exhausted, self.seed)
 
     @torch.no_grad()
     def initial(self, num_candidates: int | None = None) -> Trained:
-        """The rows as they were drawn; or, of each, the ``num_candidates`` largest in descending order.
+        """The initial rows, drawn again; with ``num_candidates``, the largest logits of each row in descending order.
 
         Raises:
-            ValueError: they were not drawn here, or it is not known by which seed.
+            ValueError: the adapter has no logits or no seed.
         """
         if self.logits is None or self.seed is None:
             raise ValueError(
-                "the adapter's initial logits are not known: it was loaded from a file that holds no seed "
-                "(a deployed form, or PEFT's)."
+                "the adapter's initial logits are unknown: it was loaded from a file that holds no seed (deployed, or PEFT's)."
             )
         if num_candidates is None and self.candidates is not None:
             num_candidates = self.logits.shape[1]
@@ -230,11 +251,12 @@ class VBLoRAAdapter(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the logits anew from their seed. The bank, which may be shared, is left alone."""
-        drawn = self.initial()
-        self.logits.copy_(drawn.logits)
-        if drawn.candidates is not None:
-            self.candidates.copy_(drawn.candidates)
+        """Draws the logits again from their seed. The bank stays as it is, since other adapters may share it."""
+        initial = self.initial()
+        for current, value in ((self.logits, initial.logits), (self.candidates, initial.candidates)):
+            if current is not None and value is not None:
+                current.copy_(value)
+        if self.exhausted is not None:
             self.exhausted.zero_()
 
     def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
@@ -244,37 +266,38 @@ class VBLoRAAdapter(Adapter):
             rows, targets = rows[2 * index : 2 * index + 2], targets[index : index + 1]
             start, count = self._starts[index], sum(rows)
 
-        def part(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None or index is None else tensor.narrow(0, start, count)
+        def part(tensor: Tensor) -> Tensor:
+            return tensor if index is None else rows_of(tensor, start, count)
 
         bank = scaled(gather(self.bank.vectors), self.scaling)
         if self.logits is None:
+            assert self.indices is not None and self.weights is not None  # a deployed adapter
             subvectors = torch.ops.vblora.compose(bank, part(self.indices), part(self.weights), dtype)
             parts = ops.in_parts(subvectors, rows, self.r)
         else:
             logits = part(gather(self.logits))
-            # A row is exhausted once its k-th selected logit is no longer above its last candidate's: from there on, one that is
-            # no candidate might have been selected. The last one decays with the rest, so what is compared with is never stale.
-            trains = logits.requires_grad and torch.is_grad_enabled()
-            exhausted = part(self.exhausted) if trains else None
-            parts = ops.admixture_in_parts(
-                logits, bank, part(self.candidates), exhausted, self.topk, dtype, rows, self.r
-            )
+            # A row is exhausted once its k-th selected logit is no larger than its last candidate's: from then on, dense training
+            # might have selected a bank vector that is no candidate. Weight decay scales all logits, the last one included, so
+            # the comparison stays valid.
+            training = logits.requires_grad and torch.is_grad_enabled()
+            exhausted = part(self.exhausted) if training and self.exhausted is not None else None
+            candidates = None if self.candidates is None else part(self.candidates)
+            parts = ops.admixture_in_parts(logits, bank, candidates, exhausted, self.topk, dtype, rows, self.r)
         return as_factors(parts, targets)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"bank": [self.bank.vectors], "logits": [] if self.logits is None else [self.logits]}
 
-    def stored_whole(self) -> list[Tensor]:
+    def stored_tensors(self) -> list[Tensor]:
         return [self.bank.vectors]
 
-    def stored_mixtures(self) -> int:
-        # k weights and k indices a sub-vector, an index as the smallest integer type that holds all of them.
+    def stored_mixture_size(self) -> int:
+        # k weights and k indices per sub-vector, with indices in the smallest integer type that fits.
         index = 0.25 if self.bank.num_vectors <= 256 else 0.5 if self.bank.num_vectors <= 32768 else 1.0
         return round(self.num_subvectors * self.topk * (1 + index))
 
     def get_extra_state(self) -> Tensor:
-        """The seed, so that a state dict that brings logits along brings what they were drawn with."""
+        """The seed, so that a state dict holds the seed of its logits."""
         return torch.tensor([self.seed is not None, self.seed or 0], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -287,7 +310,7 @@ class VBLoRAAdapter(Adapter):
 
 
 def _bank_for(
-    config: VBLoRAConfig, bank: VectorBank | str | os.PathLike | None, device: torch.device | str | None
+    config: VBLoRAConfig, bank: VectorBank | str | os.PathLike[str] | None, device: torch.device | str | None
 ) -> VectorBank:
     size = (config.num_vectors, config.vector_length)
     if bank is None:
@@ -297,7 +320,7 @@ def _bank_for(
     if (bank.num_vectors, bank.vector_length) != size:
         raise ValueError(
             f"`bank` has {bank.num_vectors} vectors of length {bank.vector_length}, "
-            f"but the config says `num_vectors`={size[0]}, `vector_length`={size[1]}."
+            f"but `config` has `num_vectors`={size[0]} and `vector_length`={size[1]}. Make them equal."
         )
     return bank
 
@@ -313,19 +336,20 @@ def draw_rows(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Trained:
-    """Initial rows: all ``num_vectors`` logits of each, in order; or the ``num_candidates`` largest, in descending order.
+    """Draws initial rows: all ``num_vectors`` logits in order, or the ``num_candidates`` largest in descending order.
 
-    With ``init="noop"`` the two vectors of a pair have one logit in the rows of B, so the best two are a vector and its negative.
+    With ``init="noop"``, both vectors of a pair have the same logit in the rows of B, so the top two are a vector and its
+    negative.
 
     Args:
-        sizes: rows of each factor in turn, as of :func:`rows_of_factors`.
+        sizes: number of rows of each factor, from :func:`rows_of_factors`.
     """
     rows = sum(sizes)
 
-    def draw(vectors: int, kept: int | None) -> tuple[Tensor, Tensor | None]:
-        logits = torch.empty(rows, vectors if kept is None else kept, device=device, dtype=dtype)
+    def draw(vectors: int, columns: int | None) -> tuple[Tensor, Tensor | None]:
+        logits = torch.empty(rows, vectors if columns is None else columns, device=device, dtype=dtype)
         candidates = None
-        if kept is not None:
+        if columns is not None:
             candidates = torch.empty(logits.shape, device=device, dtype=candidate_dtype(num_vectors))
         torch.ops.vblora.draw_logits_(logits, candidates, vectors, seed, std)
         return logits, candidates
@@ -336,7 +360,7 @@ def draw_rows(
         of_b = torch.repeat_interleave(torch.arange(len(sizes), device=device) % 2 == 1, counts, output_size=rows)
         of_pairs, pairs = draw(num_vectors // 2, None if num_candidates is None else num_candidates // 2)
         logits = torch.where(of_b[:, None], of_pairs.repeat_interleave(2, 1), logits)
-        if candidates is not None:
+        if candidates is not None and pairs is not None:
             vectors = 2 * pairs.repeat_interleave(2, 1)
             vectors[:, 1::2] += 1
             candidates = torch.where(of_b[:, None], vectors, candidates)
@@ -345,7 +369,7 @@ def draw_rows(
 
 
 def scaled(bank: Tensor, scaling: float) -> Tensor:
-    """The bank whose factors' products are ``scaling`` times those of ``bank``."""
+    """``bank`` times the square root of ``scaling``, which multiplies both factors and so scales their product by ``scaling``."""
     return bank if scaling == 1.0 else bank * math.sqrt(scaling)
 
 
@@ -356,45 +380,49 @@ def check_scaling(scaling: float) -> float:
 
 
 def check_noop(bank: VectorBank, topk: int, num_candidates: int | None) -> None:
-    """Refuses what would not make the first update exactly 0."""
+    """Refuses arguments with which the first update would not be exactly 0."""
     needs = '`init` is "noop", which needs'
     if topk != 2:
         raise ValueError(f"{needs} `topk`=2 (a vector and its negative), not {topk}.")
     if num_candidates is not None and num_candidates % 2 and num_candidates < bank.num_vectors:
         raise ValueError(f"{needs} an even `num_candidates`, not {num_candidates}.")
     if not bank.is_of_pairs():
-        raise ValueError(f"{needs} a bank of pairs, each vector 2i + 1 the negative of 2i, which `bank` is not.")
+        raise ValueError(
+            f"{needs} a bank of pairs, each vector 2i + 1 the negative of 2i, and `bank` is none. Create it with pairs=True."
+        )
 
 
 def draw_seed() -> int:
-    """A seed from torch's own generator.
+    """A seed from torch's generator.
 
     Raises:
-        ValueError: there are other processes, each with a generator of its own. They would draw other candidates, while DDP
-            makes their logits the same.
+        ValueError: several processes train together. Each has its own generator, so they would draw different candidates, while
+            DDP makes their logits equal.
     """
     if processes() > 1:
         raise ValueError(
-            f"`seed` is None, but {processes()} processes train together, which must all draw the same logits. "
-            "Give the config a `seed`."
+            f"`seed` is None, but {processes()} processes train together and must draw the same logits. "
+            "Set `seed` in the config."
         )
-    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def candidate_dtype(num_vectors: int) -> torch.dtype:
-    """The smallest that holds each vector's index."""
+    """The smallest dtype that holds every index of the bank."""
     return torch.int16 if num_vectors <= 2**15 else torch.int32
 
 
 def rows_of_factors(targets: tuple[Target, ...], r: int, vector_length: int) -> list[int]:
-    """Rows of each factor in turn: A and B of the first target, of the second, ... A rank has as many as reach its width."""
+    """The number of rows of each factor: A and B of the first target, of the second, ... Each rank has ⌈width / b⌉."""
     return [r * -(-width // vector_length) for width in _widths(targets)]
 
 
 def as_factors(parts: Sequence[Tensor], targets: tuple[Target, ...]) -> list[Factors]:
-    """The factors that sub-vectors make up, A ``(r, in_features)`` and B ``(r, out_features)``: ``parts``, ``(r, *)`` of each
-    factor in turn, without what goes beyond a layer's width."""
-    # Where something is cut, the zeros that a slice's backward makes are only as many as this factor's own.
+    """The factors of each target, cut to its widths: A ``(r, in_features)`` and B ``(r, out_features)``.
+
+    ``parts`` holds the sub-vectors of each factor as ``(r, *)``.
+    """
+    # Cutting per factor keeps the zeros that a slice's backward makes as few as that factor has elements.
     factors = [
         part if part.shape[1] == width else part[:, :width] for part, width in zip(parts, _widths(targets), strict=True)
     ]
@@ -402,7 +430,7 @@ def as_factors(parts: Sequence[Tensor], targets: tuple[Target, ...]) -> list[Fac
 
 
 def default_length(targets: tuple[Target, ...], pad: bool) -> int:
-    """The longest b up to 256 that divides every width; with ``pad``, 256, or the largest width if that is less."""
+    """The largest b up to 256 that divides every width; with ``pad``, 256 or the largest width, whichever is smaller."""
     if pad:
         return min(max(_widths(targets)), _DEFAULT_LENGTH)
     common = math.gcd(*_widths(targets))
@@ -410,24 +438,22 @@ def default_length(targets: tuple[Target, ...], pad: bool) -> int:
 
 
 def uneven(targets: tuple[Target, ...], vector_length: int) -> list[Target]:
-    """Those with a width that ``vector_length`` does not divide."""
+    """The targets with a width that ``vector_length`` does not divide."""
     return [t for t in targets if t.in_features % vector_length or t.out_features % vector_length]
 
 
 def check_widths(targets: tuple[Target, ...], vector_length: int, pad: bool) -> None:
-    """Refuses a ``vector_length`` that does not divide every width, naming the layers and the lengths that would, unless
-    ``pad``."""
-    odd = [] if pad else uneven(targets, vector_length)
-    if not odd:
+    """Refuses a ``vector_length`` that does not divide every width, unless ``pad``."""
+    refused = [] if pad else uneven(targets, vector_length)
+    if not refused:
         return
     common = math.gcd(*_widths(targets))
-    layers = ", ".join(f"{t.name} ({t.in_features} -> {t.out_features})" for t in odd[:5])
-    more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+    layers = ", ".join(f"{t.name} ({t.in_features} -> {t.out_features})" for t in refused[:5])
+    more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
     lengths = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
     raise ValueError(
         f"`vector_length` is {vector_length}, but must divide `in_features` and `out_features` of each target. "
-        f"It does not for: {layers}{more}. Lengths that would do: {lengths}; "
-        "or any, with pad=True: a rank's last sub-vector is then cut."
+        f"It does not for: {layers}{more}. Allowed lengths: {lengths}; with pad=True, any length."
     )
 
 

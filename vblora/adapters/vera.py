@@ -1,13 +1,13 @@
-"""VeRA: one frozen random pair of projections for all layers, and two trained vectors for each (arXiv 2310.11454)."""
+"""VeRA: one frozen random pair of projections for all layers, and two trained vectors per layer (arXiv 2310.11454)."""
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import ops  # noqa: F401  (registers torch.ops.vblora)
+from .. import ops, streams  # noqa: F401  (ops registers torch.ops.vblora)
 from ..config import VeraConfig
 from .base import Target, is_plain
 from .shared import SharedPairAdapter
@@ -16,16 +16,16 @@ _STREAMS = {"A": 1, "B": 2}  # csrc/random.h
 
 
 class VeRAAdapter(SharedPairAdapter):
-    """One VeRA adapter of one model: the update of a layer is ``(((x Aᵀ) ∘ d) B) ∘ e`` (eq. 2, where e is called b).
+    """One VeRA adapter of one model: each layer's update is ``(((x Aᵀ) ∘ d) B) ∘ e`` (eq. 2, where e is called b).
 
     Args:
         targets: the layers.
         r: rank.
-        key: what the projections are drawn by: the same bits on every device.
-        d_initial: the vectors d start as this, and e as zeros, so that the first update is 0.
-        init: False starts d normal and e as ones.
+        key: seed of the projections, which are the same bits on every device.
+        d_initial: initial value of d. e starts as zeros, so the first update is 0.
+        init: False makes d start normal and e as ones.
         save_projection: whether A and B are in the state dict.
-        projection: A ``(r, in)`` and B ``(r, out)`` of a file, instead of a draw.
+        projection: A ``(r, in)`` and B ``(r, out)`` from a file, instead of a draw.
         device, dtype: of the parameters and the projections.
 
     Attributes:
@@ -35,6 +35,8 @@ class VeRAAdapter(SharedPairAdapter):
     """
 
     VECTORS = ("d", "e")
+    d: nn.Parameter
+    e: nn.Parameter
 
     def __init__(
         self,
@@ -55,10 +57,10 @@ class VeRAAdapter(SharedPairAdapter):
             projection = draw_projection(targets, r, key, device=device, dtype=dtype)
         for name, tensor in zip("AB", projection, strict=True):
             self.register_buffer(name, tensor, persistent=save_projection)
-        self._cast: tuple[tuple, tuple[Tensor, Tensor]] | None = None  # with what it was made from
-        self._make_vectors(d_initial, 0.0 if init else 1.0, device, dtype)
+        self._cast: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None  # with the key of the cast
+        self._register_vectors(d_initial, 0.0 if init else 1.0, device, dtype)
         if not init and not self.d.is_meta:
-            torch.nn.init.normal_(self.d)
+            nn.init.normal_(self.d)
 
     @classmethod
     def from_config(
@@ -69,7 +71,7 @@ class VeRAAdapter(SharedPairAdapter):
         projection: tuple[Tensor, Tensor] | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """``projection``: A and B of a file, instead of a draw."""
+        """``projection``: A and B from a file, instead of a draw."""
         return cls(
             targets,
             r=config.r,
@@ -83,21 +85,27 @@ class VeRAAdapter(SharedPairAdapter):
         )
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``A`` and ``B`` in ``dtype``. They are frozen, so another dtype's are kept."""
+        """``A`` and ``B`` in ``dtype``. They are frozen, so a cast is cached, for the stream that made it.
+
+        A cast made while a CUDA graph is captured belongs to the graph and is not cached.
+        """
         sources = self.A, self.B
         if self.A.dtype == dtype or torch.compiler.is_compiling() or not all(map(is_plain, sources)):
             return super().pair(dtype)
-        made_from = dtype, *((source.data_ptr(), source._version) for source in sources)
-        if self._cast is None or self._cast[0] != made_from:
+        if streams.capturing(self.A.device):
+            return super().pair(dtype)
+        key = dtype, streams.current(self.A.device), *((source.data_ptr(), source._version) for source in sources)
+        cast = self._cast  # read once: another thread may replace it
+        if cast is None or cast[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                self._cast = made_from, super().pair(dtype)
-        return self._cast[1]
+                cast = self._cast = key, super().pair(dtype)
+        return cast[1]
 
     def invalidate(self) -> None:
         self._cast = None
         super().invalidate()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cast": None}
 
 
@@ -109,22 +117,23 @@ def draw_projection(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A ``(r, in)`` and B ``(r, out)`` of the largest widths: uniform up to Kaiming's bound, sqrt(6 / fan-in), as PEFT's."""
-    pair = []
-    for name, size in SharedPairAdapter.pair_sizes(targets, r).items():
-        fan_in = size[1] if name == "A" else r
-        values = torch.empty(size, device=device, dtype=dtype)
+    """A ``(r, in)`` and B ``(r, out)`` of the largest widths: uniform within Kaiming's bound, sqrt(6 / fan-in), like PEFT's."""
+    sizes = SharedPairAdapter.pair_sizes(targets, r)
+
+    def draw(name: str, fan_in: int) -> Tensor:
+        values = torch.empty(sizes[name], device=device, dtype=dtype)
         torch.ops.vblora.draw_uniform_(values, key, _STREAMS[name], math.sqrt(6 / fan_in))
-        pair.append(values)
-    return tuple(pair)
+        return values
+
+    return draw("A", sizes["A"][1]), draw("B", r)
 
 
 def pefts_projection(targets: Sequence[Target], r: int, key: int) -> tuple[Tensor, Tensor]:
-    """The pair that PEFT draws by ``key``, from torch's generator on the CPU: as far as that is what it was there and then."""
+    """The pair that PEFT draws from ``key`` with torch's CPU generator, provided that torch's draws have not changed since."""
     sizes = SharedPairAdapter.pair_sizes(targets, r)
     generator = torch.Generator().manual_seed(key)
     pair = []
     for size, fan_in in ((sizes["A"], sizes["A"][1]), (sizes["B"][::-1], r)):
         bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in))
-        pair.append(torch.empty(size, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+        pair.append(torch.empty(size, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))
     return pair[0], pair[1].T.contiguous()

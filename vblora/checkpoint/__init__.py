@@ -1,6 +1,6 @@
 """Adapters as files."""
 
-from .folder import load, save
 from .optimizer import pack_optimizer, unpack_optimizer
+from .save_load import load, save
 
 __all__ = ["load", "pack_optimizer", "save", "unpack_optimizer"]

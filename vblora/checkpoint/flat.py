@@ -1,48 +1,52 @@
-"""The contents of an adapter whose parameters are what a file holds: VeRA, Tied-LoRA, LoRA."""
+"""The contents of adapters whose parameters are stored as they are: LoRA and Tied-LoRA, and VeRA in ``vera.py``."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Target
-from ..adapters.base import Factors
+from ..adapters import Adapter, Factors, LoRAAdapter, Target, TiedLoRAAdapter
 from ..adapters.registry import adapter_class
-from ..adapters.vera import draw_projection
-from ..bank import VectorBank
-from ..config import AdapterConfig, VeraConfig
-from ..distributed import like, whole
-from .contents import Contents, check_tensor
+from ..bank import BankFile, VectorBank
+from ..config import AdapterConfig, LoraConfig, TiedLoraConfig
+from ..distributed import gather_to_cpu, shard_like
+from .contents import Contents, check_finite, check_tensor
 
 
 @dataclass(frozen=True)
 class FlatContents(Contents):
-    """``tensors``: the adapter's parameters and buffers by their names there, VeRA's projections among them."""
+    """``tensors``: the adapter's parameters and buffers by their names in the adapter."""
 
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, config: AdapterConfig, adapter: Adapter, extra_parameters: dict[str, Tensor]) -> "FlatContents":
-        return cls(
-            config,
-            adapter.targets,
-            {name: whole(x) for name, x in _tensors_of(adapter).items()},
-            extra_parameters=extra_parameters,
-        )
+    def of(cls, config: AdapterConfig, adapter: Adapter, extra_parameters: dict[str, Tensor]) -> Self:
+        tensors = {name: gather_to_cpu(tensor) for name, tensor in _tensors_of(adapter).items()}
+        return cls(config, adapter.targets, tensors, extra_parameters=extra_parameters)
+
+    @abstractmethod
+    def _part_sizes(self) -> dict[str, list[int]]:
+        """For each tensor that has one part per target along its first dimension: the sizes of the parts."""
 
     def check(self) -> None:
         self.check_layout()
         try:
             wanted = _tensors_of(adapter_class(self.config).from_config(self.config, self.targets, device="meta"))
         except (RuntimeError, TypeError, OverflowError):
-            raise ValueError(f"its `r` is {self.config.r}: no tensors of such sizes can be made.") from None
+            raise ValueError(f"its `r` is {self.config.r}, which is too large for any tensor.") from None
         for name in sorted(wanted.keys() ^ self.tensors.keys()):
             raise ValueError(f"it {'lacks' if name in wanted else 'has an unknown'} tensor `{name}`.")
         for name, tensor in self.tensors.items():
             check_tensor(name, tensor, tuple(wanted[name].shape), floating=True)
-            if not tensor.isfinite().all():
-                raise ValueError(f"`{name}` holds an infinite or NaN element.")
+            check_finite(name, tensor)
+
+    def check_sizes(self, other: Self) -> None:
+        for name, tensor in self.tensors.items():
+            if tensor.shape != other.tensors[name].shape:
+                raise ValueError(f"`model` has an adapter with other `{name}`. Eject it first.")
 
     def all_factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
         with torch.no_grad():
@@ -55,45 +59,55 @@ class FlatContents(Contents):
             setattr(adapter, name, nn.Parameter(tensor) if name in adapter._parameters else tensor)
         return adapter
 
-    def check_sizes(self, other: "FlatContents") -> None:
-        for name, tensor in self.tensors.items():
-            if tensor.shape != other.tensors[name].shape:
-                raise ValueError(f"`model` has an adapter with other `{name}`. Eject it first.")
-
     def write_over(self, adapter: Adapter) -> None:
         for name, tensor in _tensors_of(adapter).items():
-            tensor.copy_(like(self.tensors[name], tensor))
+            tensor.copy_(shard_like(self.tensors[name], tensor))
 
-    def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> "FlatContents":
-        kind = adapter_class(self.config)
+    def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> Self:
         tensors = dict(self.tensors)
-        for name, sizes in kind.parts(self.targets, self.config.r).items():
+        for name, sizes in self._part_sizes().items():
             parts = tensors[name].split(sizes)
             tensors[name] = torch.cat([parts[place] for place in order])
         return replace(self, targets=targets, tensors=tensors)
 
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors that a file has to hold: without a projection that its key draws again, if that is wanted."""
-        if not isinstance(self.config, VeraConfig) or self.config.save_projection or not self._is_drawn():
-            return self.tensors
-        return {name: tensor for name, tensor in self.tensors.items() if name not in ("A", "B")}
+    def encode(self, form: str, bank_dtype: torch.dtype | None, bank_file: BankFile | None) -> dict[str, Tensor]:
+        if bank_dtype is not None:
+            raise ValueError(
+                f"`bank_dtype` is {bank_dtype}, but a {type(self.config).__name__} has no bank. Leave it out."
+            )
+        return dict(self.tensors)
 
-    def _is_drawn(self) -> bool:
-        drawn = draw_projection(self.targets, self.config.r, self.config.projection_prng_key, dtype=torch.float32)
-        return all(map(torch.equal, drawn, (self.tensors["A"], self.tensors["B"])))
+    @classmethod
+    def decode(
+        cls,
+        config: AdapterConfig,
+        targets: tuple[Target, ...],
+        tensors: dict[str, Tensor],
+        form: str,
+        bank: Tensor | None,
+        extra_parameters: dict[str, Tensor],
+    ) -> Self:
+        return cls(config, targets, tensors, extra_parameters=extra_parameters)
 
 
-def with_projection(
-    config: AdapterConfig, targets: tuple[Target, ...], tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What :meth:`FlatContents.stored` was of."""
-    if not isinstance(config, VeraConfig) or "A" in tensors or "B" in tensors:
-        return tensors
-    check_tensor(
-        "d", tensors.get("d", torch.empty(0)), (len(targets), config.r), floating=True
-    )  # before so much is drawn
-    drawn = draw_projection(targets, config.r, config.projection_prng_key, dtype=torch.float32)
-    return dict(zip("AB", drawn, strict=True)) | tensors
+@dataclass(frozen=True)
+class LoRAContents(FlatContents):
+    """``tensors``: ``factors``."""
+
+    config: LoraConfig
+
+    def _part_sizes(self) -> dict[str, list[int]]:
+        return LoRAAdapter.parts(self.targets, self.config.r)
+
+
+@dataclass(frozen=True)
+class TiedLoRAContents(FlatContents):
+    """``tensors``: ``A``, ``B``, ``u`` and ``v``."""
+
+    config: TiedLoraConfig
+
+    def _part_sizes(self) -> dict[str, list[int]]:
+        return TiedLoRAAdapter.parts(self.targets, self.config.r)
 
 
 def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""An adapter merged into a base model's files, without the model: tensor by tensor, so that memory holds one of them."""
+"""Merges an adapter into a base model's files without loading the model: one tensor at a time."""
 
 import functools
 import json
@@ -14,22 +14,27 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters import Target
-from ..files import replacing, sync
+from ..files import atomic_replacement, refuse_lfs_pointer, sync
 from .contents import Contents
+from .json_objects import JsonObject, as_type, field, optional_field, read_object
 
-# Models of transformers that are made of Conv1D, which stores its weight (in, out). Only a square weight leaves that open.
+# Models of transformers made of Conv1D, which stores its weight as (in, out). For square weights, shapes do not tell.
 _CONV1D_MODELS = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
-# Models whose embeddings have no head to be tied to, whatever their config says.
+# Models without a head that their embeddings could be tied to, whatever their config says.
 _WITHOUT_WORD_HEAD = ("Classification", "QuestionAnswering", "MultipleChoice")
-# Weights in other formats, which would still be the base model's.
+# Weights in other formats, which are not merged and so are left out.
 _OTHER_WEIGHTS = (".gguf", ".h5", ".mlmodel", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pth")
 _OTHER_WEIGHTS_AT_TOP = (*_OTHER_WEIGHTS, ".bin", ".bin.index.json", ".pt", ".safetensors")
 
 
 class Merged(NamedTuple):
-    """What was done.
+    """The result of a merge.
 
-    ``updated`` and ``replaced`` name tensors; ``left_out`` names files of the base model that hold its weights in another format.
+    Attributes:
+        shards: number of files with tensors.
+        updated: names of the weights that an update was added to.
+        replaced: names of the tensors that were replaced by extra parameters.
+        left_out: files with the base model's weights in other formats, which were not copied.
     """
 
     shards: int
@@ -45,20 +50,20 @@ class _Stored(NamedTuple):
 
 
 def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
-    """Writes ``base`` with an adapter's update in it to ``out``: what :func:`vblora.merge` does to the model loaded from it.
+    """Writes the files of ``base`` with an adapter merged into them to ``out``, as :func:`vblora.merge` merges it into a model.
 
     Each target's update is added to its weight in float32 (float64 for a float64 weight) and rounded to the weight's dtype.
-    Tensors that trained beside replace those of their names, in their dtype. Everything else of the folder is copied but for
-    weights in other formats. ``out`` appears when it is complete.
+    Extra parameters replace the tensors of their names and are rounded to the dtype of those. All other files of the folder are
+    copied, except weights in other formats. ``out`` appears only once it is complete.
 
     Args:
         contents: the adapter.
-        base: folder with ``model.safetensors``, or with shards and their ``model.safetensors.index.json``.
-        out: a folder that is not there, or empty.
+        base: a folder with ``model.safetensors``, or with shards and their ``model.safetensors.index.json``.
+        out: a folder that does not exist or is empty.
 
     Raises:
-        FileNotFoundError: the base model's files are not there.
-        ValueError: they are damaged, a name is not found in them or found twice, or a tensor does not fit.
+        FileNotFoundError: a file of the base model is missing.
+        ValueError: a file is damaged, a name is missing or ambiguous, or a tensor does not fit.
     """
     contents.check_widths_known()
     stored = _read_headers(base)
@@ -70,7 +75,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
     replacements = _find_replacements(contents, stored)
     for name in updates.keys() & replacements.keys():
         raise ValueError(f"`{name}` would be both updated and replaced.")
-    out = out.absolute()  # "." has no name
+    out = out.absolute()  # Path(".") has no name
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     shards = sorted({entry.shard for entry in stored.values()})
     factors = functools.cache(lambda dtype: {target.name: pair for target, pair in contents.factors(dtype)})
@@ -82,16 +87,16 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
         A, B, *_ = factors(torch.promote_types(tensor.dtype, torch.float32))[target.name]
         merged = (A.T @ B if transposed else B.T @ A).view_as(tensor).add_(tensor).to(tensor.dtype)
         if not merged.isfinite().all():
-            raise ValueError(f"merged, `{name}` would not be finite in {tensor.dtype}.")
+            raise ValueError(f"`{name}` would not be finite in {tensor.dtype} once merged.")
         return merged
 
     try:
         temporary.mkdir(parents=True)
         left_out = _copy_others(base, temporary, shards)
         for shard in shards:
-            with replacing(temporary / shard) as path:
+            with atomic_replacement(temporary / shard) as path:
                 _write_shard(base / shard, path, updates.keys() | replacements.keys(), changed)
-        os.replace(temporary, out)  # an empty folder gives way
+        os.replace(temporary, out)  # replaces an empty folder
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -100,25 +105,28 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
 
 
 def _read_headers(base: Path) -> dict[str, _Stored]:
-    """All tensors of the base model by their names, without their values."""
+    """Shape, dtype and file of each of the base model's tensors."""
     index = base / "model.safetensors.index.json"
     if index.is_file():
+        refuse_lfs_pointer(index)
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is damaged: it holds no `weight_map` from tensors to files.") from None
+            names = field(read_object(index), "weight_map", dict).values()
+            shards = sorted({as_type("a file's name", name, str) for name in names})
+        except ValueError as error:
+            raise ValueError(f"{index} is damaged: it holds no `weight_map` from tensors to files: {error}") from None
         for shard in shards:
             if Path(shard).name != shard:
-                raise ValueError(f"{index} names {shard!r}, which is no file of that folder.")
+                raise ValueError(f"{index} names {shard!r}, which is not a file of the same folder.")
     elif (base / "model.safetensors").is_file():
         shards = ["model.safetensors"]
     else:
-        pickles = " It holds pickles, which are not read: load the model and save it again." * any(base.glob("*.bin"))
+        pickles = " vblora does not read the pickles in it: load the model and save it again." * any(base.glob("*.bin"))
         raise FileNotFoundError(f"{base} holds no model.safetensors and no model.safetensors.index.json.{pickles}")
     stored = {}
     for shard in shards:
         if not (base / shard).is_file():
             raise FileNotFoundError(f"{base / shard} is missing.")
+        refuse_lfs_pointer(base / shard)
         try:
             with safe_open(base / shard, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
@@ -130,9 +138,9 @@ def _read_headers(base: Path) -> dict[str, _Stored]:
 
 
 def _write_shard(source: Path, path: Path, names: Set[str], changed: Callable[[str, Tensor], Tensor]) -> None:
-    """A copy of a safetensors file in which the tensors ``names`` are ``changed``, in neither shape nor dtype.
+    """Copies a safetensors file with ``changed`` applied to the tensors ``names``. Shapes and dtypes must stay the same.
 
-    So its header is the same (8 bytes of its length, then JSON), and whatever else it holds is copied as bytes.
+    The header (its length in 8 bytes, then JSON) then stays the same, and all other tensors are copied as bytes.
     """
     with safe_open(source, framework="pt") as tensors, open(source, "rb") as old, open(path, "xb") as new:
         length = old.read(8)
@@ -144,16 +152,19 @@ def _write_shard(source: Path, path: Path, names: Set[str], changed: Callable[[s
             begin, end = entry["data_offsets"]
             if name in names:
                 tensor = changed(name, tensors.get_tensor(name)).contiguous()
-                new.write(tensor.view(-1).view(torch.uint8).numpy())
+                new.write(tensor.view(-1).view(torch.uint8).numpy().data)
             else:
                 old.seek(len(length) + len(header) + begin)
                 new.write(old.read(end - begin))
 
 
 def _find(name: str, stored: Iterable[str]) -> str | None:
-    """The tensor called ``name``, or the only one of which that is an ending, or that is an ending of it, after a dot.
+    """The tensor ``name``, or the only one whose name ends with a dot and ``name`` or the other way round, or None.
 
-    Checkpoints of a model without its head have no prefix, those of a model within a larger one have more of it.
+    The checkpoint of a model without its head lacks a prefix, that of a larger model around it has one more.
+
+    Raises:
+        ValueError: there are several.
     """
     if name in stored:
         return name
@@ -166,7 +177,11 @@ def _find(name: str, stored: Iterable[str]) -> str | None:
 
 
 def _find_updates(contents: Contents, stored: dict[str, _Stored], is_of_conv1d: bool) -> dict[str, tuple[Target, bool]]:
-    """The targets by their weights' names, and whether that is stored ``(in, out)``, as a square one ``is_of_conv1d``."""
+    """By the name of each weight to update, its target and whether it is stored as ``(in, out)``.
+
+    Args:
+        is_of_conv1d: the answer for square weights.
+    """
     updates: dict[str, tuple[Target, bool]] = {}
     for target in contents.targets:
         name = _find(f"{target.name}.weight", stored)
@@ -177,7 +192,7 @@ def _find_updates(contents: Contents, stored: dict[str, _Stored], is_of_conv1d: 
         shape, size = stored[name].shape, (target.out_features, target.in_features)
         if stored[name].dtype not in ("F64", "F32", "BF16", "F16"):
             raise ValueError(
-                f"`{name}` is {stored[name].dtype}, which nothing can be added to. Take a model that is not quantised."
+                f"`{name}` is {stored[name].dtype}, which no update can be added to. Use a base model that is not quantised."
             )
         if target.kind == "convolution":
             fits, transposed = shape == (target.out_features, *target.kernel), False
@@ -194,8 +209,9 @@ def _find_updates(contents: Contents, stored: dict[str, _Stored], is_of_conv1d: 
 
 
 def _find_replacements(contents: Contents, stored: dict[str, _Stored]) -> dict[str, Tensor]:
-    """What trained beside by its name in the base model."""
-    replacements, missing = {}, {}
+    """The extra parameters by their names in the base model."""
+    replacements: dict[str, Tensor] = {}
+    missing = {}
     for own, tensor in contents.extra_parameters.items():
         name = _find(own, stored)
         if name is None:
@@ -207,29 +223,32 @@ def _find_replacements(contents: Contents, stored: dict[str, _Stored]) -> dict[s
             raise ValueError(f"`{name}` is {stored[name].shape}, but the adapter's `{own}` is {tuple(tensor.shape)}.")
         replacements[name] = tensor
     for own, tensor in missing.items():
-        # What is tied has one name in the base model's files.
+        # Tied tensors have only one name in the base model's files.
         if not any(tensor.shape == other.shape and torch.equal(tensor, other) for other in replacements.values()):
             raise ValueError(
-                f"the base model has no tensor `{own}`, which trained beside the adapter. If it is a head that the base model "
-                "lacks, load the model with it instead, then: vblora.load(model, adapter); vblora.merge(model, release=True); "
+                f"the base model has no tensor `{own}`, which the adapter holds. If it is a head that the base model lacks, "
+                "load the model with that head instead, then: vblora.load(model, adapter); vblora.merge(model, release=True); "
                 "vblora.eject(model); model.save_pretrained(out)."
             )
     return replacements
 
 
-def _read_config(base: Path) -> dict:
+def _read_config(base: Path) -> JsonObject:
     try:
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(base / "config.json")
+    except FileNotFoundError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
-def _refuse_tied(contents: Contents, config: dict) -> None:
-    """An update of a head or of embeddings, whose weights are made to be one again when the model is loaded."""
+def _refuse_tied(contents: Contents, config: JsonObject) -> None:
+    """Checks that no update is of a weight that is tied to another when the model is loaded.
+
+    Raises:
+        ValueError: one is of a tied head or of tied embeddings.
+    """
     if config.get("tie_word_embeddings") is not True:
         return
-    architectures = config.get("architectures") or [""]
+    architectures = optional_field(config, "architectures", list, []) or [""]
     for target in contents.targets:
         if target.kind == "embedding" and all(str(name).endswith(_WITHOUT_WORD_HEAD) for name in architectures):
             continue
@@ -237,13 +256,13 @@ def _refuse_tied(contents: Contents, config: dict) -> None:
         if of_vocabulary == config.get("vocab_size"):
             other = "head" if target.kind == "embedding" else "embeddings"
             raise ValueError(
-                f"`{target.name}.weight` is that of the {other}, too (`tie_word_embeddings` in the base model's config.json), to "
-                "which the update does not belong. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
+                f"`{target.name}.weight` is also that of the {other} (`tie_word_embeddings` in the base model's config.json), "
+                "which the update is not for. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
             )
 
 
 def _copy_others(base: Path, out: Path, shards: list[str]) -> list[str]:
-    """Copies everything but weights and hidden files; returns the weights that were left out."""
+    """Copies all files except weights and hidden files. Returns the weights in other formats."""
     left_out = []
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)

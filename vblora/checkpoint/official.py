@@ -1,12 +1,11 @@
 """Checkpoints of the paper's own repository (github.com/leo-yangli/VB-LoRA), whose logits are ``(blocks, r, h)``.
 
-Its language understanding part saves a whole model, base weights and all. A layer has ``logits_A`` ``(in_features / b, r, h)``,
-``logits_B`` ``(out_features / b, r, h)`` and ``vector_bank`` ``(h, b)``, which all layers share. What is outside of the encoder
-trained along. ``config.json`` holds ``topk``, which no shape tells. Its instruction tuning part writes with a PEFT of its own,
-which :mod:`.peft` reads.
+Its part on language understanding saves the whole model with the base weights. A layer has ``logits_A``
+``(in_features / b, r, h)``, ``logits_B`` ``(out_features / b, r, h)`` and ``vector_bank`` ``(h, b)``, which is the same in all
+layers. Everything outside the encoder was trained. ``topk`` is in ``config.json``. The part on instruction tuning writes with a
+fork of PEFT, whose files :mod:`.peft.vblora` reads.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,20 +15,23 @@ from ..adapters import Target
 from ..adapters.vblora import Trained
 from ..config import VBLoRAConfig
 from ..files import read_tensors
-from .contents import VBLoRAContents
+from .json_objects import field, read_object
+from .vblora import VBLoRAContents
 
 _FILE = "model.safetensors"
 _PARTS = ("logits_A", "logits_B", "vector_bank")
 
 
 def read(path: Path, topk: int | None = None) -> VBLoRAContents:
-    """The checked contents of such a checkpoint: of its folder, or of a file with (at least) the adapter's tensors.
+    """The checked contents of such a checkpoint.
 
     Args:
-        topk: k, where there is no ``config.json`` beside the file.
+        path: its folder, or a file with at least the adapter's tensors.
+        topk: k, required if there is no ``config.json`` in the same folder.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, a pickle, or not what it must be; named.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is a pickle, damaged or invalid. The message names it.
     """
     file = path / _FILE if path.is_dir() else path
     _refuse_pickles(path)
@@ -48,26 +50,26 @@ def _refuse_pickles(path: Path) -> None:
         pickles = sorted(path.glob("*.bin")) + sorted(path.glob("*.pt"))
     if pickles:
         raise ValueError(
-            f"{pickles[0]} is no safetensors file. If it is a pickle, which may run any code and is not read, and you trust it: "
+            f"{pickles[0]} is not a safetensors file. vblora does not read pickles, which can run any code. If you trust it: "
             "state = torch.load(file, weights_only=True); safetensors.torch.save_file({name: tensor.clone() for name, tensor in "
             f'state.items()}}, "{_FILE}")'
         )
 
 
 def _topk(config: Path, topk: int | None) -> int:
-    if topk is not None or not config.is_file():
-        if topk is None:
-            raise ValueError(f"{config} is missing, which says what k is. Give that as `topk`.")
+    if topk is not None:
         return topk
-    values = json.loads(config.read_text(encoding="utf-8"))
-    if not isinstance(values, dict) or "topk" not in values:
-        raise ValueError(f"{config} does not say what `topk` is.")
-    return values["topk"]
+    if not config.is_file():
+        raise ValueError(f"{config} is missing, which holds k. Give that as `topk`.")
+    try:
+        return field(read_object(config), "topk", int)
+    except ValueError as error:
+        raise ValueError(f"{config} does not say what `topk` is: {error} Give it as `topk`.") from None
 
 
 def _decode(tensors: dict[str, Tensor], topk: int) -> VBLoRAContents:
     layers: dict[str, dict[str, Tensor]] = {}
-    others = {}
+    others: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if part in _PARTS:
@@ -81,10 +83,11 @@ def _decode(tensors: dict[str, Tensor], topk: int) -> VBLoRAContents:
     bank = next(iter(banks.values())).float()
     for layer, other in banks.items():
         if not torch.equal(other.float(), bank):
-            raise ValueError(f"`{layer}.vector_bank` is another than the first layer's, but all layers share one.")
+            raise ValueError(f"`{layer}.vector_bank` differs from the first layer's, but all layers share one bank.")
     if bank.dim() != 2:
         raise ValueError(f"`vector_bank` is {tuple(bank.shape)}, but must be (h, b).")
-    (num_vectors, vector_length), r = bank.shape, None
+    num_vectors, vector_length = bank.shape
+    r: int = next(iter(next(iter(layers.values())).values())).shape[1:2].numel()
     rows, targets = [], []
     for layer, parts in layers.items():
         widths = []
@@ -92,13 +95,13 @@ def _decode(tensors: dict[str, Tensor], topk: int) -> VBLoRAContents:
             logits = parts.get(part)
             if logits is None:
                 raise ValueError(f"it lacks tensor `{layer}.{part}`.")
-            if logits.dim() != 3 or logits.shape[2] != num_vectors or logits.shape[1] != (r or logits.shape[1]):
-                must = f"(blocks, {r or 'r'}, {num_vectors})"
+            if logits.dim() != 3 or tuple(logits.shape[1:]) != (r, num_vectors):
+                must = f"(blocks, {r}, {num_vectors})"
                 raise ValueError(f"`{layer}.{part}` is {tuple(logits.shape)}, but must be {must}.")
-            r = logits.shape[1]
             widths.append(logits.shape[0] * vector_length)
             rows.append(logits.float().transpose(0, 1).flatten(0, 1))
-        targets.append(Target(layer, *widths))
+        in_features, out_features = widths
+        targets.append(Target(layer, in_features, out_features))
     encoders = {layer.partition(".")[0] for layer in layers}
     extra_parameters = {name: tensor for name, tensor in others.items() if name.partition(".")[0] not in encoders}
     config = VBLoRAConfig(

@@ -1,21 +1,20 @@
-"""Rows that are stored as the part of them that training touched, and small integers as few bits."""
+"""Packing: rows as the part that training changed, and small integers as bits."""
 
 import torch
 from torch import Tensor
 
-_ROWS = 4096  # at a time, so that nothing as large as all logits is ever made beside them
+_ROWS = 4096  # at a time, so that temporary tensors stay small
 
 
 def pack_prefixes(values: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What it takes to restore ``values`` ``(S, M)``, to the bit: of each row all up to the last element that is not ``initial``.
+    """Packs ``values`` ``(S, M)`` so that they can be restored bit for bit: each row up to its last element that has changed.
 
     Args:
-        values: any floating-point dtype.
-        initial: what they were, ``(S, M)``; zeros if None.
+        values: of any floating-point dtype.
+        initial: the values before the changes, ``(S, M)``; None means zeros.
 
     Returns:
-        lengths: ``(S,)`` int16, or int32 where M needs it.
-        values: those of all rows, one after the other.
+        The length of each row's part ``(S,)``, int16 or (for large M) int32; and the parts, one after the other.
     """
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
     small = torch.int16 if values.shape[1] < 2**15 else torch.int32
@@ -29,15 +28,15 @@ def pack_prefixes(values: Tensor, initial: Tensor | None = None) -> tuple[Tensor
         lengths.append(length)
         parts.append(rows[places <= length[:, None]])
     if not lengths:
-        return torch.zeros(0, dtype=small), values.new_zeros(0)
+        return values.new_zeros(0, dtype=small), values.new_zeros(0)
     return torch.cat(lengths), torch.cat(parts)
 
 
 def unpack_prefixes(lengths: Tensor, values: Tensor, initial: Tensor) -> Tensor:
-    """The ``(S, M)`` that :func:`pack_prefixes` was given. ``initial`` is written to and returned.
+    """The values ``(S, M)`` that :func:`pack_prefixes` packed. Overwrites ``initial`` and returns it.
 
     Raises:
-        ValueError: lengths that do not fit ``initial`` or ``values``.
+        ValueError: ``lengths`` do not fit ``initial`` or ``values``.
     """
     rows, columns = initial.shape
     if lengths.shape != (rows,) or lengths.is_floating_point():
@@ -58,19 +57,22 @@ def unpack_prefixes(lengths: Tensor, values: Tensor, initial: Tensor) -> Tensor:
 
 
 def pack_bits(integers: Tensor, bits: int) -> Tensor:
-    """Integers from 0 to 2^bits - 1 as bytes, uint8: ``bits`` bits each, low bits first, the last byte filled up with zeros."""
-    single = integers.flatten().long()[:, None] >> torch.arange(bits) & 1
+    """Integers from 0 to 2^bits - 1 as bytes, uint8: ``bits`` bits each, low bits first. Zeros fill the last byte."""
+    single = integers.flatten().long()[:, None] >> torch.arange(bits, device=integers.device) & 1
     single = torch.nn.functional.pad(single.flatten(), (0, -single.numel() % 8))
-    return (single.view(-1, 8) << torch.arange(8)).sum(1).to(torch.uint8)
+    return (single.view(-1, 8) << torch.arange(8, device=integers.device)).sum(1).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The ``count`` integers, int64, that :func:`pack_bits` was given.
+    """The ``count`` integers, int64, that :func:`pack_bits` packed.
 
     Raises:
-        ValueError: there are more or fewer.
+        ValueError: ``packed`` holds more or fewer bytes than they need.
     """
     if packed.dtype != torch.uint8 or packed.shape != (-(-count * bits // 8),):
-        raise ValueError(f"{count} integers of {bits} bits are not {packed.dtype} {tuple(packed.shape)}.")
-    single = (packed.long()[:, None] >> torch.arange(8) & 1).flatten()[: count * bits]
-    return (single.view(count, bits) << torch.arange(bits)).sum(1)
+        must = f"torch.uint8 ({-(-count * bits // 8)},)"
+        raise ValueError(
+            f"{count} integers of {bits} bits are {packed.dtype} {tuple(packed.shape)}, but must be {must}."
+        )
+    single = (packed.long()[:, None] >> torch.arange(8, device=packed.device) & 1).flatten()[: count * bits]
+    return (single.view(count, bits) << torch.arange(bits, device=packed.device)).sum(1)

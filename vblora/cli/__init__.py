@@ -1,6 +1,7 @@
 """The ``vblora`` command."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -13,16 +14,19 @@ _COMMANDS = (finetune, info, convert, merge)  # each has add_parser(subparsers) 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line instead of argparse's usage and line."""
+        """Prints one line, without the usage that argparse prints."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that ``argv`` names, by default that of this process.
+    """Runs the command that ``argv`` names, by default the arguments of this process.
 
     Returns:
-        The exit code: 0, 1 for a failure, 2 for a fault in the arguments or in what they name, 130 after Ctrl-C.
+        The exit code: 0, 1 for a failure, 2 for a wrong argument or a wrong file, 130 after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The console may lack a character of a path or a label. That must not fail a command whose work is done.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _Parser(prog="vblora", description="VB-LoRA adapters: fine-tune a model, keep a few kilobytes.")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
@@ -30,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as exit:  # after --help, or an error
-        return exit.code
+        return int(exit.code or 0)
     name = f"vblora {arguments.command}"
     try:
-        return arguments.run(arguments)
+        code: int = arguments.run(arguments)
     except CommandError as error:
         print(f"{name}: {'' if error.code == 130 else 'error: '}{error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
         return 130
+    return code

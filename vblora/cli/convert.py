@@ -1,62 +1,64 @@
-"""``vblora convert``: an adapter from one form into another."""
+"""``vblora convert``: from one file format of adapters to another."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from .folders import AdapterFolder, add_bank, check_output, read_adapter
 
-_FORMS = ("resume", "deploy", "peft", "peft-topk", "lora")  # vblora.checkpoint.folder.FORMS, without importing torch
+if TYPE_CHECKING:
+    from .folders import Subparsers
+
+_FORMS = ("resume", "deploy", "peft", "peft-topk", "lora")
 _DTYPES = ("bfloat16", "float16", "int8")
 
 _DESCRIPTION = """\
-Converts an adapter: vblora's (resume, deploy), PEFT's VB-LoRA (all logits, or save_only_topk_weights), or a checkpoint
-of the paper's own repository, as safetensors. No model is needed.
+Converts an adapter of vblora (resume, deploy), of PEFT (VB-LoRA with all logits or save_only_topk_weights, VeRA, LoRA),
+or a safetensors checkpoint of the paper's repository. No model is needed.
 
 forms:
-  resume     vblora's, to go on training exactly
-  deploy     vblora's, for inference: the bank, and k indices and weights a sub-vector
-  peft       PEFT's, with all logits: PEFT can train on
+  resume     vblora's, to continue training exactly
+  deploy     vblora's, for inference: the bank, and k indices and weights for each sub-vector
+  peft       PEFT's, with all logits, for PEFT to continue training
   peft-topk  PEFT's, for inference
   lora       PEFT's LoRA with the same update, for PEFT and for servers"""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "convert",
-        help="convert an adapter between vblora's, PEFT's and LoRA's files",
+        help="convert an adapter between the formats of vblora, PEFT and LoRA",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "src", type=Path, metavar="SRC", help="folder of an adapter, or a file of the paper's repository"
+        "src", type=Path, metavar="SRC", help="folder of an adapter, or a checkpoint of the paper's repository"
     )
     parser.add_argument("dst", type=Path, metavar="DST", help="folder to write")
     parser.add_argument("--form", choices=_FORMS, required=True, help="what to write")
     add_bank(parser)
+    parser.add_argument("--bank-dtype", choices=_DTYPES, help="round the bank, in a deploy form (default: exact)")
     parser.add_argument(
-        "--bank-dtype", choices=_DTYPES, help="round the bank of a deploy form (default: keep it exactly)"
+        "--topk", type=int, metavar="K", help="k, for a checkpoint of the paper's repository without a config.json"
     )
-    parser.add_argument(
-        "--topk", type=int, metavar="K", help="k of a file of the paper's repository without a config.json"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="write into DST though it is there")
+    parser.add_argument("--overwrite", action="store_true", help="write into DST even if it is not empty")
 
 
 def run(arguments: argparse.Namespace) -> int:
     check_output("DST", arguments.dst, overwrite=arguments.overwrite, instead=", or --overwrite")
     if arguments.bank_dtype is not None and arguments.form != "deploy":
-        raise CommandError(f'--bank-dtype: is {arguments.bank_dtype}, but only --form "deploy" may round the bank.')
+        raise CommandError(f"--bank-dtype: is {arguments.bank_dtype}, but only --form deploy may round the bank.")
     adapter = _read(arguments)
 
     import torch
 
-    from ..checkpoint import folder as files
+    from ..checkpoint.folder import CONFIG_FILE, TENSORS_FILE, write
 
     dtype = None if arguments.bank_dtype is None else getattr(torch, arguments.bank_dtype)
     try:
-        files.write(
+        write(
             adapter.contents,
             arguments.dst,
             form=arguments.form,
@@ -69,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--form: {error}") from None
     except OSError as error:
         raise CommandError(f"DST: {arguments.dst} cannot be written: {error}.", 1) from None
-    size = sum((arguments.dst / name).stat().st_size for name in (files.CONFIG_FILE, files.TENSORS_FILE))
+    size = sum((arguments.dst / name).stat().st_size for name in (CONFIG_FILE, TENSORS_FILE))
     print(f"{arguments.dst}: {arguments.form}, {size:,} bytes.")
     return 0
 
@@ -80,11 +82,14 @@ def _read(arguments: argparse.Namespace) -> AdapterFolder:
         raise CommandError(f"SRC: there is no {src}. Give the folder of an adapter.")
     if not src.is_file() and not _is_official(src):
         if arguments.topk is not None:
-            raise CommandError("--topk: is for a file of the paper's repository; this adapter says what its k is.")
+            raise CommandError(
+                "--topk: applies only to a checkpoint of the paper's repository; this adapter states its k. Leave it out."
+            )
         return read_adapter("SRC", src, arguments.bank)
     if arguments.bank is not None:
         raise CommandError(
-            "--bank: is of an adapter that was saved without, but SRC is a checkpoint of the paper's repository."
+            "--bank: applies only to an adapter that was saved without its bank, but SRC is a checkpoint of the paper's "
+            "repository. Leave it out."
         )
     from ..checkpoint import official
 
@@ -97,6 +102,6 @@ def _read(arguments: argparse.Namespace) -> AdapterFolder:
 
 
 def _is_official(folder: Path) -> bool:
-    """Whether a folder holds a whole model, as the paper's repository saves it, and no adapter."""
+    """Whether a folder holds a whole model, as the paper's repository saves it, rather than an adapter."""
     adapter = any(folder.glob("adapter_*")) or any(folder.glob("*/adapter_config.json"))
     return not adapter and any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))

@@ -1,24 +1,36 @@
-"""What the commands that work on folders share: reading an adapter, and looking at where something is to go."""
+"""What the commands share: reading an adapter's folder, and checking where the output goes."""
 
 import argparse
-import json
 import os
 import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import CommandError
 
+if TYPE_CHECKING:
+    from ..bank import BankFile
+    from ..checkpoint.contents import Contents
+    from ..checkpoint.json_objects import JsonObject
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
 
 class AdapterFolder(NamedTuple):
-    """An adapter's folder, read and checked."""
+    """An adapter's folder, read and checked.
 
-    contents: object  # vblora.checkpoint.contents.Contents
-    bank_file: object | None  # vblora.bank.BankFile, if its bank is in a file of its own
+    Attributes:
+        bank_file: the file of the bank, if the adapter was saved without its bank.
+        base_model: the name of the base model, if the folder tells it.
+        about: what PEFT's config tells about the base model besides its name.
+    """
+
+    contents: "Contents"
+    bank_file: "BankFile | None"
     base_model: str | None
-    about: dict  # what PEFT's config says of it besides
+    about: "JsonObject"
 
 
 def add_adapter(parser: argparse.ArgumentParser, name: str) -> None:
@@ -27,19 +39,28 @@ def add_adapter(parser: argparse.ArgumentParser, name: str) -> None:
 
 def add_bank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--bank", type=Path, metavar="FILE", help="the vector bank, of an adapter that was saved without"
+        "--bank", type=Path, metavar="FILE", help="the vector bank, if the adapter was saved without it"
     )
 
 
-def need(*packages: str) -> None:
+def require(*packages: str) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise CommandError(f"the package {package} is not installed. Install it with: pip install 'vblora[cli]'")
 
 
 def read_adapter(argument: str, folder: Path, bank: Path | None) -> AdapterFolder:
-    from ..bank import VectorBank  # torch: slow, so not before the arguments are checked
-    from ..checkpoint import folder as files
+    """Reads and checks an adapter. Warnings go to stderr.
+
+    Args:
+        argument: what the user calls the folder, for messages.
+        bank: the bank's file, of an adapter that was saved without it.
+
+    Raises:
+        CommandError: the folder or the bank is missing or damaged.
+    """
+    from ..bank import VectorBank
+    from ..checkpoint.folder import CONFIG_FILE, read
 
     if not folder.is_dir():
         raise CommandError(f"{argument}: there is no folder {folder}. Give the folder of an adapter.")
@@ -50,33 +71,45 @@ def read_adapter(argument: str, folder: Path, bank: Path | None) -> AdapterFolde
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            contents, shares_bank = files.read(folder, loaded)
+            contents, shares_bank = read(folder, loaded)
     except (OSError, ValueError) as error:
         message = str(error).replace("Pass that as `bank`.", "Give its file as --bank.")
         raise CommandError(f"{argument}: {message}") from None
     for warning in caught:
         print(f"{argument}: warning: {warning.message}", file=sys.stderr)
-    config = read_config(folder / files.CONFIG_FILE)
+    config = _read_config(folder / CONFIG_FILE)
     about = {name: config[name] for name in ("auto_mapping", "task_type", "revision") if config.get(name) is not None}
     base_model = config.get("base_model_name_or_path")
-    return AdapterFolder(contents, loaded.file if shares_bank else None, base_model, about)
+    base_model = base_model if isinstance(base_model, str) else None
+    bank_file = loaded.file if loaded is not None and shares_bank else None
+    return AdapterFolder(contents, bank_file, base_model, about)
 
 
-def read_config(path: Path) -> dict:
-    """What stands in an ``adapter_config.json``; nothing, if there is none."""
+def _read_config(path: Path) -> "JsonObject":
+    """The contents of ``adapter_config.json``; empty without a valid one, because vblora's own tensors' file has it all."""
+    from ..checkpoint.json_objects import read_object
+
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def check_output(argument: str, folder: Path, *, overwrite: bool = False, instead: str = "") -> None:
-    """Makes sure, without making it, that a folder can be written. ``instead``: what else may be given than another one."""
+    """Checks that a folder can be written, without creating it.
+
+    Args:
+        argument: what the user calls the folder, for messages.
+        overwrite: allow a folder that has files.
+        instead: what the message suggests besides another folder.
+
+    Raises:
+        CommandError: it is a file, is not empty, or cannot be created.
+    """
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"{argument}: {folder} is a file; give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise CommandError(f"{argument}: the folder {folder} is not empty. Give another one{instead}.")
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise CommandError(f"{argument}: {folder} cannot be made or written to: look at {nearest}.")
+        raise CommandError(f"{argument}: {folder} cannot be created or written to: check {nearest}.")

@@ -4,10 +4,15 @@ import argparse
 import re
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .folders import add_adapter, add_bank, need, read_adapter
+from .folders import AdapterFolder, add_adapter, add_bank, read_adapter, require
 
-# Parts by what their tensors are called: ours, then PEFT's.
+if TYPE_CHECKING:
+    from ..checkpoint.contents import Contents
+    from .folders import Subparsers
+
+# The parts of an adapter by the names of their tensors: vblora's, then PEFT's.
 _PARTS = {
     "vector bank": r"bank\..*|base_model\.vblora_vector_bank",
     "indices": r"indices|.*_topk_indices",
@@ -18,10 +23,10 @@ _PARTS = {
     "vectors": r"[deuv]|.*\.vera_lambda_[bd]",
     "factors": r"factors|.*\.lora_([AB]\.weight|embedding_[AB])",
 }
-_BESIDE = "beside: biases, modules_to_save"
+_EXTRA = "extra: biases, modules_to_save"
 _OPTIMIZER = re.compile(r"optimi[sz]er.*\.(pt|pth|bin|safetensors)")
-# What a config says beyond which layers it is for, and how an adapter began.
-_LEFT_OUT = frozenset(
+# Config fields that are not shown: how layers are chosen, and how the adapter was initialised.
+_HIDDEN_FIELDS = frozenset(
     {
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
         *("init", "init_logits_std", "init_vector_bank_bound", "init_weights", "init_lora_weights", "d_initial"),
@@ -30,50 +35,55 @@ _LEFT_OUT = frozenset(
 _SHOWN_TARGETS = 8
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("info", help="say what an adapter holds", description=__doc__.partition(": ")[2])
+def add_parser(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser("info", help="show what an adapter holds", description=__doc__.partition(": ")[2])
     parser.set_defaults(run=run)
     add_adapter(parser, "folder")
     add_bank(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    need("rich")
+    require("rich")
     adapter = read_adapter("FOLDER", arguments.folder, arguments.bank)
     _print(arguments.folder, adapter)
     return 0
 
 
-def _print(folder: Path, adapter) -> None:
+def _print(folder: Path, adapter: AdapterFolder) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from ..checkpoint import folder as files
-    from ..checkpoint.contents import VBLoRAContents
+    from ..checkpoint.folder import METHOD_NAMES
+    from ..checkpoint.vblora import VBLoRAContents
 
     contents = adapter.contents
-    table = Table(title=str(folder), show_header=False)
-    table.add_row("form", _form(folder, contents))
-    table.add_row("base model", adapter.base_model or "not said")
-    table.add_row("method", files.METHOD_NAMES[contents.config.method])
+    table = Table(title=Text(str(folder)), show_header=False)
+
+    def add(name: str, value: str, style: str = "") -> None:
+        table.add_row(Text(name, style), Text(value, style))  # Text: brackets in a value are no markup
+
+    add("form", _form(folder, contents))
+    add("base model", adapter.base_model or "unknown")
+    add("method", METHOD_NAMES[contents.config.method])
     for name, value in contents.config.to_dict().items():
-        if name not in _LEFT_OUT:
-            table.add_row(name, str(value))
+        if name not in _HIDDEN_FIELDS:
+            add(name, str(value))
     names = [f"{t.name} ({_kind(t.kind)}{t.in_features or '?'} -> {t.out_features})" for t in contents.targets]
     more = f"\n... and {len(names) - _SHOWN_TARGETS} more" if len(names) > _SHOWN_TARGETS else ""
-    table.add_row(f"{len(names)} layers", "\n".join(names[:_SHOWN_TARGETS]) + more)
+    add(f"{len(names)} layers", "\n".join(names[:_SHOWN_TARGETS]) + more)
     if isinstance(contents, VBLoRAContents):
-        table.add_row("sub-vectors", f"{contents.num_rows:,}")
+        add("sub-vectors", f"{contents.num_rows:,}")
     if adapter.bank_file is not None:
-        table.add_row("bank file", f"{adapter.bank_file.name}, SHA-256 {adapter.bank_file.sha256}")
+        add("bank file", f"{adapter.bank_file.name}, SHA-256 {adapter.bank_file.sha256}")
     table.add_section()
     sizes = sizes_by_part(folder)
     for part, size in sizes.items():
-        table.add_row(part, f"{size:,} bytes")
-    table.add_row("[bold]all[/bold]", f"[bold]{sum(sizes.values()):,} bytes[/bold]")
+        add(part, f"{size:,} bytes")
+    add("all", f"{sum(sizes.values()):,} bytes", "bold")
     console = Console()
     if not console.is_terminal:
-        console.width = 160  # of a file or a pipe nothing is known
+        console.width = 160  # a file or a pipe has no width of its own
     console.print(table)
 
 
@@ -81,42 +91,42 @@ def _kind(kind: str) -> str:
     return "" if kind == "linear" else f"{kind} "
 
 
-def _form(folder: Path, contents) -> str:
+def _form(folder: Path, contents: "Contents") -> str:
     import json
 
     from safetensors import safe_open
 
-    from ..checkpoint import folder as files
     from ..checkpoint import native
+    from ..checkpoint.folder import TENSORS_FILE
 
-    with safe_open(folder / files.TENSORS_FILE, framework="pt") as file:
+    with safe_open(folder / TENSORS_FILE, framework="pt") as file:
         metadata = file.metadata() or {}
     if native.METADATA in metadata:
         form = json.loads(metadata[native.METADATA])["form"]
-        return f"vblora, {form}: " + ("training goes on from it" if form == "resume" else "for inference")
+        return f"vblora, {form}: " + ("training can continue from it" if form == "resume" else "for inference")
     if contents.config.method != "vblora":
-        return "PEFT: training goes on from it"
+        return "PEFT: training can continue from it"
     return (
-        "PEFT, all logits: training goes on from it"
+        "PEFT, all logits: training can continue from it"
         if contents.is_trainable
         else "PEFT, save_only_topk_weights: for inference"
     )
 
 
 def sizes_by_part(folder: Path) -> dict[str, int]:
-    """Bytes of each part of an adapter's folder that there is, by its name."""
+    """Bytes of each part that an adapter's folder holds, by the part's name."""
     from safetensors import safe_open
 
-    from ..checkpoint import folder as files
+    from ..checkpoint.folder import CONFIG_FILE, TENSORS_FILE
 
-    path = folder / files.TENSORS_FILE
-    sizes = Counter()
+    path = folder / TENSORS_FILE
+    sizes: Counter[str] = Counter()
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
-            part = next((part for part, names in _PARTS.items() if re.fullmatch(names, name)), _BESIDE)
+        for name in file.keys():  # noqa: SIM118 (it is not a dict)
+            part = next((part for part, names in _PARTS.items() if re.fullmatch(names, name)), _EXTRA)
             sizes[part] += file.get_tensor(name).nbytes
-    parts = {part: sizes[part] for part in (*_PARTS, _BESIDE) if part in sizes}
-    parts["names and description"] = path.stat().st_size - sum(sizes.values()) + _size_of(folder / files.CONFIG_FILE)
+    parts = {part: sizes[part] for part in (*_PARTS, _EXTRA) if part in sizes}
+    parts["names and description"] = path.stat().st_size - sum(sizes.values()) + _size_of(folder / CONFIG_FILE)
     if optimizer := sum(_size_of(file) for file in folder.iterdir() if _OPTIMIZER.fullmatch(file.name)):
         parts["optimizer"] = optimizer
     return parts

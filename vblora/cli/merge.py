@@ -2,17 +2,21 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from .folders import add_adapter, add_bank, check_output, read_adapter
 
+if TYPE_CHECKING:
+    from .folders import Subparsers
+
 _DESCRIPTION = """\
 Merges an adapter into a base model's safetensors, one shard at a time: each target's update is added to its weight in
-float32 and rounded to the weight's dtype; biases and modules_to_save replace the tensors of their names. Everything
-else of the folder is copied. OUT appears when it is complete."""
+float32 and rounded to the weight's dtype; trained biases and modules_to_save replace the base model's. All other files
+of the folder are copied. OUT appears only when it is complete."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "merge",
         help="merge an adapter into a base model's files",
@@ -46,5 +50,5 @@ def run(arguments: argparse.Namespace) -> int:
         f"in {done.shards} file{'s' * (done.shards > 1)}."
     )
     if done.left_out:
-        print(f"Left out, because the base model's weights are in them: {', '.join(done.left_out)}.")
+        print(f"Left out, because they hold the base model's weights: {', '.join(done.left_out)}.")
     return 0

@@ -1,50 +1,48 @@
-"""What every method's config has: which layers, and what trains beside them."""
+"""The fields that every config has: which layers to adapt, and what to train in addition."""
 
+import math
 import numbers
 import re
-from dataclasses import asdict, dataclass, fields
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Self
 
 from ..checks import check_count
 from .default_targets import FOR_OTHERS
+from .peft_fields import PEFT_METADATA
 
-# Fields that PEFT writes beside a method's own and that say nothing about the adapter itself.
-PEFT_METADATA = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-    }
-)
+# Tasks of PEFT's `task_type`.
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """The fields that all methods share. Use one of the subclasses, each of which also has a rank ``r`` and a dropout.
+    """The fields that all methods share. Use one of the subclasses; each adds a dropout and the fields of its method.
 
     Args:
-        target_modules: layers to adapt. A list matches a module's name or its ending after a dot, a string is a regular
-            expression for the whole name, ``"all-linear"`` means all but the output layer. None takes the default of the
-            model's architecture.
-        exclude_modules: layers to leave out, a list or a regular expression as above.
-        layers_to_transform: only layers of these indices (with ``target_modules`` a list or ``"all-linear"``).
-        layers_pattern: name of the list that these indices count, such as ``"layers"`` or ``"h"``.
-        fan_in_fan_out: for PEFT's files only: how a target stores its weight is seen from its type.
-        bias: biases to train: ``"none"``, ``"all"`` of the model, or those of the targets, which is ``"vblora_only"``,
+        target_modules: layers to adapt. A list matches full module names or their last components; a string is a regular
+            expression for the full name; ``"all-linear"`` selects all linear layers except the output layer and, with a warning
+            that names them, layers that cannot be adapted. None uses the default for the model's architecture.
+        exclude_modules: layers to skip, as a list or a regular expression.
+        layers_to_transform: adapt only layers with these indices. Requires ``target_modules`` to be a list or
+            ``"all-linear"``.
+        layers_pattern: name of the module list that the indices refer to, such as ``"layers"`` or ``"h"``.
+        fan_in_fan_out: used only in PEFT's files; otherwise the layer's type determines how it stores its weight.
+        bias: which biases to train: ``"none"``, ``"all"``, or those of the target modules: ``"vblora_only"``,
             ``"vera_only"``, ``"tied_lora_only"`` or ``"lora_only"``.
-        modules_to_save: other modules to train in full and to save, such as a classification head.
+        modules_to_save: other modules to train in full and save, such as a classification head.
+        task_type: as in PEFT, ``"SEQ_CLS"``, ``"TOKEN_CLS"`` and ``"QUESTION_ANS"`` add the model's head to
+            ``modules_to_save``. The others do nothing.
+        inference_mode: freeze the adapter that :func:`vblora.inject` makes.
+        r: rank of each layer's update.
 
     Raises:
-        ValueError: a value out of range, named.
-        TypeError: a value of the wrong type, named.
+        ValueError: a field is out of range.
+        TypeError: a field has the wrong type.
     """
 
-    method: ClassVar[str]  # as it begins the names of the dropout and of what `bias` may be
-    peft_type: ClassVar[str | None] = None  # of PEFT's configs of the same method
+    method: ClassVar[str]  # prefix of the dropout's field name and of the `bias` option for targets
+    peft_type: ClassVar[str | None] = None  # the method's name in PEFT's files; None if PEFT lacks the method
 
     default_targets: ClassVar[dict[str, list[str]]] = FOR_OTHERS
 
@@ -55,9 +53,19 @@ class AdapterConfig:
     fan_in_fan_out: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
+    # These do not change what the adapter computes, so configs that differ in them are equal.
+    task_type: str | None = field(default=None, compare=False, repr=False)
+    inference_mode: bool = field(default=False, compare=False, repr=False)
+    r: int
 
     def __post_init__(self) -> None:
         check_count("r", self.r)
+        self._check_flags("inference_mode")
+        self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT has an enum
+        if self.task_type not in (None, *TASK_TYPES):
+            raise ValueError(
+                f"`task_type` is {self.task_type!r}; allowed are None, {', '.join(map(repr, TASK_TYPES))}."
+            )
         dropout = f"{self.method}_dropout"
         self._check_numbers(dropout)
         if not 0.0 <= self.dropout < 1.0:
@@ -80,7 +88,7 @@ class AdapterConfig:
                 except re.error as error:
                     raise ValueError(f"`{name}` is {value!r}, which is no regular expression: {error}.") from None
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` was given, but not `layers_to_transform`, whose indices it is about.")
+            raise ValueError("`layers_pattern` requires `layers_to_transform`. Set both, or neither.")
         layers = self.layers_to_transform
         if layers is not None:
             indices = list(layers) if isinstance(layers, (list, tuple, set, range)) else [layers]
@@ -89,16 +97,19 @@ class AdapterConfig:
             self.layers_to_transform = layers if isinstance(layers, int) else indices
         by_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         if self.layers_to_transform is not None and by_regex:
-            raise ValueError("`layers_to_transform` needs `target_modules` as a list; put the indices into the regex.")
+            raise ValueError(
+                f"`target_modules` is {self.target_modules!r}, but must be a list with `layers_to_transform`. "
+                "Or leave `layers_to_transform` out and select the layers by the regular expression."
+            )
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping an element of an update's input while training."""
+        """Dropout probability of each update's input during training."""
         return getattr(self, f"{self.method}_dropout")
 
     @property
     def trains_biases_of_targets(self) -> bool:
-        """Whether those train and no others."""
+        """Whether to train the biases of the target modules, and no others."""
         return self.bias == self._own_biases
 
     @property
@@ -106,12 +117,25 @@ class AdapterConfig:
         return f"{self.method}_only"
 
     def _check_numbers(self, *names: str) -> None:
-        """Makes them floats."""
+        """Checks that these fields are numbers and converts them to float."""
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise TypeError(f"`{name}` is {value!r}, but must be a number.")
             setattr(self, name, float(value))
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"`{name}` is {value!r}, but must be a number.")
+            if not 0 < value < math.inf:
+                raise ValueError(f"`{name}` is {value}, but must be positive and finite.")
+
+    def _check_flags(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` is {getattr(self, name)!r}, but must be True or False.")
 
     def _check_seed(self, name: str) -> None:
         value = getattr(self, name)
@@ -120,18 +144,21 @@ class AdapterConfig:
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"`{name}` is {value}, but must be a signed 64-bit integer.")
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """What files hold. ``inference_mode`` is a choice of the moment, so they lack it."""
+        values = asdict(self)
+        unset = [own.name for own in fields(self) if not own.compare and values[own.name] == own.default]
+        return {name: value for name, value in values.items() if name not in (*unset, "inference_mode")}
 
     @classmethod
-    def from_dict(cls, values: dict) -> Self:
-        """The config that ``values`` describe.
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Creates the config from the output of :meth:`to_dict`; PEFT's metadata is ignored.
 
         Raises:
-            ValueError: a field that we do not know, which may change what the adapter means.
+            ValueError: there is an unknown field, which might change what the adapter means.
         """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known - PEFT_METADATA)
+        known = {own.name for own in fields(cls)} - {"inference_mode"}
+        unknown = sorted(set(values) - known - PEFT_METADATA - {"inference_mode"})
         if unknown:
-            raise ValueError(f"unknown config field `{unknown[0]}`; known are {', '.join(sorted(known))}.")
+            raise ValueError(f"unknown config field `{unknown[0]}`; allowed are {', '.join(sorted(known))}.")
         return cls(**{name: value for name, value in values.items() if name in known})

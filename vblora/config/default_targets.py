@@ -1,6 +1,6 @@
-"""The layers that each method adapts by default, by the `model_type` of a transformers config."""
+"""The default target modules for each `model_type` of a transformers config."""
 
-# PEFT's choices for VB-LoRA, where it has one.
+# PEFT's defaults for VB-LoRA.
 FOR_VBLORA = {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "bert": ["query", "value"],
@@ -30,7 +30,7 @@ FOR_VBLORA = {
     "t5": ["q", "k", "v", "o", "wi", "wo"],
     "xlm-roberta": ["query", "value"],
 }
-# PEFT's other choices for its other methods.
+# PEFT's defaults for its other methods, where they differ.
 FOR_OTHERS = FOR_VBLORA | {
     "bart": ["q_proj", "v_proj"],
     "deberta-v2": ["query_proj", "value_proj"],

@@ -4,24 +4,27 @@ import math
 from dataclasses import dataclass
 
 from .base import AdapterConfig
+from .peft_fields import LORA_NEUTRAL, LORA_UNSUPPORTED, accepts_peft_fields
 
 
+@accepts_peft_fields(neutral=LORA_NEUTRAL, unsupported=LORA_UNSUPPORTED)
 @dataclass
 class LoraConfig(AdapterConfig):
-    """A LoRA adapter (arXiv 2106.09685). Names and defaults are those of PEFT's ``LoraConfig``. It also has the fields of
-    :class:`AdapterConfig`: which layers, and what trains beside them.
+    """A LoRA adapter (arXiv 2106.09685). Names and defaults are those of PEFT's ``LoraConfig``. It also has the
+    fields of :class:`AdapterConfig`.
 
     Args:
         r: rank of each layer's update.
-        lora_alpha: the update is scaled by ``lora_alpha / r``.
-        use_rslora: by ``lora_alpha / sqrt(r)`` instead.
-        lora_dropout: probability of dropping an element of the update's input while training.
-        init_lora_weights: True starts A as ``nn.Linear`` starts its weight, and B as zeros; ``"gaussian"`` A normal, with a
-            standard deviation of ``1 / r``; False both as ``nn.Linear``'s, an update that is not 0, for tests.
+        lora_alpha: scales the update by ``lora_alpha / r``.
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
+        lora_dropout: dropout probability of the update's input during training.
+        init_lora_weights: True initializes A like an ``nn.Linear`` weight and B with zeros; ``"gaussian"`` draws A from a
+            normal distribution with standard deviation ``1 / r``; False initializes both like ``nn.Linear``, so that the
+            update is not zero, for tests.
 
     Raises:
-        ValueError: a value out of range, named.
-        TypeError: a value of the wrong type, named; or a field of PEFT's that is not here (DoRA, ranks by layer, ...).
+        ValueError: a field is out of range, or is one of PEFT's that is not supported (DoRA, ranks per layer, ...).
+        TypeError: a field has the wrong type.
     """
 
     method = "lora"
@@ -35,9 +38,8 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alpha(self)
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"`use_rslora` is {self.use_rslora!r}, but must be True or False.")
+        self._check_positive("lora_alpha")
+        self._check_flags("use_rslora")
         if not (isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"):
             raise ValueError(
                 f'`init_lora_weights` is {self.init_lora_weights!r}; allowed are True, False and "gaussian".'
@@ -45,13 +47,5 @@ class LoraConfig(AdapterConfig):
 
     @property
     def scaling(self) -> float:
-        """The factor of every update."""
+        """The factor that multiplies every update."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-def check_alpha(config: AdapterConfig) -> None:
-    alpha = config.lora_alpha
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"`lora_alpha` is {alpha!r}, but must be a number.")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"`lora_alpha` is {alpha}, but must be above 0 and finite.")

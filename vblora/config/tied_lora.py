@@ -3,22 +3,22 @@
 from dataclasses import dataclass
 
 from .base import AdapterConfig
-from .lora import check_alpha
 
 
 @dataclass
 class TiedLoraConfig(AdapterConfig):
-    """A Tied-LoRA adapter (arXiv 2311.09578, of which this is the form that trains all four: vBuA). PEFT has none; fields are
-    called as LoRA's are there. It also has the fields of :class:`AdapterConfig`: which layers, and what trains beside them.
+    """A Tied-LoRA adapter (arXiv 2311.09578) in the paper's form vBuA, which trains both projections and both vectors. PEFT
+    lacks this method, so the fields are named like those of its ``LoraConfig``. It also has the fields of
+    :class:`AdapterConfig`.
 
     Args:
-        r: rank: rows of the one pair of projections that all layers share and train.
-        lora_alpha: the update is scaled by ``lora_alpha / r``.
-        tied_lora_dropout: probability of dropping an element of the update's input while training.
+        r: rank of each layer's update: the rows of the trained projections that all layers share.
+        lora_alpha: scales the update by ``lora_alpha / r``.
+        tied_lora_dropout: dropout probability of the update's input during training.
 
     Raises:
-        ValueError: a value out of range, named.
-        TypeError: a value of the wrong type, named.
+        ValueError: a field is out of range.
+        TypeError: a field has the wrong type.
     """
 
     method = "tied_lora"
@@ -29,9 +29,9 @@ class TiedLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alpha(self)
+        self._check_positive("lora_alpha")
 
     @property
     def scaling(self) -> float:
-        """The factor of every update."""
+        """The factor that multiplies every update."""
         return self.lora_alpha / self.r

@@ -1,46 +1,48 @@
 """VB-LoRA's config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..checks import check_count
 from .base import AdapterConfig
 from .default_targets import FOR_VBLORA
+from .peft_fields import accepts_peft_fields
 
-# Fields of ours that PEFT does not have.
+# Fields that PEFT's VBLoRAConfig lacks.
 BEYOND_PEFT = frozenset({"init", "num_candidates", "pad", "scaling", "seed"})
 
 
+@accepts_peft_fields()
 @dataclass
 class VBLoRAConfig(AdapterConfig):
-    """A VB-LoRA adapter (arXiv 2405.15179). Names and defaults are those of PEFT's ``VBLoRAConfig``. It also has the fields of
-    :class:`AdapterConfig`: which layers, and what trains beside them.
+    """A VB-LoRA adapter (arXiv 2405.15179). Names and defaults are those of PEFT's ``VBLoRAConfig``. It also has the
+    fields of :class:`AdapterConfig`.
 
     Args:
         r: rank of each layer's update.
-        num_vectors: h, vectors in the bank.
-        vector_length: b, elements of a bank vector; must divide ``in_features`` and ``out_features`` of each target, unless
-            ``pad``.
-        topk: k, bank vectors mixed into a sub-vector. The paper and we recommend 2.
-        vblora_dropout: probability of dropping an element of the update's input while training.
-        init_vector_bank_bound: the bank starts uniform in ``[-bound, bound]``.
-        init_logits_std: logits start normal with this standard deviation.
-        init: ``"paper"``, or ``"noop"``: the first forward is exactly the base model's, and bank and logits have gradients all
-            the same. Bank vectors start as pairs, each the other's negative, and B's sub-vectors as one half of each of a pair.
-            For ``topk=2``.
-        scaling: factor of every update; 1 is the paper's.
-        pad: let ``vector_length`` be any. A rank then takes as many sub-vectors as reach the layer's width, and of the last one
-            what goes beyond is cut off. It costs as much as a whole one. Where every width is divided this changes nothing;
-            otherwise PEFT's format cannot express it.
-        num_candidates: M, bank vectors that a sub-vector may choose from while it trains: those of its M largest initial logits.
-            Training is the same as with all of them until a row has used its candidates up, which
-            :func:`vblora.stats` counts; it takes M / h of the memory. None, or as many as ``num_vectors``, is the paper's
-            dense form.
-        seed: of the initial logits, a signed 64-bit integer. None takes one from torch's generator, which
-            ``torch.manual_seed`` sets; an adapter remembers which.
+        num_vectors: h, the number of vectors in the bank.
+        vector_length: b, the length of a bank vector. It must divide ``in_features`` and ``out_features`` of each target,
+            unless ``pad`` is True.
+        topk: k, the number of bank vectors mixed into each sub-vector. The paper recommends 2, and so do we.
+        vblora_dropout: dropout probability of the update's input during training.
+        init_vector_bank_bound: the bank is initialized uniformly in ``[-bound, bound]``.
+        init_logits_std: standard deviation of the initial logits, which are normal.
+        init: ``"paper"``, or ``"noop"``, which makes the first forward equal the base model's exactly while bank and logits
+            still get gradients: the bank starts as pairs ``v, -v``, and each sub-vector of B mixes both of a pair equally.
+            ``"noop"`` requires ``topk=2``.
+        scaling: factor that multiplies every update; 1 in the paper.
+        pad: allow any ``vector_length``. Each rank then uses enough sub-vectors to cover the layer's width, and the excess of
+            the last one is cut off. No effect if ``vector_length`` divides every width; otherwise PEFT's format cannot store
+            the adapter.
+        num_candidates: M, the number of bank vectors that a sub-vector can choose from during training: those with its M
+            largest initial logits. Logits take M / h of the memory. Training matches dense training until a row exhausts its
+            candidates, which :func:`vblora.stats` counts. None, or ``num_vectors``, is the paper's dense form.
+        seed: seed of the initial logits, a signed 64-bit integer. None draws one from torch's generator (set it with
+            ``torch.manual_seed``), and the adapter stores it.
+        save_only_topk_weights: make ``"deploy"`` the default form of :func:`vblora.save`.
 
     Raises:
-        ValueError: a value out of range, named.
-        TypeError: a value of the wrong type, named.
+        ValueError: a field is out of range.
+        TypeError: a field has the wrong type.
     """
 
     method = "vblora"
@@ -59,6 +61,7 @@ class VBLoRAConfig(AdapterConfig):
     pad: bool = False
     num_candidates: int | None = 128
     seed: int | None = None
+    save_only_topk_weights: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,13 +78,9 @@ class VBLoRAConfig(AdapterConfig):
                 )
         if self.seed is not None:
             self._check_seed("seed")
-        if not self.init_vector_bank_bound > 0:
-            raise ValueError(f"`init_vector_bank_bound` is {self.init_vector_bank_bound}, but must be above 0.")
+        self._check_positive("init_vector_bank_bound", "scaling")
+        self._check_flags("pad", "save_only_topk_weights")
         if not self.init_logits_std >= 0:
             raise ValueError(f"`init_logits_std` is {self.init_logits_std}, but must be at least 0.")
-        if not 0 < self.scaling < float("inf"):
-            raise ValueError(f"`scaling` is {self.scaling}, but must be above 0 and finite.")
-        if not isinstance(self.pad, bool):
-            raise TypeError(f"`pad` is {self.pad!r}, but must be True or False.")
         if self.init not in ("paper", "noop"):
             raise ValueError(f'`init` is {self.init!r}; allowed are "paper" and "noop".')

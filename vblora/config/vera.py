@@ -3,26 +3,28 @@
 from dataclasses import dataclass
 
 from .base import AdapterConfig
+from .peft_fields import accepts_peft_fields
 
 
+@accepts_peft_fields()
 @dataclass
 class VeraConfig(AdapterConfig):
-    """A VeRA adapter (arXiv 2310.11454). Names and defaults are those of PEFT's ``VeraConfig``. It also has the fields of
-    :class:`AdapterConfig`: which layers, and what trains beside them.
+    """A VeRA adapter (arXiv 2310.11454). Names and defaults are those of PEFT's ``VeraConfig``. It also has the
+    fields of :class:`AdapterConfig`.
 
     Args:
-        r: rank: rows of the frozen random projections, which all layers share.
-        projection_prng_key: what these are drawn by, a signed 64-bit integer. The same key means the same bits on every
-            device; PEFT's generator draws others by it.
-        save_projection: write them into files. False leaves out what the key draws again, bit for bit.
-        vera_dropout: probability of dropping an element of the update's input while training.
-        d_initial: the vectors ``d`` start as this (the paper's table 6).
-        init_weights: False starts them normal, and the vectors ``e`` (the paper's b) as ones instead of zeros: an update that
-            is not 0, for tests.
+        r: rank of each layer's update: the rows of the frozen random projections that all layers share.
+        projection_prng_key: seed of these projections, a signed 64-bit integer. The same key gives the same bits on every
+            device, but not the projections that PEFT draws with it.
+        save_projection: whether to save the projections. If False, loading draws them again from the key, bit for bit.
+        vera_dropout: dropout probability of the update's input during training.
+        d_initial: initial value of the vectors ``d`` (the paper's table 6).
+        init_weights: False initializes ``d`` with normal numbers and the vectors ``e`` (the paper's b) with ones instead of
+            zeros, so that the update is not zero, for tests.
 
     Raises:
-        ValueError: a value out of range, named.
-        TypeError: a value of the wrong type, named.
+        ValueError: a field is out of range.
+        TypeError: a field has the wrong type.
     """
 
     method = "vera"
@@ -39,6 +41,4 @@ class VeraConfig(AdapterConfig):
         super().__post_init__()
         self._check_seed("projection_prng_key")
         self._check_numbers("d_initial")
-        for name in ("save_projection", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"`{name}` is {getattr(self, name)!r}, but must be True or False.")
+        self._check_flags("save_projection", "init_weights")

@@ -1,1 +1,1 @@
-"""The programs behind `vblora finetune`."""
+"""The program behind ``vblora finetune``."""

@@ -1,40 +1,44 @@
-"""What the adapter is measured against: the same head, trained on the same rows, on the encoder as it is."""
+"""The baseline of the adapter: the same head, trained on the same rows, on the frozen encoder."""
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-# A head's best learning rate depends on the scale of its features: one is trained with each, and the best is kept.
+# A head's best learning rate depends on the scale of its features, so one is trained with each, and the best counts.
 _LEARNING_RATES = (1e-3, 1e-2, 1e-1, 1.0)
 # On the demo a linear head comes within 0.3 points of what logistic regression (L-BFGS, best of four penalties) reaches.
 _EPOCHS = 50
 _BATCH_SIZE = 128
-# A frozen encoder says the same of a row in each epoch, so its outputs are kept, as far as this many bytes reach.
-_KEEP_BYTES = 2**31
+# A frozen encoder's outputs are the same in each epoch, so they are cached, up to this many bytes.
+_CACHE_BYTES = 2**31
+
+Example = dict[str, Any]  # the inputs and the label of a row, or of a batch of rows
 
 
 def frozen_accuracy(
-    model: nn.Module,
+    model: PreTrainedModel,
     head: list[str],
-    train: list[dict],
-    held_out: list[dict],
-    collate: Callable[[list[dict]], dict],
+    train: list[Example],
+    held_out: list[Example],
+    collate: Callable[[list[Example]], Example],
     *,
     epochs: int,
     bfloat16: bool,
     seed: int,
 ) -> float:
-    """Accuracy on ``held_out`` of the best of several heads. The model and its own head are left as they are.
+    """Accuracy on ``held_out`` of the best of several heads. The model and its own head do not change.
 
-    A head is trained with each of several learning rates and without dropout, for many epochs: only for ``epochs``, as the
-    adapter is, if the encoder's outputs are too many to keep. The best is chosen by its accuracy after any epoch, on the
-    very rows that it is reported for. All of that favours the baseline.
+    One head is trained with each of several learning rates, without dropout, for many epochs; or for ``epochs``, as the
+    adapter is, if the encoder's outputs are too large to cache. The best counts, by its accuracy on ``held_out`` after any
+    epoch. All of that favours the baseline.
     """
     device = next(model.parameters()).device
     own = {name: p for name, p in model.named_parameters() if any(name.startswith(f"{part}.") for part in head)}
@@ -45,9 +49,9 @@ def frozen_accuracy(
     )
     train_batches, held_out_batches = (_batches(rows, collate, device) for rows in (train, held_out))
     model.eval()
-    with _remembered(model.base_model) as encoder:
+    with _cached(model.base_model) as encoder:
 
-        def logits_of(batch: dict) -> list[Tensor]:
+        def logits_of(batch: Example) -> list[Tensor]:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             encoder.batch = id(batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -60,45 +64,45 @@ def frozen_accuracy(
             epochs = max(epochs, _EPOCHS)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs)
         shuffle = random.Random(seed).shuffle
-        best = 0.0
+        best = 0
         for _ in tqdm(range(epochs), desc="Its heads", leave=False):
             shuffle(train_batches)
             for batch in train_batches:
-                loss = sum(F.cross_entropy(logits, batch["labels"]) for logits in logits_of(batch))
+                losses = [F.cross_entropy(logits, batch["labels"]) for logits in logits_of(batch)]
                 optimizer.zero_grad()
-                loss.backward()
+                torch.stack(losses).sum().backward()
                 optimizer.step()
             scheduler.step()
+            correct = torch.zeros(len(heads), dtype=torch.long, device=device)
             with torch.no_grad():
-                correct = sum(
-                    torch.stack([(logits.argmax(-1) == batch["labels"]).sum() for logits in logits_of(batch)])
-                    for batch in held_out_batches
-                )
-            best = max(best, correct.max().item() / len(held_out))
-    return best
+                for batch in held_out_batches:
+                    labels = torch.stack(logits_of(batch)).argmax(-1)
+                    correct += (labels == batch["labels"]).sum(-1)
+            best = max(best, int(correct.max()))
+    return best / len(held_out)
 
 
-def _batches(rows: list[dict], collate: Callable[[list[dict]], dict], device: torch.device) -> list[dict]:
-    """Rows in batches of like length, which are the same in each epoch, so that what was kept of one can be replayed."""
+def _batches(rows: list[Example], collate: Callable[[list[Example]], Example], device: torch.device) -> list[Example]:
+    """Batches of rows of similar length. They are the same in each epoch, so that the encoder's outputs can be cached."""
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     batches = [collate(rows[start : start + _BATCH_SIZE]) for start in range(0, len(rows), _BATCH_SIZE)]
     return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 
 
-class _Encoder:
-    """Stands in for a frozen module's forward: runs it once a batch, without gradients, and replays what came out.
+class _CachedEncoder:
+    """Replaces a frozen module's forward: runs it once a batch, without gradients, and returns the cached output later.
 
-    The model's own code is around it, so nothing need be known of where an architecture takes its features from.
+    The model's own code runs around it, so it does not matter where an architecture takes its features from.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.forward = module.forward
-        self.batch: int | None = None  # which comes next, set by the caller
-        self.outputs: dict[int | None, object] = {}
-        self.last: tuple[int | None, object] = (None, None)
-        self.free = _KEEP_BYTES
+        self.batch: int | None = None  # identifies the next batch; the caller sets it
+        self.outputs: dict[int | None, Any] = {}
+        self.last: tuple[int | None, Any] = (None, None)
+        self.free = _CACHE_BYTES
 
-    def __call__(self, *args, **kwargs) -> object:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.batch in self.outputs:
             return self.outputs[self.batch]
         if self.last[0] != self.batch:
@@ -112,8 +116,8 @@ class _Encoder:
 
 
 @contextmanager
-def _remembered(module: nn.Module) -> Iterator[_Encoder]:
-    encoder = _Encoder(module)
+def _cached(module: nn.Module) -> Iterator[_CachedEncoder]:
+    encoder = _CachedEncoder(module)
     module.forward = encoder
     try:
         yield encoder

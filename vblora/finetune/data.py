@@ -1,7 +1,4 @@
-"""Tables of labelled texts: reading, checking, and splitting them.
-
-Of the standard library alone, so that a fault in a file shows before anything slow is imported.
-"""
+"""Tables of labelled texts: reading, checking and splitting them."""
 
 import bz2
 import csv
@@ -17,27 +14,32 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from ..errors import CommandError
+from ..files import byte_order_mark, refuse_lfs_pointer
 
 _FORMATS = (".csv", ".tsv", ".jsonl")
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
+_COMPRESSIONS = (".gz", ".bz2")
+_MAX_DIGITS = 4300  # that Python turns into an int, in JSON and elsewhere
+
+_Fields = dict[str, object]
 
 
 class Columns(NamedTuple):
-    """Names of the columns to read, and the arguments that give them (for messages)."""
+    """Names of the columns to read."""
 
     text: str
     label: str
     pair: str | None = None
     group: str | None = None
 
-    def wanted(self) -> dict[str, str]:
+    def by_option(self) -> dict[str, str]:
+        """The columns to read, by the option of the command line that names each."""
         names = {
             "--text-column": self.text,
             "--pair-column": self.pair,
             "--label-column": self.label,
             "--group-column": self.group,
         }
-        return {argument: name for argument, name in names.items() if name is not None}
+        return {option: name for option, name in names.items() if name is not None}
 
 
 class Row(NamedTuple):
@@ -47,82 +49,85 @@ class Row(NamedTuple):
     group: str | None
 
 
-def read_rows(path: Path, columns: Columns, argument: str, keep_labels: list[str] | None = None) -> list[Row]:
-    """All rows of a file, those of other labels than ``keep_labels`` left out.
+def read_rows(path: Path, columns: Columns, option: str, keep_labels: list[str] | None = None) -> list[Row]:
+    """All rows of a file, except those whose label is not in ``keep_labels``.
 
     Args:
-        path: a .csv, .tsv or .jsonl file, or one of these compressed as .gz or .bz2.
-        columns: what to take from it.
-        argument: the argument that gave the path, for messages.
-        keep_labels: None keeps all.
+        path: a .csv, .tsv or .jsonl file, which may be compressed as .gz or .bz2.
+        columns: what to read from it.
+        option: the option that gave the path, for messages.
+        keep_labels: None keeps all rows.
 
     Raises:
-        CommandError: the file cannot be read, or a row of it has no text or no label; the first such line is named.
+        CommandError: the file cannot be read, or a row has no text or no label. The message names the first such line.
     """
     if not path.is_file():
-        raise CommandError(f"{argument}: {path} is {'a folder' if path.is_dir() else 'not there'}; give a file.")
-    read = _read_jsonl if _format_of(path, argument) == ".jsonl" else _read_table
-    rows, labels = [], Counter()
+        raise CommandError(f"{option}: {path} is {'a folder' if path.is_dir() else 'not there'}; give a file.")
+    read = _read_jsonl if _format_of(path, option) == ".jsonl" else _read_table
+    rows: list[Row] = []
+    labels: Counter[str] = Counter()
     try:
-        for line, fields in read(path, columns, argument):
-            where = f"{argument}: {path}, line {line}"
+        _check_encoding(path, option)
+        for line, fields in read(path, columns, option):
+            where = f"{option}: {path}, line {line}"
             label = _value(fields, columns.label, where)
             labels[label] += 1
             if keep_labels is None or label in keep_labels:
-                text, pair, group = (
-                    _value(fields, name, where) for name in (columns.text, columns.pair, columns.group)
-                )
+                text = _value(fields, columns.text, where)
+                pair = None if columns.pair is None else _value(fields, columns.pair, where)
+                group = None if columns.group is None else _value(fields, columns.group, where)
                 rows.append(Row(text, label, pair, group))
     except (OSError, EOFError, zlib.error) as error:
-        raise CommandError(f"{argument}: {path} cannot be read: {error}.") from None
+        raise CommandError(f"{option}: {path} cannot be read: {error}.") from None
     except UnicodeDecodeError as error:
-        raise CommandError(f"{argument}: {path} is not UTF-8 text: {error}. Convert it to UTF-8.") from None
+        raise CommandError(f"{option}: {path} is not UTF-8 text: {error}. Convert it to UTF-8.") from None
     for label in keep_labels or []:
         if label not in labels:
-            raise CommandError(f"--keep-labels: {label!r} is no label in {path}; there are {_listed(labels)}.")
+            raise CommandError(
+                f"--keep-labels: {label!r} is not a label in {path}, whose labels are {_join(sorted(labels))}."
+            )
     if not rows:
-        raise CommandError(f"{argument}: {path} holds no rows.")
+        raise CommandError(f"{option}: {path} has no rows.")
     return rows
 
 
 def labels_of(rows: list[Row], path: Path, column: str) -> list[str]:
-    """The classes of a data set, in order.
+    """The classes of a data set, sorted: by value if all are whole numbers, else as text.
 
     Raises:
-        CommandError: fewer than two, or so many that the column cannot be one of labels.
+        CommandError: there are fewer than two, or so many that the column is unlikely to hold labels.
     """
     labels = {row.label for row in rows}
     if len(labels) < 2:
         raise CommandError(
-            f"--label-column: all rows of {path} have the label {rows[0].label!r}; it takes at least two labels."
+            f"--label-column: all rows of {path} have the label {rows[0].label!r}, but a classifier needs at least two labels."
         )
     if len(labels) > len(rows) / 2:
         raise CommandError(
             f"--label-column: {column!r} has {len(labels)} different values in {len(rows)} rows of {path}. "
-            "A label must come up more often than that; is it the right column?"
+            "Labels must repeat more often; is it the right column?"
         )
-    if all(label.isdecimal() for label in labels):
-        return sorted(labels, key=int)
+    if all(label.isdecimal() and len(label) <= _MAX_DIGITS for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))  # "1" and "01" are equal as numbers
     return sorted(labels)
 
 
 def check_labels(rows: list[Row], labels: list[str], where: str) -> None:
-    """Refuses rows with a label that is not among those that are trained on."""
+    """Refuses rows whose label no training row has."""
     unknown = sorted({row.label for row in rows} - set(labels))
     if unknown:
         raise CommandError(
-            f"{where} have the label {unknown[0]!r}, which no training row has; trained on are {_listed(labels)}."
+            f"{where} have the label {unknown[0]!r}, which no training row has; its labels are {_join(labels)}."
         )
 
 
 def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and about ``fraction`` of the rows held out, in a random order that ``seed`` fixes.
+    """Rows to train on, and about ``fraction`` of the rows to evaluate on, in a random order that ``seed`` determines.
 
-    Rows of one group are never on both sides, and neither is the same text: a row that is held out and whose text is also
-    trained on is dropped.
+    A group is never split, and evaluation leaves out rows whose text is also trained on.
 
     Raises:
-        CommandError: one side would be empty.
+        CommandError: one of the two would be empty.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -137,83 +142,108 @@ def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], 
     if not train or not held_out:
         raise CommandError(
             f"--eval-fraction: {fraction} of {len(rows)} rows in {len(groups)} groups leaves "
-            f"{len(train)} to train on and {len(held_out)} to evaluate; each must have some. Give more rows, or --eval-data."
+            f"{len(train)} to train on and {len(held_out)} to evaluate; each needs at least one. Add rows, or give --eval-data."
         )
     return train, held_out
 
 
 def without_texts_of(train: list[Row], rows: list[Row]) -> list[Row]:
-    """Those rows whose texts are not trained on."""
+    """The rows whose texts are not trained on."""
     seen = {(row.text, row.pair) for row in train}
     return [row for row in rows if (row.text, row.pair) not in seen]
 
 
 def sample_rows(rows: list[Row], count: int | None, seed: int) -> list[Row]:
-    """Up to ``count`` rows, drawn at random."""
+    """``count`` rows, drawn at random; all rows if there are no more than that."""
     if count is None or count >= len(rows):
         return rows
     return random.Random(seed).sample(rows, count)
 
 
-def _format_of(path: Path, argument: str) -> str:
+def _format_of(path: Path, option: str) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _OPENERS:
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _FORMATS:
         raise CommandError(
-            f"{argument}: {path.name} is of no known kind; "
-            f"its name must end in {', '.join(_FORMATS)}, or in that and .gz or .bz2."
+            f"{option}: the format of {path.name} is unknown; "
+            f"its name must end in {', '.join(_FORMATS)}, optionally followed by .gz or .bz2."
         )
     return suffixes[-1]
 
 
-def _open(path: Path) -> IO[str]:
-    opener = _OPENERS.get(path.suffix.lower(), open)
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+def _check_encoding(path: Path, option: str) -> None:
+    """Refuses a Git LFS pointer, and text with the byte-order mark of another encoding than UTF-8."""
+    try:
+        refuse_lfs_pointer(path)
+    except ValueError as error:
+        raise CommandError(f"{option}: {error}") from None
+    with _open(path, "latin-1") as file:  # in which each character is a byte
+        encoding = byte_order_mark(file.read(4).encode("latin-1"))
+    if encoding not in (None, "UTF-8"):
+        raise CommandError(
+            f"{option}: {path} is {encoding} text, as its byte-order mark shows, not UTF-8. Convert it to UTF-8."
+        )
 
 
-def _read_table(path: Path, columns: Columns, argument: str) -> Iterator[tuple[int, dict[str, object]]]:
-    csv.field_size_limit(sys.maxsize)  # by default a text of more than 128 KiB is an error
-    # Tab-separated values have no quoting (IANA's definition, and the usual data sets): a quote is a character of the text.
-    tabs = _format_of(path, argument) == ".tsv"
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+def _open(path: Path, encoding: str = "utf-8-sig") -> IO[str]:
+    # newline="": the csv module needs line ends as they are
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding=encoding, newline="")
+    if path.suffix.lower() == ".bz2":
+        return bz2.open(path, "rt", encoding=encoding, newline="")
+    return open(path, encoding=encoding, newline="")
+
+
+def _read_table(path: Path, columns: Columns, option: str) -> Iterator[tuple[int, _Fields]]:
+    csv.field_size_limit(sys.maxsize)  # the default refuses fields above 128 KiB
+    # Tab-separated values have no quoting (IANA's definition, and common data sets): a quote is part of the text.
+    tabs = _format_of(path, option) == ".tsv"
     with _open(path) as file:
-        reader = csv.DictReader(file, **style)
+        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file, strict=True)
+        line = 1  # on which the current row begins
         try:
-            header = reader.fieldnames or []
-            for needed, name in columns.wanted().items():
+            header = next(reader, [])
+            for needed, name in columns.by_option().items():
                 if header.count(name) != 1:
                     fault = "is there more than once" if name in header else "is not there"
                     raise CommandError(f"{needed}: column {name!r} {fault} in {path}{_hint(name, header)}")
+            line = reader.line_num + 1
             for fields in reader:
-                count = (
-                    len(header) + len(fields[None]) if None in fields else sum(v is not None for v in fields.values())
-                )
-                if count != len(header):
-                    cure = (
-                        "Quotes do not count in a .tsv file."
+                if fields and len(fields) != len(header):
+                    advice = (
+                        "Quotes have no meaning in a .tsv file."
                         if tabs
-                        else "Quote a field that holds a comma or a line's end."
+                        else "Quote a field that contains a comma or a line break."
                     )
-                    where = f"{argument}: {path}, line {reader.line_num}"
-                    raise CommandError(f"{where}: {count} fields, but the header has {len(header)}. {cure}")
-                yield reader.line_num, fields
+                    raise CommandError(
+                        f"{option}: {path}, line {line}: {len(fields)} fields, but the header has {len(header)}. {advice}"
+                    )
+                # Other columns may share a name, such as the empty ones that spreadsheets add: one of them is left.
+                if fields:  # not an empty line
+                    yield line, dict(zip(header, fields, strict=True))
+                line = reader.line_num + 1
         except csv.Error as error:
-            raise CommandError(f"{argument}: {path}, line {reader.line_num}: {error}.") from None
+            raise CommandError(f"{option}: {path}, line {line}: {error}.") from None
 
 
-def _read_jsonl(path: Path, columns: Columns, argument: str) -> Iterator[tuple[int, dict[str, object]]]:
+def _read_jsonl(path: Path, columns: Columns, option: str) -> Iterator[tuple[int, _Fields]]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            where = f"{option}: {path}, line {number}"
             try:
                 fields = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise CommandError(f"{argument}: {path}, line {number} is no JSON: {error}.") from None
+                raise CommandError(f"{where} is not valid JSON: {error}.") from None
+            except ValueError:
+                raise CommandError(
+                    f"{where} has an integer of more than {_MAX_DIGITS} digits. Write it as a string."
+                ) from None
             if not isinstance(fields, dict):
-                raise CommandError(f"{argument}: {path}, line {number} is no JSON object; each line must be one.")
-            for needed, name in columns.wanted().items():
+                raise CommandError(f"{where} is not a JSON object; each line must be one.")
+            for needed, name in columns.by_option().items():
                 if name not in fields:
                     raise CommandError(
                         f"{needed}: column {name!r} is not there in {path}, line {number}{_hint(name, fields)}"
@@ -221,24 +251,32 @@ def _read_jsonl(path: Path, columns: Columns, argument: str) -> Iterator[tuple[i
             yield number, fields
 
 
-def _value(fields: dict[str, object], column: str | None, where: str) -> str | None:
-    """A field as text; None for a column that was not asked for. Whole numbers and booleans of JSON are fine as labels."""
-    if column is None:
-        return None
+def _value(fields: _Fields, column: str, where: str) -> str:
+    """A field as text. JSON's whole numbers and booleans are allowed: they are common as labels."""
     value = fields[column]
     if not isinstance(value, (int, str)):
-        raise CommandError(f"{where}: column {column!r} is {json.dumps(value)}; it must be a string or a whole number.")
-    if not str(value).strip():
+        raise CommandError(
+            f"{where}: column {column!r} is {json.dumps(value):.100}; it must be a string or a whole number."
+        )
+    text = str(value).strip()
+    if not text:
         raise CommandError(f"{where}: column {column!r} is empty. Fill it in, or remove the line.")
-    return str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CommandError(
+            f"{where}: column {column!r} contains {text[error.start]!r}, half of a surrogate pair, which is not a character. "
+            "Remove it, or write both halves."
+        ) from None
+    return text
 
 
 def _hint(name: str, header: Iterable[str]) -> str:
     header = list(header)
     near = difflib.get_close_matches(name, header, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {_listed(header)}."
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {_join(header)}."
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = [repr(name) for name in names]
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "none"
+def _join(names: Iterable[str]) -> str:
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:10]) + (f" and {len(quoted) - 10} more" if len(quoted) > 10 else "") or "none"

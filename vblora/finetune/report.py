@@ -1,4 +1,4 @@
-"""The closing table."""
+"""The table that ends ``vblora finetune``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,12 @@ LORA_RANK = 8
 
 @dataclass
 class Results:
+    """What a run measured. ``most_frequent``, ``frozen`` and ``adapted`` are accuracies on the held-out rows."""
+
     train_rows: int
     held_out_rows: int
-    most_frequent: float  # share of the held-out rows that have the commonest label
-    frozen: float | None  # accuracies
+    most_frequent: float  # of always answering the most frequent label
+    frozen: float | None  # of a head on the frozen encoder; None if it was not trained
     adapted: float
     trainable: int
     stored: int
@@ -24,12 +26,13 @@ class Results:
     steps: int
 
 
-def lora_bytes(layers: list[tuple[int, int]], beside: int, rank: int = LORA_RANK) -> int:
-    """Float32 values of a LoRA for layers of these widths, and of the ``beside`` parameters that train with it, in bytes."""
-    return 4 * (rank * sum(in_features + out_features for in_features, out_features in layers) + beside)
+def lora_bytes(layers: list[tuple[int, int]], extra: int, rank: int = LORA_RANK) -> int:
+    """Bytes of a float32 LoRA for layers of these widths ``(in, out)``, and of ``extra`` parameters that train with it."""
+    return 4 * (rank * sum(in_features + out_features for in_features, out_features in layers) + extra)
 
 
 def folder_bytes(folder: Path) -> int:
+    """Bytes of an adapter's own files in a folder."""
     return sum(file.stat().st_size for file in folder.glob("adapter_*"))
 
 
@@ -50,7 +53,7 @@ def print_table(results: Results, console: Console) -> None:
     table.add_row(f"LoRA r={LORA_RANK} of the same layers and head, as float32", _size(results.lora_bytes))
     table.add_section()
     table.add_row("training steps", f"{results.steps:,}")
-    table.add_row("seconds a step", f"{results.seconds_per_step:.3f}")
+    table.add_row("seconds per step", f"{results.seconds_per_step:.3f}")
     console.print(table)
 
 

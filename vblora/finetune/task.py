@@ -1,4 +1,4 @@
-"""What `vblora finetune` trains on: read and checked before anything slow is imported."""
+"""What ``vblora finetune`` trains on, read and checked before anything slow is imported."""
 
 import argparse
 import json
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CommandError
+from ..files import byte_order_mark, refuse_lfs_pointer
 from . import data, demo
 
 RESULTS_FILE = "finetune.json"
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which transformers looks for them
 
 
 @dataclass
 class Task:
-    """What is trained on and measured."""
+    """The model, the classes, and the rows to train and to evaluate on."""
 
     model: str
     labels: list[str]
@@ -23,6 +25,11 @@ class Task:
 
 
 def read_task(arguments: argparse.Namespace) -> Task:
+    """Reads the data that the arguments name.
+
+    Raises:
+        CommandError: a file or an argument is wrong.
+    """
     model = _find_model(arguments.model)
     path, columns, keep = arguments.data, data.Columns("text", "label"), arguments.keep_labels
     if path is None:
@@ -31,7 +38,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
     columns = columns._replace(**{name: column for name, column in given.items() if column is not None})
     if arguments.eval_data is not None and arguments.eval_fraction is not None:
         raise CommandError(
-            "--eval-fraction is the share of --data to hold out, but --eval-data was given. Give one of them."
+            "--eval-fraction is the share of --data to evaluate on, but --eval-data is given too. Give one of them."
         )
 
     rows = data.read_rows(path, columns, "--data", keep)
@@ -48,24 +55,43 @@ def read_task(arguments: argparse.Namespace) -> Task:
 
 
 def _find_model(name: str | None) -> str:
-    """The model's folder or its name on the hub; of a name no more can be said before transformers is imported."""
+    """The model's folder, checked, or its name on the Hugging Face Hub, which only transformers can check."""
     if name is None:
         return str(demo.find_model())
     path = Path(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CommandError(
-                f"--model: the folder {path} holds no config.json; give the folder that save_pretrained wrote."
-            )
+        _check_model_folder(path)
     elif path.exists():
         raise CommandError(f"--model: {path} is a file; give the folder that save_pretrained wrote.")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise CommandError(f"--model: there is no folder {name!r}. Give a model's folder, or its name on the hub.")
+        raise CommandError(f"--model: there is no folder {name!r}. Give a model's folder, or its name on the Hub.")
     return name
 
 
+def _check_model_folder(folder: Path) -> None:
+    """Refuses what transformers would fail on with a message that does not tell why."""
+    if not (folder / "config.json").is_file():
+        raise CommandError(
+            f"--model: the folder {folder} has no config.json; give the folder that save_pretrained wrote."
+        )
+    weights = next((files for files in map(sorted, map(folder.glob, _WEIGHTS)) if files), [])
+    for file in (*folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model"), *weights):
+        try:
+            refuse_lfs_pointer(file)
+            if file.suffix == ".json":
+                with open(file, "rb") as opened:
+                    encoding = byte_order_mark(opened.read(4))
+                if encoding is not None:
+                    raise ValueError(
+                        f"{file} starts with a {encoding} byte-order mark, which transformers cannot read. "
+                        "Save it as UTF-8 without one."
+                    )
+        except (OSError, ValueError) as error:
+            raise CommandError(f"--model: {error}") from None
+
+
 def save_results(arguments: argparse.Namespace, task: Task, **results: object) -> None:
-    """Writes what the adapter's own files do not say: which label is which, and how it was trained."""
+    """Writes what the adapter's own files do not hold: the labels, the arguments and the ``results``."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     for name in ("run", "command"):
         values.pop(name, None)
@@ -74,5 +100,5 @@ def save_results(arguments: argparse.Namespace, task: Task, **results: object) -
 
 
 def most_frequent(rows: list[data.Row]) -> float:
-    """The share of rows that have the commonest label."""
+    """The share of rows that have the most frequent label."""
     return max(Counter(row.label for row in rows).values()) / len(rows)

@@ -1,18 +1,20 @@
-"""The part of ``vblora finetune`` that needs transformers: train, save, evaluate, load again, compare."""
+"""The part of ``vblora finetune`` that needs transformers: train, save, evaluate, load into a fresh model, compare."""
 
 import argparse
 import inspect
 import math
 import tempfile
+from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from torch import nn
+from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -31,15 +33,23 @@ from ..layers.kinds import target_of
 from ..model.parameters import WARM_UP
 from ..model.record import attached_adapter
 from ..model.targets import find_targets
-from .baseline import frozen_accuracy
+from .baseline import Example, frozen_accuracy
 from .data import Row
 from .report import Results, folder_bytes, lora_bytes, print_table
 from .task import Task, most_frequent, save_results
 
 _MAX_LENGTH = 128
+# What configurations call the number of positions that a model can tell apart.
+_POSITION_LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
 
 
 def run(arguments: argparse.Namespace, task: Task) -> int:
+    """Trains and evaluates as the arguments of ``vblora finetune`` say. Returns the exit code.
+
+    Raises:
+        CommandError: the model or the adapter cannot be made, training diverges or is interrupted, or the saved adapter
+            predicts something else than the trained one.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading weights; the Trainer has its own
     set_seed(arguments.seed)
@@ -51,7 +61,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     held_out = _tokenize(task.held_out, task.labels, tokenizer, model, max_length)
     held_out.sort(key=lambda row: len(row["input_ids"]))  # less padding
     collate = DataCollatorWithPadding(tokenizer)
-    with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:  # the Trainer wants a folder; nothing is kept in it
+    with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:  # the Trainer requires a folder, and writes nothing
         settings = _training_arguments(arguments, scratch, len(train))
         optimizers = _optimizer(arguments, model, len(train))
         trainer = _Trainer(model, settings, collate, train, optimizers=optimizers, callbacks=[VBLoRACallback()])
@@ -62,8 +72,16 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
             frozen = None
             if not arguments.no_baseline:
                 fresh.to(settings.device)
-                how = {"epochs": arguments.epochs, "bfloat16": settings.bf16, "seed": arguments.seed}
-                frozen = frozen_accuracy(fresh, _head(fresh), train, held_out, collate, **how)
+                frozen = frozen_accuracy(
+                    fresh,
+                    _head(fresh),
+                    train,
+                    held_out,
+                    collate,
+                    epochs=arguments.epochs,
+                    bfloat16=settings.bf16,
+                    seed=arguments.seed,
+                )
             vblora.load(fresh, arguments.output, bank=arguments.bank)
             again = _Trainer(fresh, settings, collate).predict(held_out, metric_key_prefix="eval")
         except KeyboardInterrupt:
@@ -74,16 +92,21 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     return _compare(arguments, after, again)
 
 
-class _Trainer(Trainer):
-    def _get_train_sampler(self, train_dataset: list[dict] | None = None) -> LengthGroupedSampler:
-        # Batches of like length, so less padding. The Trainer's option for it has changed its name, and shuffles what is
-        # evaluated too, from which predictions could not be compared row by row.
+class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+    def _get_train_sampler(self, train_dataset: list[Example] | None = None) -> LengthGroupedSampler:
+        # Batches of similar length need less padding. The Trainer's own option for that was renamed, and also shuffles the
+        # evaluation, whose predictions could not be compared row by row then.
         lengths = [len(row["input_ids"]) for row in self.train_dataset]
         return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths)
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The logits alone: some models also return states, such as those of the encoder."""
+        loss, outputs, labels = super().prediction_step(*args, **kwargs)
+        return loss, outputs[0] if isinstance(outputs, tuple) else outputs, labels
+
 
 def _train(arguments: argparse.Namespace, task: Task, trainer: Trainer) -> None:
-    """Trains and saves; when interrupted, what there is by then."""
+    """Trains and saves the adapter, also after Ctrl-C if a step was done by then."""
     interrupted = False
     try:
         trainer.train()
@@ -91,9 +114,8 @@ def _train(arguments: argparse.Namespace, task: Task, trainer: Trainer) -> None:
         if not trainer.state.global_step:
             raise
         interrupted = True
-        trainer.callback_handler.on_train_end(
-            trainer.args, trainer.state, trainer.control
-        )  # ends the progress bar's line
+        # ends the progress bar's line
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     done = trainer.state.global_step
     if not all(parameter.isfinite().all() for parameter in trainer.model.parameters() if parameter.requires_grad):
         raise CommandError(
@@ -105,9 +127,9 @@ def _train(arguments: argparse.Namespace, task: Task, trainer: Trainer) -> None:
     except OSError as error:
         raise CommandError(f"--output: the adapter cannot be written: {error}.", 1) from None
     if interrupted:
-        steps = trainer.state.max_steps
         raise CommandError(
-            f"interrupted after step {done} of {steps}; the adapter as it was then is in {arguments.output}.", 130
+            f"interrupted after step {done} of {trainer.state.max_steps}; the adapter as it was then is in {arguments.output}.",
+            130,
         )
 
 
@@ -117,7 +139,7 @@ def _results(
     adapter = attached_adapter(trainer.model).adapter
     count = vblora.count_parameters(trainer.model)
     own = {id(parameter) for parameter in adapter.parameters()}
-    beside = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad and id(p) not in own)
+    head_size = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad and id(p) not in own)
     layers = [(target.in_features, target.out_features) for target in adapter.targets]
     seconds = next(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
     return Results(
@@ -129,14 +151,14 @@ def _results(
         trainable=count.trainable,
         stored=count.stored,
         file_bytes=folder_bytes(arguments.output),
-        lora_bytes=lora_bytes(layers, beside),
+        lora_bytes=lora_bytes(layers, head_size),
         seconds_per_step=seconds / trainer.state.global_step,
         steps=trainer.state.global_step,
     )
 
 
 def _compare(arguments: argparse.Namespace, after: PredictionOutput, again: PredictionOutput) -> int:
-    """Says whether the adapter that was loaded into a fresh model predicts what the trained model did, to the bit."""
+    """Checks that the saved adapter in a fresh model predicts the same bits as the trained model. Returns the exit code."""
     rows = len(after.predictions)
     equal = int((after.predictions == again.predictions).all(-1).sum())
     same = int((after.predictions.argmax(-1) == again.predictions.argmax(-1)).sum())
@@ -157,24 +179,24 @@ def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         raise CommandError(f"--model: no tokenizer can be loaded from {model!r}: {_first_sentence(error)}") from None
-    if tokenizer.pad_token is None:  # of a decoder
+    if tokenizer.pad_token is None:  # as with most decoders
         if tokenizer.eos_token is None:
             raise CommandError(
-                f"--model: the tokenizer of {model!r} has no padding token and no end of text to pad with."
+                f"--model: the tokenizer of {model!r} has neither a padding token nor an end-of-text token to pad with."
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _load_model(task: Task, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def _load_model(task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             task.model,
             id2label=dict(enumerate(task.labels)),
             label2id={label: index for index, label in enumerate(task.labels)},
             problem_type="single_label_classification",
-            ignore_mismatched_sizes=True,  # the head of another task is replaced
-            dtype=torch.float32,  # a trained head needs it; --precision says what layers compute in
+            ignore_mismatched_sizes=True,  # replaces the head of another task
+            dtype=torch.float32,  # the head trains; --precision says what layers compute in
         )
     except (OSError, ValueError, KeyError) as error:
         raise CommandError(
@@ -186,8 +208,8 @@ def _load_model(task: Task, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     return model
 
 
-def _head(model: nn.Module) -> list[str]:
-    """The parts that turn an encoder's output into classes: all of the model but the encoder."""
+def _head(model: PreTrainedModel) -> list[str]:
+    """The names of the modules that turn the encoder's output into classes: all but the encoder."""
     encoder = model.base_model
     head = [name for name, child in model.named_children() if child is not encoder and list(child.parameters())]
     if encoder is model or not head:
@@ -197,16 +219,26 @@ def _head(model: nn.Module) -> list[str]:
     return head
 
 
-def _max_length(wanted: int | None, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
-    limit = min(
-        tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
-    )
+def _max_length(wanted: int | None, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    limit = min([tokenizer.model_max_length, *_position_limits(model)])
     if wanted is not None and wanted > limit:
-        raise CommandError(f"--max-length: is {wanted}, but this model reads no more than {limit} tokens.")
+        raise CommandError(f"--max-length: is {wanted}, but this model reads at most {limit} tokens.")
     return wanted or min(_MAX_LENGTH, limit)
 
 
-def _inject(arguments: argparse.Namespace, model: nn.Module) -> None:
+def _position_limits(model: PreTrainedModel) -> list[int]:
+    """How many tokens the model's positions allow; nothing for a model without a limit, such as T5 or XLNet."""
+    config = model.config.get_text_config()
+    stated = [getattr(config, name, None) for name in _POSITION_LIMITS]
+    limits = [limit for limit in stated if isinstance(limit, int) and limit > 0]  # XLNet states -1
+    for name, module in model.named_modules():
+        # RoBERTa and its like count positions from the one after that of padding.
+        if name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
+            limits.append(module.weight.shape[0] - module.padding_idx - 1)
+    return limits
+
+
+def _inject(arguments: argparse.Namespace, model: PreTrainedModel) -> None:
     targets = arguments.target_modules
     try:
         config = vblora.VBLoRAConfig(
@@ -231,11 +263,11 @@ def _inject(arguments: argparse.Namespace, model: nn.Module) -> None:
 
 
 def _tokenize(
-    rows: list[Row], labels: list[str], tokenizer: PreTrainedTokenizerBase, model: nn.Module, max_length: int
-) -> list[dict]:
+    rows: list[Row], labels: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
+) -> list[Example]:
     pairs = None if rows[0].pair is None else [row.pair for row in rows]
     encoded = tokenizer([row.text for row in rows], pairs, truncation=True, max_length=max_length)
-    accepted = inspect.signature(model.forward).parameters  # some tokenizers give more than their model takes
+    accepted = inspect.signature(model.forward).parameters  # some tokenizers return more than the model accepts
     names = [name for name in encoded if name in accepted]
     index = {label: number for number, label in enumerate(labels)}
     return [{**{name: encoded[name][i] for name in names}, "labels": index[row.label]} for i, row in enumerate(rows)]
@@ -248,11 +280,11 @@ def _training_arguments(arguments: argparse.Namespace, folder: str, rows: int) -
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=max(64, arguments.batch_size),
         seed=arguments.seed,
-        use_cpu=not torch.accelerator.is_available(),  # said outright, without which bf16 is refused
+        use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused on the CPU
         bf16=arguments.precision == "bfloat16" or (arguments.precision == "auto" and _bfloat16_is_fast()),
         logging_steps=max(1, arguments.epochs * math.ceil(rows / arguments.batch_size) // 10),
-        disable_tqdm=False,  # by default there is no progress bar where only errors are logged
-        save_strategy="no",  # vblora.save keeps the adapter at the end
+        disable_tqdm=False,  # set_verbosity_error turns the progress bar off, too
+        save_strategy="no",  # _train saves the adapter at the end
         remove_unused_columns=False,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -269,7 +301,7 @@ def _bfloat16_is_fast() -> bool:
 
 
 def _optimizer(
-    arguments: argparse.Namespace, model: nn.Module, rows: int
+    arguments: argparse.Namespace, model: PreTrainedModel, rows: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     groups = vblora.parameter_groups(
         model,
@@ -284,6 +316,6 @@ def _optimizer(
 
 
 def _first_sentence(error: Exception) -> str:
-    """Of a message that transformers wrote: what went wrong, without its advice on the hub."""
+    """The cause in a message of transformers, without the advice about the Hub that follows it."""
     text = " ".join(str(error).split())
     return text.split(". ")[0].rstrip(".") + "."

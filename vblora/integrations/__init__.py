@@ -1,1 +1,1 @@
-"""vblora with other libraries. Each module needs the one that it is named after."""
+"""Integrations with other libraries. Each module requires the library that it is named after."""

@@ -1,10 +1,11 @@
-"""``transformers.Trainer``: checkpoints of the adapter alone, and warnings where candidates cannot keep their promise."""
+"""Training with ``transformers.Trainer`` and its subclasses: parameter groups, and checkpoints of the adapter alone."""
 
 import json
 import os
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +16,75 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..adapters import VBLoRAAdapter
 from ..checkpoint import native
-from ..checkpoint.folder import TENSORS_FILE, save, write_over
+from ..checkpoint.folder import TENSORS_FILE
 from ..checkpoint.optimizer import is_packed, pack_state, unpack_state
+from ..checkpoint.save_load import save, write_over
+from ..errors import VBLoRAWarning
 from ..files import read_tensors, write_tensors
 from ..model.candidates import moves_untouched, stats
+from ..model.parameters import parameter_groups
 from ..model.record import adapted_models, attached_adapter
 
 _PREFIX = "vblora.resume."  # of the adapter's tensors in the file that the Trainer reads
 _DESCRIPTION = _PREFIX + "description"
 
 
-class VBLoRACallback(TrainerCallback):
-    """Makes a Trainer's checkpoints those of the adapter: small, without a base weight, and resumed bit for bit.
+def trainer_arguments(model: nn.Module, *, weight_decay: float = 0.0, **groups: Any) -> dict[str, Any]:
+    """What ``transformers.Trainer`` and its subclasses need to train an injected model: an optimizer and the callback.
 
-    Each checkpoint folder is an adapter's folder in its resume form, which :func:`vblora.load` reads; so is what
-    ``trainer.save_model()`` writes. ``trainer.train(resume_from_checkpoint=...)`` and ``load_best_model_at_end`` restore it.
-    The state of an optimizer that the Trainer was given is stored packed (:func:`vblora.pack_optimizer`).
+    The optimizer is AdamW over :func:`vblora.parameter_groups`; the Trainer makes the schedule. Its own optimizer would
+    train the adapter at ``TrainingArguments.learning_rate``, whose default is far too low. Works for TRL's ``SFTTrainer``
+    and sentence-transformers' ``SentenceTransformerTrainer`` too::
 
-    It warns, once each, where training with candidates is not what dense training would be: of an optimizer that moves logits
-    which were never selected, when training begins, and of exhausted rows, when the Trainer logs or ends.
-
-    Give it to the Trainer when that is made, with a model that has its adapter by then::
-
-        optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
-        trainer = Trainer(model, arguments, ..., optimizers=(optimizer, None), callbacks=[VBLoRACallback()])
+        trainer = Trainer(model, arguments, train_dataset=data, **trainer_arguments(model))
 
     Args:
-        model: the injected model, where its base is quantised. The Trainer asks whether such a model has adapters before it looks
-            at its callbacks; so this one has to see to the answer when it is made.
+        model: an injected model.
+        weight_decay: of all parameters but the logits, which have none.
+        groups: other arguments of :func:`vblora.parameter_groups`, such as ``recipe`` or ``lr_bank``.
 
-    How: the Trainer writes a model through its ``save_pretrained`` and reads one through its ``load_state_dict``, so the
-    model's own two are replaced by the adapter's. They stay after training; after :func:`vblora.eject` they are the model's
-    again.
+    Returns:
+        ``optimizers`` and ``callbacks``. To pass callbacks of your own, add them to the list.
 
     Raises:
-        TypeError, ValueError: when it is made: a ``model`` that is not a ``PreTrainedModel``, or has no adapter.
-        ValueError: when training begins: from a checkpoint whose adapter the Trainer could not restore, as it got to know the
-            callback too late, or whose packed state it could not, as it was not given the optimizer; or under the Trainer's
-            FSDP or DeepSpeed, which write and read models in ways of their own.
+        ValueError: the model has no active adapter.
+        TypeError: it has no ``save_pretrained``.
+    """
+    optimizer = torch.optim.AdamW(parameter_groups(model, **groups), weight_decay=weight_decay)
+    return {"optimizers": (optimizer, None), "callbacks": [VBLoRACallback(model)]}
+
+
+class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Has a Trainer save the adapter alone in its checkpoints, and resume from them bit for bit.
+
+    Each checkpoint folder, and what ``trainer.save_model()`` writes, is an adapter's folder in its resume form, which
+    :func:`vblora.load` reads. ``trainer.train(resume_from_checkpoint=...)`` and ``load_best_model_at_end`` restore it. The
+    state of an optimizer that you pass to the Trainer is stored packed (:func:`vblora.pack_optimizer`).
+
+    It warns, once each, where training with candidates differs from training with all logits: when training begins, of an
+    optimizer that changes logits which were never selected; when the Trainer logs or ends, of exhausted rows.
+
+    Inject the model first, and pass the callback when you make the Trainer; :func:`trainer_arguments` does that::
+
+        trainer = Trainer(model, arguments, ..., **trainer_arguments(model))
+
+    The Trainer calls the model's ``save_pretrained`` and ``load_state_dict``, so the callback replaces these two of the
+    model. They stay replaced after training; after :func:`vblora.eject` they do what the model's own do. In a
+    ``SentenceTransformer`` only ``save_pretrained`` is replaced: its trainer saves the adapter, but cannot resume.
+
+    Args:
+        model: the injected model. It is needed if the base model is quantised, because the Trainer asks whether such a model has
+            an adapter before it calls its callbacks.
+
+    Raises:
+        TypeError: ``model`` has no ``save_pretrained``.
+        ValueError: ``model`` has no adapter. Or, when training begins: the checkpoint's adapter was not restored, because the
+            Trainer got the callback too late; its optimizer state is packed, but the Trainer was not passed an optimizer; or
+            the Trainer uses its FSDP or DeepSpeed, which save and load models without ``save_pretrained``; or
+            ``load_best_model_at_end`` is on for a ``SentenceTransformer``.
     """
 
-    def __init__(self, model: PreTrainedModel | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         self._warned = False
         if model is not None:
             _attach(model)
@@ -67,7 +96,7 @@ class VBLoRACallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         optimizer: Optimizer | None = None,
-        **_,
+        **_: Any,
     ) -> None:
         if model is None or not adapted_models(model):  # `model_init` makes it later
             return
@@ -83,33 +112,39 @@ class VBLoRACallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module,
         optimizer: Optimizer | None = None,
-        **_,
+        **_: Any,
     ) -> None:
         if args.fsdp or args.deepspeed:
             raise ValueError(
                 "VBLoRACallback cannot save under the Trainer's FSDP or DeepSpeed. Use DDP, or see docs/training.md."
             )
+        if args.load_best_model_at_end and not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"`load_best_model_at_end` is True, but of a {type(model).__name__} the checkpoints hold only the adapter, which "
+                "its trainer cannot load. Set it to False, and call vblora.load(model, best_checkpoint) after training."
+            )
         if _attach(model) and state.global_step:
             raise ValueError(
-                "the checkpoint's adapter was not restored. Give VBLoRACallback to the Trainer when it is made, with a model "
-                "that has an adapter: Trainer(model, ..., callbacks=[VBLoRACallback()])."
+                "the checkpoint's adapter was not restored. Pass VBLoRACallback when you make the Trainer, with a model "
+                "that has an adapter: Trainer(model, ..., **trainer_arguments(model))."
             )
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
         if optimizer is not None and is_packed(optimizer):
             raise ValueError(
-                "the checkpoint's optimizer state is packed, as that of an optimizer which the Trainer was given. "
-                "Give it one again: Trainer(model, ..., optimizers=(optimizer, None))."
+                "the checkpoint's optimizer state is packed, because the Trainer was passed an optimizer when it was saved. "
+                "Pass one again: Trainer(model, ..., optimizers=(optimizer, None))."
             )
         reason = None if optimizer is None or not _has_candidates(model) else moves_untouched(model, optimizer)
         if reason:
             warnings.warn(
-                f"{reason} With candidates, training is then not the same as with all logits. "
+                f"{reason} With candidates, training then differs from training with all logits. "
                 "See docs/candidates.md, or set `num_candidates=None`.",
+                VBLoRAWarning,
                 stacklevel=2,
             )
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         if self._warned or not _has_candidates(model):
             return
@@ -119,8 +154,9 @@ class VBLoRACallback(TrainerCallback):
             more = min(2 * found.num_candidates, found.num_vectors)
             warnings.warn(
                 f"step {state.global_step}: {found.exhausted} of {found.num_subvectors} rows have used up their "
-                f"{found.num_candidates} candidates, and may part from what dense training would do. "
-                f"Take `num_candidates={more}`, or vblora.grow(model, {more}, optimizer) as it trains.",
+                f"{found.num_candidates} candidates, so training may now differ from training with all logits. "
+                f"Set `num_candidates={more}`, or call vblora.grow(model, {more}, optimizer) during training.",
+                VBLoRAWarning,
                 stacklevel=2,
             )
 
@@ -128,7 +164,7 @@ class VBLoRACallback(TrainerCallback):
 
 
 class _HasAdapter:
-    """What transformers finds in a model's ``_hf_peft_config_loaded``: true for as long as that has an adapter of ours."""
+    """The value of a model's ``_hf_peft_config_loaded``: true as long as the model has an adapter of vblora."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -142,47 +178,54 @@ def _has_candidates(model: nn.Module) -> bool:
 
 
 def _attach(model: nn.Module) -> bool:
-    """Puts the adapter's saving and loading in the place of the model's; False if they are there."""
-    if not isinstance(model, PreTrainedModel):
+    """Replaces the model's saving and loading by the adapter's. False if they are replaced already."""
+    if not hasattr(model, "save_pretrained"):
         raise TypeError(f"VBLoRACallback saves through `save_pretrained`, which {type(model).__name__} does not have.")
     attached_adapter(model)
     if "save_pretrained" in vars(model):
         return False
-    # Partials and not closures: a copied or pickled model takes them along, and they it.
-    model.save_pretrained = partial(_save_pretrained, model)
-    model.load_state_dict = partial(_load_state_dict, model)
-    if getattr(model, "is_quantized", False):
-        model._hf_peft_config_loaded = _HasAdapter(model)
+    # partial objects, because a copied or pickled model takes them along, and they refer to the copy then
+    replacements: dict[str, Any] = {"save_pretrained": partial(_save_pretrained, model)}
+    if isinstance(model, PreTrainedModel):
+        replacements["load_state_dict"] = partial(_load_state_dict, model)
+        if getattr(model, "is_quantized", False):
+            replacements["_hf_peft_config_loaded"] = _HasAdapter(model)
+    for name, replacement in replacements.items():
+        setattr(model, name, replacement)
     return True
 
 
-def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     if not adapted_models(model):
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
         return
     save(model, save_directory, form="resume")
-    # Of a model that is no PeftModel, the Trainer reads this file alone, and from it the tensors alone.
+    if not isinstance(model, PreTrainedModel):
+        return
+    # Unless a model is a PeftModel, the Trainer reads only this file, and of it only the tensors.
     tensors, metadata = read_tensors(Path(save_directory) / TENSORS_FILE)
     tensors = {_PREFIX + name: tensor for name, tensor in tensors.items()}
     tensors[_DESCRIPTION] = torch.frombuffer(bytearray(metadata[native.METADATA].encode()), dtype=torch.uint8)
     write_tensors(Path(save_directory) / SAFE_WEIGHTS_NAME, tensors, {"format": "pt"})
 
 
-def _load_state_dict(model: PreTrainedModel, state_dict: dict[str, Tensor], *args, **kwargs) -> _IncompatibleKeys:
+def _load_state_dict(model: Any, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> _IncompatibleKeys:
     if _DESCRIPTION not in state_dict:
-        return type(model).load_state_dict(model, state_dict, *args, **kwargs)
+        result: _IncompatibleKeys = type(model).load_state_dict(model, state_dict, *args, **kwargs)
+        return result
     target = attached_adapter(model)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items() if name != _DESCRIPTION}
     description = json.loads(bytes(state_dict[_DESCRIPTION].tolist()))
-    contents = native.decode(description, tensors, target.adapter.bank if description["bank_file"] else None)
+    bank = target.adapter.bank if description["bank_file"] and isinstance(target.adapter, VBLoRAAdapter) else None
+    contents = native.decode(description, tensors, bank)
     contents.check()
     write_over(target, contents, None)
     return _IncompatibleKeys([], [])
 
 
-def _pack(model: nn.Module, optimizer: Optimizer, state_dict: dict) -> dict:
+def _pack(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return pack_state(model, optimizer, state_dict)
 
 
-def _unpack(model: nn.Module, optimizer: Optimizer, state_dict: dict) -> dict:
+def _unpack(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return unpack_state(model, optimizer, state_dict)

@@ -1,1 +1,1 @@
-"""Adapted layers: where the factors of an update meet a frozen layer."""
+"""Adapted layers: frozen layers that add low-rank updates to their output."""

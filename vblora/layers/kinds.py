@@ -1,21 +1,25 @@
-"""The kinds of frozen layer that take an update: how wide they are, how it is added to their output, and to their weight.
+"""The kinds of layer that can be adapted: their widths, and how an update is added to their output or their weight.
 
-An update is ``B`` transposed times ``A``, in the shape of the layer's weight seen as a matrix ``(out, in)``.
+An update is ``Bᵀ A``, the shape of the layer's weight as a matrix ``(out, in)``.
 """
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from ..adapters.base import Factors, Target
 
+LayerT = TypeVar("LayerT", bound=nn.Module)
+
 
 def add_product(y: Tensor, hidden: Tensor, factors: Factors) -> Tensor:
-    """``y`` ``(*, out_features)`` with the update whose ``x Aᵀ`` is ``hidden`` ``(*, r)``, in ``y``'s dtype.
+    """Adds an update to ``y`` ``(*, out_features)``, in ``y``'s dtype; ``hidden`` ``(*, r)`` is ``x Aᵀ``.
 
-    ``d`` scales what is ``(*, r)`` and ``e`` what is ``(*, out_features)``: B may be a view of a larger one, and neither it nor a
-    scaled one is copied.
+    ``d`` scales ``hidden`` and ``e`` the product, never B, which may be a view of a larger tensor and is not copied.
     """
     _, B, d, e = factors
     if d is not None:
@@ -25,13 +29,44 @@ def add_product(y: Tensor, hidden: Tensor, factors: Factors) -> Tensor:
         return y + (update if e is None else update * e).to(y.device, y.dtype)
     if e is not None:
         return torch.addcmul(y, hidden @ B, e)
-    if y.dim() == 3 and y.shape[0] == 1 and not torch.is_grad_enabled():  # a token's decoding: three calls less
+    if y.dim() == 3 and y.shape[0] == 1 and not torch.is_grad_enabled():  # decoding one token: saves three calls
         return torch.baddbmm(y, hidden, B[None])
-    # The sum is formed while the product is: a pass over `y` less than a product and a sum take.
+    # One pass over `y` less than a product followed by a sum.
     return torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), B).view(y.shape)
 
 
-class Linear:
+class Kind(ABC, Generic[LayerT]):
+    """One kind of layer, as a class of static methods that is never instantiated."""
+
+    name: ClassVar[str]  # as files store it
+
+    @staticmethod
+    @abstractmethod
+    def takes(layer: nn.Module) -> bool:
+        """Whether ``layer`` is of this kind."""
+
+    @staticmethod
+    @abstractmethod
+    def refusal(layer: LayerT) -> str | None:
+        """Why this layer cannot be adapted; None if it can."""
+
+    @staticmethod
+    @abstractmethod
+    def widths(layer: LayerT) -> tuple[int, int]:
+        """``in_features`` and ``out_features``."""
+
+    @staticmethod
+    @abstractmethod
+    def add_update(layer: LayerT, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """The layer's output ``y`` for the input ``x``, plus the update."""
+
+    @staticmethod
+    @abstractmethod
+    def delta(layer: LayerT, A: Tensor, B: Tensor) -> Tensor:
+        """The update of the layer's weight, in the layout of that weight."""
+
+
+class Linear(Kind[nn.Linear]):
     """``nn.Linear``."""
 
     name = "linear"
@@ -41,45 +76,45 @@ class Linear:
         return isinstance(layer, nn.Linear)
 
     @staticmethod
-    def refusal(layer: nn.Module) -> str | None:
-        """What about a layer of this kind keeps an update from it; None: nothing."""
-        return None
+    def refusal(layer: nn.Linear) -> str | None:
+        return _other_forward(layer, nn.Linear)
 
     @staticmethod
-    def widths(layer: nn.Module) -> tuple[int, int]:
-        """``in_features`` and ``out_features``."""
+    def widths(layer: nn.Linear) -> tuple[int, int]:
         return layer.in_features, layer.out_features
 
     @staticmethod
-    def add_update(layer: nn.Module, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        """The layer's output ``y`` for ``x``, with an update."""
+    def add_update(layer: nn.Linear, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
         return add_product(y, F.linear(x, factors.A), factors)
 
     @staticmethod
-    def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
-        """What is added to its weight, laid out as that is."""
+    def delta(layer: nn.Linear, A: Tensor, B: Tensor) -> Tensor:
         return B.T @ A
 
 
 class Conv1D(Linear):
-    """transformers' ``Conv1D``: a linear layer with its weight stored ``(in, out)``."""
+    """transformers' ``Conv1D``: a linear layer whose weight is ``(in, out)``."""
 
     @staticmethod
     def takes(layer: nn.Module) -> bool:
-        # By name, so that transformers need not be there.
-        return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)
+        return _transformers_conv1d(layer) is not None
 
     @staticmethod
-    def widths(layer: nn.Module) -> tuple[int, int]:
+    def refusal(layer: nn.Linear) -> str | None:
+        base = _transformers_conv1d(layer)
+        return None if base is None else _other_forward(layer, base)
+
+    @staticmethod
+    def widths(layer: nn.Linear) -> tuple[int, int]:
         return layer.weight.shape[0], layer.weight.shape[1]
 
     @staticmethod
-    def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+    def delta(layer: nn.Linear, A: Tensor, B: Tensor) -> Tensor:
         return A.T @ B
 
 
-class Embedding(Linear):
-    """``nn.Embedding``, as the linear layer of one-hot inputs that it is: ``in`` counts the entries. It has no dropout."""
+class Embedding(Kind[nn.Embedding]):
+    """``nn.Embedding``, treated as a linear layer of one-hot inputs: ``in`` is the number of entries. No dropout applies."""
 
     name = "embedding"
 
@@ -88,36 +123,35 @@ class Embedding(Linear):
         return isinstance(layer, nn.Embedding)
 
     @staticmethod
-    def refusal(layer: nn.Module) -> str | None:
+    def refusal(layer: nn.Embedding) -> str | None:
         if layer.max_norm is not None:
-            return "changes its weight as it is read (`max_norm`)"
+            return "changes its weight on lookup (`max_norm`)"
         if layer.scale_grad_by_freq:
-            return "has a rule of its own for gradients (`scale_grad_by_freq`)"
+            return "scales its gradients (`scale_grad_by_freq`)"
         scaled = type(layer).__name__.endswith("ScaledWordEmbedding") and hasattr(layer, "embed_scale")  # transformers'
         return None if scaled else _other_forward(layer, nn.Embedding)
 
     @staticmethod
-    def widths(layer: nn.Module) -> tuple[int, int]:
+    def widths(layer: nn.Embedding) -> tuple[int, int]:
         return layer.num_embeddings, layer.embedding_dim
 
     @staticmethod
-    def add_update(layer: nn.Module, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+    def add_update(layer: nn.Embedding, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
         hidden = F.embedding(x, factors.A.T)
         scale = getattr(layer, "embed_scale", None)
         y = add_product(y, hidden if scale is None else hidden * scale, factors)
         if layer.padding_idx is None:
             return y
-        return torch.where(
-            (x == layer.padding_idx).unsqueeze(-1), y.detach(), y
-        )  # trains nothing, as in the layer itself
+        padding = torch.eq(x, layer.padding_idx).unsqueeze(-1)
+        return torch.where(padding, y.detach(), y)  # padding gets no gradient, as in nn.Embedding
 
     @staticmethod
-    def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+    def delta(layer: nn.Embedding, A: Tensor, B: Tensor) -> Tensor:
         return A.T @ B
 
 
-class Convolution:
-    """``nn.Conv1d`` and ``nn.Conv2d``, by their weight flattened to ``(out_channels, in_channels / groups * kernel)``."""
+class Convolution(Kind[nn.Conv1d | nn.Conv2d]):
+    """``nn.Conv1d`` and ``nn.Conv2d``, with the weight flattened to ``(out_channels, in_channels / groups * kernel)``."""
 
     name = "convolution"
 
@@ -126,22 +160,22 @@ class Convolution:
         return isinstance(layer, (nn.Conv1d, nn.Conv2d))
 
     @staticmethod
-    def refusal(layer: nn.Module) -> str | None:
+    def refusal(layer: nn.Conv1d | nn.Conv2d) -> str | None:
         base = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
         if type(layer)._conv_forward is not base._conv_forward:
-            return "has a `_conv_forward` of its own"
+            return "overrides `_conv_forward`"
         return _other_forward(layer, base)
 
     @staticmethod
-    def widths(layer: nn.Module) -> tuple[int, int]:
+    def widths(layer: nn.Conv1d | nn.Conv2d) -> tuple[int, int]:
         return layer.weight[0].numel(), layer.out_channels
 
     @staticmethod
-    def add_update(layer: nn.Module, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+    def add_update(layer: nn.Conv1d | nn.Conv2d, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
         kernel, groups = layer.kernel_size, layer.groups
         point = (1,) * len(kernel)
         A = factors.A.reshape(-1, layer.in_channels // groups, *kernel)
-        # Each group of outputs sees its own inputs through the same A.
+        # All groups share A, each applied to its own inputs.
         hidden = layer._conv_forward(x, A.repeat(groups, 1, *point) if groups > 1 else A, None)
         if factors.d is not None:
             hidden = hidden * factors.d.repeat(groups).view(-1, *point)
@@ -151,56 +185,89 @@ class Convolution:
         return y + update.to(y.device, y.dtype)
 
     @staticmethod
-    def delta(layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+    def delta(layer: nn.Conv1d | nn.Conv2d, A: Tensor, B: Tensor) -> Tensor:
         return (B.T @ A).view_as(layer.weight)
 
 
+def _transformers_conv1d(layer: nn.Module) -> type[nn.Module] | None:
+    # By name, so that transformers need not be installed.
+    named = [c for c in type(layer).__mro__ if (c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D")]
+    return named[0] if named else None
+
+
+# Subclasses of nn.Linear whose `forward` is known to compute the same.
+_AS_LINEAR = {
+    "bitsandbytes.nn.modules.Linear4bit.forward",
+    "bitsandbytes.nn.modules.Linear8bitLt.forward",
+    "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
+}
+
+
 def _other_forward(layer: nn.Module, base: type[nn.Module]) -> str | None:
-    same = type(layer).forward is base.forward
-    return None if same else f"is no plain nn.{base.__name__}: what its `forward` does is not known"
+    """Why the layer's ``forward`` may not be that of ``base``: its class or the layer itself overrides it. accelerate's hook on a
+    layer only moves tensors, so it is allowed."""
+    if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
+        return "has a replaced `forward` that may compute something else"
+    forward = type(layer).forward
+    if forward is base.forward or f"{forward.__module__}.{forward.__qualname__}" in _AS_LINEAR:
+        return None
+    kind = f"nn.{base.__name__}" if hasattr(nn, base.__name__) else base.__name__
+    return f"is no plain {kind}: its `forward` may compute something else"
 
 
-KINDS = (Linear, Conv1D, Embedding, Convolution)
+KINDS: tuple[type[Kind[Any]], ...] = (Linear, Conv1D, Embedding, Convolution)
 ALLOWED = "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d and transformers' Conv1D"
 
 
-def kind_of(layer: nn.Module) -> type[Linear] | type[Convolution] | None:
-    """The kind of a layer, or None: it is of none of them."""
-    return next((kind for kind in KINDS if kind.takes(layer)), None)
+def has_kind(layer: nn.Module) -> bool:
+    """Whether a layer is of a known kind."""
+    return any(kind.takes(layer) for kind in KINDS)
+
+
+def kind_of(layer: nn.Module) -> type[Kind[Any]]:
+    """The kind of a layer.
+
+    Raises:
+        TypeError: a layer of another kind.
+    """
+    for kind in KINDS:
+        if kind.takes(layer):
+            return kind
+    raise TypeError(f"`base_layer` is a {type(layer).__name__}; allowed are {ALLOWED}.")
 
 
 def refusal(layer: nn.Module) -> str | None:
-    """Why a layer takes no update, to be said after what it is; None: it takes one."""
-    kind = kind_of(layer)
-    if kind is None:
+    """Why a layer cannot be adapted, worded to follow its class name; None if it can."""
+    if not has_kind(layer):
         return f"; allowed are {ALLOWED}"
-    if is_lazy(layer.weight):
+    if isinstance(layer.weight, UninitializedParameter):
         return ", which has no sizes yet; run the model once"
-    reason = kind.refusal(layer)
+    reason = kind_of(layer).refusal(layer)
     return reason and f", which {reason}"
 
 
 def target_of(name: str, layer: nn.Module) -> Target:
-    """A layer as an adapter and its files see it."""
+    """The target that describes ``layer`` to adapters and files."""
     kind = kind_of(layer)
-    if kind is not Convolution:
-        return Target(name, *kind.widths(layer), kind.name)
-    usual = {"groups": 1, "dilation": (1,) * len(layer.kernel_size), "padding_mode": "zeros"}
-    unusual = [attribute for attribute, value in usual.items() if getattr(layer, attribute) != value]
-    return Target(name, *kind.widths(layer), kind.name, tuple(layer.weight.shape[1:]), tuple(unusual))
+    in_features, out_features = kind.widths(layer)
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return Target(name, in_features, out_features, kind.name)
+    defaults = {"groups": 1, "dilation": (1,) * len(layer.kernel_size), "padding_mode": "zeros"}
+    unusual = [attribute for attribute, value in defaults.items() if getattr(layer, attribute) != value]
+    return Target(name, in_features, out_features, kind.name, tuple(layer.weight.shape[1:]), tuple(unusual))
 
 
 def is_linear(layer: nn.Module) -> bool:
     return Linear.takes(layer) or Conv1D.takes(layer)
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace it before torch 2.12
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo cannot trace it before torch 2.12
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What a layer computes in there, given tensors of ``dtype``."""
+    """The dtype that a layer on ``device`` computes in, given inputs of ``dtype``: autocast's, if that is enabled."""
     if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return dtype

@@ -1,4 +1,4 @@
-"""Batches whose rows have adapters of their own: which ones, for as long as one call of the model runs."""
+"""Batches whose rows use different adapters: the adapters of the rows, during one call of the model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .kinds import Linear, compute_dtype
 if TYPE_CHECKING:
     from .adapted import AdaptedLayer
 
-# Of this thread and this asynchronous task alone, so that calls with different adapters can run on one model at a time.
+# Per thread and asynchronous task, so that concurrent calls of one model can use different adapters.
 _current: ContextVar[RowAdapters | None] = ContextVar("vblora_row_adapters", default=None)
 
 
 class Stacked(NamedTuple):
-    """Factors of several rows: A ``(n, r, in)`` and B ``(n, r, out)``, and which rows these are; None: all."""
+    """The factors of several rows: A ``(n, r, in)``, B ``(n, r, out)``, and the indices of these rows; None means all rows."""
 
     A: Tensor
     B: Tensor
@@ -36,13 +36,13 @@ class RowAdapters(ABC):
     """The adapters of a batch's rows.
 
     Args:
-        names: of each row its adapter, or None for the base model's output.
+        names: the adapter of each row, or None for the base model's output.
         layers: the model's adapted layers, with their names.
 
     Attributes:
-        repeats: how often a layer may see each row in sequence: 1, and in ``generate`` also the number of beams or of sequences.
-        outlasts_forwards: whether these are the adapters of all forwards within ``running``, or of one forward.
-        outer: what was current when that forward began.
+        repeats: how many times in a row a layer may get each row: 1, and in ``generate`` also the number of beams or sequences.
+        outlasts_forwards: True if these adapters apply to all forwards within ``running``, False if to one forward only.
+        outer: the adapters that were current when that forward began.
     """
 
     def __init__(self, names: Sequence[str | None], layers: dict[AdaptedLayer, list[str]]) -> None:
@@ -54,20 +54,20 @@ class RowAdapters(ABC):
 
     @abstractmethod
     def factors(self, layer: AdaptedLayer, name: str) -> Factors | None:
-        """One adapter's factors of a layer; None if it does not have that layer."""
+        """The factors of one adapter for a layer; None if the adapter does not target that layer."""
 
     @abstractmethod
     def stacked(self, layer: AdaptedLayer) -> Stacked | None:
-        """The factors of all rows, with ``d`` and ``e`` in them; None if no row has an update there."""
+        """The factors of all rows, with ``d`` and ``e`` multiplied in; None if no row has an update for the layer."""
 
     def add_to(self, layer: AdaptedLayer, y: Tensor, x: Tensor) -> Tensor:
-        """A layer's output ``y`` for ``x``, with each row's own update. Rows without an adapter keep their very bits."""
+        """Adds each row's update to the layer's output ``y`` for ``x``. Rows without an adapter keep the same bits."""
         repeat, rest = divmod(x.shape[0], len(self.names)) if x.dim() else (0, 1)
         if rest or repeat not in self.repeats:
             name = self.layers[layer][0]
             raise ValueError(
                 f"`adapter_names` names {len(self.names)} rows, but layer `{name}` got an input of shape {tuple(x.shape)}, "
-                "whose first dimension does not count rows. Rows cannot have adapters of their own there: run one at a time."
+                "whose first dimension is not the rows. Rows cannot use different adapters there: run one adapter at a time."
             )
         dtype = compute_dtype(x.device, x.dtype if x.is_floating_point() else y.dtype)
         if issubclass(layer.kind, Linear) and x.is_floating_point():
@@ -85,7 +85,7 @@ class RowAdapters(ABC):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it, layers use these adapters."""
+        """A context in which layers use these adapters."""
         token = _current.set(self)
         try:
             yield
@@ -94,25 +94,25 @@ class RowAdapters(ABC):
 
 
 def updated(layer: AdaptedLayer, y: Tensor, x: Tensor) -> Tensor:
-    """A layer's output ``y`` for ``x``, with its rows' own updates, or with that of the adapters that run.
+    """Adds to the layer's output ``y`` for ``x`` the updates of its rows' adapters, or those of the applied adapters.
 
-    In a graph it is one operator, which looks when it runs: other adapters, or other rows, need no other graph. With gradients,
-    rows have no adapters of their own, and the graph holds what it trains.
+    In a graph this is one operator that looks up the adapters when it runs, so other names do not recompile. With gradients, the
+    rows of a batch cannot use different adapters, and the graph contains the applied updates.
     """
     if torch.compiler.is_compiling():
         if torch.is_grad_enabled():
-            return layer.add_running(y, x)
+            return layer.add_applied(y, x)
         return torch.ops.vblora.add_row_updates(y, x, layer.key)
     batch = _current.get()
-    return layer.add_running(y, x) if batch is None or layer not in batch.layers else batch.add_to(layer, y, x)
+    return layer.add_applied(y, x) if batch is None or layer not in batch.layers else batch.add_to(layer, y, x)
 
 
 _keys = itertools.count()
-_layers: WeakValueDictionary[int, AdaptedLayer] = WeakValueDictionary()  # by their keys
+_layers: WeakValueDictionary[int, AdaptedLayer] = WeakValueDictionary()  # by key
 
 
 def new_key(layer: AdaptedLayer) -> Tensor:
-    """What a graph knows a layer by. A tensor, since a graph would be compiled anew for each layer's number."""
+    """A key by which graphs refer to a layer: a tensor, because an integer would recompile the graph for each layer."""
     key = next(_keys)
     _layers[key] = layer
     return torch.tensor(key)
@@ -130,7 +130,7 @@ def _(y: Tensor, x: Tensor, key: Tensor) -> Tensor:
 
 
 def current() -> RowAdapters | None:
-    """What :func:`set_current` set in this thread and asynchronous task."""
+    """The adapters that :func:`set_current` set in this thread and asynchronous task."""
     return _current.get()
 
 
@@ -139,7 +139,7 @@ def set_current(rows: RowAdapters | None) -> None:
 
 
 def _add_products(y: Tensor, x: Tensor, stacked: Stacked, count: int) -> Tensor:
-    """``y`` with the updates of ``count`` rows. What repeats a row, such as beams, counts as more positions of it."""
+    """Adds the updates of ``count`` rows to ``y``. Repetitions of a row, such as beams, count as further positions of it."""
     A, B = (factor.to(x.device, x.dtype) for factor in stacked[:2])
     rows = None if stacked.rows is None else stacked.rows.to(x.device)
     positions = math.prod(x.shape[:-1]) // count

@@ -1,1 +1,1 @@
-"""A whole model with adapters: put them in, switch them, merge them, train them."""
+"""Adapters in a whole model: inject, switch, merge and train them."""

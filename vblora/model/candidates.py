@@ -1,6 +1,6 @@
-"""Candidates while training: how many rows have used theirs up, and giving them more."""
+"""Candidates in training: counts the rows that have used theirs up, and adds candidates."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,19 +9,20 @@ from torch.optim import Optimizer
 
 from ..adapters import VBLoRAAdapter
 from ..checks import check_count
+from ..config import VBLoRAConfig
 from ..distributed import is_sharded, reshard
 from .record import adapted_models, attached_adapter
 
 
 class Stats(NamedTuple):
-    """Of one adapter.
+    """The state of one adapter's rows.
 
     Attributes:
-        num_subvectors: S, its rows.
+        num_subvectors: S, the number of rows.
         num_vectors: h.
-        num_candidates: M, logits of a row; h where it is dense.
-        exhausted: rows that may have parted from dense training: they have had so many candidates among their best that a
-            bank vector which is none of them might have come next. Once counted, a row stays counted.
+        num_candidates: M, the number of logits in a row; h for a dense adapter.
+        exhausted: the number of rows that may differ from dense training, because a bank vector that is no candidate might have
+            been selected next. An exhausted row stays exhausted.
     """
 
     num_subvectors: int
@@ -31,78 +32,80 @@ class Stats(NamedTuple):
 
 
 def stats(model: nn.Module, adapter_name: str | None = None) -> Stats:
-    """Counts the exhausted rows of an adapter, by default the active one. Waits for the device, which training itself never does.
+    """Counts the exhausted rows of an adapter, by default the active one. This waits for the device; training never does.
 
     Raises:
-        ValueError: the model has no adapter, several, or one without logits.
+        ValueError: the model has no adapter, or several, or the adapter is deployed and has no logits.
     """
-    adapter = _trained_adapter(model, adapter_name)
+    adapter, logits = _trained_adapter(model, adapter_name)
     exhausted = 0 if adapter.exhausted is None else int(adapter.exhausted.sum())
-    return Stats(adapter.num_subvectors, adapter.bank.num_vectors, adapter.logits.shape[1], exhausted)
+    return Stats(adapter.num_subvectors, adapter.bank.num_vectors, logits.shape[1], exhausted)
 
 
 @torch.no_grad()
 def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_name: str | None = None) -> None:
-    """Gives each row of an adapter more candidates: the next best of its initial logits.
+    """Adds candidates to each row of an adapter: the next largest of its initial logits.
 
-    Without weight decay on the logits, and with no row exhausted so far, training goes on exactly as it would have with so many
-    candidates from the start: logits, gradients and optimizer state of the new ones are what they would be.
+    Without weight decay on the logits, and if no row is exhausted yet, training continues exactly as if the adapter had had this
+    many candidates from the start.
 
     Args:
         model: an injected model, or a :class:`VBLinear`.
-        num_candidates: M from now on; more than now, at most h.
-        optimizers: those that train the logits. What they keep per element of them is extended with zeros, in place.
-        adapter_name: which adapter of an injected model, if not the one that is active.
+        num_candidates: the new M, above the current one and at most h.
+        optimizers: the optimizers that train the logits. Their state for the new logits is zeros; it changes in place.
+        adapter_name: the adapter of an injected model; by default the active one.
 
     Raises:
-        ValueError: it has no candidates or no seed to draw more by, FSDP2 has sharded it, ``num_candidates`` is out of range,
-            or the loss of an earlier step is still there.
+        ValueError: the adapter has no candidates or no seed to draw more, FSDP2 has sharded it, ``num_candidates`` is out of
+            range, or the graph of an earlier forward still exists.
     """
-    adapter = _trained_adapter(model, adapter_name)
+    adapter, logits = _trained_adapter(model, adapter_name)
     check_count("num_candidates", num_candidates)
     if adapter.candidates is None:
-        raise ValueError("the adapter has no candidates: its rows choose from the whole bank already.")
+        raise ValueError("the adapter has no candidates: its rows already choose from the whole bank.")
     reshard(model)
-    if is_sharded(adapter.logits):
-        raise ValueError("the adapter is sharded. Save it, and let it grow where it is loaded before it is sharded.")
-    rows, columns = adapter.logits.shape
+    if is_sharded(logits):
+        raise ValueError("the adapter is sharded. Save it, load it without sharding, and call vblora.grow there.")
+    rows, columns = logits.shape
     if not columns < num_candidates <= adapter.bank.num_vectors:
         raise ValueError(
-            f"`num_candidates` is {num_candidates}, but must be more than the {columns} that there are, and at most "
+            f"`num_candidates` is {num_candidates}, but must be above the current {columns} and at most "
             f"`num_vectors`, {adapter.bank.num_vectors}."
         )
     drawn = adapter.initial(num_candidates)
-    if not torch.equal(drawn.candidates[:, :columns], adapter.candidates):
-        raise ValueError("the adapter's candidates are not those that its seed draws, so the next best are not known.")
-
-    if _held_by_a_graph(adapter.logits):
+    if drawn.candidates is None or not torch.equal(drawn.candidates[:, :columns], adapter.candidates):
+        raise ValueError("the adapter's candidates are not those that its seed draws, so the next ones are unknown.")
+    if _is_in_a_graph(logits):
         raise ValueError(
-            "the graph of an earlier forward still refers to the logits as they are. Let go of its outputs first: `del loss`."
+            "the graph of an earlier forward still refers to the current logits. Delete its outputs first: `del loss`."
         )
 
     def extended(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor.new_zeros(rows, num_candidates - columns)], 1)
 
     for optimizer in optimizers:
-        state = optimizer.state.get(adapter.logits, {})
+        state = optimizer.state.get(logits, {})
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == adapter.logits.shape:
+            if isinstance(value, Tensor) and value.shape == logits.shape:
                 state[name] = extended(value)
-    gradient, adapter.logits.grad = adapter.logits.grad, None  # it has the old size while the new tensor goes in
-    drawn.logits[:, :columns] = adapter.logits
-    adapter.logits.data = drawn.logits
-    adapter.logits.grad = None if gradient is None else extended(gradient)
+    gradient, logits.grad = logits.grad, None  # a gradient must have the size of its parameter
+    drawn.logits[:, :columns] = logits
+    logits.data = drawn.logits
+    logits.grad = None if gradient is None else extended(gradient)
     adapter.candidates = drawn.candidates
     adapter.invalidate()
     if adapted_models(model):
-        attached_adapter(model, adapter_name).config.num_candidates = num_candidates
+        config = attached_adapter(model, adapter_name).config
+        assert isinstance(config, VBLoRAConfig)
+        config.num_candidates = num_candidates
 
 
 def moves_untouched(model: nn.Module, optimizer: Optimizer) -> str | None:
-    """Why an optimizer moves logits that have no gradient and never had one, other than by a factor that all of them share;
-    or None, if it does not, or is none that is known.
+    """Why an optimizer changes logits that never had a gradient, so that training with candidates differs from dense training;
+    None if it is not known to.
 
-    Decoupled weight decay is such a factor. Coupled decay is not: it enters the moments, so a logit's history decides.
+    Decoupled weight decay is harmless: it scales all logits by the same factor. Coupled decay is not: it enters the moments, so
+    its effect depends on a logit's history.
     """
     adapters = [module for module in model.modules() if isinstance(module, VBLoRAAdapter)]
     logits = {adapter.logits for adapter in adapters if adapter.logits is not None}
@@ -120,25 +123,31 @@ def moves_untouched(model: nn.Module, optimizer: Optimizer) -> str | None:
     return None
 
 
-def _held_by_a_graph(parameter: Tensor) -> bool:
-    """Whether some output's history leads to it: the node there, which knows its shape, is made anew where there is none."""
+def _is_in_a_graph(parameter: Tensor) -> bool:
+    """Whether a graph refers to the parameter. Only a graph keeps the parameter's node, which knows its shape, and the node's
+    metadata alive."""
+
+    def metadata() -> dict[str, Any]:  # torch declares it as a method
+        return cast(dict[str, Any], get_gradient_edge(parameter).node.metadata)
+
     if not parameter.requires_grad:
         return False
-    get_gradient_edge(parameter).node.metadata["vblora"] = True
-    return "vblora" in get_gradient_edge(parameter).node.metadata
+    metadata()["vblora"] = True
+    return "vblora" in metadata()
 
 
 _COUPLED = frozenset({"Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD"})
 _NOT_ELEMENTWISE = frozenset({"Adafactor", "LBFGS", "LAMB", "Lamb", "LARS", "Muon", "Shampoo", "SOAP"})
 
 
-def _trained_adapter(model: nn.Module, adapter_name: str | None) -> VBLoRAAdapter:
+def _trained_adapter(model: nn.Module, adapter_name: str | None) -> tuple[VBLoRAAdapter, nn.Parameter]:
+    """The VB-LoRA adapter of a model, and its logits."""
     if adapted_models(model):
         model = attached_adapter(model, adapter_name).adapter
     adapters = {module: None for module in model.modules() if isinstance(module, VBLoRAAdapter)}
     if len(adapters) != 1:
-        raise ValueError(f"`model` has {len(adapters) or 'no'} VB-LoRA adapters; pass one that has one.")
+        raise ValueError(f"`model` has {len(adapters) or 'no'} VB-LoRA adapters. Pass a model with exactly one.")
     (adapter,) = adapters
     if adapter.logits is None:
-        raise ValueError("the adapter is a deployed one, which has no logits and no candidates.")
-    return adapter
+        raise ValueError("the adapter is deployed, so it has no logits and no candidates.")
+    return adapter, adapter.logits

@@ -1,4 +1,4 @@
-"""``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])``: an adapter for each row of a batch."""
+"""``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])``: a different adapter per batch row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ARGUMENT = "adapter_names"
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # arguments of `generate`
-_EXPANDING = ("num_beams", "num_return_sequences")  # `generate` runs each row so many times
+_EXPANDING = ("num_beams", "num_return_sequences")  # `generate` repeats each row this many times
 
 
 class AttachedRows(RowAdapters):
@@ -52,18 +52,19 @@ def _of_rank(rank: int, factor: Tensor) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Takes ``adapter_names`` out of a forward's arguments; whether its rows have adapters of their own.
+    """Removes ``adapter_names`` from a forward's arguments, and returns whether its rows use different adapters.
 
     Raises:
-        TypeError, ValueError: as :func:`rows_for`, or in a forward that records gradients.
+        TypeError: as :func:`rows_for`.
+        ValueError: as :func:`rows_for`, or the forward records gradients.
     """
     names = kwargs.pop(ARGUMENT, None)
     running = layer_rows.current()
     if names is None:
-        if running is None or running.layers is not record.names:  # of a model that this one is a part of
+        if running is None or running.layers is not record.names:  # set by a model that contains this one
             return False
         if not running.outlasts_forwards:
-            layer_rows.set_current(None)  # left behind by a forward that an interrupt ended
+            layer_rows.set_current(None)  # from a forward that an interrupt ended
         return running.outlasts_forwards
     if torch.is_grad_enabled():
         raise ValueError("`adapter_names` is for inference, but gradients are recorded. Call it under torch.no_grad().")
@@ -74,23 +75,26 @@ def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str,
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
-def end_forward(record: AdaptedModel) -> None:
-    """Ends what :func:`begin_forward` began."""
+def end_forward(record: AdaptedModel) -> bool:
+    """Ends a forward, and returns whether its rows used different adapters."""
     rows = layer_rows.current()
-    if rows is not None and rows.layers is record.names and not rows.outlasts_forwards:
+    if rows is None or rows.layers is not record.names:
+        return False
+    if not rows.outlasts_forwards:
         layer_rows.set_current(rows.outer)
+    return True
 
 
 def rows_for(record: AdaptedModel, names: Sequence[str | None], count: int | None) -> RowAdapters:
     """The adapters of a batch's rows.
 
     Args:
-        count: how many rows there are; None if that is not known.
+        count: the number of rows; None if it is unknown.
 
     Raises:
         TypeError: ``names`` is not a list of names and None.
-        ValueError: another number of names than rows, an unknown name, a merged or disabled model, or an adapter that cannot run
-            for some rows only.
+        ValueError: the number of names differs from that of rows, a name is unknown, the model is merged or disabled, or an
+            adapter cannot run for only some rows.
     """
     if not isinstance(names, (list, tuple)) or not all(name is None or isinstance(name, str) for name in names):
         raise TypeError(
@@ -104,21 +108,21 @@ def rows_for(record: AdaptedModel, names: Sequence[str | None], count: int | Non
 
 
 def attached_rows(record: AdaptedModel, names: Sequence[str | None]) -> AttachedRows:
-    """:func:`rows_for` of the adapters that a model was injected with."""
+    """:func:`rows_for`, for the adapters of an injected model."""
     for name in names:
         if name is not None and name not in record.adapters:
             raise ValueError(f"`{ARGUMENT}` names {name!r}; the model's adapters are {', '.join(record.adapters)}.")
     named = [adapter for name, adapter in record.adapters.items() if name in names]
     for adapter in named:
-        if adapter.replaced:
+        if adapter.extra:
             raise ValueError(
-                f"`{ARGUMENT}` names {adapter.name!r}, which trained `{next(iter(adapter.replaced))}`: biases and "
+                f"`{ARGUMENT}` names {adapter.name!r}, which trained `{next(iter(adapter.extra))}`: biases and "
                 "`modules_to_save` cannot differ between rows. Run it alone, with vblora.set_adapter."
             )
         if adapter.model.training and adapter.config.dropout:
             raise ValueError(f"`{ARGUMENT}` names {adapter.name!r}, which has dropout. Call model.eval() first.")
     for name in record.active:
-        if record.adapters[name].replaced:
+        if record.adapters[name].extra:
             raise ValueError(
                 f"adapter {name!r} is active, whose biases or `modules_to_save` all rows would use. Deactivate it first: "
                 "vblora.set_adapter(model, [])."
@@ -127,9 +131,9 @@ def attached_rows(record: AdaptedModel, names: Sequence[str | None]) -> Attached
 
 
 def install_generate(record: AdaptedModel) -> None:
-    """Has the model's ``generate`` take ``adapter_names``, if it has one."""
+    """Makes the model's ``generate``, if it has one, accept ``adapter_names``."""
     if callable(getattr(type(record.model), "generate", None)) and "generate" not in vars(record.model):
-        # A partial and not a closure: a copied or pickled model takes it along, and it the model.
+        # A partial, not a closure, so that copies and pickles of the model refer to their own record.
         vars(record.model)["generate"] = partial(_generate, record)
 
 
@@ -144,9 +148,10 @@ def _generate(
 ) -> Any:
     """The model's own ``generate``, with an adapter for each row of its batch."""
     model = record.model
-    generate = getattr(type(model), "generate")  # noqa: B009  # which nn.Module does not have
+    own_generate = getattr(type(model), "generate", None)
+    assert own_generate is not None  # install_generate checked
     if adapter_names is None:
-        return generate(model, *args, **kwargs)
+        return own_generate(model, *args, **kwargs)
     configs = [
         kwargs,
         _values_of(kwargs.get("generation_config")),
@@ -163,7 +168,7 @@ def _generate(
         rows.repeats = {1, max(expansions)}
         rows.outlasts_forwards = True
         with rows.running():
-            return generate(model, *args, **kwargs)
+            return own_generate(model, *args, **kwargs)
 
 
 def _values_of(config: object) -> Mapping[str, Any]:
@@ -171,8 +176,8 @@ def _values_of(config: object) -> Mapping[str, Any]:
 
 
 def _count_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Rows of a call's main input: of its first tensor, unless transformers says which one that is."""
-    main = getattr(model, "main_input_name", "")
+    """The number of rows of a call's main input, which transformers names; otherwise of its first tensor."""
+    main = getattr(model, "main_input_name", None) or ""
     for value in (*args, kwargs.get(main), kwargs.get("inputs_embeds"), *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0]

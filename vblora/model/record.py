@@ -1,7 +1,9 @@
-"""The adapters of a model: which it has, which are active, switching them off, taking them out."""
+"""The record of an injected model: its adapters, which of them are active, and how to remove them."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -9,29 +11,34 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, Factors
 from ..config import AdapterConfig
-from ..layers.adapted import AdaptedLayer, Replaced, Update
+from ..errors import VBLoRAWarning
+from ..layers.adapted import AdaptedLayer, TensorSwap, Update
 from ..layers.kinds import compute_dtype
+from ..layers.reads import listed
 from ..layers.rows import RowAdapters
-from ..layers.weights import is_packed, keep_unpacked, let_pack
+from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
+from .idle import warn_if_idle
 
-ADAPTERS_ATTRIBUTE = "vblora"  # name of the adapters among an injected model's modules
+ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)  # functions that change a model in place return its type
 
 
 class Adapters(nn.ModuleDict):
-    """A model's adapters by their names."""
+    """The adapters of a model, by name."""
 
-    def forward(self, x: object, *_args, **_kwargs) -> object:
-        """``x``: an ``nn.Sequential`` that was injected calls this, one of its modules now, as its last layer."""
+    def forward(self, x: object, *_args: object, **_kwargs: object) -> object:
+        """Returns ``x``, because an injected ``nn.Sequential`` calls this module as its last layer."""
         return x
 
 
 class AttachedAdapter:
-    """One adapter of a model: to run it, to save it, and to undo it.
+    """One adapter of a model.
 
     Attributes:
-        layers: in the order of the adapter's targets.
-        replaced: what trains beside the adapter, by its name in the model.
+        layers: the adapted layers, in the order of the adapter's targets.
+        extra: the biases and ``modules_to_save`` that the adapter trains, by their names in the model.
     """
 
     def __init__(
@@ -41,28 +48,28 @@ class AttachedAdapter:
         config: AdapterConfig,
         adapter: Adapter,
         layers: list[AdaptedLayer],
-        replaced: dict[str, Replaced],
+        extra: dict[str, TensorSwap],
     ) -> None:
         self.model = model
         self.name = name
         self.config = config
         self.adapter = adapter
         self.layers = layers
-        self.replaced = replaced
+        self.extra = extra
         self.active = False
-        self.trainable_names: list[
-            str
-        ] = []  # what requires gradients while it is active; when it is, its parameters say so
+        self.checked_for_training: bool | None = None  # whether it was merged when a training forward was last checked
+        self.ran = False  # whether a forward of the model has completed
+        self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's, and what trains beside it."""
-        stand_ins = {name: replaced.stand_in for name, replaced in self.replaced.items()}
-        extra = {f"extra.{name}": tensor for name, tensor in stand_ins.items() if isinstance(tensor, nn.Parameter)}
+        """The parameters of the adapter and its extra parameters."""
+        extra_tensors = {name: extra.replacement for name, extra in self.extra.items()}
+        extra = {f"extra.{name}": tensor for name, tensor in extra_tensors.items() if isinstance(tensor, nn.Parameter)}
         return dict(self.adapter.named_parameters()) | extra
 
     def requires_grad_(self, requires_grad: bool) -> None:
-        """Has all parameters require gradients, or none; from when it is active on."""
+        """Makes all parameters require gradients, or none. An inactive adapter changes once it becomes active."""
         if self.active:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(requires_grad and parameter.is_floating_point())
@@ -76,11 +83,11 @@ class AttachedAdapter:
 
     @property
     def released(self) -> bool:
-        """Whether it was merged for good."""
+        """Whether it was merged with ``release=True``."""
         return all(layer.released and self.name in layer.merged for layer in self.layers)
 
     def begin_forward(self) -> None:
-        if any(self.name in layer.running for layer in self.layers):
+        if any(self.name in layer.applied for layer in self.layers):
             self.adapter.begin_forward(self._compute_dtype())
 
     def composed(self) -> list[Factors]:
@@ -90,28 +97,48 @@ class AttachedAdapter:
     def _compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.layers[0].weight.device, self._layers_dtype())
 
+    def end_forward(self, complete: bool) -> None:
+        """Clears the factors; after a ``complete`` forward, warns about layers that it did not call or whose weight it read."""
+        adapter = self.adapter
+        adapter.end_forward()
+        if torch.compiler.is_compiling():
+            return
+        reads, adapter.weight_reads = adapter.weight_reads, {}
+        first, self.ran = complete and not self.ran, complete or self.ran
+        if first and not adapter.traced and not any(map(_is_compiled, self.model.modules())):
+            layer_of = dict(zip(adapter.slots, self.layers, strict=True))
+            uncalled = [slot for slot in adapter.slots if self.name in layer_of[slot].applied and not slot.was_called]
+            reads |= {slot: True for slot in uncalled if slot in reads}
+            _warn_of_uncalled([adapter.targets[slot.index].name for slot in uncalled if slot not in reads])
+        found = [slot for slot, used in reads.items() if used and not slot.weight_read]
+        for slot in found:
+            slot.weight_read = True
+        _warn_of_reading([adapter.targets[slot.index].name for slot in found])
+
     def _layers_dtype(self) -> torch.dtype:
-        """The widest among the layers' dtypes, or among the model's where packed layers have none. Remembered, but not in a
-        graph, which would be another one then."""
-        remember = not torch.compiler.is_compiling()
-        dtype = self.adapter.compute_dtype if remember else None
+        """The widest dtype of the layers, or of the model if all layers are packed.
+
+        It is cached, but not while compiling, because a guard on the cache would cause a recompilation.
+        """
+        use_cache = not torch.compiler.is_compiling()
+        dtype = self.adapter.compute_dtype if use_cache else None
         if dtype is None:
             dtypes = [layer.weight.dtype for layer in self.layers if not layer.packed] or _dtypes_of(self.model)
             dtype = functools.reduce(torch.promote_types, dtypes)
-            if remember:
+            if use_cache:
                 self.adapter.compute_dtype = dtype
         return dtype
 
 
 class AdaptedModel:
-    """What is remembered of an injected model."""
+    """The record of an injected model: its adapters, its adapted layers, and how to restore it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapters: dict[str, AttachedAdapter] = {}
-        self.names: dict[AdaptedLayer, list[str]] = {}  # of each layer; several if the model uses it in several places
+        self.names: dict[AdaptedLayer, list[str]] = {}  # a layer that the model uses in several places has several
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.unpacked = keep_unpacked(model)
+        self.packing_layers = disable_packing(model)
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
         self._rows_differ = False
@@ -119,11 +146,11 @@ class AdaptedModel:
 
     @classmethod
     def install(cls, model: nn.Module) -> "AdaptedModel":
-        """Freezes a base model, and makes it one that may have adapters."""
+        """Freezes a base model and gives it an empty record."""
         record = cls(model)
         model.requires_grad_(False)
         model.add_module(ADAPTERS_ATTRIBUTE, Adapters())
-        model._vblora_adapted_model = record
+        vars(model)["_vblora_adapted_model"] = record
         record.register_hooks()
         return record
 
@@ -133,7 +160,7 @@ class AdaptedModel:
 
     @property
     def active(self) -> list[str]:
-        return [injected.name for injected in self._active]
+        return [attached.name for attached in self._active]
 
     def register_hooks(self) -> None:
         self._hooks = [
@@ -142,22 +169,23 @@ class AdaptedModel:
         ]
         mixed_batch.install_generate(self)
 
-    def _begin_forward(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
-        # It takes the argument out of `kwargs`, which are the forward's own. A model that never saw the argument has a graph
-        # without a trace of this.
+    def _begin_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        warn_if_idle(self.model, self._active)
+        # mixed_batch removes its argument from `kwargs`. Until a model first gets that argument, its graph has no trace of this.
         if (mixed_batch.ARGUMENT in kwargs or self._rows_differ) and mixed_batch.begin_forward(self, args, kwargs):
             return
-        for injected in self._active:
-            injected.begin_forward()
+        for attached in self._active:
+            attached.begin_forward()
 
-    def _end_forward(self, _model: nn.Module, _args: tuple, _output: object) -> None:
-        if self._rows_differ:
-            mixed_batch.end_forward(self)
-        for injected in self._active:
-            injected.adapter.end_forward()
+    def _end_forward(self, _model: nn.Module, _args: tuple[object, ...], output: object) -> None:
+        mixed = self._rows_differ and mixed_batch.end_forward(self)
+        for (
+            attached
+        ) in self._active:  # a mixed batch does not use their slots, so it shows nothing about uncalled layers
+            attached.end_forward(complete=output is not None and not mixed)
 
     def rows(self, names: Sequence[str | None]) -> RowAdapters:
-        """The adapters of a batch's rows, by their names."""
+        """The adapters of a batch's rows, given their names."""
         refuse_if_disabled(self.layers)
         refuse_if_merged(self.layers)
         if self.row_source is not None:
@@ -165,21 +193,21 @@ class AdaptedModel:
         return mixed_batch.attached_rows(self, names)
 
     def let_rows_differ(self) -> None:
-        """Has layers look whether their rows have adapters of their own, from now on."""
+        """Makes layers check from now on whether the rows of a batch use different adapters."""
         if not self._rows_differ:
             self._rows_differ = True
             for layer in self.layers:
                 layer.let_rows_differ()
 
-    def in_place(self) -> list[Replaced]:
-        """What stands in the base model's place now."""
-        every = [replaced for injected in self.adapters.values() for replaced in injected.replaced.values()]
-        return [replaced for replaced in every if replaced.in_place]
+    def swapped_in(self) -> list[TensorSwap]:
+        """The extra tensors that are in the model now."""
+        every = [extra for attached in self.adapters.values() for extra in attached.extra.values()]
+        return [extra for extra in every if extra.swapped_in]
 
     def wrap(self, layer: nn.Module, names: list[str]) -> AdaptedLayer:
-        """The adapted layer around a layer of the base model."""
+        """The adapted layer around a layer of the base model: a new one, unless another adapter also targets the layer."""
         present = self.model.get_submodule(names[0])
-        if present is not layer:  # another adapter has it, too
+        if isinstance(present, AdaptedLayer):
             return present
         adapted = AdaptedLayer(layer)
         if self._rows_differ:
@@ -189,58 +217,58 @@ class AdaptedModel:
             _set_module(self.model, name, adapted)
         return adapted
 
-    def add(self, injected: AttachedAdapter) -> None:
-        """Adds an adapter to its layers; active if it is the first."""
-        self.adapters[injected.name] = injected
-        for slot, layer in zip(injected.adapter.slots, injected.layers, strict=True):
-            layer.updates[injected.name] = Update(slot, injected.config.dropout)
-        getattr(self.model, ADAPTERS_ATTRIBUTE)[injected.name] = injected.adapter
-        injected.note_trainable_names()
-        self.activate([injected.name] if len(self.adapters) == 1 else self.active, added=[injected])
+    def add(self, attached: AttachedAdapter) -> None:
+        """Adds an adapter to its layers. The first adapter becomes active."""
+        self.adapters[attached.name] = attached
+        for slot, layer in zip(attached.adapter.slots, attached.layers, strict=True):
+            layer.updates[attached.name] = Update(slot, attached.config.dropout)
+        getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
+        attached.note_trainable_names()
+        self.activate([attached.name] if len(self.adapters) == 1 else self.active, added=[attached])
         self._keep_from_ddp()
 
     def activate(self, names: Sequence[str], added: Sequence[AttachedAdapter] = ()) -> None:
-        """Makes these adapters the active ones, which alone have parameters that require gradients.
+        """Makes these adapters the active ones. Only their parameters require gradients.
 
         Looks at the adapters that were active and those that become so, and at ``added`` ones, however many others there are.
         """
-        for injected in self._active:
-            injected.note_trainable_names()
-            for replaced in injected.replaced.values():
-                replaced.swap()
-        for injected in (*self._active, *added):
-            injected.active = False
-            for parameter in injected.parameters.values():
+        for attached in self._active:
+            attached.note_trainable_names()
+            for extra in attached.extra.values():
+                extra.swap()
+        for attached in (*self._active, *added):
+            attached.active = False
+            for parameter in attached.parameters.values():
                 parameter.requires_grad_(False)
         self._active = tuple(self.adapters[name] for name in names)
-        for injected in self._active:
-            injected.active = True
-            parameters = injected.parameters
-            for trainable in injected.trainable_names:
+        for attached in self._active:
+            attached.active = True
+            parameters = attached.parameters
+            for trainable in attached.trainable_names:
                 parameters[trainable].requires_grad_(True)
-            for replaced in injected.replaced.values():
-                replaced.swap()
+            for extra in attached.extra.values():
+                extra.swap()
         for layer in self.layers:
             layer.set(active=names)
 
     def remove(self, name: str) -> None:
-        """Takes one adapter out, and the wrapping off layers that have no other."""
+        """Removes one adapter, and unwraps the layers that no other adapter targets."""
         self.activate([other for other in self.active if other != name])
-        injected = self.adapters.pop(name)
+        attached = self.adapters.pop(name)
         del getattr(self.model, ADAPTERS_ATTRIBUTE)[name]
-        for layer in injected.layers:
+        for layer in attached.layers:
             del layer.updates[name]
             if not layer.updates:
                 self._unwrap(layer)
         self._keep_from_ddp()
 
     def take_out(self) -> None:
-        """Leaves nothing of itself in the model."""
+        """Removes all adapters, hooks and wrappers from the model."""
         for layer in self.layers:
             self._unwrap(layer)
         for hook in self._hooks:
             hook.remove()
-        let_pack(self.unpacked)
+        enable_packing(self.packing_layers)
         mixed_batch.remove_generate(self.model)
         delattr(self.model, ADAPTERS_ATTRIBUTE)
         del self.model._vblora_adapted_model
@@ -256,19 +284,19 @@ class AdaptedModel:
             _set_module(self.model, name, layer.base_layer)
 
     def _keep_from_ddp(self) -> None:
-        """Has DDP leave the adapters' buffers alone, which it would send around at every forward: all processes have the same."""
+        """Keeps DDP from broadcasting the adapters' buffers in every forward: they are equal in all processes."""
         known = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
         names = [name for name in known if not name.startswith(f"{ADAPTERS_ATTRIBUTE}.")]
-        for injected in self.adapters.values():
-            names += [f"{ADAPTERS_ATTRIBUTE}.{injected.name}.{name}" for name, _ in injected.adapter.named_buffers()]
+        for attached in self.adapters.values():
+            names += [f"{ADAPTERS_ATTRIBUTE}.{attached.name}.{name}" for name, _ in attached.adapter.named_buffers()]
         if names:
-            self.model._ddp_params_and_buffers_to_ignore = names
+            vars(self.model)["_ddp_params_and_buffers_to_ignore"] = names
         else:
             vars(self.model).pop("_ddp_params_and_buffers_to_ignore", None)
 
 
 def adapted_models(model: nn.Module) -> list[AdaptedModel]:
-    """The records of a model and of all within it. Its adapters are not searched, so their number does not matter."""
+    """The records of a model and of its submodules. This does not search the adapters, so their number does not matter."""
     found, pending = {}, [model]  # modules seen, with their records
     while pending:
         module = pending.pop()
@@ -280,24 +308,24 @@ def adapted_models(model: nn.Module) -> list[AdaptedModel]:
 
 
 def adapted_model(model: nn.Module) -> AdaptedModel:
-    """The one record of an injected model, which may be wrapped in another (DDP, torch.compile).
+    """The record of an injected model, which may be wrapped in another one (DDP, torch.compile).
 
     Raises:
-        ValueError: there is none, or there are several.
+        ValueError: the model has no record, or several.
     """
     records = adapted_models(model)
     if not records:
         raise ValueError("`model` has no adapter: call vblora.inject(model, config) first.")
     if len(records) > 1:
-        raise ValueError(f"`model` holds {len(records)} models with an adapter each. Pass one of those.")
+        raise ValueError(f"`model` contains {len(records)} injected models. Pass one of them.")
     return records[0]
 
 
 def attached_adapter(model: nn.Module, adapter_name: str | None = None) -> AttachedAdapter:
-    """One adapter of an injected model: the one of that name, or the active one.
+    """The adapter with the given name; without a name, the active one.
 
     Raises:
-        ValueError: there is none, or no name was given and not just one is active.
+        ValueError: no adapter has that name, or the name is None and not exactly one adapter is active.
     """
     record = adapted_model(model)
     if adapter_name is None:
@@ -318,23 +346,45 @@ def check_adapter_name(record: AdaptedModel, name: str) -> str:
 
 
 def refuse_if_disabled(layers: list[AdaptedLayer]) -> None:
-    """For what would read or write the base model's tensors in the place of the adapted model's."""
+    """Refuses calls that would read or write the base model's tensors instead of the adapted model's."""
     if not all(layer.enabled for layer in layers):
         raise ValueError(
-            "the adapters of `model` are disabled. Leave the block of `with vblora.disabled(model)` first."
+            "the adapters of `model` are disabled. Call this outside the block of `with vblora.disabled(model)`."
         )
 
 
 def refuse_if_merged(layers: list[AdaptedLayer]) -> None:
-    """For what would change which adapters are in the weights."""
+    """Refuses calls that would change which adapters are merged."""
     if any(layer.merged for layer in layers):
         raise ValueError("`model` is merged. Call vblora.unmerge(model) first.")
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def _warn_of_uncalled(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"the first forward did not call {listed(names)}, so their updates had no effect. List layers that no input "
+            "reaches in `exclude_modules`.",
+            VBLoRAWarning,
+        )
+
+
+def _warn_of_reading(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"the model's code read the weight of {listed(names)} itself, which leaves out the adapter's update. vblora.merge "
+            "refuses, because merging would add it. List such layers in `exclude_modules`.",
+            VBLoRAWarning,
+        )
+
+
 def _dtypes_of(model: nn.Module) -> list[torch.dtype]:
-    """Those of the base model's parameters that say what it computes in."""
+    """The dtypes of the base model's parameters, without packed ones, whose dtype is only that of their storage."""
     if torch.compiler.is_compiling():
-        return [torch.float32]  # each layer casts its factors, which costs nothing in a graph
+        return [torch.float32]  # each layer then casts its factors, which is free in a graph
     own = set(getattr(model, ADAPTERS_ATTRIBUTE).parameters())
     return [p.dtype for p in model.parameters() if p not in own and not is_packed(p)] or [torch.get_default_dtype()]
 

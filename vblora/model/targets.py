@@ -1,60 +1,61 @@
-"""Which layers of a model a config means."""
+"""Finds the layers that a config selects in a model."""
 
 import difflib
 import re
+import warnings
 
 from torch import nn
 
 from ..config import AdapterConfig
+from ..errors import VBLoRAWarning
+from ..layers import reads
 from ..layers.adapted import AdaptedLayer
-from ..layers.kinds import is_linear, refusal
+from ..layers.kinds import is_linear, kind_of, refusal
 from .record import Adapters
 
-# Layers whose weight the module around them reads, never calling the layer (always, or in evaluation): an update there would
-# have no effect. By the ending of that module's class name.
-_NEVER_CALLED = {
-    "MultiheadAttention": ("out_proj",),
-    "TransformerEncoderLayer": ("linear1", "linear2"),
-    "MambaMixer": ("dt_proj",),
-}
-# A sequence classifier's output layer, by convention.
+# Usual names of a sequence classifier's output layer.
 _CLASSIFIER_HEADS = ("score", "classifier")
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, list[str]]:
-    """The layers to adapt and all their names: a layer that a model uses in two places has two.
+    """The layers to adapt, each with all its names: a layer that the model uses in two places has two.
 
     Raises:
-        ValueError: nothing matches, or the model's architecture has no default targets.
-        TypeError: a match that takes no update.
+        ValueError: no layer matches, or there are no default targets for the model's architecture.
+        TypeError: a layer matches that cannot be adapted.
     """
     modules = base_modules(model)
-    everything = _is_all_linear(config.target_modules)
+    all_linear = is_all_linear(config.target_modules)
     wanted = _wanted_names(model, modules, config)
+    readers = reads.readers(modules)
     targets: dict[nn.Module, list[str]] = {}
+    left_out: dict[str, list[str]] = {}
     for name in wanted:
         module = modules[name]
-        if reason := refusal(module):
+        kind = f"a {type(module).__name__}"
+        if module in readers:
+            why = f"whose weight {readers[module]} reads itself, which would leave out the layer's update"
+        elif all_linear and (reason := kind_of(module).refusal(module)):
+            why = f"{kind}, which {reason}"
+        elif reason := refusal(module):
             raise TypeError(
-                f"`target_modules` matches `{name}`, a {type(module).__name__}{reason}. "
-                "Narrow the match, or name it in `exclude_modules`."
+                f"`target_modules` matches `{name}`, {kind}{reason}. Narrow the match, or name it in `exclude_modules`."
             )
-        parent, child = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
-        if any(type(parent).__name__.endswith(c) and child in names for c, names in _NEVER_CALLED.items()):
-            if everything:
-                continue
-            raise TypeError(
-                f"`target_modules` matches `{name}`, but {type(parent).__name__} reads that layer's weight and does not call "
-                "it, so an update there would have no effect. Name it in `exclude_modules`."
-            )
-        targets.setdefault(module, []).append(name)
+        else:
+            targets.setdefault(module, []).append(name)
+            continue
+        if not all_linear:
+            raise TypeError(f"`target_modules` matches `{name}`, {why}. Name it in `exclude_modules`.")
+        left_out.setdefault(why, []).append(name)
+    for why, names in left_out.items():
+        warnings.warn(f'"all-linear" leaves out {reads.listed(names)}, {why}.', VBLoRAWarning, stacklevel=4)
     if not targets:
-        raise ValueError(_nothing_matches(modules, config))
+        raise ValueError(_no_match_message(modules, config))
     return targets
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's modules by all their names, as if it had no adapters."""
+    """The modules of a model under all their names, as if it had no adapters."""
     modules: dict[str, nn.Module] = {}
     hidden = "\0"
     for name, module in model.named_modules(remove_duplicate=False):
@@ -68,13 +69,13 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matches(name: str, wanted: list[str] | str) -> bool:
-    """Whether a module's name is meant: by a list's entry, or an ending after a dot; by a regular expression, in full."""
+    """Whether ``name`` equals an entry of a list or ends in one after a dot, or fully matches a regular expression."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == entry or name.endswith("." + entry) for entry in wanted)
 
 
-def _is_all_linear(target_modules: list[str] | str | None) -> bool:
+def is_all_linear(target_modules: list[str] | str | None) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
@@ -84,7 +85,7 @@ def _wanted_names(model: nn.Module, modules: dict[str, nn.Module], config: Adapt
         wanted = _default_targets(model, config.default_targets)
     excluded = config.exclude_modules or []
     saved = config.modules_to_save or []
-    if _is_all_linear(wanted):
+    if is_all_linear(wanted):
         heads = _output_layers(model)
         names = [
             name for name, module in modules.items() if is_linear(module) and not any(module is head for head in heads)
@@ -97,7 +98,7 @@ def _wanted_names(model: nn.Module, modules: dict[str, nn.Module], config: Adapt
         if name
         and not matches(name, excluded)
         and not any(matches(part, saved) for part in _with_parents(name))
-        and _in_layers(name, config)
+        and is_in_layers(name, config)
     ]
 
 
@@ -106,34 +107,36 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
-def _in_layers(name: str, config: AdapterConfig) -> bool:
-    if config.layers_to_transform is None:
+def is_in_layers(name: str, config: AdapterConfig, indices: list[int] | None = None) -> bool:
+    """Whether a module is in a layer of ``layers_to_transform``, or of ``indices``."""
+    wanted = config.layers_to_transform if indices is None else indices
+    if wanted is None:
         return True
-    wanted = config.layers_to_transform
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = config.layers_pattern or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # The first index is the layer's; later ones count something within it, such as experts.
+        # The first index is the layer's; later ones are within it, such as an expert's.
         found = re.match(rf"(?:.*?\.)??{pattern}\.(\d+)\.", name)
         if found:
             return int(found.group(1)) in wanted
     return False
 
 
-def _default_targets(model: nn.Module, of_types: dict[str, list[str]]) -> list[str]:
+def _default_targets(model: nn.Module, defaults: dict[str, list[str]]) -> list[str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in of_types:
-        known = ", ".join(sorted(of_types))
+    if model_type not in defaults:
+        known = ", ".join(sorted(defaults))
         raise ValueError(
-            f"`target_modules` is None, and there is no default for a model of type {model_type!r} (there is for {known}). "
-            'Give names of layers, or "all-linear".'
+            f"`target_modules` is None, but there is no default for a model of type {model_type!r} (only for {known}). "
+            'Pass names of layers, or "all-linear".'
         )
-    return of_types[model_type]
+    return defaults[model_type]
 
 
 def _output_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that turn hidden states into scores: of tokens, or of a sequence classifier's classes."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """The layers that map hidden states to scores, of tokens or of a sequence classifier's classes."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    output = None if get_output_embeddings is None else get_output_embeddings()
     if output is not None:
         return [output]
     if not hasattr(model, "config"):
@@ -142,7 +145,7 @@ def _output_layers(model: nn.Module) -> list[nn.Module]:
     return [module for head in heads for module in head.modules()]
 
 
-def _nothing_matches(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
+def _no_match_message(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and is_linear(module)})
     near = [match for entry in wanted for match in difflib.get_close_matches(entry.rpartition(".")[2], endings)]

@@ -16,9 +16,10 @@ from ..adapters import Factors, Target
 from ..adapters.vblora import Deployed, as_factors, candidate_dtype, rows_of_factors, scaled
 from ..bank import VectorBank
 from ..checkpoint import folder, native
-from ..checkpoint.contents import Contents, VBLoRAContents, check_tensor
+from ..checkpoint.contents import Contents, check_tensor
 from ..checkpoint.flat import FlatContents
 from ..checkpoint.packing import pack_bits, unpack_bits
+from ..checkpoint.vblora import VBLoRAContents
 from ..config import VBLoRAConfig
 from ..files import read_tensors
 
@@ -226,5 +227,5 @@ def _layout_key(description: dict[str, Any]) -> str | None:
     if description.get("form") != "deploy" or description.get("method") != "vblora" or description.get("aliases"):
         return None
     shared = {name: value for name, value in description.items() if name != "bank_file"}
-    config = description["config"] | {"seed": None, "num_candidates": None}  # which say nothing of the update
+    config = description["config"] | {"seed": None, "num_candidates": None}  # which do not affect the update
     return json.dumps(shared | {"config": config}, sort_keys=True)

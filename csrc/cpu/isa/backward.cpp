@@ -1,15 +1,15 @@
-// The two gradients of the admixture. Compiled once an instruction set, as forward.cpp is and under the same rule.
+// The gradients of the admixture. Compiled once per instruction set; the rule at the top of forward.cpp applies.
 #include "../kernels.h"
 #include "rows.h"
 
 namespace vblora::cpu {
 namespace {
 
-constexpr int64_t kLanes = 32;  // partial sums of a dot product, a fixed number and order on every instruction set
-constexpr int64_t kLine = 64;   // bytes that memory comes in
-constexpr int64_t kAhead = 3;   // entries that are on their way from memory while one is added
+constexpr int64_t kLanes = 32;  // partial sums of a dot product: the same on every instruction set
+constexpr int64_t kLine = 64;   // bytes of a cache line
+constexpr int64_t kAhead = 3;   // entries prefetched while one is added
 
-// <a, b>: element i goes to partial sum i % kLanes, then the halves are added up.
+// <a, b>: element i is added to partial sum i % kLanes; then the partial sums are added pairwise.
 template <class A, class B, class Acc>
 Acc dot(const A* a, const B* b, int64_t length) {
   Acc sums[kLanes] = {};
@@ -24,7 +24,7 @@ Acc dot(const A* a, const B* b, int64_t length) {
   return sums[0];
 }
 
-// d loss / d weight j of a row.
+// The gradient of a row's weight j.
 template <class T, class Grad, class Acc>
 Acc grad_weight(const AdmixtureBackward& problem, const Entries& entries, int64_t row, int64_t j) {
   const int64_t entry = row * problem.k + j;
@@ -37,14 +37,13 @@ Acc grad_weight(const AdmixtureBackward& problem, const Entries& entries, int64_
   return grad;
 }
 
-// A row of grad_logits: the softmax Jacobian on the selected columns, zero on all others, each written once but for
-// those k.
+// Rows of grad_logits: the softmax Jacobian at the selected columns, zero elsewhere.
 template <class T, class Grad>
 void logits_rows(const AdmixtureBackward& problem, const Entries& entries, int64_t begin, int64_t end) {
   using Acc = accumulator_t<T>;
   const int64_t k = problem.k, columns = problem.columns;
-  constexpr int64_t kKept = 8;  // gradients kept between the two passes over a row's entries; others are computed twice
-  Acc kept[kKept];
+  constexpr int64_t kStored = 8;  // gradients kept between the two passes over a row; others are computed twice
+  Acc stored[kStored];
   for (int64_t row = begin; row < end; ++row) {
     const Acc* weights = static_cast<const Acc*>(problem.weights) + row * k;
     T* grad_logits = static_cast<T*>(problem.grad_logits) + row * columns;
@@ -52,13 +51,13 @@ void logits_rows(const AdmixtureBackward& problem, const Entries& entries, int64
     Acc mean = 0;
     for (int64_t j = 0; j < k; ++j) {
       const Acc grad = grad_weight<T, Grad, Acc>(problem, entries, row, j);
-      if (j < kKept) kept[j] = grad;
+      if (j < kStored) stored[j] = grad;
       mean = multiply_add(weights[j], grad, mean);
     }
     for (int64_t j = 0; j < k; ++j) {
       const int64_t column = problem.indices[row * k + j];
       if (column < 0 || column >= columns) continue;
-      const Acc grad = j < kKept ? kept[j] : grad_weight<T, Grad, Acc>(problem, entries, row, j);
+      const Acc grad = j < kStored ? stored[j] : grad_weight<T, Grad, Acc>(problem, entries, row, j);
       store(grad_logits + column, weights[j] * (grad - mean));
     }
   }
@@ -84,9 +83,9 @@ accumulator_t<T>* sums_of(const AdmixtureBackward& problem, const BankPart& part
   return static_cast<accumulator_t<T>*>(problem.grad_bank) + part.first * problem.length;
 }
 
-// A part of grad_bank: to each vector, weight times gradient of all the rows that it was mixed into. Those come in
-// ascending order, so that the sums are the same however the bank is cut into parts, and so that memory is read in
-// order; what is written in any order are the sums, which a cache holds.
+// Part of grad_bank: each vector's sum of weight times gradient over the rows that it was mixed into. Rows are added in
+// ascending order, so the sums do not depend on how the bank is split, and memory is read in order; the sums themselves
+// are written in random order but fit in a cache.
 template <class T, class Grad>
 void bank_rows(const AdmixtureBackward& problem, const Entries& entries, const BankPart& part, int64_t begin,
                int64_t end) {
@@ -113,7 +112,7 @@ void bank_rows(const AdmixtureBackward& problem, const Entries& entries, const B
   }
 }
 
-// Rounds the sums to grad_bank's type; the gradient of a vector that is in no mixture is zero.
+// Rounds the sums to grad_bank's type. Vectors that no row selected get a zero gradient.
 template <class T>
 void round_bank(const AdmixtureBackward& problem, const BankPart& part) {
   const accumulator_t<T>* sums = sums_of<T>(problem, part);

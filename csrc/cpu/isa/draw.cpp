@@ -1,5 +1,5 @@
-// Normals by place, and the largest of a row's. Compiled once an instruction set, as forward.cpp is and under the same
-// rule; hence a sort of its own.
+// Random numbers, and the largest of a row. Compiled once per instruction set; the rule at the top of forward.cpp
+// applies, so this file has its own sort.
 #include "../../random.h"
 #include "../kernels.h"
 #include "rows.h"
@@ -32,7 +32,7 @@ void draw_all(void* values, int64_t begin, int64_t end, int64_t columns, uint64_
   }
 }
 
-// Sorts keys in descending order, by merging runs to and fro. Returns where they end up: `keys` or `other`.
+// Merge sort in descending order. Returns the buffer with the result: `keys` or `other`.
 uint64_t* sort_keys(uint64_t* keys, uint64_t* other, int64_t count) {
   for (int64_t run = 1; run < count; run *= 2) {
     for (int64_t begin = 0; begin < count; begin += 2 * run) {
@@ -55,21 +55,22 @@ uint64_t* sort_keys(uint64_t* keys, uint64_t* other, int64_t count) {
   return keys;
 }
 
-// A word that most likely at least `wanted` of a row's reach: on average, four standard deviations more do.
+// A threshold that at least `wanted` words of a row very likely reach: the expected number is four standard deviations
+// higher.
 uint32_t likely_threshold(int64_t wanted, int64_t vectors) {
   const double expected = static_cast<double>(wanted) + 4.0 * sqrt(static_cast<double>(wanted)) + 8.0;
   const double share = expected / static_cast<double>(vectors);
   return share < 1.0 ? static_cast<uint32_t>((1.0 - share) * 0x1p32) : 0;
 }
 
-// The largest words of a row in descending order, then by column in ascending order: as keys of the word and, below it,
-// the column's complement. `keys` and `other` have room for draw_keys(columns). Words below the threshold are not
-// looked at, unless it turns out to be too high.
+// Selects the largest words of a row, in descending order and then by ascending column. A key is the word followed by
+// the complement of its column. `keys` and `other` hold draw_keys(columns). Skips words below the threshold; starts
+// again without one if too few words reach it.
 const uint64_t* select(const Draw& problem, int64_t row, uint32_t threshold, uint64_t* keys, uint64_t* other) {
   uint32_t words[kDrawn];
   int64_t found = 0;
   for (int64_t column = 0; column < problem.vectors; column += kDrawn) {
-    if (found + kDrawn > draw_keys(problem.columns)) {  // no room: the best so far are enough
+    if (found + kDrawn > draw_keys(problem.columns)) {  // full: keep only the largest
       uint64_t* sorted = sort_keys(keys, other, found);
       other = sorted == keys ? other : keys;
       keys = sorted;

@@ -1,14 +1,14 @@
-// Top-k, softmax and mixture. Compiled once an instruction set: no function of this file, nor any that it calls, may
-// have linkage, but for the two at its end. Loops over fixed widths are written for the compiler to vectorise.
+// Top-k, softmax and mixture. Compiled once per instruction set, so only the entry points at the end may have external
+// linkage; every function that they call must be static. Loops of fixed width are for the compiler to vectorise.
 #include "../kernels.h"
 #include "rows.h"
 
 namespace vblora::cpu {
 namespace {
 
-constexpr int64_t kBlock = 32;  // logits looked at together: few blocks hold any that are among the best so far,
-constexpr int64_t kPart = 8;    // and few parts of those that do
-constexpr int64_t kWidth = 64;  // elements of a sub-vector accumulated at once, in registers
+constexpr int64_t kBlock = 32;  // logits tested together: few blocks contain one of the largest so far,
+constexpr int64_t kPart = 8;    // and few parts of such a block do
+constexpr int64_t kWidth = 64;  // elements of a sub-vector accumulated at a time, in registers
 
 template <class Acc>
 struct Entry {
@@ -16,8 +16,8 @@ struct Entry {
   int64_t vector, column;
 };
 
-// Whether any of N logits is not below `least`; rather than above it: NaN comes before all else, and a tie may go to a
-// lower bank vector.
+// Whether any of N logits is not below `least`. Not "above": NaN counts as largest, and a tie may go to a lower bank
+// vector.
 template <int64_t N, class T, class Acc>
 bool any_reaches(const T* logits, Acc least) {
   int32_t any = 0;
@@ -25,7 +25,7 @@ bool any_reaches(const T* logits, Acc least) {
   return any;
 }
 
-// The k best entries of a row, best first. `best` has room for k.
+// Selects the k largest entries of a row, in descending order, into `best`.
 template <class T>
 void select(const Admixture& problem, int64_t row, Entry<accumulator_t<T>>* best) {
   using Acc = accumulator_t<T>;
@@ -39,7 +39,7 @@ void select(const Admixture& problem, int64_t row, Entry<accumulator_t<T>>* best
     };
     if (found == k && !precedes(best[k - 1])) return;
     int64_t place = found < k ? found++ : k - 1;
-    if (place > 32) {  // far from the front: halve the way, then move what stands behind in one go
+    if (place > 32) {  // binary search, then one move
       int64_t low = 0, high = place;
       while (low < high) {
         const int64_t middle = (low + high) / 2;
@@ -75,7 +75,7 @@ void select(const Admixture& problem, int64_t row, Entry<accumulator_t<T>>* best
   offer_all(columns);
 }
 
-// out[0, width) = sum over n of weights[n] * vectors[n][0, width), in the order of n.
+// out[0, width) = sum over n of weights[n] * vectors[n][offset, offset + width), in the order of n.
 template <int64_t N, class T, class Acc>
 void mix_few(const T* const* vectors, const Acc* weights, int64_t offset, int64_t width, Acc* out) {
   for (int64_t i = 0; i < width; ++i) {
@@ -100,7 +100,7 @@ void mix(const T* const* vectors, const Acc* weights, int64_t count, int64_t off
   }
 }
 
-// One sub-vector: the mixture, rounded once to the output's type.
+// One sub-vector: the mixture, rounded once to the output type.
 template <class T, class Out, class Acc>
 void mix_row(const T* const* vectors, const Acc* weights, int64_t count, int64_t length, Out* out) {
   Acc sums[kWidth];
@@ -113,7 +113,7 @@ void mix_row(const T* const* vectors, const Acc* weights, int64_t count, int64_t
   for (int64_t i = 0; i < length - offset; ++i) store(out + offset + i, sums[i]);
 }
 
-// A task's scratch, laid out for k entries.
+// A task's scratch memory for k entries.
 template <class T>
 struct Scratch {
   using Acc = accumulator_t<T>;

@@ -1,8 +1,8 @@
-// What the kernel files read a row's entries with. `static`, for the reason that numeric.h gives.
+// Access to a row's entries. `static` for the reason given in numeric.h.
 #pragma once
 
-#include "../../problems.h"
 #include "../../numeric.h"
+#include "../../problems.h"
 
 namespace vblora::cpu {
 
@@ -15,7 +15,7 @@ static inline int64_t index_at(const void* indices, Type type, int64_t i) {
   }
 }
 
-// The bank vector that a column of a row stands for, or -1 if there is no such column.
+// The bank vector of a row's column, or -1 if the column is out of range.
 template <class Problem>
 static inline int64_t vector_of(const Problem& problem, int64_t row, int64_t column) {
   if (column < 0 || column >= problem.columns) return -1;
@@ -23,7 +23,7 @@ static inline int64_t vector_of(const Problem& problem, int64_t row, int64_t col
                             : column;
 }
 
-// Calls body with a value of the element type that `type` names.
+// Calls body with a value of the element type given by `type`.
 template <class Body>
 static inline void with_type(Type type, const Body& body) {
   switch (type) {

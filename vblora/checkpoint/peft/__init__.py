@@ -1,1 +1,1 @@
-"""PEFT's file formats, one module a method."""
+"""PEFT's file formats, one module per method."""

@@ -1,109 +1,101 @@
-"""What PEFT's files of all methods share, as peft 0.21 writes and reads them."""
+"""What PEFT's files of all methods have in common, as peft 0.21 writes and reads them."""
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import fields
-from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ...config import PEFT_METADATA, AdapterConfig
 from ..contents import Contents
+from ..json_objects import Json, JsonObject, optional_field, shortened
+
+_Config = TypeVar("_Config", bound=AdapterConfig)
 
 PREFIX = "base_model.model."
 _OF_AN_ADAPTER = re.compile(r"\.(vblora_logits|vera_lambda|lora)_")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LISTS = ("exclude_modules", "layers_to_transform", "layers_pattern")
-_HEADS = ("classifier", "score")  # PEFT adds these to `modules_to_save` of a classifier, which has one of them
-_EMBEDDINGS = ("embed_tokens", "lm_head")  # it writes these, unasked, where the vocabulary was resized
+_HEADS = ("classifier", "score")  # PEFT adds both to `modules_to_save` of a classifier, which has one of them
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT saves these without being asked if the vocabulary was resized
 
 
-def read_config(path: Path) -> dict:
-    """What PEFT's ``adapter_config.json`` says.
-
-    Raises:
-        ValueError: it is not there, or of another method than VB-LoRA.
-    """
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        kind = description.get("peft_type")
-    except (OSError, ValueError, AttributeError):
-        raise ValueError(
-            f"{path.parent} holds no adapter of vblora's: {path.name} is missing or no JSON object."
-        ) from None
-    if kind is None:
-        raise ValueError(f"{path.parent} holds no adapter of vblora's, and none of PEFT's.")
-    if kind not in ("VBLORA", "LORA", "VERA"):
-        raise ValueError(
-            f"{path.parent} holds an adapter of PEFT's of type {kind!r}; what is read are 'VBLORA', 'LORA' and 'VERA'."
-        )
-    return description
-
-
-def describe(contents: Contents, base_model: str | None) -> dict:
-    """What the ``adapter_config.json`` of any method says: only fields that every version of PEFT knows."""
+def describe(contents: Contents, base_model: str | None) -> JsonObject:
+    """The fields of ``adapter_config.json`` that all methods have. Every version of PEFT knows them."""
     config = contents.config
     names = [target.name for target in contents.targets]
-    if any("." not in name for name in names):  # in a list, a name also matches any other that ends with a dot and it
-        names = "|".join(re.escape(name) for name in names)
+    target_modules: Json = [*names]
+    if any("." not in name for name in names):  # in a list, a name also matches all that end with a dot and it
+        target_modules = "|".join(re.escape(name) for name in names)
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "revision": None,
-        "task_type": None,
+        "task_type": config.task_type,
         "inference_mode": True,
         "r": config.r,
-        "target_modules": names,
+        "target_modules": target_modules,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "fan_in_fan_out": config.fan_in_fan_out,
-        "modules_to_save": list(_saved_modules(list(contents.extra_parameters), config.modules_to_save or [])) or None,
+        "modules_to_save": [*_saved_modules(list(contents.extra_parameters), config.modules_to_save or [])] or None,
     }
 
 
 def refuse_other_kinds(contents: Contents, form: str, method: str) -> None:
+    """Checks that all layers are linear ones.
+
+    Raises:
+        ValueError: one is not.
+    """
     for target in contents.targets:
         if target.kind != "linear":
             raise ValueError(
                 f'`form` is "{form}", but `{target.name}` is no linear layer (its kind is "{target.kind}"), and PEFT\'s {method} '
-                'takes no other; form="lora" holds it.'
+                'adapts no others; form="lora" holds the same update.'
             )
 
 
 def encode_extra_parameters(contents: Contents) -> dict[str, Tensor]:
-    """What trained beside the adapter, by PEFT's names. Each is a copy: safetensors does not store what is tied."""
+    """The extra parameters by PEFT's names. They are copies, because safetensors cannot store tied tensors."""
     biases = {f"{target.name}.bias": f"{target.name}.base_layer.bias" for target in contents.targets}
     return {PREFIX + biases.get(name, name): tensor.clone() for name, tensor in contents.extra_parameters.items()}
 
 
-def decode_config(kind: type[AdapterConfig], description: dict, neutral: Collection[str] = ()) -> AdapterConfig:
-    """The config of another method than VB-LoRA.
+def decode_config(kind: type[_Config], description: JsonObject, neutral: Collection[str] = ()) -> _Config:
+    """The config of a method, from PEFT's fields.
 
     Args:
-        neutral: names of fields that we do not have and that mean nothing by themselves. Of the others those that are None,
-            False, 0 or empty are passed over, too.
+        neutral: fields that vblora lacks and that have no effect by themselves. Any other field that vblora lacks must be
+            null, false, 0 or empty.
 
     Raises:
-        ValueError: a field that changes what the adapter means and that we do not have, named.
+        ValueError: a field is invalid, or vblora lacks it and it changes the adapter. The message names it.
     """
+    optional_field(description, "fan_in_fan_out", bool, False)
+    optional_field(description, "inference_mode", bool, False)
     known = {field.name for field in fields(kind)}
-    values = {}
+    values: JsonObject = {}
     for name, value in description.items():
         if name in known and value is not None and not (name in LISTS and not value):
             values[name] = value
         elif name not in known and name not in PEFT_METADATA and name not in neutral and value:
-            raise ValueError(f"its config has `{name}` = {value!r}, which vblora does not do.")
+            raise ValueError(f"its config has `{name}` = {shortened(value)}, which vblora does not support.")
     try:
         return kind.from_dict(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"its config is not what it should be: {error}") from None
+        raise ValueError(f"its config is invalid: {error}") from None
 
 
 def as_float(key: str, tensor: Tensor) -> Tensor:
-    """Half precision becomes float32, which holds it exactly."""
+    """The tensor in float32, or in float64 if it is that.
+
+    Raises:
+        ValueError: another dtype.
+    """
     if tensor.dtype not in FLOATS:
         raise ValueError(f"`{key}` is {tensor.dtype}; allowed are {', '.join(map(str, FLOATS))}.")
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -112,13 +104,17 @@ def as_float(key: str, tensor: Tensor) -> Tensor:
 def decode_extra_parameters(
     tensors: dict[str, Tensor], config: AdapterConfig, targets: set[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """What trained beside by its names in the model, and the modules that were saved in full."""
-    extra_parameters = {}
+    """The extra parameters by their names in the model, and the names of the modules that were saved in full.
+
+    Raises:
+        ValueError: a tensor is unknown, or a module of ``modules_to_save`` is missing.
+    """
+    extra_parameters: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if name == key or _OF_AN_ADAPTER.search(key):
             raise ValueError(f"it has an unknown tensor `{key}`.")
-        # With bias="all" PEFT writes the biases of `modules_to_save` three times: the base model's, and the trained ones again.
+        # With bias="all" PEFT writes the biases of `modules_to_save` three times: the base model's once, the trained ones twice.
         if ".original_module." in name or any(PREFIX + again in tensors for again in _without_wrapper(name)):
             continue
         layer = name.removesuffix(".base_layer.bias")
@@ -127,7 +123,7 @@ def decode_extra_parameters(
     entries = set(config.modules_to_save or [])
     missing = {entry for entry in entries if not any(module.endswith(entry) for module in saved)}
     if missing - set(_HEADS) or (missing and missing == entries):
-        raise ValueError(f"its `modules_to_save` names `{min(missing)}`, but it holds no tensor of that.")
+        raise ValueError(f"its `modules_to_save` names `{min(missing)}`, but no tensor of it is there.")
     saved |= _saved_modules(list(extra_parameters), list(_EMBEDDINGS))
     for name in extra_parameters:
         is_bias = config.bias != "none" and name.rpartition(".")[2] == "bias"
@@ -137,17 +133,17 @@ def decode_extra_parameters(
 
 
 def _without_wrapper(name: str) -> list[str]:
-    """What a tensor is called that PEFT named as in its own wrapper, with or without the adapter's name in it."""
+    """The possible names in the model of a tensor that PEFT named after its own wrapper, with or without an adapter name."""
     module, wrapper, rest = name.partition(".modules_to_save.")
     return [f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}"] if wrapper else []
 
 
 def _saved_modules(names: list[str], entries: list[str], *, by_dot: bool = True) -> dict[str, None]:
-    """The modules that ``entries`` mean, in full, among those that hold the tensors ``names``; of nested ones the outermost.
+    """The full names of the modules that ``entries`` match and that hold one of the tensors ``names``, without nested ones.
 
-    An entry is a module's name or an ending of it: after a dot here, any ending in PEFT.
+    An entry matches a module's name or its ending: after a dot if ``by_dot``, any ending otherwise, as in PEFT.
     """
-    found = {}
+    found: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         for count in range(1, len(parts)):

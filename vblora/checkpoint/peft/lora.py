@@ -1,6 +1,6 @@
-"""PEFT's files of LoRA, as peft 0.21 writes and reads them, and most servers read them.
+"""PEFT's files of LoRA, as peft 0.21 writes and reads them. Most servers read them, too.
 
-Any method's update can be written so. What comes out is composed: it shares no bank and no projections any more.
+The update of any method can be written in this format. It is then composed: layers no longer share a bank or projections.
 
 ========================================================  ===========================================================
 tensor                                                    shape
@@ -12,45 +12,40 @@ tensor                                                    shape
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ...adapters import Target
+from ...adapters import Factors, Target
 from ...config import LoraConfig
 from ..contents import Contents
-from ..flat import FlatContents
+from ..flat import LoRAContents
+from ..json_objects import JsonObject
 from .common import PREFIX, as_float, decode_config, decode_extra_parameters, describe, encode_extra_parameters
 
-FORMS = ("lora",)
 _FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
-# Fields that mean nothing unless others say so.
+# Fields that have no effect unless others are set.
 _NEUTRAL = ("megatron_core", "qalora_group_size", "runtime_config", "eva_config", "loftq_config")
-# Ways to begin that leave the base model as it was.
+# Initialisations that do not change the base model.
 _INITS_OF_FACTORS = ("eva", "orthogonal")
 
 
-def encode(contents: Contents, base_model: str | None = None) -> tuple[dict, dict[str, Tensor]]:
-    """The config and the tensors of a LoRA with the same update, float32. A LoRA's own factors are written as they are.
-
-    A convolution's are ``(r, in_channels, *kernel_size)`` and ``(out_channels, r, 1, ...)``.
+def encode(contents: Contents, base_model: str | None = None) -> tuple[JsonObject, dict[str, Tensor]]:
+    """The config and the tensors of a LoRA with the same update, in float32. A LoRA's own factors are written unchanged.
 
     Raises:
-        ValueError: an update that is not finite, or a convolution of a kind that PEFT's LoRA computes otherwise.
+        ValueError: an update is not finite, or a layer is a convolution that PEFT's LoRA computes differently.
     """
     config = contents.config
-    is_lora, dtype = isinstance(config, LoraConfig), torch.float32
-    if is_lora:  # unscaled
-        contents = replace(contents, config=replace(config, lora_alpha=config.r, use_rslora=False))
-        dtype = contents.tensors["factors"].dtype
-    tensors = {}
-    for target, (A, B, *_) in contents.factors(dtype):
+    tensors: dict[str, Tensor] = {}
+    for target, (A, B, *_) in _factors(contents):
         name = f"{PREFIX}{target.name}.lora_"
         if target.unusual:
             raise ValueError(
-                f'`form` is "lora", but layer `{target.name}` is a convolution with other {", ".join(target.unusual)} than most, '
-                "which PEFT's LoRA leaves out of its update."
+                f'`form` is "lora", but layer `{target.name}` is a convolution with {", ".join(target.unusual)} of its own, '
+                "which PEFT's LoRA ignores in the update. No other form of PEFT's holds it."
             )
         if target.kind == "embedding":
             tensors |= {f"{name}embedding_A": A, f"{name}embedding_B": B.T}
@@ -58,26 +53,36 @@ def encode(contents: Contents, base_model: str | None = None) -> tuple[dict, dic
         point = (1,) * len(target.kernel[1:])
         tensors[f"{name}A.weight"] = A.reshape(-1, *target.kernel) if target.kernel else A
         tensors[f"{name}B.weight"] = B.T.reshape(*B.T.shape, *point)
+    # Without a scaling of their own, factors are written scaled: LoRA multiplies the update by alpha / r.
+    own = config if isinstance(config, LoraConfig) else LoraConfig(r=config.r, lora_alpha=config.r)
     description = describe(contents, base_model) | {
         "peft_type": "LORA",
-        "lora_alpha": config.lora_alpha if is_lora else config.r,  # LoRA scales its update by alpha / r
+        "lora_alpha": own.lora_alpha,
         "lora_dropout": config.dropout,
         "bias": "lora_only" if config.trains_biases_of_targets else config.bias,
-        "init_lora_weights": config.init_lora_weights if is_lora else True,
+        "init_lora_weights": own.init_lora_weights,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "use_rslora": is_lora and config.use_rslora,
+        "use_rslora": own.use_rslora,
         "use_dora": False,
     }
     return description, tensors | encode_extra_parameters(contents)
 
 
-def decode(description: dict, tensors: dict[str, Tensor]) -> FlatContents:
-    """The contents of PEFT's files of LoRA; half precision becomes float32, which holds it exactly.
+def _factors(contents: Contents) -> Iterator[tuple[Target, Factors]]:
+    """The factors to write: a LoRA's own without its scaling, or those of another method's update."""
+    if not isinstance(contents, LoRAContents):
+        return contents.factors(torch.float32)
+    unscaled = replace(contents, config=replace(contents.config, lora_alpha=contents.config.r, use_rslora=False))
+    return unscaled.factors(contents.tensors["factors"].dtype)
+
+
+def decode(description: JsonObject, tensors: dict[str, Tensor]) -> LoRAContents:
+    """The contents of PEFT's files of LoRA. Half precision becomes float32.
 
     Raises:
-        ValueError: a field that vblora's LoRA does not have (DoRA, ranks by layer, ...), or something is missing, too much, or
-            not what it must be; named as in the file.
+        ValueError: the config has a feature that vblora's LoRA lacks (DoRA, ranks per layer, ...), or a field or tensor is
+            missing, unknown or invalid. The message names it as the file does.
     """
     if description.get("init_lora_weights") in _INITS_OF_FACTORS:
         description = description | {"init_lora_weights": True}
@@ -114,4 +119,4 @@ def decode(description: dict, tensors: dict[str, Tensor]) -> FlatContents:
     if config.target_modules is None:
         config = replace(config, target_modules=list(layers))
     config = replace(config, modules_to_save=saved or None)
-    return FlatContents(config, tuple(targets), {"factors": torch.cat(parts)}, extra_parameters=extra_parameters)
+    return LoRAContents(config, tuple(targets), {"factors": torch.cat(parts)}, extra_parameters=extra_parameters)

@@ -1,9 +1,9 @@
-"""PEFT's files of VeRA, as peft 0.21 writes and reads them. They do not say how wide a layer's input is.
+"""PEFT's files of VeRA, as peft 0.21 writes and reads them. They do not hold the widths of the layers' inputs.
 
 ========================================================  ===========================================================
 tensor                                                    shape
 ========================================================  ===========================================================
-``base_model.vera_A``, ``base_model.vera_B``              (r, in), (out, r) of the largest widths, or wider; not there
+``base_model.vera_A``, ``base_model.vera_B``              (r, in), (out, r) of the largest widths, or wider; left out
                                                           with ``save_projection=False``: PEFT's key draws them
 ``base_model.model.LAYER.vera_lambda_d``                  (r,)
 ``base_model.model.LAYER.vera_lambda_b``                  (out,)
@@ -13,17 +13,18 @@ tensor                                                    shape
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from ...adapters import Adapter, Factors, Target
-from ...adapters.shared import SharedPairAdapter
+from ...adapters import Adapter, Factors, Target, VeRAAdapter
 from ...adapters.vera import pefts_projection
-from ...bank import VectorBank
-from ...config import VeraConfig
-from ..contents import Contents, check_tensor
-from ..flat import FlatContents
+from ...bank import BankFile, VectorBank
+from ...config import AdapterConfig, VeraConfig
+from ..contents import Contents, check_finite, check_tensor
+from ..json_objects import JsonObject
+from ..vera import VeRAContents
 from .common import (
     PREFIX,
     as_float,
@@ -37,18 +38,20 @@ from .common import (
 _PAIR = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 _VECTOR = re.compile(re.escape(PREFIX) + r"(.+)\.vera_lambda_([bd])")
 _NOT_KNOWN = (
-    "PEFT's files of VeRA do not say how wide a layer's input is. Load it into its model, then save it: vblora.save."
+    "PEFT's files of VeRA do not hold the widths of the layers' inputs. Load the adapter into its model, then save it with "
+    "vblora.save."
 )
 _FIELDS = ("projection_prng_key", "vera_dropout", "d_initial", "init_weights", "bias")
 
 
-def encode(contents: FlatContents, base_model: str | None = None) -> tuple[dict, dict[str, Tensor]]:
-    """The config and the tensors of PEFT's files for ``contents``. The projection is in them, unless ``save_projection`` is
-    False and PEFT draws the same.
+def encode(contents: Contents, base_model: str | None = None) -> tuple[JsonObject, dict[str, Tensor]]:
+    """The config and the tensors of PEFT's files for ``contents``. The projections are left out if ``save_projection`` is
+    False and PEFT draws the same ones.
 
     Raises:
-        ValueError: a layer that is not linear.
+        ValueError: a layer is not linear.
     """
+    assert isinstance(contents, VeRAContents)
     refuse_other_kinds(contents, "peft", "VeRA")
     config, own = contents.config, contents.tensors
     tensors = {}
@@ -62,16 +65,15 @@ def encode(contents: FlatContents, base_model: str | None = None) -> tuple[dict,
     if saves:
         tensors |= {_PAIR["A"]: pair[0], _PAIR["B"]: pair[1].T}
     description = describe(contents, base_model) | {name: getattr(config, name) for name in _FIELDS}
-    del description["exclude_modules"]  # PEFT's VeRA has none
+    del description["exclude_modules"]  # PEFT's VeRA lacks this field
     return description | {"peft_type": "VERA", "save_projection": saves}, tensors | encode_extra_parameters(contents)
 
 
-def decode(description: dict, tensors: dict[str, Tensor]) -> "UnplacedContents":
-    """The contents of PEFT's files of VeRA; half precision becomes float32, which holds it exactly. A projection that is not
-    there is drawn as PEFT draws it.
+def decode(description: JsonObject, tensors: dict[str, Tensor]) -> "UnplacedContents":
+    """The contents of PEFT's files of VeRA. Half precision becomes float32.
 
     Raises:
-        ValueError: something is missing, too much, or not what it must be; named as in the file.
+        ValueError: a field or tensor is missing, unknown or invalid. The message names it as the file does.
     """
     config = decode_config(VeraConfig, description)
     tensors = dict(tensors)
@@ -94,47 +96,53 @@ def decode(description: dict, tensors: dict[str, Tensor]) -> "UnplacedContents":
         check_tensor(f"{PREFIX}{name}.vera_lambda_d", vectors["d"], (config.r,), floating=True)
         check_tensor(f"{PREFIX}{name}.vera_lambda_b", vectors["b"], (vectors["b"].numel(),), floating=True)
         for kind, vector in vectors.items():
-            if not vector.isfinite().all():
-                raise ValueError(f"`{PREFIX}{name}.vera_lambda_{kind}` holds an infinite or NaN element.")
-    width = pair["A"].shape[-1] if pair else 0
+            check_finite(f"{PREFIX}{name}.vera_lambda_{kind}", vector)
+    width = pair["A"].shape[-1] if pair and pair["A"].dim() else 0
     targets = tuple(Target(name, width, vectors["b"].numel()) for name, vectors in layers.items())
     if pair:
         least = max(target.out_features for target in targets)
-        for side, size in (("A", (config.r, width)), ("B", (max(pair["B"].shape[0], least), config.r))):
+        rows = max([*pair["B"].shape[:1], least])
+        for side, size in (("A", (config.r, width)), ("B", (rows, config.r))):
             check_tensor(_PAIR[side], pair[side], size, floating=True)
-            if not pair[side].isfinite().all():
-                raise ValueError(f"`{_PAIR[side]}` holds an infinite or NaN element.")
+            check_finite(_PAIR[side], pair[side])
     if config.target_modules is None:
         config = replace(config, target_modules=list(layers))
     config = replace(config, modules_to_save=saved or None)
-    vectors = {name: (own["d"], own["b"]) for name, own in layers.items()}
+    vectors_of = {name: (own["d"], own["b"]) for name, own in layers.items()}
     return UnplacedContents(
-        config, targets, vectors, (pair["A"], pair["B"].T) if pair else None, extra_parameters=extra_parameters
+        config, targets, vectors_of, (pair["A"], pair["B"].T) if pair else None, extra_parameters=extra_parameters
     )
 
 
 @dataclass(frozen=True)
 class UnplacedContents(Contents):
-    """A VeRA adapter of which it is not known how wide its layers' inputs are, before a model says so.
+    """A VeRA adapter whose layers have inputs of unknown width until :meth:`in_order` gets them from a model.
 
-    ``in_features`` of ``targets`` is the widest, or 0. ``vectors``: d ``(r,)`` and e ``(out_features,)`` by layers' names.
-    ``pair``: A ``(r, in)`` and B ``(r, out)``, or None: as PEFT draws them.
+    ``in_features`` of each of ``targets`` is the largest width, or 0 if that is unknown, too.
+
+    Attributes:
+        vectors: by layer, d ``(r,)`` and e ``(out_features,)``.
+        pair: A ``(r, in)`` and B ``(r, out)``; None if PEFT's key draws them.
     """
 
     config: VeraConfig
     vectors: dict[str, tuple[Tensor, Tensor]]
     pair: tuple[Tensor, Tensor] | None
 
+    @classmethod
+    def of(cls, config: AdapterConfig, adapter: Adapter, extra_parameters: dict[str, Tensor]) -> Self:
+        raise ValueError(_NOT_KNOWN)
+
     def check(self) -> None:
-        """It was, when it was read."""
+        self.check_extra_parameters()  # `decode` has checked the rest, as far as it can without a model
 
     def check_widths_known(self) -> None:
         raise ValueError(_NOT_KNOWN)
 
-    def in_order(self, targets: tuple[Target, ...]) -> FlatContents:
+    def in_order(self, targets: tuple[Target, ...]) -> Contents:
         widths = {target.name: target.in_features for target in targets}
         known = tuple(replace(t, in_features=widths.get(t.name, t.in_features)) for t in self.targets)
-        sizes = SharedPairAdapter.pair_sizes(known, self.config.r)
+        sizes = VeRAAdapter.pair_sizes(known, self.config.r)
         pair = self.pair
         if pair is None:
             pair = pefts_projection(known, self.config.r, self.config.projection_prng_key)
@@ -145,7 +153,7 @@ class UnplacedContents(Contents):
         tensors = {side: tensor[:, : sizes[side][1]].contiguous() for side, tensor in zip("AB", pair, strict=True)}
         tensors["d"] = torch.stack([self.vectors[target.name][0] for target in known])
         tensors["e"] = torch.cat([self.vectors[target.name][1] for target in known])
-        return FlatContents(self.config, known, tensors, extra_parameters=self.extra_parameters).in_order(targets)
+        return VeRAContents(self.config, known, tensors, extra_parameters=self.extra_parameters).in_order(targets)
 
     def all_factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
         raise ValueError(_NOT_KNOWN)
@@ -153,11 +161,26 @@ class UnplacedContents(Contents):
     def adapter(self, device: torch.device | str | None = None, bank: VectorBank | None = None) -> Adapter:
         raise ValueError(_NOT_KNOWN)
 
-    def check_sizes(self, other: Contents) -> None:
+    def check_sizes(self, other: Self) -> None:
         raise ValueError(_NOT_KNOWN)
 
     def write_over(self, adapter: Adapter) -> None:
         raise ValueError(_NOT_KNOWN)
 
-    def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> FlatContents:
+    def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> Contents:
+        raise ValueError(_NOT_KNOWN)
+
+    def encode(self, form: str, bank_dtype: torch.dtype | None, bank_file: BankFile | None) -> dict[str, Tensor]:
+        raise ValueError(_NOT_KNOWN)
+
+    @classmethod
+    def decode(
+        cls,
+        config: AdapterConfig,
+        targets: tuple[Target, ...],
+        tensors: dict[str, Tensor],
+        form: str,
+        bank: Tensor | None,
+        extra_parameters: dict[str, Tensor],
+    ) -> Self:
         raise ValueError(_NOT_KNOWN)

@@ -1,0 +1,101 @@
+"""Trainers that subclass transformers': TRL's and sentence-transformers', with their defaults and our one line."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import vblora
+from vblora.finetune import demo
+from vblora.integrations.transformers import trainer_arguments
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+CONFIG = vblora.VBLoRAConfig(r=4, num_vectors=64, vector_length=32, target_modules="all-linear")
+SETTINGS = {"max_steps": 8, "save_steps": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def too_low(caught):
+    return [warning for warning in caught if "far below" in str(warning.message)]
+
+
+def test_trls_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.find_model())
+    tokenizer.eos_token, tokenizer.pad_token = "[SEP]", "[PAD]"
+    data = Dataset.from_dict({"text": ["the film is good and warm", "a very bad film"] * 16})
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=2, **sizes)
+    )
+
+    def trainer_of(in_one_line=True):
+        model = vblora.inject(copy.deepcopy(base), CONFIG)
+        arguments = trl.SFTConfig(str(tmp_path), **SETTINGS)  # gradient checkpointing and bf16 by default
+        how = trainer_arguments(model) if in_one_line else {}
+        return trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, **how)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        whole = trainer_of()
+        whole.train()
+        assert not too_low(caught)
+        again = trainer_of()
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert losses(again) == losses(whole) and len(losses(whole)) == 8
+    loaded = vblora.load(copy.deepcopy(base), tmp_path / "checkpoint-8")
+    assert torch.equal(loaded.vblora.default.logits, whole.model.vblora.default.logits)
+    bare = trainer_of(in_one_line=False)
+    with pytest.warns(UserWarning, match="far below"):
+        bare.train()
+
+
+def test_sentence_transformers_trainer(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from datasets import Dataset
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    def encoder():
+        return sentence_transformers.SentenceTransformer(str(demo.find_model()), device="cpu", local_files_only=True)
+
+    model = encoder()
+    transformer = model[0].auto_model
+    vblora.inject(transformer, vblora.VBLoRAConfig(**{**CONFIG.to_dict(), "target_modules": ["query", "value"]}))
+    data = Dataset.from_dict({"anchor": ["a good film", "a bad film"] * 16, "positive": ["it is warm", "dull"] * 16})
+
+    def trainer_of(**choice):
+        arguments = sentence_transformers.SentenceTransformerTrainingArguments(str(tmp_path), **SETTINGS | choice)
+        loss = MultipleNegativesRankingLoss(model)
+        return sentence_transformers.SentenceTransformerTrainer(
+            model, arguments, train_dataset=data, loss=loss, **trainer_arguments(model)
+        )
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_of().train()
+    assert not too_low(caught)
+    saved = tmp_path / "checkpoint-8"
+    assert not (saved / "model.safetensors").exists()
+    texts = ["a film", "a long and warm story"]
+    wanted = model.encode(texts)
+    assert abs(wanted - encoder().encode(texts)).max() > 1e-3
+    loaded = encoder()
+    vblora.load(loaded[0].auto_model, saved)
+    assert (loaded.encode(texts) == wanted).all()
+    with pytest.raises(ValueError, match="`load_best_model_at_end` is True, but of a SentenceTransformer"):
+        trainer_of(load_best_model_at_end=True, eval_strategy="no", save_strategy="best").train()
+
+    vblora.merge(transformer, release=True)
+    vblora.eject(transformer)
+    model.save_pretrained(str(tmp_path / "merged"))
+    merged = sentence_transformers.SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    assert abs(merged.encode(texts) - wanted).max() < 1e-5

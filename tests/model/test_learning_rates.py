@@ -1,0 +1,78 @@
+"""The warning of an optimizer whose learning rates are far below the recipe's."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import vblora
+
+CONFIG = vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"])
+
+
+def injected(config=CONFIG, **choice):
+    return vblora.inject(nn.Sequential(nn.Linear(8, 8)), config, **choice)
+
+
+def trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def messages_of_steps(model, optimizer, count=3, scheduler=None):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            model(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+    return [str(warning.message) for warning in caught if "far below" in str(warning.message)]
+
+
+@pytest.mark.parametrize("made", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_an_optimizer_of_its_own_rates_is_warned_of_once(made):
+    model = made(injected())
+    (message,) = messages_of_steps(model, torch.optim.AdamW(trainable(model), lr=5e-5))
+    assert "AdamW trains" in message and "the logits at 5e-05" in message and "the bank at 5e-05" in message
+    assert "the logits at 0.5" in message and "the bank at 0.003" in message and "parameter_groups(model)" in message
+
+
+def test_only_what_is_too_low_is_named():
+    model = injected()
+    (message,) = messages_of_steps(model, torch.optim.AdamW(trainable(model)))  # at torch's 1e-3
+    assert "the logits at 0.001" in message and "the bank" not in message
+    frozen = injected(bank=vblora.VectorBank(16, 8), freeze_bank=True)
+    (message,) = messages_of_steps(frozen, torch.optim.SGD(frozen.parameters(), lr=1e-5))
+    assert "the bank" not in message
+
+
+def test_a_layer_made_by_hand_is_watched_too():
+    layer = vblora.VBLinear(8, 8, r=2, bank=vblora.VectorBank(16, 8), topk=2)
+    assert len(messages_of_steps(layer, torch.optim.AdamW(trainable(layer), lr=1e-5))) == 1
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_the_recipes_are_not_warned_of(recipe):
+    model = injected()
+    assert not messages_of_steps(model, torch.optim.AdamW(vblora.parameter_groups(model, recipe=recipe)))
+
+
+def test_a_schedule_counts_by_its_peak():
+    for make in (
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: step / 1000),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [3e-3, 0.5], 1000, div_factor=1000),
+    ):
+        model = injected()
+        optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
+        assert not messages_of_steps(model, optimizer, scheduler=make(optimizer))
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-4)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step))  # begins at 0
+        assert len(messages_of_steps(model, optimizer, scheduler=scheduler)) == 1
+
+
+def test_other_models_and_methods_are_left_alone():
+    for model in (nn.Linear(8, 8), injected(vblora.LoraConfig(r=2, target_modules=["0"]))):
+        assert not messages_of_steps(model, torch.optim.AdamW(trainable(model), lr=1e-6))

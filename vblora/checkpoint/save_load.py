@@ -1,0 +1,227 @@
+"""Between a model and a folder: ``vblora.save`` and ``vblora.load``."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bank import VectorBank
+from ..distributed import gather_to_cpu, is_sharded, rank, reshard, shard_like
+from ..layers.kinds import Conv1D
+from ..model.inject import Plan
+from ..model.record import AttachedAdapter, adapted_models, attached_adapter, refuse_if_disabled, refuse_if_merged
+from .contents import Contents
+from .folder import FORMS, TENSORS_FILE, read, write
+from .formats import METHODS
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    form: str | None = None,
+    bank_dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a model's adapter into a folder.
+
+    Each file is written under a temporary name, synced and renamed, so an interrupted save leaves the old adapter or the new
+    one. A bank that came from a file and has not changed since is not written again: the folder names the file's SHA-256.
+    If FSDP2 has sharded the model, all processes must call this function; the first one writes.
+
+    Args:
+        model: an injected model.
+        adapter_name: the adapter to save; None is the active one.
+        directory: the folder, created if it does not exist.
+        form: what to write. None is ``"resume"`` for an adapter that can train and ``"deploy"`` for one that was loaded from
+            that form or whose config says ``save_only_topk_weights``.
+
+            - ``"resume"``: everything that training needs to continue exactly. Of VB-LoRA the seed of the logits, and the part
+              of each row that training changed.
+            - ``"deploy"``: what inference needs, with bit-identical outputs. Of VB-LoRA k bank vectors and their weights per
+              sub-vector; of the other methods the same as ``"resume"``.
+            - ``"peft"``: PEFT's format of VB-LoRA (all logits, so that PEFT can train), VeRA or LoRA.
+            - ``"peft-topk"``: PEFT's format of VB-LoRA for inference.
+            - ``"lora"``: the same update as a plain LoRA, for PEFT and for servers. Any method.
+
+            The last three include a shared bank.
+        bank_dtype: makes the bank of a deploy form smaller: ``torch.bfloat16``, ``torch.float16``, or ``torch.int8`` with one
+            scale per vector. None keeps it exactly.
+
+    Raises:
+        ValueError: the model has no such adapter, or ``form`` or ``bank_dtype`` does not suit it.
+    """
+    source = attached_adapter(model, adapter_name)
+    if form not in (None, *FORMS):
+        raise ValueError(f"`form` is {form!r}; allowed are {', '.join(map(repr, FORMS))}.")
+    contents = contents_of(source)
+    if form is None:
+        deploy = getattr(source.config, "save_only_topk_weights", False)
+        form = "resume" if contents.is_trainable and not deploy else "deploy"
+    bank = _bank_of(source)
+    bank_file = bank.file if bank is not None and bank_dtype is None and bank.unchanged() else None
+    if rank() and any(is_sharded(tensor) for tensor in source.model.parameters()):
+        return  # the first process writes
+    name = getattr(getattr(source.model, "config", None), "_name_or_path", None)
+    base_class = type(source.model)
+    write(
+        contents,
+        directory,
+        form=form,
+        bank_dtype=bank_dtype,
+        bank_file=bank_file,
+        base_model=name or None,
+        about={"auto_mapping": {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}},
+    )
+
+
+def load(
+    model: _Model,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    bank: VectorBank | str | os.PathLike[str] | None = None,
+    is_trainable: bool | None = None,
+    train_kept: bool = False,
+) -> _Model:
+    """Loads a saved adapter into a model: into a base model, as :func:`vblora.inject` does, or over an adapter that it has.
+
+    Everything in the folder is checked first. If the adapter does not fit, the model is not changed.
+
+    Args:
+        model: the base model, or a model with an adapter of the same config and form. The adapter's tensors are then
+            overwritten, including those of a bank that it shares.
+        directory: a folder written by :func:`save`, or by PEFT's ``save_pretrained`` for a LoRA, VeRA or VB-LoRA adapter. A
+            VB-LoRA adapter can train if PEFT saved all its logits; with ``save_only_topk_weights`` it is a deploy form.
+        adapter_name: the adapter to overwrite, or the name of a new one. None is the active adapter, or ``"default"`` in a
+            base model.
+        bank: the bank of an adapter that was saved without it: the path of its file, or what :meth:`VectorBank.from_file`
+            returned for that, to share it among adapters. It stays frozen.
+        is_trainable: whether the adapter's parameters require gradients. None: a new adapter's do not, and those of an
+            existing adapter stay as they are.
+        train_kept: make a deploy form trainable, with the k vectors of each row as its only candidates.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or does not fit the model; the bank is missing or another one; the form cannot train;
+            or the model is merged, disabled, or on the meta device. The message names the file.
+    """
+    present = None
+    for record in adapted_models(model):
+        refuse_if_disabled(record.layers)
+        refuse_if_merged(record.layers)
+        if adapter_name is None or adapter_name in record.adapters:
+            present = attached_adapter(model, adapter_name)
+    path = Path(directory) / TENSORS_FILE
+    if bank is not None and not isinstance(bank, VectorBank):
+        bank = VectorBank.from_file(bank)
+    contents, shares_bank = read(directory, bank, None if present is None else _bank_of(present))
+    if train_kept:
+        try:
+            contents = contents.as_trainable()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if is_trainable and not contents.is_trainable:
+        raise ValueError(
+            f"{path} holds a deployed adapter: k weights per sub-vector, and no logits to train. Save with "
+            'form="resume" to continue exactly, or load with train_kept=True to train with those k vectors as only candidates.'
+        )
+    try:
+        if present is None:
+            plan = Plan(model, contents.config, "default" if adapter_name is None else adapter_name)
+            _load_new(plan, contents, bank if shares_bank else None, bool(is_trainable))
+        else:
+            write_over(present, contents, is_trainable)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return model
+
+
+def contents_of(source: AttachedAdapter) -> Contents:
+    """The contents of a model's adapter. If it is sharded, all processes must call this."""
+    reshard(source.model)
+    transposed = any(layer.kind is Conv1D for layer in source.layers)
+    config = replace(source.config, fan_in_fan_out=transposed)  # seen from the layers, whatever the user wrote
+    copies: dict[Tensor, Tensor] = {}  # tied parameters stay one tensor
+    for extra in source.extra.values():
+        copies.setdefault(extra.replacement, gather_to_cpu(extra.replacement))
+    extra_parameters = {name: copies[extra.replacement] for name, extra in source.extra.items()}
+    return METHODS[type(config)].contents.of(config, source.adapter, extra_parameters)
+
+
+def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool | None) -> None:
+    """Overwrites a model's adapter with checked contents.
+
+    Args:
+        is_trainable: whether its parameters then require gradients. None leaves that as it is.
+
+    Raises:
+        ValueError: the contents do not fit the adapter, which is not changed.
+    """
+    adapter = target.adapter
+    own = contents_of(target)
+    contents.check_config(own.config)
+    contents = contents.in_order(adapter.targets)
+    _check_extra_parameters(contents, {name: (r.module, r.name, r.replacement) for name, r in target.extra.items()})
+    contents.check_sizes(own)
+    _refuse_meta(any(parameter.is_meta for parameter in adapter.parameters()))
+    with torch.no_grad():
+        contents.write_over(adapter)
+        for name, extra in target.extra.items():
+            if name in contents.extra_parameters:
+                extra.replacement.copy_(shard_like(contents.extra_parameters[name], extra.replacement))
+    if is_trainable is not None:
+        target.requires_grad_(is_trainable)
+    adapter.invalidate()
+
+
+def _load_new(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
+    contents = contents.in_order(plan.targets)
+    _check_extra_parameters(contents, plan.extra_tensors)
+    if is_trainable:
+        plan.check_trainable()
+    _refuse_meta(plan.device.type == "meta")
+    adapter = contents.adapter(plan.device, bank)
+    with torch.no_grad():
+        for name, (_, _, replacement) in plan.extra_tensors.items():
+            if name in contents.extra_parameters:
+                replacement.copy_(contents.extra_parameters[name])
+            replacement.requires_grad_(is_trainable and replacement.is_floating_point() and replacement.requires_grad)
+    adapter.requires_grad_(is_trainable)
+    if bank is not None:
+        bank.requires_grad_(False)
+    plan.apply(adapter)
+
+
+def _bank_of(source: AttachedAdapter) -> VectorBank | None:
+    bank = getattr(source.adapter, "bank", None)
+    return bank if isinstance(bank, VectorBank) else None
+
+
+def _refuse_meta(is_meta: bool) -> None:
+    if is_meta:
+        raise ValueError(
+            "`model` is on the meta device, which holds no values to load into. Materialise it first with `to_empty`."
+        )
+
+
+def _check_extra_parameters(contents: Contents, places: dict[str, tuple[nn.Module, str, Tensor]]) -> None:
+    """``places``: by name in the model, the module, the name in the module, and the tensor to be overwritten."""
+    optional = {name for name, (module, own, _) in places.items() if own in module._non_persistent_buffers_set}
+    wanted = {name: replacement for name, (_, _, replacement) in places.items()}
+    given = contents.extra_parameters
+    for name in sorted((wanted.keys() ^ given.keys()) - (optional - given.keys())):
+        raise ValueError(f"it {'lacks' if name in wanted else 'has an unknown'} tensor `{name}`.")
+    for name, tensor in given.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"`{name}` is {tuple(tensor.shape)}, but must be {tuple(wanted[name].shape)}.")
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(f"`{name}` is {tensor.dtype}, but the model's is {wanted[name].dtype}.")

@@ -1,0 +1,58 @@
+"""A warning for optimizers whose learning rates are too low for VB-LoRA, such as the Trainer's default."""
+
+import warnings
+import weakref
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..adapters.base import living_adapters
+from ..errors import VBLoRAWarning
+from .parameters import RECIPES
+
+# A learning rate is too low below this share of the lowest recipe's. The paper's logits need 20 to 80 epochs at 1e-2.
+_TOO_LOW = 0.2
+
+_checked: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+
+def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: dict[str, object]) -> None:
+    if torch.compiler.is_compiling() or optimizer in _checked:
+        return
+    rates = [rate for group in optimizer.param_groups if (rate := _highest_rate(group)) is not None]
+    if rates and max(rates) == 0:
+        return  # the first step of a warm-up: the next one tells
+    _checked.add(optimizer)
+    group_of: dict[nn.Parameter, str] = {}
+    for adapter in living_adapters():
+        for name, parameters in adapter.groups().items():
+            group_of.update(dict.fromkeys(parameters, name))
+    low: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        rate = _highest_rate(group)
+        for parameter in group["params"]:
+            name = group_of.get(parameter, "") if parameter.requires_grad else ""
+            recipes = [recipe[name] for recipe in RECIPES.values() if name in recipe]
+            if rate is not None and recipes and rate < _TOO_LOW * min(recipes):
+                low[name] = rate
+    if low:
+        found = " and ".join(f"the {name} at {rate:.2g}" for name, rate in low.items())
+        wanted = " and ".join(f"the {name} at {RECIPES['default'][name]:.2g}" for name in low)
+        warnings.warn(
+            f"{type(optimizer).__name__} trains {found}, far below the recipe's learning rates ({wanted}): the adapter will "
+            "hardly learn. Build the optimizer from vblora.parameter_groups(model); for transformers' Trainer, "
+            "pass **vblora.integrations.transformers.trainer_arguments(model).",
+            VBLoRAWarning,
+            stacklevel=2,
+        )
+
+
+def _highest_rate(group: dict[str, object]) -> float | None:
+    """The learning rate that a parameter group has, or the one from which its schedule starts or to which it rises."""
+    rates = [group.get(name) for name in ("lr", "initial_lr", "max_lr")]
+    return max((float(rate) for rate in rates if isinstance(rate, (int, float, torch.Tensor))), default=None)
+
+
+register_optimizer_step_post_hook(_check_first_step)
