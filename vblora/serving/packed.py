@@ -146,7 +146,7 @@ class Reader:
             return self._first_of_layout(contents, key, _sha256_of_bank(description))
         assert isinstance(contents, FlatContents)
         shared = {name: self._intern(contents.tensors[name]) for name in ("A", "B") if name in contents.tensors}
-        own = {name: tensor for name, tensor in contents.tensors.items() if name not in shared}
+        own = {name: tensor.clone() for name, tensor in contents.tensors.items() if name not in shared}
         contents = replace(contents, tensors=own | shared)
         return PackedFlat(contents, sum(tensor.nbytes for tensor in own.values()))
 
@@ -191,7 +191,8 @@ class Reader:
         is_mixture = bool(((rest >= 0) & (rest <= weights[:, :1])).all() and ((weights.sum(1) - 1).abs() < 1e-5).all())
         if is_mixture and not self.exact:
             weights = ((rest * _STEPS).round() - _OFFSET).to(torch.int16)
-        return PackedVBLoRA(layout, bank, indices, weights)
+        # Copies: what safetensors reads is a map of the file, which stays open, takes whole pages, and may be written over.
+        return PackedVBLoRA(layout, bank, indices.clone(), weights.clone())
 
     def _bank_of(self, description: dict[str, Any], tensors: dict[str, Tensor], layout: Layout) -> Tensor | None:
         """The bank of a folder, if it is one that was checked before and all else is as in a deploy form."""
@@ -202,7 +203,10 @@ class Reader:
         return None
 
     def _intern(self, tensor: Tensor) -> Tensor:
-        return self._shared.setdefault(_digest(tensor), tensor.to(self._device))
+        digest = _digest(tensor)
+        if digest not in self._shared:
+            self._shared.setdefault(digest, tensor.to(self._device, copy=True))
+        return self._shared[digest]
 
 
 def _sha256_of_bank(description: dict[str, Any]) -> str:
