@@ -266,7 +266,7 @@ inline void launch_admixture(const Admixture& problem, cudaStream_t stream) {
   if (problem.rows == 0) return;
   const int warps = problem.columns <= kColumnsOfAWarp ? 1 : kWarps;
   const unsigned grid = grid_size(problem.rows, kWarps / warps, "rows");
-  dispatch(problem.type, [&](auto element) {
+  with_type(problem.type, [&](auto element) {
     using T = decltype(element);
     if (problem.k > kSelected<T>)
       return VBLORA_LAUNCH_OR_THROW((admixture_any_k_kernel<T>), grid_size(problem.rows, 1, "rows"), kThreads, 0,

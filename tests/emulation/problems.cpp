@@ -15,6 +15,7 @@
 #include "numeric.h"
 
 extern "C" void vblora_emulation_set(int order, uint64_t seed, int workers);
+extern "C" void vblora_emulation_sample(uint64_t every, uint64_t first);
 extern "C" const char* vblora_emulation_launches();
 
 namespace {
@@ -200,6 +201,9 @@ int main(int argc, char** argv) {
   }
   vblora_emulation_set(static_cast<int>(options.number("order", 0)), static_cast<uint64_t>(options.number("seed", 0)),
                        1);
+  // sample=N first=M: the first M blocks of each launch, and every N-th of the others.
+  vblora_emulation_sample(static_cast<uint64_t>(options.number("sample", 1)),
+                          static_cast<uint64_t>(options.number("first", 0)));
   Problems problems{options};
   try {
     if (op == "admixture") problems.admixture();
