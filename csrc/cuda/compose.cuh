@@ -32,8 +32,8 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) compose_kernel(const
     vector = composed_vector(problem, row * k + lane);
     weight = __ldg(static_cast<const Acc*>(problem.weights) + row * k + lane);
   }
-  mix<K, T>(problem.bank, problem.length, Entries<K, Acc>(vector, weight), problem.subvectors, problem.out_type, row,
-            lane, 32);
+  mix<32, K, T>(problem.bank, problem.length, Entries<32, K, Acc>(vector, weight),
+                {problem.subvectors, problem.out_type, row, true, lane});
 }
 
 template <class T>

@@ -8,7 +8,8 @@ from pathlib import Path
 from . import counts, occupancy, toolkit
 
 INSTANCES = (
-    "admixture_kernel<float, 2>",
+    "admixture_kernel<float, 2, unsigned long, 8>",
+    "admixture_kernel<float, 2, unsigned long, 32>",
     "compose_kernel<float, 2>",
     "backward_rows_kernel<float, bf16>",
     "backward_bank_kernel<bf16, float>",

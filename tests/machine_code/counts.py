@@ -11,13 +11,16 @@ import numpy as np
 
 from . import toolkit
 from .interpreter import Execution, Memory
+from .occupancy import DYNAMIC_SHARED, THREADS
 
 F32, BF16, I16 = 0, 2, 5  # Type in csrc
 ROWS, VECTORS, LENGTH, K, COLUMNS = 39_040, 2048, 256, 2, 128
 WARPS = 8  # of a block
 RANGE = 2048  # entries that a block sorts
-SORTED_BYTES = 8 * RANGE  # of shared memory that it takes
+SORTED_BYTES = DYNAMIC_SHARED["backward_rows_kernel"]
+POPULAR_FROM = 128  # entries of a vector that have a kernel of their own, if there are more
 ROWS_KERNEL, BANK_KERNEL = "backward_rows_kernel<float, bf16>", "backward_bank_kernel<bf16, float>"
+POPULAR_KERNEL = "backward_popular_kernel<bf16, float>"
 
 
 def structure(**fields: type) -> type[ctypes.Structure]:
@@ -42,8 +45,8 @@ Backward = structure(
     rows=LONG, columns=LONG, vectors=LONG, length=LONG, k=LONG,
 )  # fmt: skip
 Workspace = structure(
-    entries=LONG, ranges=WORD, buckets=WORD, shift=WORD, popular_from=WORD, rows=POINTER, vectors=POINTER,
-    weights=POINTER, begins=POINTER, popular=POINTER, grad_weights=POINTER, bytes=LONG,
+    entries=LONG, ranges=WORD, buckets=WORD, shift=WORD, popular_from=WORD, owed=POINTER, vectors=POINTER,
+    slices=POINTER, popular=POINTER, grad_weights=POINTER, bytes=LONG,
 )  # fmt: skip
 
 
@@ -78,25 +81,39 @@ def run(
 
 
 def candidates_of(rows: int, columns: int) -> np.ndarray:
-    order = np.random.default_rng(1)
-    return np.stack([order.permutation(VECTORS)[:columns] for _ in range(rows)]).astype(np.int16)
+    """Of each row distinct: multiples of an odd number, of which each row has another."""
+    start, step = np.random.default_rng(1).integers(0, VECTORS // 2, (2, rows, 1))
+    return ((start + (2 * step + 1) * np.arange(columns)) % VECTORS).astype(np.int16)
 
 
-def admixture(rows: int, columns: int = COLUMNS) -> Count:
+def admixture(rows: int, columns: int = COLUMNS, hard: bool = False) -> Count:
+    """`hard`: logits that tie, infinities and NaN, candidates that repeat or are no bank vectors, a bank that overflows."""
     memory, dense = Memory(), columns == VECTORS
+    logits, bank = numbers(rows, columns), numbers(VECTORS, LENGTH, seed=1)
+    candidates = candidates_of(rows, columns)
+    if hard:
+        special = np.array([np.nan, np.inf, -np.inf, -0.0, 0.0], np.float32)
+        logits[:] = np.round(logits)
+        logits[::3] = np.where(logits[::3] > 1, special[np.arange(columns) % 5], logits[::3])
+        logits[5] = -np.inf
+        candidates[::2, ::3] = candidates[::2, :1]
+        candidates[1::4, 1::5] = -3
+        candidates[3::4, 1::5] = VECTORS
+        bank[:, ::7] = np.clip(bank[:, ::7], -3, 3) * np.float32(1e38)
+        bank[:, 3::11] *= np.float32(1e-40)
+        bank[::2, 5] = np.nan
     problem = Admixture(
         type=F32, candidate_type=I16, out_type=BF16,
-        logits=memory.put("logits", numbers(rows, columns)),
-        bank=memory.put("bank", numbers(VECTORS, LENGTH, seed=1)),
-        candidates=0 if dense else memory.put("candidates", candidates_of(rows, columns)),
+        logits=memory.put("logits", logits), bank=memory.put("bank", bank),
+        candidates=0 if dense else memory.put("candidates", candidates),
         subvectors=memory.put("subvectors", np.zeros((rows, LENGTH), np.uint16)),
         indices=memory.put("indices", np.zeros((rows, K), np.int32)),
         weights=memory.put("weights", np.zeros((rows, K), np.float32)),
         exhausted=0, rows=rows, columns=columns, vectors=VECTORS, length=LENGTH, k=K,
     )  # fmt: skip
-    arguments = bytes(problem) + bytes(WORD(WARPS if dense else 1))
-    blocks = range(rows if dense else rows // WARPS)
-    return run("admixture", "admixture_kernel<float, 2>", rows, memory, arguments, blocks)
+    lanes = 32 if dense else 8  # of a row
+    instance = f"admixture_kernel<float, 2, unsigned long, {lanes}>"
+    return run("admixture", instance, rows, memory, bytes(problem), range(rows * lanes // THREADS))
 
 
 def compose(rows: int) -> Count:
@@ -112,9 +129,9 @@ def compose(rows: int) -> Count:
     return run("compose", "compose_kernel<float, 2>", rows, memory, bytes(problem), range(rows // WARPS))
 
 
-def backward(memory: Memory, rows: int, indices: np.ndarray | None = None) -> Backward:
-    if indices is None:
-        indices = np.stack([np.random.default_rng(r).permutation(COLUMNS)[:K] for r in range(rows)]).astype(np.int32)
+def backward(memory: Memory, rows: int) -> Backward:
+    first, further = np.random.default_rng(3).integers(1, COLUMNS, (2, rows))
+    indices = np.stack([first, (first + further) % COLUMNS], 1).astype(np.int32)
     return Backward(
         type=F32, candidate_type=I16, grad_type=BF16,
         grad_subvectors=memory.put("grad_subvectors", bf16(rows, LENGTH)), grad_weights=0,
@@ -147,18 +164,25 @@ def sorted_workspace(memory: Memory, vectors: np.ndarray) -> Workspace:
     order = np.concatenate(
         [begin + np.argsort(vectors[begin : begin + RANGE], kind="stable") for begin in range(0, entries, RANGE)]
     )
-    ordered = vectors[order]
-    slices = [ordered[begin : begin + RANGE] for begin in range(0, entries, RANGE)]
-    begins = np.stack([np.searchsorted(part, np.arange(VECTORS + 1)) for part in slices])
-    weights = memory.get("weights", np.float32)
     return Workspace(
-        entries=entries, ranges=ranges, buckets=VECTORS, shift=0, popular_from=max(256, min(1024, 2 * entries // VECTORS)),
-        rows=memory.put("sorted_rows", (order // K).astype(np.int32)),
-        vectors=memory.put("sorted_vectors", ordered.astype(np.int32)),
-        weights=memory.put("sorted_weights", weights[order]),
-        begins=memory.put("begins", begins.astype(np.uint16)),
+        entries=entries, ranges=ranges, buckets=VECTORS, shift=0, popular_from=POPULAR_FROM,
+        owed=memory.put("owed", owed_by(order, memory)),
+        slices=memory.put("slices", slices_of(vectors[order])),
         popular=memory.put("popular", np.zeros(VECTORS, np.uint8)),
     )  # fmt: skip
+
+
+def owed_by(entries: np.ndarray, memory: Memory) -> np.ndarray:
+    """Rows and weights, as 32-bit words."""
+    weights = memory.get("weights", np.float32)[entries]
+    return np.stack([(entries // K).astype(np.int32), weights.view(np.int32)], 1)
+
+
+def slices_of(ordered: np.ndarray) -> np.ndarray:
+    """Of entries whose vectors are in order within each range: where in it each vector's begin and end."""
+    parts = [ordered[begin : begin + RANGE] for begin in range(0, len(ordered), RANGE)]
+    begins = np.stack([np.searchsorted(part, np.arange(VECTORS + 1)) for part in parts]).astype(np.uint32)
+    return begins[:, :-1] | begins[:, 1:] << 16
 
 
 def backward_sort() -> Count:
@@ -179,6 +203,15 @@ def backward_bank(rows: int, vectors: int) -> Count:
     return run("admixture_backward", BANK_KERNEL, entries, memory, arguments, range(vectors // WARPS))
 
 
+def backward_popular() -> Count:
+    """All rows choose one vector; a block does 32 bytes of it."""
+    memory, rows = Memory(), 8 * RANGE // K
+    problem = backward(memory, rows)
+    workspace = sorted_workspace(memory, np.zeros(rows * K, np.int64))
+    memory.get("popular", np.uint8)[0] = 1
+    return run("admixture_backward", POPULAR_KERNEL, rows * K, memory, bytes(problem) + bytes(workspace), [0])
+
+
 @dataclass(frozen=True)
 class Counted:
     what: str  # is counted, by warp instructions
@@ -190,14 +223,15 @@ class Counted:
 COUNTED_VECTORS = 16
 # The bounds are what is in docs/cuda.md.
 COUNTED = {
-    "admixture, M = 128": Counted("row", lambda: admixture(32), 655, {"logits": 1, "candidates": 1, "bank": 2}),
-    "admixture, M = h = 2048": Counted("row", lambda: admixture(2, VECTORS), 5830, {"logits": 2, "bank": 2}),
-    "compose": Counted("row", lambda: compose(32), 275, {"bank": 2}),
-    "backward, grad_logits": Counted("row", lambda: backward_rows(64), 238, {"grad_subvectors": 2, "bank": 4}),
-    "backward, sort": Counted("entry", backward_sort, 29, {"indices": 1, "candidates": 1, "weights": 4}),
+    "admixture, M = 128": Counted("row", lambda: admixture(64), 215, {"logits": 4, "candidates": 4, "bank": 6}),
+    "admixture, M = h = 2048": Counted("row", lambda: admixture(16, VECTORS), 1100, {"logits": 4, "bank": 4}),
+    "compose": Counted("row", lambda: compose(32), 160, {"bank": 4}),
+    "backward, grad_logits": Counted("row", lambda: backward_rows(64), 168, {"grad_subvectors": 2, "bank": 4}),
+    "backward, sort": Counted("entry", backward_sort, 5.5, {"indices": 8, "candidates": 8, "weights": 8}),
     "backward, grad_bank": Counted(
-        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 62, {"begins": 2, "grad_subvectors": 1}
+        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 37, {"slices": 1, "grad_subvectors": 4}
     ),
+    "backward, popular": Counted("entry", backward_popular, 4, {"owed": 4, "grad_subvectors": 4}),
 }
 
 

@@ -530,9 +530,10 @@ class Instruction:
         write, a, b = self.to_predicate(self.operands[0]), self.float(1), self.float(2)
 
         def run(warp: Warp, mask: np.ndarray, execution: Execution) -> None:
+            # Whether a division needs the long way. Zero, infinity and NaN do on a GPU, but come out right without, and the
+            # long way is a subroutine, which is not known here.
             x, y = np.abs(a(warp)), np.abs(b(warp))
-            plain = (y > 1e-30) & (y < 1e30) & ((x > 1e-30) & (x < 1e30) | (x == 0))
-            write(warp, mask, ~plain)
+            write(warp, mask, (x > 0) & (x < 1e-30) | (y > 0) & (y < 1e-30))
 
         return run
 
@@ -588,6 +589,17 @@ class Instruction:
                 write(warp, mask, [np.full(32, bits, np.uint64)])
             all_of_them = (votes == mask).all() if "ALL" in self.parts else votes.any()
             to(warp, mask, np.full(32, all_of_them))
+
+        return run
+
+    def _match(self):
+        assert "ANY" in self.parts
+        write, value = self.to_register(self.operands[0]), self.integer(1)
+
+        def run(warp: Warp, mask: np.ndarray, execution: Execution) -> None:
+            values = value(warp) & ONES
+            alike = (values[:, None] == values) & mask
+            write(warp, mask, [(alike.astype(np.uint64) << LANES.astype(np.uint64)).sum(1, dtype=np.uint64)])
 
         return run
 

@@ -35,18 +35,34 @@ def tensor(count: Count, name: str, dtype: np.dtype, columns: int) -> torch.Tens
     return torch.from_numpy(count.memory.get(name, dtype).copy()).view(-1, columns)
 
 
-def test_admixture_computes_the_bits_of_the_cpu_kernels():
-    for name, columns in (("admixture, M = 128", COLUMNS), ("admixture, M = h = 2048", VECTORS)):
-        count = counted(name)
-        candidates = tensor(count, "candidates", np.int16, columns) if columns < VECTORS else None
-        subvectors, indices, weights = torch.ops.vblora.admixture(
-            tensor(count, "logits", np.float32, columns),
-            tensor(count, "bank", np.float32, LENGTH),
-            candidates, K, torch.bfloat16,
-        )  # fmt: skip
-        assert torch.equal(tensor(count, "indices", np.int32, K), indices)
-        assert torch.equal(tensor(count, "weights", np.int32, K), weights.view(torch.int32))
-        assert torch.equal(tensor(count, "subvectors", np.int16, LENGTH), subvectors.view(torch.int16))
+ADMIXTURES = {
+    "few columns": (COLUMNS, lambda: counted("admixture, M = 128")),
+    "many columns": (VECTORS, lambda: counted("admixture, M = h = 2048")),
+    "few columns, ties and worse": (COLUMNS, lambda: counts.admixture(64, hard=True)),
+    "many columns, ties and worse": (VECTORS, lambda: counts.admixture(8, VECTORS, hard=True)),
+}
+
+
+@pytest.mark.parametrize("name", ADMIXTURES)
+def test_admixture_computes_the_bits_of_the_cpu_kernels(name):
+    columns, get = ADMIXTURES[name]
+    count = get()
+    subvectors, indices, weights = torch.ops.vblora.admixture(
+        tensor(count, "logits", np.float32, columns),
+        tensor(count, "bank", np.float32, LENGTH),
+        tensor(count, "candidates", np.int16, columns) if columns < VECTORS else None,
+        K, torch.bfloat16,
+    )  # fmt: skip
+    assert torch.equal(tensor(count, "indices", np.int32, K), indices)
+    assert same_bits(tensor(count, "weights", np.float32, K), weights)
+    assert torch.equal(tensor(count, "subvectors", np.int16, LENGTH), subvectors.view(torch.int16))
+
+
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """But for what is in a float32 NaN."""
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(
+        x.nan_to_num().view(torch.int32), y.nan_to_num().view(torch.int32)
+    )
 
 
 def test_compose_computes_the_bits_of_the_cpu_kernels():
@@ -75,8 +91,18 @@ def test_the_sort_sorts():
     count = counted("backward, sort")
     chosen = counts.chosen_vectors(count.memory)
     order = np.argsort(chosen, kind="stable")
-    assert (count.memory.get("sorted_rows", np.int32) == order // K).all()
-    assert (count.memory.get("sorted_vectors", np.int32) == chosen[order]).all()
-    assert (count.memory.get("sorted_weights", np.float32) == count.memory.get("weights", np.float32)[order]).all()
-    begins = np.searchsorted(chosen[order], np.arange(VECTORS + 1))
-    assert (count.memory.get("begins", np.uint16) == begins).all()
+    owed = counts.owed_by(order, count.memory)
+    assert (count.memory.get("owed", np.int32) == owed.ravel()).all()
+    assert (count.memory.get("slices", np.uint32) == counts.slices_of(chosen[order]).ravel()).all()
+
+
+def test_the_popular_vector():
+    count = counted("backward, popular")
+    weights, grads = (tensor(count, name, dtype, columns) for name, dtype, columns in (
+        ("weights", np.float32, K), ("grad_subvectors", np.int16, LENGTH)))  # fmt: skip
+    grads = grads.view(torch.bfloat16)[:, :16]  # 32 bytes
+    expected = (weights.double().sum(1, keepdim=True) * grads.double()).sum(0)
+    found = tensor(count, "grad_bank", np.float32, LENGTH)
+    assert (found[0, :16] - expected).norm() <= 1e-6 * (weights.sum(1, keepdim=True) * grads.abs()).sum(0).norm()
+    assert not found[0, 16:].any()
+    assert not found[1:].any()
