@@ -178,10 +178,10 @@ MOST = {
     "grad_subvectors": 1545,
     "grad_logits": 512,
     "grad_bank": 54,
-    "indices": 24,
-    "weights": 24,
+    "indices": 16,
+    "weights": 16,
     "candidates": 125,
-    "workspace": 100,
+    "workspace": 82,
 }
 
 
@@ -203,5 +203,5 @@ def test_traffic_of_admixture_backward_at_full_size():
             scale = 1 if sorting else blocks[launch] / sampled[launch]
         moved[buffer] += 32 * cost.units * scale / ROWS
     moved.pop("bank")
-    assert {name: bytes for name, bytes in moved.items() if bytes > MOST[name]} == {}
-    assert sum(moved.values()) <= 2400
+    assert {name: bytes for name, bytes in moved.items() if bytes > MOST[name] + 0.5} == {}
+    assert sum(moved.values()) <= 2350
