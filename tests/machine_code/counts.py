@@ -229,7 +229,7 @@ COUNTED = {
     "backward, grad_logits": Counted("row", lambda: backward_rows(64), 168, {"grad_subvectors": 2, "bank": 4}),
     "backward, sort": Counted("entry", backward_sort, 5.5, {"indices": 8, "candidates": 8, "weights": 8}),
     "backward, grad_bank": Counted(
-        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 37, {"slices": 1, "grad_subvectors": 4}
+        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 38, {"slices": 1, "grad_subvectors": 4}
     ),
     "backward, popular": Counted("entry", backward_popular, 4, {"owed": 4, "grad_subvectors": 4}),
 }
