@@ -191,8 +191,11 @@ class Reader:
         is_mixture = bool(((rest >= 0) & (rest <= weights[:, :1])).all() and ((weights.sum(1) - 1).abs() < 1e-5).all())
         if is_mixture and not self.exact:
             weights = ((rest * _STEPS).round() - _OFFSET).to(torch.int16)
-        # Copies: what safetensors reads is a map of the file, which stays open, takes whole pages, and may be written over.
-        return PackedVBLoRA(layout, bank, indices.clone(), weights.clone())
+        # Copied: what safetensors reads is a map of the file, which stays open, takes whole pages, and may be written over. Both
+        # into one piece of memory, which leaves fewer holes between adapters.
+        held = torch.cat([weights.reshape(-1).view(torch.uint8), indices])
+        weights = held[: weights.nbytes].view(weights.dtype).view(weights.shape)
+        return PackedVBLoRA(layout, bank, held[weights.nbytes :], weights)
 
     def _bank_of(self, description: dict[str, Any], tensors: dict[str, Tensor], layout: Layout) -> Tensor | None:
         """The bank of a folder, if it is one that was checked before and all else is as in a deploy form."""
