@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import vblora
-from tests.small_models import bert, relative_error
+from tests.small_models import relative_error
+from vblora.finetune import demo
 
 CONFIG = vblora.VBLoRAConfig(target_modules="all-linear", num_vectors=16, vector_length=4, init_vector_bank_bound=0.5)
 X = torch.randn(3, 8)
@@ -85,18 +86,13 @@ def test_the_adapter_of_a_container_outlives_another_ones_layers():
 
 def test_a_sentence_transformer_is_saved(tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    from transformers import BertTokenizer
 
-    bert().bert.save_pretrained(tmp_path / "base")
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
-    BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}).save_pretrained(tmp_path / "base")
-    transformer = sentence_transformers.models.Transformer(str(tmp_path / "base"))
-    pooling = sentence_transformers.models.Pooling(transformer.get_word_embedding_dimension())
-    model = sentence_transformers.SentenceTransformer(modules=[transformer, pooling], device="cpu")
-    vblora.inject(model, vblora.VBLoRAConfig(target_modules=["query", "value"], num_vectors=16, vector_length=8))
+    model = sentence_transformers.SentenceTransformer(str(demo.find_model()), device="cpu", local_files_only=True)
+    size = len(model)
+    vblora.inject(model, vblora.VBLoRAConfig(target_modules=["query", "value"], num_vectors=64, vector_length=32))
     with torch.no_grad():
         model.vblora.default.bank.vectors.normal_()
-    assert len(model) == 2
+    assert len(model) == size
     expected = model.encode(["good bad"], convert_to_tensor=True)
     with pytest.raises(ValueError, match=r"vblora\.save"):
         model.save(str(tmp_path / "model"))
