@@ -7,10 +7,13 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vblora
 from tests.small_models import gpt2, llama, relative_error
 from vblora.adapters import LoRAAdapter
+from vblora.checkpoint import folder
+from vblora.checkpoint.peft import lora
 
 from .test_peft import CASES, ROUNDING, SIZES, from_peft, ours, outputs, shaken
 
@@ -67,3 +70,19 @@ def test_pefts_auto_classes_find_the_model(tmp_path):
         vblora.save(model, tmp_path / form, form=form)
         loaded = auto.from_pretrained(tmp_path / form)
         assert relative_error(outputs(loaded), outputs(model)) < ROUNDING
+
+
+def test_all_layers_are_composed_in_one_call(tmp_path):
+    _, model = ours(gpt2)
+    vblora.save(model, tmp_path / "deploy", form="deploy")
+    contents, _ = folder.read(tmp_path / "deploy")
+    calls = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        lora.encode(contents)
+    assert calls.count(torch.ops.vblora.compose.default) == 1
