@@ -89,8 +89,9 @@ def test_the_least_recently_used_leaves_its_slot(world, ids):
     store, model = store_of(world, slots=3)
     store.pin("user-5")
     for names in (USERS[:2], USERS[2:4], USERS[1:3], USERS[3:5]):
-        assert_rows(world, model, names + ["user-5", None] * 3, ids)
+        assert_rows(world, model, names + [None] * 6, ids)
         assert set(store._warm) == {*names, "user-5"}
+    assert_rows(world, model, [None, "user-5"] * 4, ids)
     stats = store.stats()
     assert stats["adapters"] == {"cold": 6, "warm": 3, "pinned": 1}
     assert (stats["misses_total"]["warm"], stats["evictions_total"]["warm"]) == (8, 5)
@@ -100,6 +101,12 @@ def test_the_least_recently_used_leaves_its_slot(world, ids):
     assert_rows(world, model, USERS[:3], ids[:3])
     with pytest.raises(ValueError, match="3 pinned adapters would leave no slot"):
         store.pin(USERS[:3])
+
+
+def test_nothing_is_left_of_what_a_slot_held_before(world, ids):
+    _, model = store_of(world, slots=1)
+    for name in ("user-0", "peft lora", "scaled", "tied"):  # of fewer ranks, or of fewer layers
+        assert_rows(world, model, [name] * 8, ids)
 
 
 def test_the_cold_tier_is_bounded(world, ids):
@@ -112,9 +119,12 @@ def test_the_cold_tier_is_bounded(world, ids):
     assert store.stats()["evictions_total"]["cold"] == 4
 
 
-def test_banks_projections_and_layouts_are_held_once(world):
+def test_banks_and_layouts_are_checked_and_held_once(world, monkeypatch):
     store, _ = store_of(world)
+    read, checked = packed.folder.read, []
+    monkeypatch.setattr(packed.folder, "read", lambda *args: checked.append(args) or read(*args))
     store.prefetch(USERS)
+    assert len(checked) == 1
     adapters = [store._packed(name) for name in USERS]
     assert len({id(adapter.bank) for adapter in adapters}) == len({id(adapter.layout) for adapter in adapters}) == 1
     assert store.stats()["bytes"]["shared"] == world.bank.vectors.nbytes
