@@ -24,6 +24,7 @@ from ..model.record import (
 from .contents import Contents
 from .folder import FORMS, TENSORS_FILE, read, write
 from .formats import METHODS
+from .prefixes import fit_names
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -145,6 +146,7 @@ def load(
             'form="resume" to continue exactly, or load with train_kept=True to train with those k vectors as only candidates.'
         )
     try:
+        contents = fit_names(contents, model)
         if present is None:
             plan = Plan(model, contents.config, "default" if adapter_name is None else adapter_name)
             _load_new(plan, contents, bank if shares_bank else None, bool(is_trainable))
