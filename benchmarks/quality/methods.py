@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import vblora
-from vblora.model.parameters import RECIPES as VB_RATES
-from vblora.model.parameters import WARM_UP
+from vblora.model.learning_rates import RECIPES as VB_RATES
+from vblora.model.learning_rates import WARM_UP
 
 CONFIGS = {
     "vblora": vblora.VBLoRAConfig,

@@ -2,6 +2,11 @@
 // run time only, and which bank vector a column stands for. The counterpart of cpu/isa/rows.h.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
 #include "../numeric.h"
 #include "../problems.h"
 #include "launch.cuh"
@@ -12,6 +17,19 @@ template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T element[N];
 };
+
+// What load() gives for element e, in the fewest instructions.
+template <class To, class T, int N>
+__device__ __forceinline__ To element_of(const Pack<T, N>& pack, int e) {
+  if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
+    const uint32_t word = bits_as<Pack<uint32_t, N / 2>>(pack).element[e / 2];
+    return static_cast<To>(bits_as<float>(e % 2 ? word & 0xffff0000u : word << 16));
+  } else if constexpr (std::is_same_v<T, f16>) {
+    return static_cast<To>(__half2float(bits_as<__half>(pack.element[e])));
+  } else {
+    return load<To>(pack.element[e]);
+  }
+}
 
 // The machine's word of so many bytes.
 template <int Bytes>
@@ -70,17 +88,9 @@ __device__ __forceinline__ bool in_packs(const T* rows, int64_t length) {
 }
 
 // Calls body with a value of the element type that `type` names: in a kernel, and in a launcher.
+#pragma nv_exec_check_disable  // of a body that is one of the two, as all are
 template <class Body>
-__device__ __forceinline__ void with_type(Type type, const Body& body) {
-  switch (type) {
-    case Type::f32: return body(float());
-    case Type::f64: return body(double());
-    case Type::bf16: return body(bf16());
-    default: return body(f16());
-  }
-}
-template <class Body>
-void dispatch(Type type, const Body& body) {
+__host__ __device__ __forceinline__ void with_type(Type type, const Body& body) {
   switch (type) {
     case Type::f32: return body(float());
     case Type::f64: return body(double());

@@ -1,6 +1,7 @@
 // The gradient of the bank, from ranges of entries that lie sorted. A warp a bank vector finds its entries in all the
-// ranges, in ascending order, and adds weight * grad row to registers. Vectors of too many entries, which would keep a
-// warp busy for long, are left to a second kernel: a block for each, and for each 32 bytes of its length.
+// ranges, in ascending order, and adds weight * grad row to registers, with several rows under way. Vectors of too many
+// entries, which would keep a warp busy for long, are left to a second kernel: a block for each, and for each 32 bytes
+// of its length.
 #pragma once
 
 #include "backward_workspace.cuh"
@@ -9,47 +10,60 @@ namespace vblora::cuda {
 
 constexpr int kPopularBlocks = 16;  // among which popular vectors are dealt out, for each part of their length
 
-// The part of a row of gradients that a lane adds up: 16 bytes from `first` on; or, where rows are not aligned (no
-// Packs), as many elements that are Lanes apart.
-template <class Grad, bool Packs, int Lanes>
+// The part of a row of gradients that a lane adds up: 16 bytes' worth of elements, in chunks of kChunk that are as far
+// apart as all Lanes' chunks take. As many elements a chunk as rows are aligned to.
+template <class Grad, int kChunk, int Lanes>
 struct Part {
-  static constexpr int kElements = 16 / sizeof(Grad);
-  int64_t first;
-  int left;  // elements from `first` to the row's end, if they are few
+  static constexpr int kElements = 16 / sizeof(Grad), kChunks = kElements / kChunk, kApart = Lanes * kChunk;
+  // As they come from memory: words stay together until they are needed, and take the fewest registers.
+  using Bits = typename Word<kChunk* static_cast<int>(sizeof(Grad))>::type;
+  struct Raw {
+    Bits chunks[kChunks];
+  };
+  uint32_t first;
+  int left;              // elements from `first` to the row's end
+  const char* of_row_0;  // where this part of a row begins
+  uint32_t row_bytes;
 
-  __device__ __forceinline__ Part(const AdmixtureBackward& problem, int64_t part, int lane)
-      : first(part * Lanes * kElements + (Packs ? lane * kElements : lane)) {
-    const int64_t rest = problem.length - first;
-    left = rest < Lanes * kElements ? static_cast<int>(rest) : Lanes * kElements;
-  }
+  __device__ __forceinline__ Part(const AdmixtureBackward& problem, uint32_t part, int lane)
+      : first(part * Lanes * kElements + static_cast<uint32_t>(lane * kChunk)),
+        left(static_cast<int>(problem.length - first)),
+        of_row_0(reinterpret_cast<const char*>(static_cast<const Grad*>(problem.grad_subvectors) +
+                                               (left > 0 ? first : part * Lanes * kElements))),
+        row_bytes(static_cast<uint32_t>(problem.length * sizeof(Grad))) {}
 
-  __device__ __forceinline__ Pack<Grad, kElements> read(const Grad* row) const {
-    Pack<Grad, kElements> pack = {};
-    if constexpr (Packs) {
-      if (left > 0) pack = load_pack<kElements>(row + first);
-    } else {
+  // Lanes beyond the row's end read what the first lane does.
+  __device__ __forceinline__ Raw read(int32_t row) const {
+    const char* from = of_row_0 + static_cast<uint64_t>(static_cast<uint32_t>(row)) * row_bytes;
+    Raw raw = {};
 #pragma unroll
-      for (int e = 0; e < kElements; ++e)
-        if (e * Lanes < left) pack.element[e] = load_pack<1>(row + first + e * Lanes).element[0];
-    }
-    return pack;
+    for (int c = 0; c < kChunks; ++c)
+      if (c == 0 || c * kApart < left)
+        raw.chunks[c] = __ldg(reinterpret_cast<const Bits*>(from + c * kApart * sizeof(Grad)));
+    return raw;
   }
   template <class Acc>
-  __device__ __forceinline__ void add(const Pack<Grad, kElements>& pack, Acc weight, Acc (&sums)[kElements]) const {
+  __device__ __forceinline__ void add(const Raw& raw, Acc weight, Acc (&sums)[kElements]) const {
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) sums[e] = multiply_add(weight, load<Acc>(pack.element[e]), sums[e]);
+    for (int c = 0; c < kChunks; ++c) {
+      const auto chunk = bits_as<Pack<Grad, kChunk>>(raw.chunks[c]);
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) {
+        Acc& sum = sums[c * kChunk + e];
+        sum = multiply_add(weight, element_of<Acc>(chunk, e), sum);
+      }
+    }
   }
   // Writes the sums as a row's elements of T. To be called by all of the Lanes.
   template <class T, class Acc>
   __device__ __forceinline__ void write(T* row, Acc (&sums)[kElements]) const {
-    constexpr int kBytes = kElements * static_cast<int>(sizeof(T)), kAtOnce = kBytes > 16 ? 16 / sizeof(T) : kElements;
-    if (Packs && is_aligned(row, kAtOnce * static_cast<int>(sizeof(T)))) {
-      // Where a lane has two packs, neighbours swap one, so that together they write whole sectors: a lane has the
+    constexpr int kBytes = kChunk * static_cast<int>(sizeof(T)), kAtOnce = kBytes > 16 ? 16 / sizeof(T) : kChunk;
+    if (is_aligned(row, kAtOnce * static_cast<int>(sizeof(T)))) {
+      // Where a chunk takes two writes, neighbours swap one, so that together they write whole sectors: a lane has the
       // first or the second of each two then.
       constexpr bool kSwap = kBytes == 32;
-      int64_t at = first, end = first + left;
+      const bool odd = kSwap && threadIdx.x & 1;
       if constexpr (kSwap) {
-        const bool odd = threadIdx.x & 1;
         constexpr unsigned kTogether = Lanes == 32 ? kAllLanes : (1u << Lanes % 32) - 1;
 #pragma unroll
         for (int e = 0; e < kAtOnce; ++e) {
@@ -57,33 +71,38 @@ struct Part {
           if (odd) sums[e] = other;
           else sums[kAtOnce + e] = other;
         }
-        at -= odd ? kAtOnce : 0;
       }
 #pragma unroll
-      for (int begin = 0; begin < kElements; begin += kAtOnce, at += kSwap ? 2 * kAtOnce : kAtOnce) {
-        Pack<T, kAtOnce> pack;
+      for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-        for (int e = 0; e < kAtOnce; ++e) store(&pack.element[e], sums[begin + e]);
-        if (at < end) store_pack(row + at, pack);
-      }
+        for (int begin = 0; begin < kChunk; begin += kAtOnce) {
+          const int at = c * kApart + (kSwap ? 2 * begin - (odd ? kAtOnce : 0) : begin);
+          Pack<T, kAtOnce> pack;
+#pragma unroll
+          for (int e = 0; e < kAtOnce; ++e) store(&pack.element[e], sums[c * kChunk + begin + e]);
+          if (at < left) store_pack(row + first + at, pack);
+        }
     } else {
 #pragma unroll
       for (int e = 0; e < kElements; ++e)
-        if (const int i = Packs ? e : e * Lanes; i < left) store(row + first + i, sums[e]);
+        if (const int i = e / kChunk * kApart + e % kChunk; i < left) store(row + first + i, sums[e]);
     }
   }
 };
 
-// Calls body with true where a part of a row is aligned, with false where it is not.
+// Calls body with the elements a chunk (as an integral constant) that the rows' alignment allows.
 template <class Grad, class Body>
-__device__ __forceinline__ void with_packs(const AdmixtureBackward& problem, const Body& body) {
-  if (in_packs<16 / static_cast<int>(sizeof(Grad))>(static_cast<const Grad*>(problem.grad_subvectors), problem.length))
-    body(std::true_type());
-  else body(std::false_type());
+__device__ __forceinline__ void with_chunks(const AdmixtureBackward& problem, const Body& body) {
+  constexpr int kMost = 16 / sizeof(Grad);
+  const Grad* grads = static_cast<const Grad*>(problem.grad_subvectors);
+  if (in_packs<kMost>(grads, problem.length)) return body(std::integral_constant<int, kMost>());
+  if constexpr (kMost > 4)
+    if (in_packs<4>(grads, problem.length)) return body(std::integral_constant<int, 4>());
+  body(std::integral_constant<int, 1>());
 }
 
 template <class Acc, class Part, int N>
-__device__ __forceinline__ void write_bank(const AdmixtureBackward& problem, int64_t vector, const Part& part,
+__device__ __forceinline__ void write_bank(const AdmixtureBackward& problem, int32_t vector, const Part& part,
                                            Acc (&sums)[N]) {
   if constexpr (sizeof(Acc) == 8) {
     part.write(static_cast<double*>(problem.grad_bank) + vector * problem.length, sums);
@@ -96,105 +115,108 @@ __device__ __forceinline__ void write_bank(const AdmixtureBackward& problem, int
   }
 }
 
-// Where the entries of a vector lie in each range.
-struct Slices {
-  const uint16_t* begins;
-  int ranges, buckets;
+// sums += weight * grad row, for N entries, or the first `count` of them if they are fewer. All are read before any is
+// added.
+template <int N, class Acc, class Part>
+__device__ __forceinline__ void add_some(const Owed<Acc>* entries, int count, const Part& part,
+                                         Acc (&sums)[Part::kElements]) {
+  typename Part::Raw read[N];
+#pragma unroll
+  for (int a = 0; a < N; ++a)
+    if (a < count) read[a] = part.read(entries[a].row);
+#pragma unroll
+  for (int a = 0; a < N; ++a)
+    if (a < count) part.add(read[a], entries[a].weight, sums);
+}
 
-  __device__ __forceinline__ Slices(const BackwardWorkspace& workspace, int64_t vector)
-      : begins(workspace.begins + (vector >> workspace.shift)), ranges(workspace.ranges), buckets(workspace.buckets) {}
-  // Returns how many there are in this range.
-  __device__ __forceinline__ int get(int range, int* begin) const {
-    *begin = 0;
-    if (range >= ranges) return 0;
-    const uint16_t* here = begins + range * int64_t{buckets + 1};
-    *begin = __ldg(here);
-    return __ldg(here + 1) - *begin;
-  }
-};
+template <class Acc>
+__device__ __forceinline__ Owed<Acc> owed_at(const BackwardWorkspace& workspace, int64_t slot) {
+  return load_pack<1>(static_cast<const Owed<Acc>*>(workspace.owed) + slot).element[0];
+}
 
-// sums += weight * grad row, for all entries of a vector, one after the other in ascending order; by a warp. kAhead:
-// rows that are being read at a time.
-template <int kAhead, class Grad, class Acc, class Part>
-__device__ __forceinline__ void add_entries(const AdmixtureBackward& problem, const BackwardWorkspace& workspace,
-                                            const Slices& slices, int64_t vector, const Part& part,
+// The entries of a vector in 32 ranges, of which `slices` (in shared memory) says where they lie.
+template <int kAhead, class Acc, class Part>
+__device__ __forceinline__ void add_entries(const BackwardWorkspace& workspace, int first_range, const uint32_t* slices,
+                                            int32_t vector, Owed<Acc>* batch, const Part& part,
                                             Acc (&sums)[Part::kElements]) {
   const int lane = threadIdx.x % 32;
-  const Grad* grads = static_cast<const Grad*>(problem.grad_subvectors);
-  for (int first_range = 0; first_range < slices.ranges; first_range += 32) {
-    int begin;
-    int end = slices.get(first_range + lane, &begin);
-    begin += end;
+  int total = 32;
+#pragma unroll 1
+  for (int first = 0; first < total; first += 32) {
+    // Where this lane's range ends among all entries of the 32, and what takes a place there to one in the range.
+    // Found anew each time: rows need the registers meanwhile.
+    int offset = static_cast<int>(slices[lane] & 0xffffu), end = static_cast<int>(slices[lane] >> 16) - offset;
+    offset += end;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int before = __shfl_up_sync(kAllLanes, end, distance);
       if (lane >= distance) end += before;
     }
-    // `end` is where this lane's range ends among all entries of the 32; `begin`, what takes a place there to one in
-    // the range.
-    begin -= end;
-    const int total = __shfl_sync(kAllLanes, end, 31);
-    for (int first = 0; first < total; first += 32) {
-      const int place = first + lane;  // of the entry that this lane takes, in the first range that ends beyond it
-      int source = 0;
+    offset -= end;
+    total = __shfl_sync(kAllLanes, end, 31);
+    const int place = first + lane;  // of the entry that this lane takes, in the first range that ends beyond it
+    int source = 0;
 #pragma unroll
-      for (int step = 16; step > 0; step /= 2)
-        if (__shfl_sync(kAllLanes, end, source + step - 1) <= place) source += step;
-      const int64_t slot = int64_t{first_range + source} * kRange + (__shfl_sync(kAllLanes, begin, source) + place);
-      int32_t row = -1;
-      Acc weight = 0;
-      if (place < total && (workspace.shift == 0 || __ldg(workspace.vectors + slot) == vector)) {
-        row = __ldg(workspace.rows + slot);
-        weight = __ldg(static_cast<const Acc*>(workspace.weights) + slot);
-      }
-      unsigned left = __ballot_sync(kAllLanes, row >= 0);
+    for (int step = 16; step > 0; step /= 2)
+      if (__shfl_sync(kAllLanes, end, source + step - 1) <= place) source += step;
+    const int64_t slot = int64_t{first_range + source} * kRange + (__shfl_sync(kAllLanes, offset, source) + place);
+    const bool here = place < total && (workspace.shift == 0 || __ldg(workspace.vectors + slot) == vector);
+    const unsigned all = __ballot_sync(kAllLanes, here);
+    if (here) batch[__popc(all & ((1u << lane) - 1))] = owed_at<Acc>(workspace, slot);
+    __syncwarp();
+    constexpr int kRest = (kAhead + 1) / 2;
+    const Owed<Acc>* entry = batch;
+    int left = __popc(all);
 #pragma unroll 1
-      for (int i = 0; left; i += kAhead, left >>= kAhead) {
-        Pack<Grad, Part::kElements> read[kAhead];
-#pragma unroll
-        for (int a = 0; a < kAhead; ++a) {
-          const int32_t row_of = __shfl_sync(kAllLanes, row, i + a);
-          if (left >> a & 1) read[a] = part.read(grads + row_of * problem.length);
-        }
-#pragma unroll
-        for (int a = 0; a < kAhead; ++a) {
-          const Acc weight_of = __shfl_sync(kAllLanes, weight, i + a);
-          if (left >> a & 1) part.add(read[a], weight_of, sums);
-        }
-      }
-    }
+    for (; left >= kAhead; left -= kAhead, entry += kAhead) add_some<kAhead>(entry, kAhead, part, sums);
+#pragma unroll 1
+    for (; left > 0; left -= kRest, entry += kRest) add_some<kRest>(entry, left, part, sums);
+    __syncwarp();
   }
 }
 
-// A warp a vector and 512 bytes of it; blockIdx.y says which.
+// A warp a vector and 512 bytes of it; blockIdx.y says which. Eight neighbours a block, so that it reads whole sectors
+// of slices, of 32 ranges at a time.
 template <class Grad, class Acc>
 static __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_bank_kernel(const AdmixtureBackward problem, const BackwardWorkspace workspace) {
-  const int lane = threadIdx.x % 32;
-  const int64_t vector = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (vector >= problem.vectors) return;
-  const Slices slices(workspace, vector);
-  if (slices.ranges) {
-    int32_t count = 0;
-    for (int range = lane; range < slices.ranges; range += 32) {
-      int begin;
-      count += slices.get(range, &begin);
-    }
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) count += __shfl_xor_sync(kAllLanes, count, distance);
-    const int64_t bucket = vector >> workspace.shift;
-    const bool popular = count > workspace.popular_from;
-    if (blockIdx.y == 0 && lane == 0 && bucket << workspace.shift == vector) workspace.popular[bucket] = popular;
-    if (popular) return;
-  }
-  with_packs<Grad>(problem, [&](auto packs) {
-    constexpr bool kPacks = decltype(packs)::value;
-    using PartOfRow = Part<Grad, kPacks, 32>;
-    constexpr int kAhead = !kPacks || sizeof(Acc) == 8 ? 1 : PartOfRow::kElements <= 4 ? 4 : 2;  // as registers allow
+  __shared__ uint32_t slices[kWarps][32 + 4];  // 4: neither writing nor reading them meets a bank twice
+  __shared__ __align__(16) unsigned char shared_batches[kWarps * 32 * sizeof(Owed<Acc>)];
+  auto* const batches = reinterpret_cast<Owed<Acc>(*)[32]>(shared_batches);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int32_t first_vector = static_cast<int32_t>(blockIdx.x) * kWarps, vector = first_vector + warp;
+  with_chunks<Grad>(problem, [&](auto chunk) {
+    using PartOfRow = Part<Grad, decltype(chunk)::value, 32>;
+    constexpr int kAhead = sizeof(Acc) * PartOfRow::kElements > 32 ? 1
+                           : PartOfRow::kChunks > 1                ? 2
+                           : sizeof(Acc) == 4                      ? (sizeof(Grad) == 2 ? 8 : 4)
+                                                                   : 4;  // as registers allow
     const PartOfRow part(problem, blockIdx.y, lane);
     Acc sums[PartOfRow::kElements] = {};
-    add_entries<kAhead, Grad>(problem, workspace, slices, vector, part, sums);
-    write_bank(problem, vector, part, sums);
+    int count = 0;
+#pragma unroll 1
+    for (int first = 0; first < workspace.ranges; first += 32) {
+      const int slot = threadIdx.x % kWarps, range = threadIdx.x / kWarps;
+      const int32_t of = first_vector + slot;
+      slices[slot][range] =
+          of < problem.vectors && first + range < workspace.ranges
+              ? __ldg(workspace.slices + int64_t{first + range} * workspace.stride() + (of >> workspace.shift))
+              : 0;
+      __syncthreads();
+      int here = static_cast<int>(slices[warp][lane] >> 16) - static_cast<int>(slices[warp][lane] & 0xffffu);
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) here += __shfl_xor_sync(kAllLanes, here, distance);
+      count += here;
+      if (count <= workspace.popular_from)
+        add_entries<kAhead>(workspace, first, slices[warp], vector, batches[warp], part, sums);
+      __syncthreads();
+    }
+    if (vector >= problem.vectors) return;
+    const int32_t bucket = vector >> workspace.shift;
+    const bool popular = count > workspace.popular_from;
+    if (workspace.ranges && blockIdx.y == 0 && lane == 0 && bucket << workspace.shift == vector)
+      workspace.popular[bucket] = popular;
+    if (!popular) write_bank(problem, vector, part, sums);
   });
 }
 
@@ -203,36 +225,37 @@ static __global__ void __launch_bounds__(kThreads, kBlocks)
 // in ascending order.
 constexpr int kPopularLanes = 2;
 
-template <class Grad, class Acc, bool Packs>
+template <class Grad, class Acc, int kChunk>
 __device__ __forceinline__ void add_popular(const AdmixtureBackward& problem, const BackwardWorkspace& workspace,
                                             int64_t vector, Acc* shared) {
-  using PartOfRow = Part<Grad, Packs, kPopularLanes>;
+  using PartOfRow = Part<Grad, kChunk, kPopularLanes>;
   constexpr int N = PartOfRow::kElements, kPairs = 32 / kPopularLanes;
-  constexpr int kAhead = Packs && sizeof(Acc) == 4 && N <= 4 ? 2 : 1;  // as registers allow
+  constexpr int kAhead = PartOfRow::kChunks > 1 ? 1 : sizeof(Acc) == 8 ? 2 : 4;  // as registers allow
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const PartOfRow part(problem, blockIdx.x, lane % kPopularLanes);
-  const Grad* grads = static_cast<const Grad*>(problem.grad_subvectors);
-  const Slices slices(workspace, vector);
   Acc sums[N] = {};
-  for (int range = warp; range < slices.ranges; range += kWarps) {
-    int begin;
-    const int end = slices.get(range, &begin) + begin;
-    for (int first = begin + lane / kPopularLanes; first < end; first += kPairs * kAhead) {
-      Acc weights[kAhead];
-      Pack<Grad, N> read[kAhead];
-      bool there[kAhead];
+#pragma unroll 1
+  for (int range = warp; range < workspace.ranges; range += kWarps) {
+    const uint32_t slice = __ldg(workspace.slices + int64_t{range} * workspace.stride() + (vector >> workspace.shift));
+    const int end = static_cast<int>(slice >> 16);
+    const int64_t slot = int64_t{range} * kRange;
+#pragma unroll 1
+    for (int first = static_cast<int>(slice & 0xffffu) + lane / kPopularLanes; first < end; first += kPairs * kAhead) {
+      Owed<Acc> owed[kAhead];
+      typename PartOfRow::Raw read[kAhead];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         const int place = first + a * kPairs;
-        const int64_t slot = int64_t{range} * kRange + place;
-        there[a] = place < end && (workspace.shift == 0 || __ldg(workspace.vectors + slot) == vector);
-        if (!there[a]) continue;
-        weights[a] = __ldg(static_cast<const Acc*>(workspace.weights) + slot);
-        read[a] = part.read(grads + __ldg(workspace.rows + slot) * problem.length);
+        owed[a] = {-1, 0};
+        if (place < end && (workspace.shift == 0 || __ldg(workspace.vectors + slot + place) == vector))
+          owed[a] = owed_at<Acc>(workspace, slot + place);
       }
 #pragma unroll
       for (int a = 0; a < kAhead; ++a)
-        if (there[a]) part.add(read[a], weights[a], sums);
+        if (owed[a].row >= 0) read[a] = part.read(owed[a].row);
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a)
+        if (owed[a].row >= 0) part.add(read[a], owed[a].weight, sums);
     }
   }
 #pragma unroll
@@ -262,32 +285,37 @@ static __global__ void __launch_bounds__(kThreads, kBlocks)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto is_popular = [&](int bucket) { return bucket < workspace.buckets && __ldg(workspace.popular + bucket); };
   bool any = false;
+#pragma unroll 1
   for (int bucket = threadIdx.x; bucket < workspace.buckets; bucket += kThreads) any |= is_popular(bucket);
   if (!__syncthreads_or(any)) return;  // as a rule
 
-  unsigned number = 0;  // of a popular bucket, among all
-  for (int first = 0; first < workspace.buckets; first += kThreads) {
-    const unsigned votes = __ballot_sync(kAllLanes, is_popular(first + static_cast<int>(threadIdx.x)));
-    if (lane == 0) popular[warp] = votes;
-    __syncthreads();
-    for (int word = 0; word < kWarps; ++word)
-      for (unsigned left = popular[word]; left; left &= left - 1) {
-        if (number++ % kPopularBlocks != blockIdx.y) continue;
-        const int64_t bucket = first + 32 * word + __ffs(static_cast<int>(left)) - 1;
-        const int64_t end = (bucket + 1) << workspace.shift;
-        for (int64_t vector = bucket << workspace.shift; vector < end && vector < problem.vectors; ++vector)
-          with_packs<Grad>(problem, [&](auto packs) {
-            add_popular<Grad, Acc, decltype(packs)::value>(problem, workspace, vector, shared);
-          });
-      }
-    __syncthreads();
-  }
+  with_chunks<Grad>(problem, [&](auto chunk) {
+    unsigned number = 0;  // of a popular bucket, among all
+#pragma unroll 1
+    for (int first = 0; first < workspace.buckets; first += kThreads) {
+      const unsigned votes = __ballot_sync(kAllLanes, is_popular(first + static_cast<int>(threadIdx.x)));
+      if (lane == 0) popular[warp] = votes;
+      __syncthreads();
+#pragma unroll 1
+      for (int word = 0; word < kWarps; ++word)
+#pragma unroll 1
+        for (unsigned left = popular[word]; left; left &= left - 1) {
+          if (number++ % kPopularBlocks != blockIdx.y) continue;
+          const int bucket = first + 32 * word + __ffs(static_cast<int>(left)) - 1;
+          const int64_t end = (int64_t{bucket} + 1) << workspace.shift;
+#pragma unroll 1
+          for (int64_t vector = int64_t{bucket} << workspace.shift; vector < end && vector < problem.vectors; ++vector)
+            add_popular<Grad, Acc, decltype(chunk)::value>(problem, workspace, vector, shared);
+        }
+      __syncthreads();
+    }
+  });
 }
 
 template <class Grad, class Acc>
 void launch_bank(const AdmixtureBackward& problem, const BackwardWorkspace& workspace, cudaStream_t stream) {
   const auto parts = [&](int lanes) {
-    const int64_t elements = int64_t{lanes} * Part<Grad, true, 32>::kElements;
+    const int64_t elements = lanes * (16 / static_cast<int64_t>(sizeof(Grad)));
     return (problem.length + elements - 1) / elements;
   };
   const int64_t parts_of_warps = parts(32), parts_of_pairs = parts(kPopularLanes);

@@ -2,7 +2,7 @@
 //
 //   grad row, bank vectors    16 bytes a lane of each --> fmaf into 32 partial sums, added up by shuffles: <g, v_j>
 //                                                          |
-//                             softmax Jacobian: w_j (d_j - sum_i w_i d_i), in shared memory
+//   indices, weights          lane j has entry j --> softmax Jacobian: w_j (d_j - sum_i w_i d_i)
 //                                                          |
 //   grad_logits (S, M)        16 bytes a lane: the row is written whole, zeros and all
 //
@@ -71,9 +71,9 @@ __device__ __forceinline__ void dot_two_packs(const Grad* grad, const T* a, cons
     if (b) b_pack = load_pack<N>(b + first);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      const Acc value = load<Acc>(grad_pack.element[e]);
-      if (a) a_sums[e] = multiply_add(value, load<Acc>(a_pack.element[e]), a_sums[e]);
-      if (b) b_sums[e] = multiply_add(value, load<Acc>(b_pack.element[e]), b_sums[e]);
+      const Acc value = element_of<Acc>(grad_pack, e);
+      if (a) a_sums[e] = multiply_add(value, element_of<Acc>(a_pack, e), a_sums[e]);
+      if (b) b_sums[e] = multiply_add(value, element_of<Acc>(b_pack, e), b_sums[e]);
     }
   }
   *a_dot = add_partials<kLanesOfARow<T>>(a_sums);
@@ -94,86 +94,108 @@ __device__ __forceinline__ void dot(const Grads& grad, const T* vector, int64_t 
   *result = add_partials<kLanesOfARow<T>>(sums);
 }
 
-// The rows of grad_logits of one block, k <= kFewEntries.
-template <class T, class Acc>
-struct FewEntries {
-  static constexpr int kRows = kThreads / kLanesOfARow<T>;
-  Acc grads[kRows][kFewEntries];
-  int32_t columns[kRows][kFewEntries];
-};
-
-template <int N, class T, class Acc>
-__device__ __forceinline__ void write_row(T* row, int64_t length, int k, const int32_t* columns, const Acc* grads,
+// Writes a row of grad_logits whole: zeros, but for K columns at most.
+template <int N, int K, class T, class Acc>
+__device__ __forceinline__ void write_row(T* row, int length, const int32_t (&columns)[K], const Acc (&grads)[K],
                                           int lane) {
-  for (int64_t first = int64_t{lane} * N; first < length; first += kLanesOfARow<T> * N) {
+#pragma unroll 1
+  for (int first = lane * N; first < length; first += kLanesOfARow<T> * N) {
     Pack<T, N> pack = {};
-    for (int j = 0; j < k; ++j) {
-      const uint32_t place = static_cast<uint32_t>(columns[j]) - static_cast<uint32_t>(first);
-      if (place >= N) continue;  // also where there is no such column
 #pragma unroll
-      for (int e = 0; e < N; ++e)
+    for (int j = 0; j < K; ++j) {
+      const uint32_t place = static_cast<uint32_t>(columns[j]) - static_cast<uint32_t>(first);
+#pragma unroll
+      for (int e = 0; e < N; ++e)  // none, where there is no such column
         if (place == e) store(&pack.element[e], grads[j]);
     }
     store_pack(row + first, pack);
   }
 }
 
+// What the lanes of a row have of its entries, handed to all of them: the j-th is in lane j, or, where there are more
+// than lanes, in the second `of` lane j - lanes.
+template <int Lanes, int Each, class Value>
+__device__ __forceinline__ Value of_entry(const Value (&of)[Each], int j) {
+  const Value value = Each == 1 || j < Lanes ? of[0] : of[Each - 1];
+  return __shfl_sync(kAllLanes, value, j % Lanes, Lanes);
+}
+
+// k <= kFewEntries. Lanes without a row stay, for the shuffles.
 template <class T, class Grad>
-__device__ __forceinline__ void rows_of_few_entries(const AdmixtureBackward& problem, int64_t block,
-                                                    FewEntries<T, accumulator_t<T>>& shared) {
+__device__ __forceinline__ void rows_of_few_entries(const AdmixtureBackward& problem, int64_t block) {
   using Acc = accumulator_t<T>;
   constexpr int kLanes = kLanesOfARow<T>, N = kPartials<T>;
-  const int place = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, k = static_cast<int>(problem.k);
-  const int64_t length = problem.length, row = block * shared.kRows + place;
-  const bool exists = row < problem.rows;  // lanes without a row stay, for the shuffles
+  constexpr int kEach = kFewEntries > kLanes ? kFewEntries / kLanes : 1;  // entries of a lane
+  const int lane = threadIdx.x % kLanes, k = static_cast<int>(problem.k), length = static_cast<int>(problem.length);
+  const int64_t row = block * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const bool exists = row < problem.rows;
   const Grad* grads = static_cast<const Grad*>(problem.grad_subvectors);
   const T* bank = static_cast<const T*>(problem.bank);
   // float64 gradients of a half-precision bank would take too many registers.
   const bool packs = sizeof(Grad) <= 2 * sizeof(T) && in_packs<N>(grads, length) && in_packs<N>(bank, length);
 
+  int32_t columns[kEach], vectors[kEach];
+  Acc weights[kEach], dots[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int j = lane + i * kLanes;
+    const bool there = exists && j < k;
+    columns[i] = there ? __ldg(problem.indices + row * k + j) : -1;
+    weights[i] = there ? __ldg(static_cast<const Acc*>(problem.weights) + row * k + j) : Acc(0);
+    dots[i] =
+        there && problem.grad_weights ? __ldg(static_cast<const Acc*>(problem.grad_weights) + row * k + j) : Acc(0);
+    vectors[i] = grads ? columns[i] : -1;
+  }
+  to_vectors(problem, [&](int) { return static_cast<int32_t>(row); }, vectors);
   const auto vector_at = [&](int j) -> const T* {
-    if (!exists || j >= k || !grads) return nullptr;
-    const int32_t vector = vector_of(problem, row, __ldg(problem.indices + row * k + j));
-    return vector < 0 ? nullptr : bank + vector * length;
+    const int32_t vector = of_entry<kLanes>(vectors, j);
+    return j < k && vector >= 0 ? bank + int64_t{vector} * length : nullptr;
   };
-  const auto keep = [&](int j, Acc grad) {
-    if (lane != 0 || !exists || j >= k) return;
-    if (problem.grad_weights) grad += __ldg(static_cast<const Acc*>(problem.grad_weights) + row * k + j);
-    shared.grads[place][j] = grad;
-    shared.columns[place][j] = __ldg(problem.indices + row * k + j);
+  const auto keep = [&](int j, Acc dot) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (lane + i * kLanes == j) dots[i] = problem.grad_weights ? dot + dots[i] : dot;
   };
+  const Grad* grad_row = grads + (exists ? row * length : 0);
   if (packs) {
     for (int j = 0; j < k; j += 2) {
       Acc first, second;
       const T* a = vector_at(j);
       const T* b = vector_at(j + 1);
-      dot_two_packs(grads + (exists ? row * length : 0), a, b, exists && grads ? static_cast<int>(length) : 0, lane,
-                    &first, &second);
+      dot_two_packs(grad_row, a, b, exists && grads ? length : 0, lane, &first, &second);
       keep(j, first);
-      keep(j + 1, second);
+      if (j + 1 < k) keep(j + 1, second);
     }
   } else {
     for (int j = 0; j < k; ++j) {
       Acc grad;
-      dot(GradRow<Grad>{grads + (exists ? row * length : 0)}, vector_at(j), length, lane, &grad);
+      dot(GradRow<Grad>{grad_row}, vector_at(j), length, lane, &grad);
       keep(j, grad);
     }
   }
-  __syncwarp();
   Acc mean = 0;
-  for (int j = 0; exists && j < k; ++j)
-    mean = multiply_add(__ldg(static_cast<const Acc*>(problem.weights) + row * k + j), shared.grads[place][j], mean);
-  __syncwarp();
-  for (int j = lane; exists && j < k; j += kLanes) {
-    const Acc weight = __ldg(static_cast<const Acc*>(problem.weights) + row * k + j);
-    shared.grads[place][j] = weight * (shared.grads[place][j] - mean);
-  }
-  __syncwarp();
-  if (!exists) return;
-  T* to = static_cast<T*>(problem.grad_logits);
-  if (in_packs<N>(to, problem.columns))
-    write_row<N>(to + row * problem.columns, problem.columns, k, shared.columns[place], shared.grads[place], lane);
-  else write_row<1>(to + row * problem.columns, problem.columns, k, shared.columns[place], shared.grads[place], lane);
+  for (int j = 0; j < k; ++j) mean = multiply_add(of_entry<kLanes>(weights, j), of_entry<kLanes>(dots, j), mean);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) dots[i] = weights[i] * (dots[i] - mean);
+
+  T* to = static_cast<T*>(problem.grad_logits) + (exists ? row * problem.columns : 0);
+  const auto write = [&](auto most) {
+    constexpr int K = decltype(most)::value;
+    int32_t its_columns[K];
+    Acc its_grads[K];
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+      its_columns[j] = of_entry<kLanes>(columns, j);
+      its_grads[j] = of_entry<kLanes>(dots, j);
+    }
+    if (!exists) return;
+    const int all = static_cast<int>(problem.columns);
+    if (in_packs<N>(static_cast<const T*>(problem.grad_logits), problem.columns))
+      write_row<N>(to, all, its_columns, its_grads, lane);
+    else write_row<1>(to, all, its_columns, its_grads, lane);
+  };
+  if (k <= 2) write(std::integral_constant<int, 2>());
+  else write(std::integral_constant<int, kFewEntries>());
 }
 
 // One row by a whole block, whatever k.

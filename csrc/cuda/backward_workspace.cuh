@@ -10,8 +10,15 @@ namespace vblora::cuda {
 
 constexpr int kRange = 2048;  // entries that a block sorts
 // What a range's entries are told apart in: bank vectors, or groups of neighbouring ones.
-constexpr int kMostBuckets = 4096;
+constexpr int kMostBuckets = 2048;
 constexpr int kFewEntries = 8;  // of a row: up to here, a few lanes of a warp do all of its grad_logits
+
+// What an entry adds to its bank vector: weight * the row of the gradient.
+template <class Acc>
+struct alignas(2 * sizeof(Acc)) Owed {
+  int32_t row;
+  Acc weight;
+};
 
 // What lies between the launches, in device memory.
 struct BackwardWorkspace {
@@ -19,15 +26,19 @@ struct BackwardWorkspace {
   int32_t ranges;
   int32_t buckets, shift;  // bucket = vector >> shift
   int32_t popular_from;    // a bucket with more entries than this is left to backward_popular
-  // In each range's order by vector: its entries' rows, vectors and weights. Those that stand for no vector come last,
-  // and nobody reads them.
-  int32_t* rows;
+  // In each range, ordered by bucket: what its entries owe, and (if there are several a bucket) their vectors. Entries
+  // that stand for no vector are left out, so that a range may end early.
+  void* owed;
   int32_t* vectors;
-  void* weights;
-  uint16_t* begins;    // (ranges, buckets + 1): where in its range each bucket begins
+  // (ranges, stride): where in its range each bucket begins, and, above bit 16, where it ends. A block of backward_bank
+  // reads those of eight neighbours in each range, which is a sector of memory.
+  uint32_t* slices;
   uint8_t* popular;    // (buckets): whether backward_popular does it
   void* grad_weights;  // (rows, k), where k > kFewEntries
   size_t bytes;        // of all that
+
+  // From a range's slices to the next one's: whole sectors.
+  VBLORA_BOTH int32_t stride() const { return (buckets + 7) / 8 * 8; }
 };
 
 inline BackwardWorkspace backward_workspace(const AdmixtureBackward& problem, void* memory = nullptr) {
@@ -39,23 +50,47 @@ inline BackwardWorkspace backward_workspace(const AdmixtureBackward& problem, vo
     workspace.bytes += (static_cast<size_t>(count) * size + 255) / 256 * 256;
   };
   const int64_t entries = problem.rows * problem.k;
-  while ((problem.vectors >> workspace.shift) >= kMostBuckets) ++workspace.shift;
+  while ((problem.vectors - 1) >> workspace.shift >= kMostBuckets) ++workspace.shift;
   workspace.buckets = static_cast<int32_t>((problem.vectors + (int64_t{1} << workspace.shift) - 1) >> workspace.shift);
   if (problem.grad_bank && problem.grad_subvectors) {
     workspace.entries = entries;
     workspace.ranges = static_cast<int32_t>((entries + kRange - 1) / kRange);
     const int64_t twice_the_mean = workspace.buckets ? 2 * entries / workspace.buckets : 0;
-    workspace.popular_from = static_cast<int32_t>(twice_the_mean < 256    ? 256
-                                                  : twice_the_mean > 1024 ? 1024
-                                                                          : twice_the_mean);
-    reserve(workspace.rows, entries, sizeof(int32_t));
-    reserve(workspace.vectors, entries, sizeof(int32_t));
-    reserve(workspace.weights, entries, accumulator);
-    reserve(workspace.begins, int64_t{workspace.ranges} * (workspace.buckets + 1), sizeof(uint16_t));
+    workspace.popular_from = static_cast<int32_t>(twice_the_mean < 128   ? 128
+                                                  : twice_the_mean > 512 ? 512
+                                                                         : twice_the_mean);
+    reserve(workspace.owed, entries, 2 * accumulator);
+    reserve(workspace.vectors, workspace.shift ? entries : 0, sizeof(int32_t));
+    reserve(workspace.slices, int64_t{workspace.ranges} * workspace.stride(), sizeof(uint32_t));
     reserve(workspace.popular, workspace.buckets, 1);
   }
   if (problem.grad_logits && problem.k > kFewEntries) reserve(workspace.grad_weights, entries, accumulator);
   return workspace;
+}
+
+template <class Index, int N, class RowOf>
+__device__ __forceinline__ void look_up(const AdmixtureBackward& problem, const RowOf& row_of, int32_t (&vectors)[N]) {
+  const Index* candidates = static_cast<const Index*>(problem.candidates);
+  const int32_t columns = static_cast<int32_t>(problem.columns);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (vectors[i] >= 0) vectors[i] = __ldg(candidates + (int64_t{row_of(i)} * columns + vectors[i]));
+}
+
+// Turns columns into the bank vectors that they stand for, or -1 if there is no such column or no such vector.
+// row_of(i): the row that the i-th is of. All are read before any is looked at.
+template <int N, class RowOf>
+__device__ __forceinline__ void to_vectors(const AdmixtureBackward& problem, const RowOf& row_of,
+                                           int32_t (&columns)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (columns[i] >= problem.columns) columns[i] = -1;
+  if (!problem.candidates) return;
+  if (problem.candidate_type == Type::i16) look_up<short>(problem, row_of, columns);
+  else look_up<int32_t>(problem, row_of, columns);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (columns[i] >= problem.vectors) columns[i] = -1;
 }
 
 }  // namespace vblora::cuda

@@ -32,8 +32,8 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) compose_kernel(const
     vector = composed_vector(problem, row * k + lane);
     weight = __ldg(static_cast<const Acc*>(problem.weights) + row * k + lane);
   }
-  mix<K, T>(problem.bank, problem.length, Entries<K, Acc>(vector, weight), problem.subvectors, problem.out_type, row,
-            lane, 32);
+  mix<32, K, T>(problem.bank, problem.length, Entries<32, K, Acc>(vector, weight),
+                {problem.subvectors, problem.out_type, row, true, lane});
 }
 
 template <class T>
@@ -52,7 +52,7 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) compose_any_k_kernel
 inline void launch_compose(const Composition& problem, cudaStream_t stream) {
   if (problem.rows == 0 || problem.length == 0) return;
   const unsigned grid = grid_size(problem.rows, kWarps, "rows");
-  dispatch(problem.type, [&](auto element) {
+  with_type(problem.type, [&](auto element) {
     using T = decltype(element);
     if (problem.k > kComposed<T>)
       return VBLORA_LAUNCH_OR_THROW((compose_any_k_kernel<T>), grid, kThreads, 0, stream, problem);

@@ -158,7 +158,7 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) draw_largest_kernel(
 inline void launch_draw(const Draw& problem, cudaStream_t stream) {
   if (problem.rows == 0 || problem.columns == 0) return;
   const unsigned grid = grid_size(problem.rows, 1, "rows");
-  dispatch(problem.type, [&](auto element) {
+  with_type(problem.type, [&](auto element) {
     using T = decltype(element);
     if (problem.candidates) VBLORA_LAUNCH_OR_THROW((draw_largest_kernel<T>), grid, kThreads, 0, stream, problem);
     else
@@ -170,7 +170,7 @@ inline void launch_draw(const Draw& problem, cudaStream_t stream) {
 inline void launch_uniform_draw(const UniformDraw& problem, cudaStream_t stream) {
   if (problem.rows == 0 || problem.columns == 0) return;
   const unsigned grid = grid_size(problem.rows, 1, "rows");
-  dispatch(problem.type, [&](auto element) {
+  with_type(problem.type, [&](auto element) {
     using T = decltype(element);
     VBLORA_LAUNCH_OR_THROW((draw_all_kernel<T, Uniform>), grid, kThreads, 0, stream, problem.values,
                            static_cast<uint32_t>(problem.columns), problem.seed, static_cast<Stream>(problem.stream),

@@ -13,7 +13,8 @@ namespace {
 struct Settings {
   Order order = Order::ascending;
   uint64_t seed = 0;
-  int workers = 0;  // 0: one a core
+  int workers = 0;                // 0: one a core
+  uint64_t every = 1, first = 0;  // of the blocks after the first so many, only every so many-th is run
 } settings;
 
 std::mutex mutex;  // of all below
@@ -66,6 +67,7 @@ void run_blocks(const Kernel& kernel) {
     try {
       for (uint64_t i; (i = started++) < blocks;) {
         const uint64_t b = nth_block(i, blocks, settings.order, settings.seed);
+        if (b >= settings.first && (b - settings.first) % settings.every) continue;
         const uint3 index = {static_cast<unsigned>(b % kernel.grid.x),
                              static_cast<unsigned>(b / kernel.grid.x % kernel.grid.y),
                              static_cast<unsigned>(b / kernel.grid.x / kernel.grid.y)};
@@ -119,6 +121,10 @@ extern "C" {
 [[gnu::visibility("default")]] void vblora_emulation_fail_next_launch(int error, int driver) {
   next_launch = static_cast<cudaError_t>(error);
   driver_version = driver;
+}
+[[gnu::visibility("default")]] void vblora_emulation_sample(uint64_t every, uint64_t first) {
+  settings.every = every;
+  settings.first = first;
 }
 [[gnu::visibility("default")]] void vblora_emulation_forget_launches() { launches.clear(); }
 [[gnu::visibility("default")]] const char* vblora_emulation_launches() { return launches.c_str(); }

@@ -46,6 +46,10 @@ PROBLEMS += [  # ways through the kernels that these sizes leave out
     "admixture_backward rows=600 columns=4097 length=4 k=1 popular=-1 need_logits=0",  # fewer in the last one
     "admixture_backward rows=2 columns=1100 length=3 k=1100 need_bank=0",  # owners take all of shared memory
 ]
+# Rows of half-precision numbers that are aligned to 8 bytes, but not to 16.
+PROBLEMS += [
+    f"{op} rows=300 columns=16 length=36 k=2 type=bf16 popular=1" for op in ("admixture", "admixture_backward")
+]
 # Rows that divide evenly, of tensors that are not aligned.
 PROBLEMS += [f"admixture columns=128 candidates=i16 shifted={name}" for name in ("logits", "bank", "candidates")]
 PROBLEMS += ["admixture columns=128 candidates=i32 type=bf16 shifted=candidates"]

@@ -216,6 +216,11 @@ void solve(std::istream& words) {
   }
   vblora_emulation::start(static_cast<int>(options.number("order", 0)),
                           static_cast<uint64_t>(options.number("seed", 0)));
+#ifndef __CUDACC__
+  // sample=N first=M: the first M blocks of each launch, and every N-th of the others.
+  vblora_emulation::sample(static_cast<uint64_t>(options.number("sample", 1)),
+                           static_cast<uint64_t>(options.number("first", 0)));
+#endif
   Problems problems{options};
   if (op == "admixture") problems.admixture();
   else if (op == "compose") problems.compose();

@@ -5,7 +5,9 @@ import torch
 from transformers import AutoTokenizer
 
 import vblora
-from benchmarks import models
+from benchmarks import models, serving
+from tests.small_models import relative_error
+from vblora.serving import AdapterStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -43,3 +45,32 @@ def test_fine_tuning_lowers_the_loss_and_reaches_a_fresh_model(base, tmp_path):
         assert torch.equal(fresh.eval()(input_ids=ids).logits, trained)
         with vblora.disabled(model):
             assert model(input_ids=ids, labels=ids).loss.item() == before
+
+
+def test_rows_with_adapters_of_their_own(base, tmp_path):
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    serving.write_adapters(base, folder, 3)
+    bank = tmp_path / "bank.safetensors"
+    model = models.twin(base)
+    AdapterStore(model, folder, bank=bank, exact=True)
+    names = ["0", None, "2", "0", "1"]
+    ids = torch.randint(3, 500, (5, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[2, :7] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    choice = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        mixed = model(**batch, adapter_names=names).logits
+        tokens = model.generate(**batch, **choice, adapter_names=names)
+        for row, name in enumerate(names):
+            alone = models.twin(base)
+            if name is not None:
+                vblora.load(alone, folder / name, bank=bank)
+            expected = alone(**batch).logits[row]
+            if name is None:
+                assert torch.equal(mixed[row], expected)
+            else:
+                assert relative_error(mixed[row], expected) < 1e-6
+                assert relative_error(base(**batch).logits[row], expected) > 1e-3
+            assert torch.equal(tokens[row], alone.generate(**batch, **choice)[row])

@@ -1,14 +1,15 @@
-"""Prints the table of docs/cuda.md: registers and occupancy of the kernels that train a Llama-2-7B adapter."""
+"""Prints the tables of docs/cuda.md: registers, occupancy and instructions of the kernels that train a Llama-2-7B adapter."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
-from . import occupancy, toolkit
+from . import counts, occupancy, toolkit
 
 INSTANCES = (
-    "admixture_kernel<float, 2>",
+    "admixture_kernel<float, 2, unsigned long, 8>",
+    "admixture_kernel<float, 2, unsigned long, 32>",
     "compose_kernel<float, 2>",
     "backward_rows_kernel<float, bf16>",
     "backward_bank_kernel<bf16, float>",
@@ -27,6 +28,8 @@ def main() -> None:
             registers = sorted({kernel.registers for kernel in found.values()})
             shares = [f"{share(found[arch]):.0%}" for arch in toolkit.architectures()]
             print(f"| `{instance}` | {registers[0]} to {registers[-1]} |", " | ".join(shares), "|")
+    print()
+    counts.main()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from . import toolkit
 from .toolkit import Kernel
 
 THREADS = 256  # of each block: kThreads in launch.cuh
-# What the launchers ask for in dynamic shared memory at most: the keys of a range that is sorted.
-DYNAMIC_SHARED = {"backward_rows_kernel": 2048 * 8}
+# What the launchers ask for in dynamic shared memory at most: a SortedRange.
+DYNAMIC_SHARED = {"backward_rows_kernel": 24_616}
 
 
 def calculator(folder: Path) -> Callable[[Kernel], float]:

@@ -182,7 +182,7 @@ def test_many_popular_vectors(backend, generator):
 
 
 def test_entries_of_a_vector_far_apart(backend, generator):
-    # A kernel looks for a vector's entries 32 * 2048 at a time.
+    # A kernel looks for a vector's entries in 64 * 2048 at a time.
     rows, vectors = 140_001, 3000
     indices = torch.randint(vectors, (rows, 1), generator=generator, dtype=torch.int32)
     grad = torch.randint(-8, 9, (rows, 1), generator=generator).float()  # sums are exact

@@ -3,6 +3,7 @@
 import copy
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +118,17 @@ def test_banks_projections_and_layouts_are_held_once(world):
     adapters = [store._packed(name) for name in USERS]
     assert len({id(adapter.bank) for adapter in adapters}) == len({id(adapter.layout) for adapter in adapters}) == 1
     assert store.stats()["bytes"]["shared"] == world.bank.vectors.nbytes
+
+
+def test_what_is_held_does_not_depend_on_files(world, tmp_path):
+    """What safetensors reads is a map of the file: whoever truncates that would end the process."""
+    for name in ("user-0", "lora", "own bank"):
+        shutil.copytree(world.folder / name, tmp_path / name)
+    shutil.copy(world.bank_file, tmp_path / "bank.safetensors")
+    store, _ = store_of(world, tmp_path, bank=tmp_path / "bank.safetensors")
+    store.prefetch(["user-0", "lora", "own bank"])
+    maps = Path("/proc/self/maps").read_text()
+    assert str(tmp_path) not in maps.replace(str(tmp_path / "bank.safetensors"), "")
 
 
 def test_several_adapters_are_composed_in_one_call(world, ids, monkeypatch):

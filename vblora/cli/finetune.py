@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..model.parameters import RECIPES
+from ..model.learning_rates import RECIPES
 from .folders import check_output, require
 
 if TYPE_CHECKING:

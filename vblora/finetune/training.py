@@ -30,7 +30,7 @@ from ..adapters.vblora import default_length
 from ..errors import CommandError
 from ..integrations.transformers import VBLoRACallback
 from ..layers.kinds import target_of
-from ..model.parameters import WARM_UP
+from ..model.learning_rates import WARM_UP
 from ..model.record import attached_adapter
 from ..model.targets import find_targets
 from .baseline import Example, frozen_accuracy

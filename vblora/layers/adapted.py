@@ -61,7 +61,7 @@ class AdaptedLayer(nn.Module):
         merged: names of the adapters whose updates are in ``base_layer.weight`` (:func:`vblora.merge`).
         unmerged: swaps the merged weight with the original; None if nothing is merged or the original was released.
         rows_differ: whether a call may use different adapters for the rows of its batch.
-        key: identifies the layer in compiled graphs once ``rows_differ``.
+        key: identifies the layer in graphs once ``rows_differ`` is True.
         rounding: the error of quantising a merged weight again; None if nothing was quantised.
 
     Raises:
@@ -101,7 +101,7 @@ class AdaptedLayer(nn.Module):
         self.key = rows.new_key(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if self.rows_differ:
             self.let_rows_differ()  # a copy needs a key of its own
 

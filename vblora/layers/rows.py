@@ -94,10 +94,10 @@ class RowAdapters(ABC):
 
 
 def updated(layer: AdaptedLayer, y: Tensor, x: Tensor) -> Tensor:
-    """A layer's output ``y`` for ``x``, with its rows' own updates, or with that of the adapters that run.
+    """Adds to the layer's output ``y`` for ``x`` the updates of its rows' adapters, or those of the applied adapters.
 
-    In a graph it is one operator, which looks when it runs: other adapters, or other rows, need no other graph. With gradients,
-    rows have no adapters of their own, and the graph holds what it trains.
+    In a graph this is one operator that looks up the adapters when it runs, so other names do not recompile. With gradients, the
+    rows of a batch cannot use different adapters, and the graph contains the applied updates.
     """
     if torch.compiler.is_compiling():
         if torch.is_grad_enabled():
@@ -108,11 +108,11 @@ def updated(layer: AdaptedLayer, y: Tensor, x: Tensor) -> Tensor:
 
 
 _keys = itertools.count()
-_layers: WeakValueDictionary[int, AdaptedLayer] = WeakValueDictionary()  # by their keys
+_layers: WeakValueDictionary[int, AdaptedLayer] = WeakValueDictionary()  # by key
 
 
 def new_key(layer: AdaptedLayer) -> Tensor:
-    """What a graph knows a layer by. A tensor, since a graph would be compiled anew for each layer's number."""
+    """A key by which graphs refer to a layer: a tensor, because an integer would recompile the graph for each layer."""
     key = next(_keys)
     _layers[key] = layer
     return torch.tensor(key)

@@ -1,4 +1,4 @@
-"""A warning for optimizers whose learning rates are too low for VB-LoRA, such as the Trainer's default."""
+"""The learning rates that VB-LoRA needs, and a warning for optimizers far below them, such as the Trainer's default."""
 
 import warnings
 import weakref
@@ -10,7 +10,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..adapters.base import living_adapters
 from ..errors import VBLoRAWarning
-from .parameters import RECIPES
+
+# Learning rates for VB-LoRA's two groups. docs/training.md explains the default.
+RECIPES = {
+    "default": {"bank": 3e-3, "logits": 0.5},
+    "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix B: for 20 to 80 epochs
+}
+WARM_UP = 0.02  # share of the steps that warm up; with more, a task that starts on a plateau stays there
 
 # A learning rate is too low below this share of the lowest recipe's. The paper's logits need 20 to 80 epochs at 1e-2.
 _TOO_LOW = 0.2

@@ -50,7 +50,7 @@ def _of_rank(rank: int, factor: Tensor) -> Tensor:
     return factor if factor.shape[0] == rank else F.pad(factor, (0, 0, 0, rank - factor.shape[0]))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Removes ``adapter_names`` from a forward's arguments, and returns whether its rows use different adapters.
 
@@ -74,7 +74,7 @@ def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str,
     return True
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def end_forward(record: AdaptedModel) -> bool:
     """Ends a forward, and returns whether its rows used different adapters."""
     rows = layer_rows.current()
@@ -140,7 +140,7 @@ def install_generate(record: AdaptedModel) -> None:
 def remove_generate(model: nn.Module) -> None:
     installed = vars(model).get("generate")
     if isinstance(installed, partial) and installed.func is _generate:
-        del model.generate
+        del vars(model)["generate"]
 
 
 def _generate(

@@ -10,14 +10,8 @@ from ..distributed import reshard
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer
 from .idle import frozen, refuse_merged
+from .learning_rates import RECIPES
 from .record import AttachedAdapter, adapted_models, refuse_if_disabled
-
-# Learning rates for VB-LoRA's two groups. docs/training.md explains the default.
-RECIPES = {
-    "default": {"bank": 3e-3, "logits": 0.5},
-    "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix B: for 20 to 80 epochs
-}
-WARM_UP = 0.02  # share of the steps that warm up; with more, a task that starts on a plateau stays there
 
 
 def parameter_groups(

@@ -20,25 +20,16 @@ from ..checkpoint.contents import Contents, check_tensor
 from ..checkpoint.flat import FlatContents
 from ..checkpoint.packing import pack_bits, unpack_bits
 from ..checkpoint.vblora import VBLoRAContents
-from ..config import AdapterConfig, VBLoRAConfig
+from ..config import VBLoRAConfig
 from ..files import read_tensors
 
 # A weight that is not its sub-vector's largest is at most 1/2, in steps of 2^-17.
 _STEPS = 2**17 - 2
 _OFFSET = 2**15
-_NOT_OF_THE_UPDATE: dict[str, Any] = {"seed": None, "num_candidates": None}
 
 
 class PackedAdapter(ABC):
     """An adapter without a model."""
-
-    @property
-    @abstractmethod
-    def config(self) -> AdapterConfig: ...
-
-    @property
-    @abstractmethod
-    def targets(self) -> tuple[Target, ...]: ...
 
     @property
     @abstractmethod
@@ -60,14 +51,6 @@ class PackedVBLoRA(PackedAdapter):
     weights: Tensor
 
     @property
-    def config(self) -> AdapterConfig:
-        return self.layout.config
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        return self.layout.targets
-
-    @property
     def nbytes(self) -> int:
         return self.indices.nbytes + self.weights.nbytes
 
@@ -81,11 +64,11 @@ class PackedVBLoRA(PackedAdapter):
         return Deployed(indices, torch.cat([1 - rest.sum(1, keepdim=True), rest], 1))
 
     def factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
-        config = self.layout.config
+        config, targets = self.layout.config, self.layout.targets
         rows, bank = self.deployed(), scaled(self.bank, config.scaling)
         subvectors = torch.ops.vblora.compose(bank, rows.indices.to(bank.device), rows.weights.to(bank.device), dtype)
-        parts = ops.in_parts(subvectors, rows_of_factors(self.targets, config.r, config.vector_length), config.r)
-        return zip(self.targets, as_factors(parts, self.targets), strict=True)
+        parts = ops.in_parts(subvectors, rows_of_factors(targets, config.r, config.vector_length), config.r)
+        return zip(targets, as_factors(parts, targets), strict=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,15 +76,11 @@ class PackedFlat(PackedAdapter):
     """An adapter of another method: its tensors, as they are."""
 
     contents: FlatContents
-    nbytes: int
+    own_bytes: int
 
     @property
-    def config(self) -> AdapterConfig:
-        return self.contents.config
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        return self.contents.targets
+    def nbytes(self) -> int:
+        return self.own_bytes
 
     def factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
         return self.contents.factors(dtype)
@@ -153,7 +132,7 @@ class Reader:
         try:
             description = json.loads(metadata.get(native.METADATA, "{}"))
             key = _layout_key(description)
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             description, key = {}, None  # what is wrong with it is told below
         layout = None if key is None else self._layouts.get(key)
         if layout is not None:  # all but its numbers has been checked with another adapter
@@ -167,22 +146,24 @@ class Reader:
             return self._first_of_layout(contents, key, _sha256_of_bank(description))
         assert isinstance(contents, FlatContents)
         shared = {name: self._intern(contents.tensors[name]) for name in ("A", "B") if name in contents.tensors}
-        own = {name: tensor for name, tensor in contents.tensors.items() if name not in shared}
+        own = {name: tensor.clone() for name, tensor in contents.tensors.items() if name not in shared}
         contents = replace(contents, tensors=own | shared)
         return PackedFlat(contents, sum(tensor.nbytes for tensor in own.values()))
 
     def _fitting(self, contents: Contents) -> Contents:
+        """The contents, if they fit the model."""
         for target in contents.targets:
             if target.name not in self.targets:
                 raise ValueError(f"it adapts `{target.name}`, which is none of the store's layers (`target_modules`).")
-        if contents.config.r > self.max_rank:
-            raise ValueError(f"its rank is {contents.config.r}, but the store's `max_rank` is {self.max_rank}.")
+        rank: int = getattr(contents.config, "r")  # noqa: B009  # of each method's config
+        if rank > self.max_rank:
+            raise ValueError(f"its rank is {rank}, but the store's `max_rank` is {self.max_rank}.")
         for name in contents.extra_parameters:
             raise ValueError(f"it trained `{name}`, but biases and `modules_to_save` cannot differ between rows.")
         return contents.in_order(tuple(self.targets[target.name] for target in contents.targets))
 
     def _first_of_layout(self, contents: VBLoRAContents, key: str | None, sha256: str) -> PackedVBLoRA:
-        config = replace(contents.config, **_NOT_OF_THE_UPDATE)
+        config = replace(contents.config, seed=None, num_candidates=None)
         bits = max(1, (config.num_vectors - 1).bit_length())
         layout = Layout(config, contents.targets, contents.num_rows, bits)
         bank = self._intern(contents.bank)
@@ -210,7 +191,11 @@ class Reader:
         is_mixture = bool(((rest >= 0) & (rest <= weights[:, :1])).all() and ((weights.sum(1) - 1).abs() < 1e-5).all())
         if is_mixture and not self.exact:
             weights = ((rest * _STEPS).round() - _OFFSET).to(torch.int16)
-        return PackedVBLoRA(layout, bank, indices, weights)
+        # Copied: what safetensors reads is a map of the file, which stays open, takes whole pages, and may be written over. Both
+        # into one piece of memory, which leaves fewer holes between adapters.
+        held = torch.cat([weights.reshape(-1).view(torch.uint8), indices])
+        weights = held[: weights.nbytes].view(weights.dtype).view(weights.shape)
+        return PackedVBLoRA(layout, bank, held[weights.nbytes :], weights)
 
     def _bank_of(self, description: dict[str, Any], tensors: dict[str, Tensor], layout: Layout) -> Tensor | None:
         """The bank of a folder, if it is one that was checked before and all else is as in a deploy form."""
@@ -221,7 +206,10 @@ class Reader:
         return None
 
     def _intern(self, tensor: Tensor) -> Tensor:
-        return self._shared.setdefault(_digest(tensor), tensor.to(self._device))
+        digest = _digest(tensor)
+        if digest not in self._shared:
+            self._shared.setdefault(digest, tensor.to(self._device, copy=True))
+        return self._shared[digest]
 
 
 def _sha256_of_bank(description: dict[str, Any]) -> str:
@@ -246,4 +234,5 @@ def _layout_key(description: dict[str, Any]) -> str | None:
     if description.get("form") != "deploy" or description.get("method") != "vblora" or description.get("aliases"):
         return None
     shared = {name: value for name, value in description.items() if name != "bank_file"}
-    return json.dumps(shared | {"config": (description.get("config") or {}) | _NOT_OF_THE_UPDATE}, sort_keys=True)
+    config = description["config"] | {"seed": None, "num_candidates": None}  # which do not affect the update
+    return json.dumps(shared | {"config": config}, sort_keys=True)

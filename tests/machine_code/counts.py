@@ -1,0 +1,244 @@
+"""Warp instructions and loads in flight of the kernels that train an adapter of Llama-2-7B, counted in sm_90's machine code."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import toolkit
+from .interpreter import Execution, Memory
+from .occupancy import DYNAMIC_SHARED, THREADS
+
+F32, BF16, I16 = 0, 2, 5  # Type in csrc
+ROWS, VECTORS, LENGTH, K, COLUMNS = 39_040, 2048, 256, 2, 128
+WARPS = 8  # of a block
+RANGE = 2048  # entries that a block sorts
+SORTED_BYTES = DYNAMIC_SHARED["backward_rows_kernel"]
+POPULAR_FROM = 128  # entries of a vector that have a kernel of their own, if there are more
+ROWS_KERNEL, BANK_KERNEL = "backward_rows_kernel<float, bf16>", "backward_bank_kernel<bf16, float>"
+POPULAR_KERNEL = "backward_popular_kernel<bf16, float>"
+
+
+def structure(**fields: type) -> type[ctypes.Structure]:
+    return type("Structure", (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+BYTE, WORD, LONG, POINTER = ctypes.c_int8, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+# As in csrc.
+Admixture = structure(
+    type=BYTE, candidate_type=BYTE, out_type=BYTE, logits=POINTER, bank=POINTER, candidates=POINTER, subvectors=POINTER,
+    indices=POINTER, weights=POINTER, exhausted=POINTER, rows=LONG, columns=LONG, vectors=LONG, length=LONG, k=LONG,
+)  # fmt: skip
+Composition = structure(
+    type=BYTE, index_type=BYTE, out_type=BYTE, bank=POINTER, indices=POINTER, weights=POINTER, subvectors=POINTER,
+    rows=LONG, vectors=LONG, length=LONG, k=LONG,
+)  # fmt: skip
+
+
+Backward = structure(
+    type=BYTE, candidate_type=BYTE, grad_type=BYTE, grad_subvectors=POINTER, grad_weights=POINTER, indices=POINTER,
+    weights=POINTER, bank=POINTER, candidates=POINTER, grad_logits=POINTER, grad_bank=POINTER,
+    rows=LONG, columns=LONG, vectors=LONG, length=LONG, k=LONG,
+)  # fmt: skip
+Workspace = structure(
+    entries=LONG, ranges=WORD, buckets=WORD, shift=WORD, popular_from=WORD, owed=POINTER, vectors=POINTER,
+    slices=POINTER, popular=POINTER, grad_weights=POINTER, bytes=LONG,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Count:
+    instructions: int  # of warps
+    units: int  # rows, or entries, that they were for
+    in_flight: Counter  # by buffer: loads that are under way when the first of them is needed
+    memory: Memory  # afterwards
+
+    @property
+    def each(self) -> float:
+        return self.instructions / self.units
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def bf16(*shape: int, seed: int = 0) -> np.ndarray:
+    return (numbers(*shape, seed=seed).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def run(
+    unit: str, instance: str, units: int, memory: Memory, arguments: bytes, blocks: Iterable, dynamic: int = 0
+) -> Count:
+    static = next(k.shared for k in toolkit.compile_kernels(unit).kernels if (k.instance, k.arch) == (instance, 90))
+    execution = Execution(toolkit.disassemble(unit, 90)[instance], memory)
+    for block in blocks:
+        execution.block(arguments, block if isinstance(block, tuple) else (block, 0, 0), static + dynamic)
+    return Count(execution.instructions, units, execution.in_flight, memory)
+
+
+def candidates_of(rows: int, columns: int) -> np.ndarray:
+    """Of each row distinct: multiples of an odd number, of which each row has another."""
+    start, step = np.random.default_rng(1).integers(0, VECTORS // 2, (2, rows, 1))
+    return ((start + (2 * step + 1) * np.arange(columns)) % VECTORS).astype(np.int16)
+
+
+def admixture(rows: int, columns: int = COLUMNS, hard: bool = False) -> Count:
+    """`hard`: logits that tie, infinities and NaN, candidates that repeat or are no bank vectors, a bank that overflows."""
+    memory, dense = Memory(), columns == VECTORS
+    logits, bank = numbers(rows, columns), numbers(VECTORS, LENGTH, seed=1)
+    candidates = candidates_of(rows, columns)
+    if hard:
+        special = np.array([np.nan, np.inf, -np.inf, -0.0, 0.0], np.float32)
+        logits[:] = np.round(logits)
+        logits[::3] = np.where(logits[::3] > 1, special[np.arange(columns) % 5], logits[::3])
+        logits[5] = -np.inf
+        candidates[::2, ::3] = candidates[::2, :1]
+        candidates[1::4, 1::5] = -3
+        candidates[3::4, 1::5] = VECTORS
+        bank[:, ::7] = np.clip(bank[:, ::7], -3, 3) * np.float32(1e38)
+        bank[:, 3::11] *= np.float32(1e-40)
+        bank[::2, 5] = np.nan
+    problem = Admixture(
+        type=F32, candidate_type=I16, out_type=BF16,
+        logits=memory.put("logits", logits), bank=memory.put("bank", bank),
+        candidates=0 if dense else memory.put("candidates", candidates),
+        subvectors=memory.put("subvectors", np.zeros((rows, LENGTH), np.uint16)),
+        indices=memory.put("indices", np.zeros((rows, K), np.int32)),
+        weights=memory.put("weights", np.zeros((rows, K), np.float32)),
+        exhausted=0, rows=rows, columns=columns, vectors=VECTORS, length=LENGTH, k=K,
+    )  # fmt: skip
+    lanes = 32 if dense else 8  # of a row
+    instance = f"admixture_kernel<float, 2, unsigned long, {lanes}>"
+    return run("admixture", instance, rows, memory, bytes(problem), range(rows * lanes // THREADS))
+
+
+def compose(rows: int) -> Count:
+    memory = Memory()
+    problem = Composition(
+        type=F32, index_type=I16, out_type=BF16,
+        bank=memory.put("bank", numbers(VECTORS, LENGTH, seed=1)),
+        indices=memory.put("indices", candidates_of(rows, K)),
+        weights=memory.put("weights", np.abs(numbers(rows, K, seed=2))),
+        subvectors=memory.put("subvectors", np.zeros((rows, LENGTH), np.uint16)),
+        rows=rows, vectors=VECTORS, length=LENGTH, k=K,
+    )  # fmt: skip
+    return run("compose", "compose_kernel<float, 2>", rows, memory, bytes(problem), range(rows // WARPS))
+
+
+def backward(memory: Memory, rows: int) -> Backward:
+    first, further = np.random.default_rng(3).integers(1, COLUMNS, (2, rows))
+    indices = np.stack([first, (first + further) % COLUMNS], 1).astype(np.int32)
+    return Backward(
+        type=F32, candidate_type=I16, grad_type=BF16,
+        grad_subvectors=memory.put("grad_subvectors", bf16(rows, LENGTH)), grad_weights=0,
+        indices=memory.put("indices", indices),
+        weights=memory.put("weights", np.abs(numbers(rows, K, seed=2))),
+        bank=memory.put("bank", numbers(VECTORS, LENGTH, seed=1)),
+        candidates=memory.put("candidates", candidates_of(rows, COLUMNS)),
+        grad_logits=memory.put("grad_logits", np.zeros((rows, COLUMNS), np.float32)),
+        grad_bank=memory.put("grad_bank", np.zeros((VECTORS, LENGTH), np.float32)),
+        rows=rows, columns=COLUMNS, vectors=VECTORS, length=LENGTH, k=K,
+    )  # fmt: skip
+
+
+def backward_rows(rows: int) -> Count:
+    memory = Memory()
+    arguments = bytes(backward(memory, rows)) + bytes(Workspace())
+    return run("admixture_backward", ROWS_KERNEL, rows, memory, arguments, range(rows // 32), SORTED_BYTES)
+
+
+def chosen_vectors(memory: Memory) -> np.ndarray:
+    """The bank vectors that the entries of a problem stand for."""
+    candidates, indices = memory.get("candidates", np.int16), memory.get("indices", np.int32)
+    return np.take_along_axis(candidates.reshape(-1, COLUMNS), indices.reshape(-1, K), 1).ravel()
+
+
+def sorted_workspace(memory: Memory, vectors: np.ndarray) -> Workspace:
+    """What the sorting blocks leave behind, of entries that stand for these vectors."""
+    entries = len(vectors)
+    ranges = -(-entries // RANGE)
+    order = np.concatenate(
+        [begin + np.argsort(vectors[begin : begin + RANGE], kind="stable") for begin in range(0, entries, RANGE)]
+    )
+    return Workspace(
+        entries=entries, ranges=ranges, buckets=VECTORS, shift=0, popular_from=POPULAR_FROM,
+        owed=memory.put("owed", owed_by(order, memory)),
+        slices=memory.put("slices", slices_of(vectors[order])),
+        popular=memory.put("popular", np.zeros(VECTORS, np.uint8)),
+    )  # fmt: skip
+
+
+def owed_by(entries: np.ndarray, memory: Memory) -> np.ndarray:
+    """Rows and weights, as 32-bit words."""
+    weights = memory.get("weights", np.float32)[entries]
+    return np.stack([(entries // K).astype(np.int32), weights.view(np.int32)], 1)
+
+
+def slices_of(ordered: np.ndarray) -> np.ndarray:
+    """Of entries whose vectors are in order within each range: where in it each vector's begin and end."""
+    parts = [ordered[begin : begin + RANGE] for begin in range(0, len(ordered), RANGE)]
+    begins = np.stack([np.searchsorted(part, np.arange(VECTORS + 1)) for part in parts]).astype(np.uint32)
+    return begins[:, :-1] | begins[:, 1:] << 16
+
+
+def backward_sort() -> Count:
+    """One range, into a workspace that is sorted by other vectors yet."""
+    memory, rows = Memory(), RANGE // K
+    problem = backward(memory, rows)
+    arguments = bytes(problem) + bytes(sorted_workspace(memory, np.zeros(RANGE, np.int64)))
+    return run("admixture_backward", ROWS_KERNEL, RANGE, memory, arguments, [0], SORTED_BYTES)
+
+
+def backward_bank(rows: int, vectors: int) -> Count:
+    """The first so many bank vectors."""
+    memory = Memory()
+    problem = backward(memory, rows)
+    chosen = chosen_vectors(memory)
+    arguments = bytes(problem) + bytes(sorted_workspace(memory, chosen))
+    entries = int((chosen < vectors).sum())
+    return run("admixture_backward", BANK_KERNEL, entries, memory, arguments, range(vectors // WARPS))
+
+
+def backward_popular() -> Count:
+    """All rows choose one vector; a block does 32 bytes of it."""
+    memory, rows = Memory(), 8 * RANGE // K
+    problem = backward(memory, rows)
+    workspace = sorted_workspace(memory, np.zeros(rows * K, np.int64))
+    memory.get("popular", np.uint8)[0] = 1
+    return run("admixture_backward", POPULAR_KERNEL, rows * K, memory, bytes(problem) + bytes(workspace), [0])
+
+
+@dataclass(frozen=True)
+class Counted:
+    what: str  # is counted, by warp instructions
+    count: Callable[[], Count]
+    instructions: float  # at most
+    in_flight: dict[str, int]  # at least
+
+
+COUNTED_VECTORS = 16
+# The bounds are what is in docs/cuda.md.
+COUNTED = {
+    "admixture, M = 128": Counted("row", lambda: admixture(64), 215, {"logits": 4, "candidates": 4, "bank": 6}),
+    "admixture, M = h = 2048": Counted("row", lambda: admixture(16, VECTORS), 1100, {"logits": 4, "bank": 4}),
+    "compose": Counted("row", lambda: compose(32), 160, {"bank": 4}),
+    "backward, grad_logits": Counted("row", lambda: backward_rows(64), 168, {"grad_subvectors": 2, "bank": 4}),
+    "backward, sort": Counted("entry", backward_sort, 5.5, {"indices": 8, "candidates": 8, "weights": 8}),
+    "backward, grad_bank": Counted(
+        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 38, {"slices": 1, "grad_subvectors": 4}
+    ),
+    "backward, popular": Counted("entry", backward_popular, 4, {"owed": 4, "grad_subvectors": 4}),
+}
+
+
+def main() -> None:
+    print("| kernel | warp instructions | loads in flight |")
+    print("|---|---|---|")
+    for name, counted in COUNTED.items():
+        count = counted.count()
+        loads = ", ".join(f"{buffer} {count.in_flight[buffer]}" for buffer in counted.in_flight)
+        print(f"| {name} | {count.each:.1f} a{'n' if counted.what == 'entry' else ''} {counted.what} | {loads} |")
