@@ -302,7 +302,7 @@ class Adapter(nn.Module, ABC):
             return self.compose(dtype, index)
 
     def _get_name(self) -> str:
-        name = super()._get_name()
+        name = type(self).__name__
         return name if self.active is None else f"{name}[{'active' if self.active else 'inactive'}]"
 
     def train(self, mode: bool = True) -> Self:

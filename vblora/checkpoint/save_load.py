@@ -237,3 +237,11 @@ def _check_extra_parameters(contents: Contents, places: dict[str, tuple[nn.Modul
             raise ValueError(f"`{name}` is {tuple(tensor.shape)}, but must be {tuple(wanted[name].shape)}.")
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise ValueError(f"`{name}` is {tensor.dtype}, but the model's is {wanted[name].dtype}.")
+    first: dict[int, str] = {}
+    for name, tensor in given.items():
+        other = first.setdefault(id(wanted[name]), name)
+        if not torch.equal(tensor, given[other]):
+            raise ValueError(
+                f"`{other}` and `{name}` are one tied tensor in the model, but the adapter holds two different ones. "
+                "Load the base model with them untied (in transformers, `tie_word_embeddings=False`)."
+            )
