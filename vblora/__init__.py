@@ -15,6 +15,7 @@ from .model.candidates import grow, stats
 from .model.inject import inject
 from .model.merging import merge, unmerge
 from .model.parameters import count_parameters, parameter_groups
+from .model.summary import print_trainable_parameters
 from .model.switching import active_adapters, delete_adapter, disabled, eject, set_adapter
 from .model.whole import adapter_state_dict
 from .ops import build_info, empty_cache
@@ -44,6 +45,7 @@ __all__ = [
     "ops",
     "pack_optimizer",
     "parameter_groups",
+    "print_trainable_parameters",
     "reference",
     "save",
     "set_adapter",

@@ -36,7 +36,7 @@ def test_a_training_forward_of_a_merged_adapter_is_warned_of_once():
     net = adapted_net()
     net(torch.randn(2, 16))
     vblora.merge(net)
-    with pytest.warns(vblora.VBLoRAWarning, match="'default' is merged and gets no gradient"):
+    with pytest.warns(vblora.VBLoRAWarning, match="the model is in training mode, but adapter 'default' is merged"):
         net(torch.randn(2, 16))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

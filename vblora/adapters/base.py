@@ -193,6 +193,7 @@ class Adapter(nn.Module, ABC):
     def __init__(self, targets: Sequence[Target]) -> None:
         super().__init__()
         self.targets = tuple(targets)
+        self.active: bool | None = None  # whether it is active in the model that it is attached to
         self.slots = [Slot(self, index) for index in range(len(targets))]
         self.compute_dtype: torch.dtype | None = (
             None  # of the layers, cached by AttachedAdapter until something is cast
@@ -204,6 +205,7 @@ class Adapter(nn.Module, ABC):
         self.weight_reads: dict[Slot, bool] = {}
         self.register_load_state_dict_post_hook(_invalidate_after_load)  # type: ignore[no-untyped-call]
 
+    r: int  # rank of the updates
     takes_bank: ClassVar[bool] = False  # whether from_config has an argument `bank`
 
     # In these three, `config` is of the method's own class, as adapters/registry.py pairs them.
@@ -298,6 +300,10 @@ class Adapter(nn.Module, ABC):
         # elsewhere, so these hooks keep them from counting or moving the tensors saved here.
         with torch.autograd.graph.saved_tensors_hooks(*SAVED_TENSORS_HOOKS):
             return self.compose(dtype, index)
+
+    def _get_name(self) -> str:
+        name = type(self).__name__
+        return name if self.active is None else f"{name}[{'active' if self.active else 'inactive'}]"
 
     def train(self, mode: bool = True) -> Self:
         self._cached = None  # code that averages or swaps weights through `.data` usually switches the mode, too

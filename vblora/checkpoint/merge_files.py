@@ -15,11 +15,10 @@ from torch import Tensor
 
 from ..adapters import Target
 from ..files import atomic_replacement, refuse_lfs_pointer, sync
+from .base_config import stores_in_out, tied_vocabularies
 from .contents import Contents
 from .json_objects import JsonObject, as_type, field, optional_field, read_object
 
-# Models of transformers made of Conv1D, which stores its weight as (in, out). For square weights, shapes do not tell.
-_CONV1D_MODELS = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 # Models without a head that their embeddings could be tied to, whatever their config says.
 _WITHOUT_WORD_HEAD = ("Classification", "QuestionAnswering", "MultipleChoice")
 # Weights in other formats, which are not merged and so are left out.
@@ -69,9 +68,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
     stored = _read_headers(base)
     config = _read_config(base)
     _refuse_tied(contents, config)
-    updates = _find_updates(
-        contents, stored, contents.config.fan_in_fan_out or config.get("model_type") in _CONV1D_MODELS
-    )
+    updates = _find_updates(contents, stored, config)
     replacements = _find_replacements(contents, stored)
     for name in updates.keys() & replacements.keys():
         raise ValueError(f"`{name}` would be both updated and replaced.")
@@ -107,7 +104,9 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
 def _read_headers(base: Path) -> dict[str, _Stored]:
     """Shape, dtype and file of each of the base model's tensors."""
     index = base / "model.safetensors.index.json"
-    if index.is_file():
+    if (base / "model.safetensors").is_file():  # transformers, too, reads this one if both are there
+        shards = ["model.safetensors"]
+    elif index.is_file():
         refuse_lfs_pointer(index)
         try:
             names = field(read_object(index), "weight_map", dict).values()
@@ -117,8 +116,6 @@ def _read_headers(base: Path) -> dict[str, _Stored]:
         for shard in shards:
             if Path(shard).name != shard:
                 raise ValueError(f"{index} names {shard!r}, which is not a file of the same folder.")
-    elif (base / "model.safetensors").is_file():
-        shards = ["model.safetensors"]
     else:
         pickles = " vblora does not read the pickles in it: load the model and save it again." * any(base.glob("*.bin"))
         raise FileNotFoundError(f"{base} holds no model.safetensors and no model.safetensors.index.json.{pickles}")
@@ -176,13 +173,10 @@ def _find(name: str, stored: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def _find_updates(contents: Contents, stored: dict[str, _Stored], is_of_conv1d: bool) -> dict[str, tuple[Target, bool]]:
-    """By the name of each weight to update, its target and whether it is stored as ``(in, out)``.
-
-    Args:
-        is_of_conv1d: the answer for square weights.
-    """
+def _find_updates(contents: Contents, stored: dict[str, _Stored], config: JsonObject) -> dict[str, tuple[Target, bool]]:
+    """By the name of each weight to update, its target and whether it is stored as ``(in, out)``."""
     updates: dict[str, tuple[Target, bool]] = {}
+    square: list[str] = []
     for target in contents.targets:
         name = _find(f"{target.name}.weight", stored)
         if name is None:
@@ -199,12 +193,24 @@ def _find_updates(contents: Contents, stored: dict[str, _Stored], is_of_conv1d: 
         elif target.kind == "embedding":
             fits, transposed = shape == size[::-1], True
         else:
-            fits, transposed = shape in (size, size[::-1]), is_of_conv1d if size == size[::-1] else shape != size
+            fits, transposed = shape in (size, size[::-1]), shape != size
+            square += [name] * (size == size[::-1])
         if not fits:
             raise ValueError(
                 f"`{name}` is {shape}, but the adapter is for a {target.kind} {target.in_features} -> {target.out_features}."
             )
         updates[name] = target, transposed
+    others = {
+        transposed for name, (target, transposed) in updates.items() if target.kind == "linear" and name not in square
+    }
+    for name in square:
+        found = stores_in_out(config, name)
+        if found is None and len(others) > 1:
+            raise ValueError(
+                f"the adapter is for layers of both layouts, nn.Linear's and Conv1D's, and which of them the square `{name}` has "
+                "cannot be told. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
+            )
+        updates[name] = updates[name][0], contents.config.fan_in_fan_out if found is None else found
     return updates
 
 
@@ -246,14 +252,13 @@ def _refuse_tied(contents: Contents, config: JsonObject) -> None:
     Raises:
         ValueError: one is of a tied head or of tied embeddings.
     """
-    if config.get("tie_word_embeddings") is not True:
-        return
+    tied = tied_vocabularies(config)
     architectures = optional_field(config, "architectures", list, []) or [""]
     for target in contents.targets:
         if target.kind == "embedding" and all(str(name).endswith(_WITHOUT_WORD_HEAD) for name in architectures):
             continue
         of_vocabulary = target.in_features if target.kind == "embedding" else target.out_features
-        if of_vocabulary == config.get("vocab_size"):
+        if of_vocabulary in tied:
             other = "head" if target.kind == "embedding" else "embeddings"
             raise ValueError(
                 f"`{target.name}.weight` is also that of the {other} (`tie_word_embeddings` in the base model's config.json), "

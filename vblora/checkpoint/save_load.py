@@ -24,6 +24,7 @@ from ..model.record import (
 from .contents import Contents
 from .folder import FORMS, TENSORS_FILE, read, write
 from .formats import METHODS
+from .prefixes import fit_names
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -145,6 +146,7 @@ def load(
             'form="resume" to continue exactly, or load with train_kept=True to train with those k vectors as only candidates.'
         )
     try:
+        contents = fit_names(contents, model)
         if present is None:
             plan = Plan(model, contents.config, "default" if adapter_name is None else adapter_name)
             _load_new(plan, contents, bank if shares_bank else None, bool(is_trainable))
@@ -235,3 +237,11 @@ def _check_extra_parameters(contents: Contents, places: dict[str, tuple[nn.Modul
             raise ValueError(f"`{name}` is {tuple(tensor.shape)}, but must be {tuple(wanted[name].shape)}.")
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise ValueError(f"`{name}` is {tensor.dtype}, but the model's is {wanted[name].dtype}.")
+    first: dict[int, str] = {}
+    for name, tensor in given.items():
+        other = first.setdefault(id(wanted[name]), name)
+        if not torch.equal(tensor, given[other]):
+            raise ValueError(
+                f"`{other}` and `{name}` are one tied tensor in the model, but the adapter holds two different ones. "
+                "Load the base model with them untied (in transformers, `tie_word_embeddings=False`)."
+            )

@@ -214,11 +214,12 @@ class AdaptedLayer(nn.Module):
             self.set()
 
     def extra_repr(self) -> str:
-        parts = [f"adapters={', '.join(self.updates)}"] if list(self.updates) != ["default"] else []
-        parts += [f"{name}: dropout={update.dropout}" for name, update in self.updates.items() if update.dropout]
-        parts += [f"merged={', '.join(self.merged)}"] if self.merged else []
-        parts += [] if self.enabled else ["disabled"]
-        return ", ".join(parts)
+        parts = []
+        for name, update in self.updates.items():
+            facts = [f"r={update.slot.adapter.r}"] + [f"dropout={update.dropout}"] * bool(update.dropout)
+            facts += ["active"] * (name in self.active) + ["merged"] * (name in self.merged)
+            parts.append(f"{name}: {', '.join(facts)}")
+        return "; ".join(parts + ["disabled"] * (not self.enabled))
 
 
 def _note_read(slots: list[Slot]) -> None:

@@ -21,12 +21,12 @@ def refuse_merged(layers: Iterable[AdaptedLayer]) -> None:
     """Refuses to prepare training while an adapter is merged, because it would get no gradient."""
     merged = [layer for layer in layers if layer.merged]
     if merged:
-        name = merged[0].merged[0]
-        released = any(layer.released for layer in merged)
-        raise ValueError(
-            f"adapter {name!r} is merged into the weights, so it gets no gradient. "
-            + ("It was merged with release=True: load the base model again." if released else f"{_UNMERGE}.")
-        )
+        raise ValueError(_merged_message(merged[0].merged[0], any(layer.released for layer in merged)))
+
+
+def _merged_message(name: str, released: bool) -> str:
+    mend = "It was merged with release=True: to train it, load the base model again." if released else f"{_UNMERGE}."
+    return f"adapter {name!r} is merged into the weights, so it gets no gradient. {mend}"
 
 
 def frozen(name: str) -> str:
@@ -45,7 +45,7 @@ def warn_if_idle(model: nn.Module, active: Iterable["AttachedAdapter"]) -> None:
         attached.checked_for_training = merged
         if merged:
             warnings.warn(
-                f"the model trains, but adapter {attached.name!r} is merged and gets no gradient. {_UNMERGE}.",
+                "the model is in training mode, but " + _merged_message(attached.name, attached.layers[0].released),
                 VBLoRAWarning,
                 stacklevel=2,
             )

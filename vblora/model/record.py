@@ -252,12 +252,12 @@ class AdaptedModel:
             for extra in attached.extra.values():
                 extra.swap()
         for attached in (*self._active, *added):
-            attached.active = False
+            attached.active = attached.adapter.active = False
             for parameter in attached.parameters.values():
                 parameter.requires_grad_(False)
         self._active = tuple(self.adapters[name] for name in names)
         for attached in self._active:
-            attached.active = True
+            attached.active = attached.adapter.active = True
             parameters = attached.parameters
             for trainable in attached.trainable_names:
                 parameters[trainable].requires_grad_(True)
