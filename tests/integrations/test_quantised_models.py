@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.trainer_utils import validate_quantization_for_training
 
 import vblora
+from tests.checkpointing import checkpointing
 from tests.small_models import llama, relative_error
 from vblora.integrations.transformers import VBLoRACallback
 
@@ -105,8 +106,8 @@ def test_trains_and_resumes(load, tmp_path):
     "options",
     [
         {"bf16": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        checkpointing(use_reentrant=False),
+        checkpointing(use_reentrant=True),
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

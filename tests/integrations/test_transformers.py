@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import vblora
+from tests.checkpointing import checkpointing
 from tests.sentences import batches, encoder
 from tests.workers import run_in_processes
 from vblora.integrations.transformers import VBLoRACallback, trainer_arguments
@@ -233,9 +234,9 @@ def test_the_trainers_own_optimizer_is_warned_of(tmp_path):
         {"gradient_accumulation_steps": 2},
         {"max_grad_norm": 0.5},
         {"bf16": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0},
+        checkpointing(use_reentrant=False),
+        checkpointing(use_reentrant=True),
+        {"bf16": True, **checkpointing(), "gradient_accumulation_steps": 2, "max_grad_norm": 1.0},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
