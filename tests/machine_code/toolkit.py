@@ -4,6 +4,7 @@ names. None of them needs a GPU.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -117,23 +118,30 @@ def compile_kernels(unit: str) -> Compiled:
     digest.update(f"{tool('nvcc')} {version()} {architectures()}".encode())
     folder = ROOT / "build" / "machine-code" / f"{unit}-{digest.hexdigest()[:16]}"
     log = folder / "log.txt"
-    if not log.exists():
-        for old in folder.parent.glob(f"{unit}-*"):
-            shutil.rmtree(old)
-        folder.mkdir(parents=True)
-        source = folder / f"{unit}.cu"
-        source.write_text(f'#include "cuda/{unit}.cuh"\nauto* launcher = &vblora::cuda::launch_{unit};\n')
-        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()]
-        output = run(
-            tool("nvcc"), *FLAGS, *targets, "--threads", os.cpu_count() or 1, "-Xptxas", "-v",
-            "-Xcompiler", "-Wall,-Wextra", "-I", ROOT / "csrc", "--keep", "--keep-dir", folder,
-            "-c", source, "-o", folder / f"{unit}.o",
-        )  # fmt: skip
-        for path in folder.iterdir():
-            if path.suffix != ".cubin" and path != source:
-                path.unlink()
-        log.write_text(output)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{unit}.lock", "w") as lock:  # other test processes wait, and find it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            _compile(unit, folder, log)
     return Compiled(_parse(log.read_text()), tuple(re.findall(r".*warning.*", log.read_text())), folder)
+
+
+def _compile(unit: str, folder: Path, log: Path) -> None:
+    for old in folder.parent.glob(f"{unit}-*"):
+        shutil.rmtree(old)
+    folder.mkdir(parents=True)
+    source = folder / f"{unit}.cu"
+    source.write_text(f'#include "cuda/{unit}.cuh"\nauto* launcher = &vblora::cuda::launch_{unit};\n')
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()]
+    output = run(
+        tool("nvcc"), *FLAGS, *targets, "--threads", os.cpu_count() or 1, "-Xptxas", "-v",
+        "-Xcompiler", "-Wall,-Wextra", "-I", ROOT / "csrc", "--keep", "--keep-dir", folder,
+        "-c", source, "-o", folder / f"{unit}.o",
+    )  # fmt: skip
+    for path in folder.iterdir():
+        if path.suffix != ".cubin" and path != source:
+            path.unlink()
+    log.write_text(output)
 
 
 def _parse(log: str) -> tuple[Kernel, ...]:
