@@ -259,6 +259,7 @@ def test_activation_checkpointing_has_the_same_gradients(config, reentrant):
 
 @methods
 def test_compiles_to_one_graph(config):
+    torch._dynamo.reset()  # whose limit of recompilations is for all models of a process
     torch.manual_seed(0)
     model = injected(config, torch.float64)
     x = torch.randn(5, 16, dtype=torch.float64)
