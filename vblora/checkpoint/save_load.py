@@ -21,9 +21,11 @@ from ..model.record import (
     refuse_if_disabled,
     refuse_if_merged,
 )
+from . import native
 from .contents import Contents
 from .folder import FORMS, TENSORS_FILE, read, write
 from .formats import METHODS
+from .peft.experts import warn_of_renamed_targets
 from .prefixes import fit_names
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -74,6 +76,8 @@ def save(
     if form is None:
         deploy = getattr(source.config, "save_only_topk_weights", False)
         form = "resume" if contents.is_trainable and not deploy else "deploy"
+    if form not in native.FORMS:
+        warn_of_renamed_targets(source.model, [target.name for target in contents.targets])
     bank = _bank_of(source)
     bank_file = bank.file if bank is not None and bank_dtype is None and bank.unchanged() else None
     if rank() and any(is_sharded(tensor) for tensor in source.model.parameters()):
