@@ -277,7 +277,7 @@ class Adapter(nn.Module, ABC):
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def all_factors(self, dtype: torch.dtype) -> list[Factors]:
-        """The factors of all layers, which are kept where no gradient flows to what they were made from."""
+        """The factors of all layers. They come from the cache if no parameter needs a gradient."""
         if self._needs_composition():
             return self._compose(dtype)
         cached = self._cached  # read once: another thread may replace it

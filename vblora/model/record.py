@@ -194,9 +194,8 @@ class AdaptedModel:
 
     def _end_forward(self, _model: nn.Module, _args: tuple[object, ...], output: object) -> None:
         mixed = self._rows_differ and mixed_batch.end_forward(self)
-        for (
-            attached
-        ) in self._active:  # a mixed batch does not use their slots, so it shows nothing about uncalled layers
+        # A mixed batch does not use the slots of the active adapters, so it does not show which layers are uncalled.
+        for attached in self._active:
             attached.end_forward(complete=output is not None and not mixed)
 
     def rows(self, names: Sequence[str | None]) -> RowAdapters:

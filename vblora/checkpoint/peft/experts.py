@@ -13,9 +13,9 @@ _BEFORE_FUSION = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "d
 
 
 def warn_of_renamed_targets(model: nn.Module, names: list[str]) -> None:
-    """Warns of adapted layers, of these names, that PEFT takes for experts in a mixture-of-experts model.
+    """Warns if PEFT would take some of the adapted layers, ``names``, for experts of a mixture-of-experts model.
 
-    ``names`` are the adapted layers. The warning points at the caller of the caller.
+    The warning points at the caller of the caller.
     """
     found = [name for name in names if name.rpartition(".")[2] in _BEFORE_FUSION]
     if found and any(p.dim() == 3 and name.rpartition(".")[2] in _FUSED for name, p in model.named_parameters()):
