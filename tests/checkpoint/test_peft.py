@@ -399,7 +399,7 @@ DENSE = {
     "unknown tensor": (lambda d: change(d, lambda t: t.update(x=torch.ones(1))), "unknown tensor `x`"),
     "unknown tensor of the model": (
         lambda d: change(d, lambda t: t.update({"base_model.model.bert.x.weight": torch.ones(1)})),
-        "unknown tensor `base_model.model.bert.x.weight`",
+        "unknown tensor `bert.x.weight`",
     ),
     "NaN": (tensor(A, lambda t: t * float("nan")), f"`{A}` holds NaN"),
     "-inf alone": (tensor(A, lambda t: t.fill_(-torch.inf)), f"`{A}` holds a row of nothing but -inf"),

@@ -12,6 +12,7 @@ from ..adapters import Adapter, Factors, Target
 from ..adapters.registry import adapter_class
 from ..bank import BankFile, VectorBank
 from ..config import AdapterConfig
+from ..model.targets import is_within
 
 # Fields that do not tell apart two adapters of the same layers: ways to select layers, hints for files, initialisation.
 _IRRELEVANT_FIELDS = (
@@ -36,7 +37,8 @@ class Contents(ABC):
     """An adapter of any method, without a model. Its tensors are on the CPU.
 
     Attributes:
-        extra_parameters: tensors trained in addition to the adapter (biases, ``modules_to_save``), by their names in the model.
+        extra_parameters: tensors trained in addition to the adapter (biases, ``modules_to_save``), by their names in the model;
+            and :attr:`base_tensors`.
     """
 
     config: AdapterConfig
@@ -49,6 +51,20 @@ class Contents(ABC):
     @abstractmethod
     def of(cls, config: AdapterConfig, adapter: Adapter, extra_parameters: dict[str, Tensor]) -> Self:
         """The contents of a model's adapter. If it is sharded, all processes must call this."""
+
+    @property
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The extra parameters that the config does not train: the base model's own, as PEFT stores them of adapted or resized
+        embeddings."""
+        config, targets = self.config, {target.name for target in self.targets}
+        saved = config.modules_to_save or []
+
+        def trains(name: str) -> bool:
+            module, _, own = name.rpartition(".")
+            of_target = config.trains_biases_of_targets and module in targets
+            return (own == "bias" and (config.bias == "all" or of_target)) or is_within(module, saved)
+
+        return {name: tensor for name, tensor in self.extra_parameters.items() if not trains(name)}
 
     @property
     def is_trainable(self) -> bool:

@@ -51,8 +51,8 @@ class _Stored(NamedTuple):
 def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
     """Writes the files of ``base`` with an adapter merged into them to ``out``, as :func:`vblora.merge` merges it into a model.
 
-    Each target's update is added to its weight in float32 (float64 for a float64 weight) and rounded to the weight's dtype.
-    Extra parameters replace the tensors of their names and are rounded to the dtype of those. All other files of the folder are
+    Extra parameters replace the tensors of their names and are rounded to the dtype of those. Each target's update is added to
+    its weight in float32 (float64 for a float64 weight) and rounded to the weight's dtype. All other files of the folder are
     copied, except weights in other formats. ``out`` appears only once it is complete.
 
     Args:
@@ -70,8 +70,10 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
     _refuse_tied(contents, config)
     updates = _find_updates(contents, stored, config)
     replacements = _find_replacements(contents, stored)
+    of_base = {id(tensor) for tensor in contents.base_tensors.values()}
     for name in updates.keys() & replacements.keys():
-        raise ValueError(f"`{name}` would be both updated and replaced.")
+        if id(replacements[name]) not in of_base:
+            raise ValueError(f"`{name}` would be both updated and replaced.")
     out = out.absolute()  # Path(".") has no name
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     shards = sorted({entry.shard for entry in stored.values()})
@@ -79,7 +81,9 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
 
     def changed(name: str, tensor: Tensor) -> Tensor:
         if name in replacements:
-            return replacements[name].to(tensor.dtype)
+            tensor = replacements[name].to(tensor.dtype)
+        if name not in updates:
+            return tensor
         target, transposed = updates[name]
         A, B, *_ = factors(torch.promote_types(tensor.dtype, torch.float32))[target.name]
         merged = (A.T @ B if transposed else B.T @ A).view_as(tensor).add_(tensor).to(tensor.dtype)

@@ -22,6 +22,7 @@ from ..model.record import (
     refuse_if_merged,
 )
 from . import native
+from .base_tensors import split_base_tensors, two_values
 from .contents import Contents
 from .folder import FORMS, TENSORS_FILE, read, write
 from .formats import METHODS
@@ -167,9 +168,10 @@ def contents_of(source: AttachedAdapter) -> Contents:
     transposed = any(layer.kind is Conv1D for layer in source.layers)
     config = replace(source.config, fan_in_fan_out=transposed)  # seen from the layers, whatever the user wrote
     copies: dict[Tensor, Tensor] = {}  # tied parameters stay one tensor
-    for extra in source.extra.values():
-        copies.setdefault(extra.replacement, gather_to_cpu(extra.replacement))
-    extra_parameters = {name: copies[extra.replacement] for name, extra in source.extra.items()}
+    extra = source.extra_tensors()
+    for tensor in extra.values():
+        copies.setdefault(tensor, gather_to_cpu(tensor))
+    extra_parameters = {name: copies[tensor] for name, tensor in extra.items()}
     return METHODS[type(config)].contents.of(config, source.adapter, extra_parameters)
 
 
@@ -186,6 +188,12 @@ def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool |
     own = contents_of(target)
     contents.check_config(own.config)
     contents = contents.in_order(adapter.targets)
+    contents, differing = split_base_tensors(_with_tied(contents, target), target.model, present=target.extra)
+    if differing:
+        raise ValueError(
+            f"it holds another `{min(differing)}` than the model's, which an adapter can only bring when it is first loaded. "
+            "Eject the adapter first, or load this one under another `adapter_name`."
+        )
     _check_extra_parameters(contents, {name: (r.module, r.name, r.replacement) for name, r in target.extra.items()})
     contents.check_sizes(own)
     _refuse_meta(any(parameter.is_meta for parameter in adapter.parameters()))
@@ -199,12 +207,23 @@ def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool |
     adapter.invalidate()
 
 
+def _with_tied(contents: Contents, target: AttachedAdapter) -> Contents:
+    """The contents with each base tensor under all the names of the model's, as :meth:`Plan.bring` has replaced them."""
+    given = dict(contents.extra_parameters)
+    value_of = {target.extra[name].replacement: tensor for name, tensor in given.items() if name in target.extra}
+    for name, extra in target.extra.items():
+        if not extra.trains and name not in given and extra.replacement in value_of:
+            given[name] = value_of[extra.replacement]
+    return replace(contents, extra_parameters=given)
+
+
 def _load_new(plan: Plan, contents: Contents, bank: VectorBank | None, is_trainable: bool) -> None:
     contents = contents.in_order(plan.targets)
-    _check_extra_parameters(contents, plan.extra_tensors)
     if is_trainable:
         plan.check_trainable()
     _refuse_meta(plan.device.type == "meta")
+    contents, brought = split_base_tensors(contents, plan.model)
+    _check_extra_parameters(contents, plan.extra_tensors)
     adapter = contents.adapter(plan.device, bank)
     with torch.no_grad():
         for name, (_, _, replacement) in plan.extra_tensors.items():
@@ -214,6 +233,7 @@ def _load_new(plan: Plan, contents: Contents, bank: VectorBank | None, is_traina
     adapter.requires_grad_(is_trainable)
     if bank is not None:
         bank.requires_grad_(False)
+    plan.bring(brought)
     plan.apply(adapter)
 
 
@@ -245,7 +265,4 @@ def _check_extra_parameters(contents: Contents, places: dict[str, tuple[nn.Modul
     for name, tensor in given.items():
         other = first.setdefault(id(wanted[name]), name)
         if not torch.equal(tensor, given[other]):
-            raise ValueError(
-                f"`{other}` and `{name}` are one tied tensor in the model, but the adapter holds two different ones. "
-                "Load the base model with them untied (in transformers, `tie_word_embeddings=False`)."
-            )
+            raise two_values(other, name)

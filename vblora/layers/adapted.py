@@ -16,11 +16,15 @@ from .weights import Rounding, format_of, is_packed, rounding, swap_tensor
 
 
 class TensorSwap:
-    """A tensor of the base model and its trained or merged replacement, one of them in the model and the other stored here."""
+    """A tensor of the base model and its replacement, one of them in the model and the other stored here.
 
-    def __init__(self, module: nn.Module, name: str, replacement: Tensor) -> None:
+    The replacement is a trained copy, a merged weight, or another base tensor that an adapter's file holds (``trains=False``).
+    """
+
+    def __init__(self, module: nn.Module, name: str, replacement: Tensor, *, trains: bool = True) -> None:
         self.module = module
         self.name = name
+        self.trains = trains
         self.swapped_in = False  # whether the replacement is in the model
         self._stored = replacement
 
@@ -28,6 +32,12 @@ class TensorSwap:
     def replacement(self) -> Tensor:
         """The replacement, wherever it is."""
         tensor: Tensor = getattr(self.module, self.name) if self.swapped_in else self._stored
+        return tensor
+
+    @property
+    def original(self) -> Tensor:
+        """What it replaces, wherever that is."""
+        tensor: Tensor = self._stored if self.swapped_in else getattr(self.module, self.name)
         return tensor
 
     @torch.no_grad()

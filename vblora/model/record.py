@@ -2,11 +2,12 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, Factors
@@ -46,7 +47,8 @@ class AttachedAdapter:
 
     Attributes:
         layers: the adapted layers, in the order of the adapter's targets.
-        extra: the biases and ``modules_to_save`` that the adapter trains, by their names in the model.
+        extra: the biases and ``modules_to_save`` that the adapter trains, and base tensors of its file that differ from the
+            model's, by their names in the model.
     """
 
     def __init__(
@@ -71,10 +73,27 @@ class AttachedAdapter:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the adapter and its extra parameters."""
-        extra_tensors = {name: extra.replacement for name, extra in self.extra.items()}
+        """The parameters of the adapter and its extra parameters that can train."""
+        extra_tensors = {name: extra.replacement for name, extra in self.extra.items() if extra.trains}
         extra = {f"extra.{name}": tensor for name, tensor in extra_tensors.items() if isinstance(tensor, nn.Parameter)}
         return dict(self.adapter.named_parameters()) | extra
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """The extra tensors by their names in the model, without what is merged into them.
+
+        Raises:
+            ValueError: one was merged into with ``release=True``.
+        """
+        merged = {layer.base_layer: layer for layer in self.layers if layer.merged}
+        tensors = {}
+        for name, extra in self.extra.items():
+            layer = merged.get(extra.module) if extra.name == "weight" and extra.swapped_in else None
+            if layer is not None and layer.unmerged is None:
+                raise ValueError(
+                    f"adapter {self.name!r} was merged with release=True, which freed the `{name}` that its file would hold."
+                )
+            tensors[name] = extra.replacement if layer is None else cast(TensorSwap, layer.unmerged).original
+        return tensors
 
     def requires_grad_(self, requires_grad: bool) -> None:
         """Makes all parameters require gradients, or none. An inactive adapter changes once it becomes active."""
@@ -323,6 +342,19 @@ def adapted_models(model: nn.Module) -> list[AdaptedModel]:
             found[module] = own.get("_vblora_adapted_model")
             pending += reversed(own["_modules"].values())
     return [record for record in found.values() if record is not None]
+
+
+@contextmanager
+def base_tensors_in_place(model: nn.Module) -> Iterator[None]:
+    """Within it the base model's tensors are in the places of the extra ones. Not for a merged model."""
+    swapped_in = [extra for record in adapted_models(model) for extra in record.swapped_in()]
+    for extra in swapped_in:
+        extra.swap()
+    try:
+        yield
+    finally:
+        for extra in swapped_in:
+            extra.swap()
 
 
 def adapted_model(model: nn.Module) -> AdaptedModel:

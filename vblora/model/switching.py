@@ -13,10 +13,10 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     """Makes one or several adapters of a model active; an empty list makes none active. The updates of several adapters add up.
 
     Only the parameters of active adapters require gradients; when an adapter becomes active again, the same ones do as before.
-    The biases and ``modules_to_save`` of an adapter are in the model while it is active.
+    The biases and ``modules_to_save`` of an adapter, and base tensors that its file brought, are in the model while it is active.
 
     Raises:
-        ValueError: a name is unknown, the model is merged or disabled, or several adapters train the same bias or module.
+        ValueError: a name is unknown, the model is merged or disabled, or several adapters replace the same tensor.
             The model does not change then.
     """
     record = adapted_model(model)
@@ -26,7 +26,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
         for place in record.adapters[check_adapter_name(record, name)].extra:
             if place in owners:
                 raise ValueError(
-                    f"adapters {owners[place]!r} and {name!r} both train `{place}`. Activate only one of them."
+                    f"adapters {owners[place]!r} and {name!r} both replace `{place}`. Activate only one of them."
                 )
             owners[place] = name
     refuse_if_disabled(record.layers)
@@ -106,7 +106,7 @@ def disabled(model: ModuleT) -> Iterator[ModuleT]:
     try:
         yield model
     finally:
-        for extra in swapped:
+        for extra in reversed(swapped):  # one tensor can be both replaced and merged into
             extra.swap()
         for layer in enabled:
             layer.set(enabled=True)

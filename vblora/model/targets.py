@@ -95,16 +95,14 @@ def _wanted_names(model: nn.Module, modules: dict[str, nn.Module], config: Adapt
     return [
         name
         for name in names
-        if name
-        and not matches(name, excluded)
-        and not any(matches(part, saved) for part in _with_parents(name))
-        and is_in_layers(name, config)
+        if name and not matches(name, excluded) and not is_within(name, saved) and is_in_layers(name, config)
     ]
 
 
-def _with_parents(name: str) -> list[str]:
+def is_within(name: str, entries: list[str]) -> bool:
+    """Whether a module, or one that contains it, matches an entry."""
     parts = name.split(".")
-    return [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(matches(".".join(parts[: count + 1]), entries) for count in range(len(parts)))
 
 
 def is_in_layers(name: str, config: AdapterConfig, indices: list[int] | None = None) -> bool:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..adapters import Factors, Target
 from ..adapters.vblora import Deployed, as_factors, candidate_dtype, rows_of_factors, scaled
 from ..bank import VectorBank
 from ..checkpoint import folder, native
+from ..checkpoint.base_tensors import split_base_tensors
 from ..checkpoint.contents import Contents, check_tensor
 from ..checkpoint.flat import FlatContents
 from ..checkpoint.packing import pack_bits, unpack_bits
@@ -100,15 +101,23 @@ class Reader:
     """Reads folders, and holds once what several of them share: banks, projections, layouts.
 
     Args:
-        targets: the layers of the model, by name.
+        model: the model.
+        targets: its layers, by name.
         banks: the vector banks that adapters name by their file's hash.
         device: where banks are held.
         exact: whether weights keep all their bits.
     """
 
     def __init__(
-        self, targets: dict[str, Target], banks: list[VectorBank], max_rank: int, device: torch.device, exact: bool
+        self,
+        model: nn.Module,
+        targets: dict[str, Target],
+        banks: list[VectorBank],
+        max_rank: int,
+        device: torch.device,
+        exact: bool,
     ) -> None:
+        self._model = model
         self.targets = targets
         self.max_rank = max_rank
         self.exact = exact
@@ -158,8 +167,11 @@ class Reader:
         rank: int = getattr(contents.config, "r")  # noqa: B009  # of each method's config
         if rank > self.max_rank:
             raise ValueError(f"its rank is {rank}, but the store's `max_rank` is {self.max_rank}.")
+        contents, differing = split_base_tensors(contents, self._model)
         for name in contents.extra_parameters:
             raise ValueError(f"it trained `{name}`, but biases and `modules_to_save` cannot differ between rows.")
+        for name in differing:
+            raise ValueError(f"it holds another `{name}` than the model's, which cannot differ between rows.")
         return contents.in_order(tuple(self.targets[target.name] for target in contents.targets))
 
     def _first_of_layout(self, contents: VBLoRAContents, key: str | None, sha256: str) -> PackedVBLoRA:

@@ -85,7 +85,7 @@ class AdapterStore:
             dtypes = [weight.dtype for weight in weights if not is_packed(weight)] or [torch.get_default_dtype()]
             device = weights[0].device
             self._slots = Slots(slots, targets, max_rank, device, dtype or reduce(torch.promote_types, dtypes))
-            self._reader = Reader({target.name: target for target in targets}, banks, max_rank, device, exact)
+            self._reader = Reader(model, {t.name: t for t in targets}, banks, max_rank, device, exact)
         except BaseException:
             self._record.take_out()
             raise

@@ -19,7 +19,6 @@ _OF_AN_ADAPTER = re.compile(r"\.(vblora_logits|vera_lambda|lora)_")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LISTS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _HEADS = ("classifier", "score")  # PEFT adds both to `modules_to_save` of a classifier, which has one of them
-_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT saves these without being asked if the vocabulary was resized
 
 
 def describe(contents: Contents, base_model: str | None) -> JsonObject:
@@ -61,8 +60,12 @@ def refuse_other_kinds(contents: Contents, form: str, method: str) -> None:
 
 def encode_extra_parameters(contents: Contents) -> dict[str, Tensor]:
     """The extra parameters by PEFT's names. They are copies, because safetensors cannot store tied tensors."""
-    biases = {f"{target.name}.bias": f"{target.name}.base_layer.bias" for target in contents.targets}
-    return {PREFIX + biases.get(name, name): tensor.clone() for name, tensor in contents.extra_parameters.items()}
+    wrapped = {
+        f"{target.name}.{own}": f"{target.name}.base_layer.{own}"
+        for target in contents.targets
+        for own in ("weight", "bias")
+    }
+    return {PREFIX + wrapped.get(name, name): tensor.clone() for name, tensor in contents.extra_parameters.items()}
 
 
 def decode_config(kind: type[_Config], description: JsonObject, neutral: Collection[str] = ()) -> _Config:
@@ -106,6 +109,9 @@ def decode_extra_parameters(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The extra parameters by their names in the model, and the names of the modules that were saved in full.
 
+    PEFT also stores weights and biases of embeddings that it does not train: of those that ``target_modules`` names, and all if
+    the vocabulary was resized. They are among the extra parameters (:attr:`Contents.base_tensors`).
+
     Raises:
         ValueError: a tensor is unknown, or a module of ``modules_to_save`` is missing.
     """
@@ -117,17 +123,17 @@ def decode_extra_parameters(
         # With bias="all" PEFT writes the biases of `modules_to_save` three times: the base model's once, the trained ones twice.
         if ".original_module." in name or any(PREFIX + again in tensors for again in _without_wrapper(name)):
             continue
-        layer = name.removesuffix(".base_layer.bias")
-        extra_parameters[f"{layer}.bias" if layer in targets and layer != name else name] = tensor
+        layer, _, own = name.rpartition(".")
+        inner = layer.removesuffix(".base_layer")
+        extra_parameters[f"{inner}.{own}" if inner in targets else name] = tensor
     saved = _saved_modules(list(extra_parameters), config.modules_to_save or [], by_dot=False)
     entries = set(config.modules_to_save or [])
     missing = {entry for entry in entries if not any(module.endswith(entry) for module in saved)}
     if missing - set(_HEADS) or (missing and missing == entries):
         raise ValueError(f"its `modules_to_save` names `{min(missing)}`, but no tensor of it is there.")
-    saved |= _saved_modules(list(extra_parameters), list(_EMBEDDINGS))
     for name in extra_parameters:
-        is_bias = config.bias != "none" and name.rpartition(".")[2] == "bias"
-        if not is_bias and not any(name.startswith(module + ".") for module in saved):
+        may_be_base = name.rpartition(".")[2] in ("weight", "bias")
+        if not may_be_base and not any(name.startswith(module + ".") for module in saved):
             raise ValueError(f"it has an unknown tensor `{PREFIX}{name}`.")
     return extra_parameters, list(saved)
 
