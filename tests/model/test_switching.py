@@ -263,7 +263,7 @@ def test_two_that_train_the_same_are_not_active_together(nets):
     _, model, x = nets
     vblora.inject(model, SECOND, adapter_name="third")
     before = model(x)
-    with pytest.raises(ValueError, match=r"'second' and 'third' both train `head\.weight`"):
+    with pytest.raises(ValueError, match=r"'second' and 'third' both replace `head\.weight`"):
         vblora.set_adapter(model, ["default", "second", "third"])
     assert vblora.active_adapters(model) == ["default"] and torch.equal(model(x), before)
 

@@ -5,10 +5,13 @@ import io
 
 import pytest
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
+from transformers import BertConfig, BertModel, PreTrainedModel
 
 import vblora
 from tests.small_models import bert, gpt2, llama, relative_error
+from vblora.serving import AdapterStore
 
 IDS = torch.arange(12).view(2, 6)
 SIZES = {"num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 0.5}
@@ -77,6 +80,74 @@ def test_tied_embeddings_that_merging_parted_are_refused(tmp_path):
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(type(model).from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
+
+
+class Outer(PreTrainedModel):
+    """A model of transformers that is given its encoder."""
+
+    config_class = BertConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: BertConfig, encoder: nn.Module | None = None) -> None:
+        super().__init__(config)
+        self.encoder = BertModel(config) if encoder is None else encoder
+        self.head = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(self, ids):
+        return self.head(self.encoder(ids)[1])
+
+
+class Shared(nn.Module, PyTorchModelHubMixin):
+    """A model with the ``save_pretrained`` of huggingface_hub."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner = bert().eval() if inner is None else inner
+
+    def forward(self, ids):
+        return self.inner(ids).logits
+
+
+@pytest.mark.parametrize("as_trainer", [False, True])
+def test_a_model_around_an_injected_one_is_not_written_either(as_trainer, tmp_path):
+    encoder = vblora.inject(bert().bert, vblora.VBLoRAConfig(**SIZES))
+    outer = Outer(encoder.config, encoder)
+    given = {"state_dict": outer.state_dict()} if as_trainer else {}
+    with pytest.raises(
+        ValueError, match=r"vblora.save\(model, directory\).*vblora.merge\(model\), then model.save_pret"
+    ):
+        outer.save_pretrained(tmp_path / "model", **given)
+    assert not (tmp_path / "model").exists()
+    vblora.merge(outer)
+    given = {"state_dict": outer.state_dict()} if as_trainer else {}
+    outer.save_pretrained(tmp_path / "model", **given)
+    again, report = Outer.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    torch.testing.assert_close(again.eval()(IDS), outer.eval()(IDS))
+
+
+def test_a_model_of_the_hubs_mixin_around_an_injected_one(tmp_path):
+    shared = Shared(injected())
+    with pytest.raises(ValueError, match="would write the model without its adapters"):
+        shared.save_pretrained(tmp_path / "model")
+    vblora.merge(shared)
+    shared.save_pretrained(tmp_path / "model")
+    torch.testing.assert_close(Shared.from_pretrained(tmp_path / "model", strict=True)(IDS), shared(IDS))
+
+
+def test_a_model_of_a_store_is_written_as_its_base_model(tmp_path):
+    model = bert().eval()
+    expected = model(IDS).logits
+    (tmp_path / "adapters").mkdir()
+    store = AdapterStore(model, tmp_path / "adapters")
+    for module, folder in ((model, "whole"), (model.bert, "encoder")):
+        module.save_pretrained(tmp_path / folder)
+        _, report = type(module).from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path / "whole").eval()(IDS).logits, expected)
+    store.detach()
+    assert "save_pretrained" not in vars(model) and "save_pretrained" not in vars(model.bert)
 
 
 class Task(nn.Module):

@@ -1,17 +1,21 @@
 """Tensors of the base model in an adapter's file: PEFT stores the embeddings that it adapts, or whose vocabulary was resized."""
 
+import warnings
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import gather_to_cpu
+from ..distributed import gather_to_cpu, is_sharded
+from ..errors import VBLoRAWarning
+from ..layers.adapted import AdaptedLayer
 from ..layers.kinds import has_kind
+from ..layers.reads import listed
 from ..layers.weights import format_name, is_quantised
 from ..model.record import base_tensors_in_place
-from ..model.targets import base_modules
+from ..model.targets import base_modules, embedding_layers
 from .contents import Contents
 
 _Contents = TypeVar("_Contents", bound=Contents)
@@ -45,9 +49,65 @@ def split_base_tensors(
             if not torch.equal(tensor, base[first.setdefault(own, name)]):
                 raise two_values(first[own], name)
             if not torch.equal(tensor.to(own.dtype), gather_to_cpu(own)):
+                if is_sharded(own):
+                    raise ValueError(f"its `{name}` is not the model's, which is sharded. Load it before fully_shard.")
                 differing[name] = tensor
     kept = {name: tensor for name, tensor in contents.extra_parameters.items() if name not in base}
     return replace(contents, extra_parameters=kept), differing
+
+
+def embeddings_to_save(model: nn.Module, choice: bool | str) -> dict[str, Tensor]:
+    """The tensors of the input and output embeddings, by their names in the model, if ``choice`` wants them saved.
+
+    Args:
+        choice: ``"auto"`` means if the vocabulary is of another size than that of the checkpoint that the model was loaded from.
+
+    Raises:
+        ValueError: ``choice`` is neither ``"auto"`` nor a bool, or True for a model without embeddings; or those were merged
+            into and released.
+    """
+    if choice not in (True, False, "auto"):
+        raise ValueError(f'`save_embedding_layers` is {choice!r}; allowed are True, False and "auto".')
+    if choice is False or (choice == "auto" and not _is_resized(model)):
+        return {}
+    layers = embedding_layers(model)
+    merged = {layer.base_layer: layer for layer in model.modules() if isinstance(layer, AdaptedLayer) and layer.merged}
+    found: dict[str, Tensor] = {}
+    for name, module in base_modules(model).items():
+        if any(module is layer for layer in layers):
+            found |= {f"{name}.{own}": tensor for own, tensor in module._parameters.items() if tensor is not None}
+            if module in merged:
+                unmerged = merged[module].unmerged
+                if unmerged is None:
+                    raise ValueError(
+                        f"`{name}.weight` was merged into with release=True, which freed what the file would hold."
+                    )
+                found[f"{name}.weight"] = unmerged.original
+    if not found:
+        raise ValueError("`save_embedding_layers` is True, but the model has no `get_input_embeddings`.")
+    if choice == "auto":
+        size = sum(tensor.nbytes for tensor in set(found.values()))
+        warnings.warn(
+            f"the vocabulary was resized after the model was loaded, so the file also holds {listed(list(found))} "
+            f"({size:,} bytes), as in PEFT. To leave them out, pass save_embedding_layers=False.",
+            VBLoRAWarning,
+            stacklevel=3,
+        )
+    return found
+
+
+def _is_resized(model: nn.Module) -> bool:
+    """Whether a model of transformers has another vocabulary than its checkpoint. Asks no server."""
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name or not hasattr(config, "get_text_config"):
+        return False
+    try:
+        saved = type(config).from_pretrained(name, local_files_only=True)
+        sizes = [own.get_text_config().vocab_size for own in (config, saved)]
+    except (OSError, ValueError, AttributeError):
+        return False
+    return sizes[0] != sizes[1]
 
 
 def two_values(name: str, other: str) -> ValueError:

@@ -21,8 +21,9 @@ from ..model.record import (
     refuse_if_disabled,
     refuse_if_merged,
 )
+from ..model.targets import base_modules
 from . import native
-from .base_tensors import split_base_tensors, two_values
+from .base_tensors import embeddings_to_save, split_base_tensors, two_values
 from .contents import Contents
 from .folder import FORMS, TENSORS_FILE, read, write
 from .formats import METHODS
@@ -39,6 +40,7 @@ def save(
     adapter_name: str | None = None,
     form: str | None = None,
     bank_dtype: torch.dtype | None = None,
+    save_embedding_layers: bool | str = "auto",
 ) -> None:
     """Writes a model's adapter into a folder.
 
@@ -64,6 +66,8 @@ def save(
             The last three include a shared bank.
         bank_dtype: makes the bank of a deploy form smaller: ``torch.bfloat16``, ``torch.float16``, or ``torch.int8`` with one
             scale per vector. None keeps it exactly.
+        save_embedding_layers: whether the file also holds the base model's input and output embeddings, as in PEFT. ``"auto"``
+            means if the vocabulary was resized after the model was loaded: nobody else can know its new rows.
 
     Raises:
         ValueError: the model has no such adapter, or has lost a module that this trains; or ``form`` or ``bank_dtype`` does not
@@ -74,6 +78,10 @@ def save(
         raise ValueError(f"`form` is {form!r}; allowed are {', '.join(map(repr, FORMS))}.")
     check_completeness(adapted_model(model), source)
     contents = contents_of(source)
+    embeddings = embeddings_to_save(source.model, save_embedding_layers)
+    copies = {tensor: gather_to_cpu(tensor) for tensor in embeddings.values()}  # tied ones stay one tensor
+    own = {name: copies[tensor] for name, tensor in embeddings.items()}
+    contents = replace(contents, extra_parameters=own | contents.extra_parameters)
     if form is None:
         deploy = getattr(source.config, "save_only_topk_weights", False)
         form = "resume" if contents.is_trainable and not deploy else "deploy"
@@ -188,12 +196,7 @@ def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool |
     own = contents_of(target)
     contents.check_config(own.config)
     contents = contents.in_order(adapter.targets)
-    contents, differing = split_base_tensors(_with_tied(contents, target), target.model, present=target.extra)
-    if differing:
-        raise ValueError(
-            f"it holds another `{min(differing)}` than the model's, which an adapter can only bring when it is first loaded. "
-            "Eject the adapter first, or load this one under another `adapter_name`."
-        )
+    contents, brought = split_base_tensors(_with_tied(contents, target), target.model, present=target.extra)
     _check_extra_parameters(contents, {name: (r.module, r.name, r.replacement) for name, r in target.extra.items()})
     contents.check_sizes(own)
     _refuse_meta(any(parameter.is_meta for parameter in adapter.parameters()))
@@ -202,13 +205,14 @@ def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool |
         for name, extra in target.extra.items():
             if name in contents.extra_parameters:
                 extra.replacement.copy_(shard_like(contents.extra_parameters[name], extra.replacement))
+    target.bring(brought, base_modules(target.model))
     if is_trainable is not None:
         target.requires_grad_(is_trainable)
     adapter.invalidate()
 
 
 def _with_tied(contents: Contents, target: AttachedAdapter) -> Contents:
-    """The contents with each base tensor under all the names of the model's, as :meth:`Plan.bring` has replaced them."""
+    """The contents with each base tensor under all its names that :meth:`AttachedAdapter.bring` has replaced."""
     given = dict(contents.extra_parameters)
     value_of = {target.extra[name].replacement: tensor for name, tensor in given.items() if name in target.extra}
     for name, extra in target.extra.items():
@@ -233,8 +237,7 @@ def _load_new(plan: Plan, contents: Contents, bank: VectorBank | None, is_traina
     adapter.requires_grad_(is_trainable)
     if bank is not None:
         bank.requires_grad_(False)
-    plan.bring(brought)
-    plan.apply(adapter)
+    plan.apply(adapter).bring(brought, base_modules(plan.model))
 
 
 def _bank_of(source: AttachedAdapter) -> VectorBank | None:

@@ -135,7 +135,6 @@ class Plan:
         self.adapter_class.check_targets(self.config, self.targets)
         with base_tensors_in_place(model):  # copies those, not another adapter's
             self.extra_tensors = _extra_tensors(modules, self.config, list(self._found), saved)
-        self._brought: set[str] = set()
         self.device = _device_of(list(self._found))
 
     def new_adapter(self, **given: object) -> Adapter:
@@ -157,33 +156,18 @@ class Plan:
                     "does, or load a trained adapter."
                 )
 
-    def bring(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Has the adapter replace the base model's tensors of these names, and those tied to them, without training them."""
-        modules = base_modules(self.model)
-        with base_tensors_in_place(self.model):
-            for name, tensor in tensors.items():
-                prefix, _, attribute = name.rpartition(".")
-                own = getattr(modules[prefix], attribute)
-                copy = nn.Parameter(tensor.to(own.device, own.dtype, copy=True), requires_grad=False)
-                for prefix, module in modules.items():
-                    for attribute, parameter in module._parameters.items():
-                        tied = f"{prefix}.{attribute}"
-                        if parameter is own and tied not in self.extra_tensors:
-                            self.extra_tensors[tied] = module, attribute, copy
-                            self._brought.add(tied)
-
-    def apply(self, adapter: Adapter) -> None:
+    def apply(self, adapter: Adapter) -> AttachedAdapter:
         """Changes the model. Its first adapter becomes active; a later one does not."""
         model, record = self.model, self.record
         if record is None:
             record = AdaptedModel.install(model)
             guard_saving(record)
-        extra = {
-            name: TensorSwap(*place, trains=name not in self._brought) for name, place in self.extra_tensors.items()
-        }
+        extra = {name: TensorSwap(*place) for name, place in self.extra_tensors.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
-        record.add(AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, extra))
-        warn_of_new_weights(model, {p for attached in record.adapters.values() for p in attached.parameters.values()})
+        attached = AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, extra)
+        record.add(attached)
+        warn_of_new_weights(model, {p for present in record.adapters.values() for p in present.parameters.values()})
+        return attached
 
 
 def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedModel, tuple[Target, ...]]:
@@ -200,6 +184,7 @@ def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedMode
     found = find_targets(model, config)
     targets = tuple(target_of(names[0], layer) for layer, names in found.items())
     record = AdaptedModel.install(model)
+    guard_saving(record)
     for layer, names in found.items():
         record.wrap(layer, names)
     record.let_rows_differ()

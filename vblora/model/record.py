@@ -78,6 +78,28 @@ class AttachedAdapter:
         extra = {f"extra.{name}": tensor for name, tensor in extra_tensors.items() if isinstance(tensor, nn.Parameter)}
         return dict(self.adapter.named_parameters()) | extra
 
+    def bring(self, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> None:
+        """Has the adapter replace base tensors, by their names in the model, and those tied to them. They do not train.
+
+        Args:
+            modules: the modules of the base model under all their names.
+        """
+        swaps: dict[str, TensorSwap] = {}
+        with base_tensors_in_place(self.model):
+            for name, tensor in tensors.items():
+                prefix, _, attribute = name.rpartition(".")
+                own = getattr(modules[prefix], attribute)
+                copy = nn.Parameter(tensor.to(own.device, own.dtype, copy=True), requires_grad=False)
+                for prefix, module in modules.items():
+                    for attribute, parameter in module._parameters.items():
+                        tied = f"{prefix}.{attribute}"
+                        if parameter is own and tied not in self.extra | swaps:
+                            swaps[tied] = TensorSwap(module, attribute, copy, trains=False)
+        self.extra |= swaps
+        if self.active:
+            for swap in swaps.values():
+                swap.swap()
+
     def extra_tensors(self) -> dict[str, Tensor]:
         """The extra tensors by their names in the model, without what is merged into them.
 

@@ -133,10 +133,21 @@ def _default_targets(model: nn.Module, defaults: dict[str, list[str]]) -> list[s
     return defaults[found]
 
 
+def embedding_layers(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input and the output embeddings of a model of transformers, each None if there are none."""
+    found: list[nn.Module | None] = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            layer = getattr(model, name, lambda: None)()
+        except (AttributeError, NotImplementedError):  # transformers' default method knows common names alone
+            layer = None
+        found.append(getattr(layer, "base_layer", layer))
+    return found[0], found[1]
+
+
 def _output_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that map hidden states to scores, of tokens or of a sequence classifier's classes."""
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    output = None if get_output_embeddings is None else get_output_embeddings()
+    _, output = embedding_layers(model)
     if output is not None:
         return [output]
     if not hasattr(model, "config"):

@@ -1,27 +1,52 @@
 """Writing whole models: a merged one as a plain model, the trained tensors of any; an injected one is refused."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.adapted import AdaptedLayer
 from .record import ADAPTERS_ATTRIBUTE, AdaptedModel, Adapters, adapted_models, refuse_if_disabled
-
-if TYPE_CHECKING:
-    from ..layers.adapted import AdaptedLayer
+from .targets import embedding_layers
 
 _METHOD = "save_pretrained"
+# The classes that define it, by their modules: a model may be put into one of theirs after it was injected.
+_CLASSES = {
+    "transformers.modeling_utils": "PreTrainedModel",
+    "diffusers.models.modeling_utils": "ModelMixin",
+    "huggingface_hub.hub_mixin": "ModelHubMixin",
+}
 
 
 def guard_saving(record: AdaptedModel) -> None:
-    """Has ``save_pretrained``, of the model and of modules within, write the merged model, and refuse one that is not merged."""
+    """Has ``save_pretrained`` write the merged model, and refuse one that is not merged.
+
+    This holds for the model, for modules within it, and for models around it of packages that are imported.
+    """
     for module in record.model.modules():
         if callable(getattr(type(module), _METHOD, None)) and _METHOD not in vars(module):
             # A partial object, because a copied or pickled model takes it along, and it refers to the copy then.
             vars(module)[_METHOD] = partial(save_whole, record, module)
     record.undo.append(partial(_unguard_saving, record))
+    for module_name, class_name in _CLASSES.items():
+        kind = getattr(sys.modules.get(module_name), class_name, None)
+        if kind is not None and not hasattr(getattr(kind, _METHOD), "_guards_what_is_within"):
+            setattr(kind, _METHOD, _guarded(getattr(kind, _METHOD)))
+
+
+def _guarded(write: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's method that takes care of injected models within. It stays, and costs a search of the modules."""
+
+    @wraps(write)
+    def save_pretrained(module: Any, *args: Any, **kwargs: Any) -> Any:
+        records = [record for record in adapted_models(module) if not record.unwrapped]
+        return _save(records, module, write, *args, **kwargs)
+
+    vars(save_pretrained)["_guards_what_is_within"] = True
+    return save_pretrained
 
 
 def _unguard_saving(record: AdaptedModel) -> None:
@@ -42,7 +67,12 @@ def save_whole(record: AdaptedModel, module: Any, *args: Any, **kwargs: Any) -> 
         ValueError: an active adapter is not merged, the adapters are disabled, or tied weights that merging has parted would
             be tied again by whoever loads the model.
     """
-    if not record.unwrapped:
+    records = [] if record.unwrapped else [record]
+    return _save(records, module, getattr(type(module), _METHOD), *args, **kwargs)
+
+
+def _save(records: list[AdaptedModel], module: Any, write: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    for record in records:
         refuse_if_disabled(record.layers)
         if not is_plain(record):
             raise ValueError(
@@ -52,10 +82,12 @@ def save_whole(record: AdaptedModel, module: Any, *args: Any, **kwargs: Any) -> 
                 "**vblora.integrations.transformers.trainer_arguments(model)."
             )
         _refuse_parted_ties(record, module)
-    with unwrapped(record):
-        if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = _with_base_names(record, kwargs["state_dict"])
-        return getattr(type(module), _METHOD)(module, *args, **kwargs)
+    if records and kwargs.get("state_dict") is not None:
+        kwargs["state_dict"] = _with_base_names(module, kwargs["state_dict"])
+    with ExitStack() as stack:
+        for record in records:
+            stack.enter_context(unwrapped(record))
+        return write(module, *args, **kwargs)
 
 
 @contextmanager
@@ -81,8 +113,9 @@ def unwrapped(record: AdaptedModel) -> Iterator[None]:
             module._modules.update(own)
 
 
-def _with_base_names(record: AdaptedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefixes = {f"{name}.base_layer.": f"{name}." for names in record.names.values() for name in names}
+def _with_base_names(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    layers = [name for name, layer in module.named_modules(remove_duplicate=False) if isinstance(layer, AdaptedLayer)]
+    prefixes = {f"{name}.base_layer.": f"{name}." for name in layers}
     found = {}
     for name, tensor in state_dict.items():
         inner = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
@@ -94,11 +127,11 @@ def _with_base_names(record: AdaptedModel, state_dict: dict[str, Tensor]) -> dic
 def _refuse_parted_ties(record: AdaptedModel, module: Any) -> None:
     if not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
         return
-    layers: list[AdaptedLayer] = [layer for layer in record.layers if layer.merged]
-    first, last = (getattr(module, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings"))
+    merged = {layer.base_layer for layer in record.layers if layer.merged}
+    first, last = embedding_layers(module)
     if first is None or last is None or first.weight is last.weight:
         return
-    if first in layers or last in layers:
+    if first in merged or last in merged:
         raise ValueError(
             "the model's input and output embeddings are tied, but merging changed one of them, and loading the model would tie "
             "them again. Set model.config.tie_word_embeddings = False first."
