@@ -372,20 +372,7 @@ CHOICE = {
 }
 
 
-# Models in which something is wrong that is known.
-WRONG = {
-    "Wav2Vec2ConformerModel": "BatchNorm's statistics, which training changes, are in no file of an adapter",
-}
-
-
-def known(name):
-    reason = WRONG.get(name)
-    return pytest.param(
-        name, marks=[] if reason is None else pytest.mark.xfail(raises=AssertionError, strict=True, reason=reason)
-    )
-
-
-@pytest.mark.parametrize("name", map(known, MODELS))
+@pytest.mark.parametrize("name", MODELS)
 def test_all_linear(name, tmp_path):
     model = build(name)
     with warnings.catch_warnings(record=True) as said:

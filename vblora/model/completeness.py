@@ -77,8 +77,7 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
     if others:
         warnings.warn(
             f"{listed(others)} changed in training or can, but no adapter file holds them: a loaded adapter gets the base "
-            "model's. Name their modules in `modules_to_save`, or keep them from changing (`requires_grad_(False)`; `eval()` for "
-            "the statistics of normalization layers).",
+            "model's. Name their modules in `modules_to_save`, or keep them from changing (`requires_grad_(False)`, `eval()`).",
             VBLoRAWarning,
             stacklevel=3,
         )

@@ -22,12 +22,13 @@ from .record import (
     Adapters,
     AttachedAdapter,
     ModuleT,
+    adapted_model,
     adapted_models,
-    attached_adapter,
     base_tensors_in_place,
     refuse_if_disabled,
     refuse_if_merged,
 )
+from .statistics import warn_of_frozen_statistics
 from .targets import base_modules, find_targets, matches
 from .unmatched import warn_of_unmatched
 from .whole import guard_saving
@@ -45,7 +46,9 @@ def inject(
 
     The adapter becomes the module ``model.vblora[adapter_name]``. Its parameters train (for VB-LoRA, ``logits`` ``(S, M)`` and
     ``bank.vectors`` ``(h, b)``), and so do copies of the biases and ``modules_to_save`` that the config names. :func:`eject` puts
-    the originals back; :func:`disabled` does for a while. If an argument is refused, the model does not change.
+    the originals back; :func:`disabled` does for a while. Normalization layers with running statistics, such as BatchNorm, are
+    frozen, too: they stay in evaluation mode in training, unless ``modules_to_save`` names them. If an argument is refused, the
+    model does not change.
 
     You can inject several adapters into a model, each with its own name, method, config and layers. The first one is active; call
     :func:`set_adapter` to activate another.
@@ -96,9 +99,11 @@ def inject(
     else:
         adapter = plan.new_adapter()
     warn_of_half_precision({name: parameter.dtype for name, parameter in adapter.named_parameters()})
-    plan.apply(adapter)
+    attached = plan.apply(adapter)
     if config.inference_mode:
-        attached_adapter(model, adapter_name).requires_grad_(False)
+        attached.requires_grad_(False)
+    else:
+        warn_of_frozen_statistics(adapted_model(model))
     return model
 
 

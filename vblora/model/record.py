@@ -21,6 +21,7 @@ from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
 from .completeness import BufferSnapshot
 from .idle import warn_if_idle
+from .statistics import FrozenStatistics
 
 ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
 
@@ -189,6 +190,7 @@ class AdaptedModel:
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.packing_layers = disable_packing(model)
         self.buffers = BufferSnapshot(model)
+        self.statistics = FrozenStatistics(model)
         self.host = _host_of(model)  # the module whose child the adapters are
         self.undo: list[Callable[[], None]] = []  # what else is undone as the adapters are taken out
         self.unwrapped = False  # whether the base layers are in place, to write a plain model
@@ -208,6 +210,7 @@ class AdaptedModel:
             vars(model)[ADAPTERS_ATTRIBUTE] = adapters
         vars(model)["_vblora_adapted_model"] = record
         record.register_hooks()
+        record.statistics.settle(set())
         return record
 
     @property
@@ -305,6 +308,8 @@ class AdaptedModel:
                 extra.swap()
         for layer in self.layers:
             layer.set(active=names)
+        swaps = [swap for attached in self._active for swap in attached.extra.values()]
+        self.statistics.settle({swap.module for swap in swaps if swap.name == "running_mean"})
 
     def remove(self, name: str) -> None:
         """Removes one adapter, and unwraps the layers that no other adapter targets."""
@@ -327,6 +332,7 @@ class AdaptedModel:
         for hook in self._hooks:
             hook.remove()
         enable_packing(self.packing_layers)
+        self.statistics.release()
         mixed_batch.remove_generate(self.model)
         delattr(self.host, ADAPTERS_ATTRIBUTE)
         vars(self.model).pop(ADAPTERS_ATTRIBUTE, None)

@@ -60,7 +60,7 @@ def eject(model: ModuleT) -> ModuleT:
     """Removes all adapters from a model and restores its parameters from before :func:`inject`, bit for bit.
 
     After ``merge(model, release=True)`` you get the merged model instead, with the trained biases and ``modules_to_save``.
-    Buffers that forwards update, such as BatchNorm's statistics, keep their values, except those in ``modules_to_save``.
+    Other buffers that forwards update keep their values.
 
     Returns:
         The same model.

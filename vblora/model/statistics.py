@@ -1,0 +1,65 @@
+"""Normalization layers with running statistics, such as BatchNorm: they stay in evaluation mode while they are frozen.
+
+Training would otherwise normalize by each batch and change the statistics, which no adapter's file holds.
+"""
+
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..errors import VBLoRAWarning
+from ..layers.reads import listed
+
+if TYPE_CHECKING:
+    from .record import AdaptedModel
+
+
+class FrozenStatistics:
+    """The normalization layers of an injected model that keep statistics, and the modes of those that are frozen.
+
+    ``modules_to_save`` trains a layer: it follows ``model.train()`` while the adapter is active.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [
+            module for module in model.modules() if isinstance(module, _NormBase) and module.running_mean is not None
+        ]
+        self.modes: dict[nn.Module, bool] = {}  # of a frozen layer, whether it would be in training mode
+        for layer in self.layers:
+            # A partial object, because a copied or pickled model takes it along, and it refers to the copy then.
+            vars(layer)["train"] = partial(_train, self, layer)
+
+    def settle(self, trained: set[nn.Module]) -> None:
+        """Freezes all layers but ``trained`` ones."""
+        for layer in self.layers:
+            if layer in trained and layer in self.modes:
+                type(layer).train(layer, self.modes.pop(layer))
+            elif layer not in trained and layer not in self.modes:
+                self.modes[layer] = layer.training
+                type(layer).train(layer, False)
+
+    def release(self) -> None:
+        self.settle(set(self.layers))
+        for layer in self.layers:
+            vars(layer).pop("train", None)
+
+
+def _train(statistics: FrozenStatistics, layer: nn.Module, mode: bool = True) -> nn.Module:
+    if layer in statistics.modes:
+        statistics.modes[layer], mode = mode, False
+    return type(layer).train(layer, mode)
+
+
+def warn_of_frozen_statistics(record: "AdaptedModel") -> None:
+    """Says which layers normalize by the base model's statistics in training, too."""
+    names = [name for name, module in record.model.named_modules() if module in record.statistics.modes]
+    if names:
+        warnings.warn(
+            f"{listed(names)} stay in evaluation mode, also in training: they are frozen, so they normalize by the base model's "
+            "statistics and do not change them. To train them, name them in `modules_to_save`.",
+            VBLoRAWarning,
+            stacklevel=3,
+        )
