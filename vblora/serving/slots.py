@@ -25,8 +25,8 @@ class _Place(NamedTuple):
 class Slots:
     """An arena ``(slots, elements)`` that holds, for each layer in turn, A ``(rank, in)`` and B ``(rank, out)``.
 
-    The sub-vectors of a VB-LoRA adapter have the same order, so an adapter of the slots' rank that adapts all layers is composed in
-    one call. Other adapters are copied factor by factor; zeros fill up smaller ranks.
+    The sub-vectors of a VB-LoRA adapter have the same order, so an adapter of the slots' rank that adapts all layers is
+    composed in one call. Other adapters are copied factor by factor; zeros fill up smaller ranks.
     """
 
     def __init__(

@@ -32,23 +32,23 @@ class AdapterStore:
         model.generate(**batch, adapter_names=["user-17", "user-4", None])
 
     The store reads an adapter when a batch first names it, and keeps it packed in the cold tier: ⌈log₂ h⌉ bits per index and
-    k - 1 weights of 16 bits per sub-vector for VB-LoRA. A bank is checked and held once for all adapters that use it. The adapters
-    of a batch are composed into slots, the warm tier. When a tier is full, the least recently used adapter leaves it.
+    k - 1 weights of 16 bits per sub-vector for VB-LoRA. A bank is checked and held once for all adapters that use it. The
+    adapters of a batch are composed into slots, the warm tier. When a tier is full, the least recently used adapter leaves it.
 
-    Adapters can use any method and any format that :func:`vblora.load` reads, with different ranks and layers. They run in inference
-    only. Several threads can use the store and its model at the same time.
+    Adapters can use any method and any format that :func:`vblora.load` reads, with different ranks and layers. They run in
+    inference only. Several threads can use the store and its model at the same time.
 
     Args:
         model: the base model. The store wraps its target layers and freezes all its parameters, until :meth:`detach`.
-        source: where the adapters are: a directory with one folder per adapter, a mapping from names to folders, or a function that
-            takes a name and returns its folder. The function may download the folder first; it raises ``KeyError`` for an unknown
-            name.
-        bank: the vector bank or its file, or a list of them. Adapter folders without a bank refer to one of them by the SHA-256 of
-            its file.
-        target_modules, exclude_modules: the layers that adapters may adapt, as in :class:`vblora.LoraConfig`. An adapter may adapt
-            fewer.
-        max_rank: the rank r of a slot. An adapter of a larger rank is refused. One of a smaller rank takes as much time and memory
-            as one of this rank.
+        source: where the adapters are: a directory with one folder per adapter, a mapping from names to folders, or a function
+            that takes a name and returns its folder. The function may download the folder first; it raises ``KeyError`` for an
+            unknown name.
+        bank: the vector bank or its file, or a list of them. Adapter folders without a bank refer to one of them by the SHA-256
+            of its file.
+        target_modules, exclude_modules: the layers that adapters may adapt, as in :class:`vblora.LoraConfig`. An adapter may
+            adapt fewer.
+        max_rank: the rank r of a slot. An adapter of a larger rank is refused. One of a smaller rank takes as much time and
+            memory as one of this rank.
         slots: the number of warm adapters, which is also how many different adapters one batch can name.
         capacity_bytes: the most bytes that packed adapters may take, without what they share. At least one adapter stays.
         exact: keep all k weights in float32. By default, weights are rounded to steps of 2^-17.
@@ -286,6 +286,4 @@ class AdapterStore:
         raise ValueError(f"`source` has no adapter {name!r}.")
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a vblora.serving.AdapterStore and its model cannot be copied or pickled. Call `detach` first."
-        )
+        raise TypeError("a vblora.serving.AdapterStore and its model cannot be copied or pickled. Call `detach` first.")
