@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -23,8 +24,14 @@ STEPS = 3
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
+CONTAINER = "a container"  # in place of `reentrant`: the model is an nn.Sequential
+
+
 def base(reentrant=None):
     torch.manual_seed(0)
+    if reentrant == CONTAINER:
+        net = Net(blocks=3)
+        return nn.Sequential(OrderedDict(embed=net.embed, blocks=nn.Sequential(*net.blocks), head=net.head))
     model = Net(blocks=3, reentrant=reentrant)
     if reentrant:  # what is recomputed re-entrantly needs an input with a gradient; transformers does the same
         model.embed.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
@@ -80,6 +87,9 @@ def sharded(model, how):
         return fully_shard(model, mesh=mesh)
     if how == "adapter":
         fully_shard(model.vblora.default)
+    if how == "children":  # that of a container that holds the adapter is one of them
+        for child in model.children():
+            fully_shard(child)
     if how in ("layers", "resharded", "adapter"):
         for block in model.blocks:
             fully_shard(block)
@@ -162,6 +172,9 @@ FSDP = [
     ("adapter", False, 4),
     ("layers", None, None),
     ("replicated", None, 4),
+    ("root", CONTAINER, 4),
+    ("layers", CONTAINER, 4),
+    ("children", CONTAINER, 4),
 ]
 
 
