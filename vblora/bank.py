@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count
+from .checks import check_count, check_positive
 from .distributed import gather_to_cpu
 from .files import read_tensors, write_tensors
 
@@ -55,8 +55,7 @@ class VectorBank(nn.Module):
         super().__init__()
         check_count("num_vectors", num_vectors)
         check_count("vector_length", vector_length)
-        if not init_bound > 0:
-            raise ValueError(f"`init_bound` is {init_bound}, but must be positive: a bank of zeros gets no gradient.")
+        check_positive("init_bound", init_bound)  # a bank of zeros gets no gradient
         if pairs and num_vectors % 2:
             raise ValueError(f"`num_vectors` is {num_vectors}, but must be even for a bank of pairs.")
         self.init_bound = init_bound

@@ -1,5 +1,8 @@
 """Argument checks that every other module may import."""
 
+import math
+import numbers
+
 
 def check_count(name: str, value: int) -> None:
     """Raises unless ``value`` is a positive integer; the message names the argument."""
@@ -7,3 +10,17 @@ def check_count(name: str, value: int) -> None:
         raise TypeError(f"`{name}` is {value!r}, but must be an integer.")
     if value < 1:
         raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+
+
+def check_number(name: str, value: float) -> float:
+    """``value`` as a float. Raises unless it is a real number; the message names the argument."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r}, but must be a number.")
+    return float(value)
+
+
+def check_positive(name: str, value: float) -> float:
+    """``value`` as a float. Raises unless it is positive and finite; the message names the argument."""
+    if not 0 < check_number(name, value) < math.inf:
+        raise ValueError(f"`{name}` is {value}, but must be positive and finite.")
+    return float(value)

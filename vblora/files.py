@@ -3,9 +3,10 @@
 import codecs
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
@@ -73,10 +74,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_file(path, to_safetensors(tensors, metadata))
 
 
-def read_tensors(
-    path: Path, wanted: Callable[[str], bool] = lambda _name: True
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads the tensors that ``wanted`` selects by name, and the metadata, of a safetensors file.
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file at any path, also one that is not UTF-8. Its tensors are maps of the file: clone what you keep.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -86,8 +86,18 @@ def read_tensors(
         raise FileNotFoundError(f"{path} is missing.")
     refuse_lfs_pointer(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (not a dict)
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        with open(path, "rb") as file, safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as tensors:
+            yield tensors
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}.") from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, in memory: writing over the file changes nothing.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or a Git LFS pointer.
+    """
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)

@@ -458,3 +458,17 @@ def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path):
     assert len(results) > 50
     assert results == sorted(results, key=["old", "new"].index)  # old up to some line, new from there on
     assert {"old", "new"} == set(results)
+
+
+def test_what_was_read_does_not_change_with_its_file(tmp_path):
+    """Nor does a file that is cut short end the process, as it would a map of the file."""
+    path = tmp_path / "bank.safetensors"
+    vblora.VectorBank(64, 32).save(path)
+    bank = vblora.VectorBank.from_file(path)
+    before = bank.vectors.clone()
+    with open(path, "r+b") as file:
+        file.seek(-64 * 32 * 4, os.SEEK_END)
+        file.write(bytes(64 * 32 * 4))
+    assert torch.equal(bank.vectors, before) and bank.unchanged()
+    os.truncate(path, 100)
+    assert torch.equal(bank.vectors, before)

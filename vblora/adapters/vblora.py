@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bank import VectorBank
-from ..checks import check_count
+from ..checks import check_count, check_positive
 from ..config import VBLoRAConfig
 from ..distributed import gather, processes
 from ..errors import VBLoRAWarning
@@ -134,7 +134,7 @@ class VBLoRAAdapter(Adapter):
         self.r = r
         self.topk = topk
         self.init_logits_std = init_logits_std
-        self.scaling = check_scaling(scaling)
+        self.scaling = check_positive("scaling", scaling)
         self.init = init
         self.bank = bank
         if init == "noop" and rows is None:
@@ -371,12 +371,6 @@ def draw_rows(
 def scaled(bank: Tensor, scaling: float) -> Tensor:
     """``bank`` times the square root of ``scaling``, which multiplies both factors and so scales their product by ``scaling``."""
     return bank if scaling == 1.0 else bank * math.sqrt(scaling)
-
-
-def check_scaling(scaling: float) -> float:
-    if not 0 < scaling < math.inf:
-        raise ValueError(f"`scaling` is {scaling}, but must be above 0 and finite.")
-    return float(scaling)
 
 
 def check_noop(bank: VectorBank, topk: int, num_candidates: int | None) -> None:

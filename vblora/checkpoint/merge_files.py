@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters import Target
-from ..files import atomic_replacement, refuse_lfs_pointer, sync
+from ..files import atomic_replacement, open_tensors, refuse_lfs_pointer, sync
 from .base_config import stores_in_out, tied_vocabularies
 from .contents import Contents
 from .json_objects import JsonObject, as_type, field, optional_field, read_object
@@ -125,16 +124,10 @@ def _read_headers(base: Path) -> dict[str, _Stored]:
         raise FileNotFoundError(f"{base} holds no model.safetensors and no model.safetensors.index.json.{pickles}")
     stored = {}
     for shard in shards:
-        if not (base / shard).is_file():
-            raise FileNotFoundError(f"{base / shard} is missing.")
-        refuse_lfs_pointer(base / shard)
-        try:
-            with safe_open(base / shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
-                    view = file.get_slice(name)
-                    stored[name] = _Stored(shard, tuple(view.get_shape()), view.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{base / shard} is damaged: {error}.") from None
+        with open_tensors(base / shard) as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                view = file.get_slice(name)
+                stored[name] = _Stored(shard, tuple(view.get_shape()), view.get_dtype())
     return stored
 
 
@@ -143,7 +136,7 @@ def _write_shard(source: Path, path: Path, names: Set[str], changed: Callable[[s
 
     The header (its length in 8 bytes, then JSON) then stays the same, and all other tensors are copied as bytes.
     """
-    with safe_open(source, framework="pt") as tensors, open(source, "rb") as old, open(path, "xb") as new:
+    with open_tensors(source) as tensors, open(source, "rb") as old, open(path, "xb") as new:
         length = old.read(8)
         header = old.read(int.from_bytes(length, "little"))
         new.write(length + header)

@@ -94,12 +94,11 @@ def _kind(kind: str) -> str:
 def _form(folder: Path, contents: "Contents") -> str:
     import json
 
-    from safetensors import safe_open
-
     from ..checkpoint import native
     from ..checkpoint.folder import TENSORS_FILE
+    from ..files import open_tensors
 
-    with safe_open(folder / TENSORS_FILE, framework="pt") as file:
+    with open_tensors(folder / TENSORS_FILE) as file:
         metadata = file.metadata() or {}
     if native.METADATA in metadata:
         form = json.loads(metadata[native.METADATA])["form"]
@@ -115,13 +114,12 @@ def _form(folder: Path, contents: "Contents") -> str:
 
 def sizes_by_part(folder: Path) -> dict[str, int]:
     """Bytes of each part that an adapter's folder holds, by the part's name."""
-    from safetensors import safe_open
-
     from ..checkpoint.folder import CONFIG_FILE, TENSORS_FILE
+    from ..files import open_tensors
 
     path = folder / TENSORS_FILE
     sizes: Counter[str] = Counter()
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         for name in file.keys():  # noqa: SIM118 (it is not a dict)
             part = next((part for part, names in _PARTS.items() if re.fullmatch(names, name)), _EXTRA)
             sizes[part] += file.get_tensor(name).nbytes

@@ -1,13 +1,11 @@
 """The fields that every config has: which layers to adapt, and what to train in addition."""
 
-import math
-import numbers
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-from ..checks import check_count
+from ..checks import check_count, check_number, check_positive
 from .default_targets import FOR_OTHERS
 from .peft_fields import PEFT_METADATA
 
@@ -119,18 +117,11 @@ class AdapterConfig:
     def _check_numbers(self, *names: str) -> None:
         """Checks that these fields are numbers and converts them to float."""
         for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or isinstance(value, bool):
-                raise TypeError(f"`{name}` is {value!r}, but must be a number.")
-            setattr(self, name, float(value))
+            setattr(self, name, check_number(name, getattr(self, name)))
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise TypeError(f"`{name}` is {value!r}, but must be a number.")
-            if not 0 < value < math.inf:
-                raise ValueError(f"`{name}` is {value}, but must be positive and finite.")
+            check_positive(name, getattr(self, name))
 
     def _check_flags(self, *names: str) -> None:
         for name in names:

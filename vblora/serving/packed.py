@@ -161,7 +161,7 @@ class Reader:
             return self._first_of_layout(contents, key, _sha256_of_bank(description))
         assert isinstance(contents, FlatContents)
         shared = {name: self._intern(contents.tensors[name]) for name in ("A", "B") if name in contents.tensors}
-        own = {name: tensor.clone() for name, tensor in contents.tensors.items() if name not in shared}
+        own = {name: tensor for name, tensor in contents.tensors.items() if name not in shared}
         contents = replace(contents, tensors=own | shared)
         return PackedFlat(contents, sum(tensor.nbytes for tensor in own.values()))
 
@@ -209,7 +209,7 @@ class Reader:
         is_mixture = bool(((rest >= 0) & (rest <= weights[:, :1])).all() and ((weights.sum(1) - 1).abs() < 1e-5).all())
         if is_mixture and not self.exact:
             weights = ((rest * _STEPS).round() - _OFFSET).to(torch.int16)
-        # A copy, because safetensors maps the file, which may be overwritten. One allocation for both, against fragmentation.
+        # One allocation for both, against fragmentation.
         held = torch.cat([weights.reshape(-1).view(torch.uint8), indices])
         weights = held[: weights.nbytes].view(weights.dtype).view(weights.shape)
         return PackedVBLoRA(layout, bank, held[weights.nbytes :], weights)
@@ -225,7 +225,7 @@ class Reader:
     def _intern(self, tensor: Tensor) -> Tensor:
         digest = _digest(tensor)
         if digest not in self._shared:
-            self._shared.setdefault(digest, tensor.to(self._device, copy=True))
+            self._shared.setdefault(digest, tensor.to(self._device))
         return self._shared[digest]
 
 
