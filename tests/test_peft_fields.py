@@ -43,7 +43,7 @@ def test_fields_that_change_the_adapter_are_refused(fields):
 
 
 def test_fields_of_lora_that_mean_nothing_alone_are_taken():
-    vblora.LoraConfig(runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True), ensure_weight_tying=True)
+    vblora.LoraConfig(runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
 
 
 def test_a_config_of_another_method_is_refused():

@@ -253,6 +253,11 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Tripled(nn.Linear):
+    def __call__(self, x):
+        return 3 * super().__call__(x)
+
+
 class Router(nn.Linear):
     def forward(self, x):
         scores = super().forward(x)
@@ -275,6 +280,7 @@ def patched():
     [
         (lambda: Scaled(8, 12), r"a Scaled, which is no plain nn\.Linear: its `forward` may compute something else"),
         (lambda: Router(8, 12), r"a Router, which is no plain nn\.Linear"),
+        (lambda: Tripled(8, 12), "a Tripled, which has a `__call__` of its own that may compute something else"),
         (lambda: OtherConv1D(12, 8), "a OtherConv1D, which is no plain Conv1D"),
         (patched, "a Linear, which has a replaced `forward`"),
         (lambda: nn.Embedding(12, 8, max_norm=1.0), "a Embedding, which changes its weight.*`max_norm`"),

@@ -190,7 +190,17 @@ class Attending(Holder):
         return self.read
 
 
-@pytest.mark.parametrize("kind", [ByName, Handed, Attending])
+class Unpacked(Holder):
+    """Gets the weight without reading the attribute."""
+
+    def use(self, x):
+        return F.linear(x, *self.pick().parameters())
+
+    def pick(self):
+        return self.read
+
+
+@pytest.mark.parametrize("kind", [ByName, Handed, Attending, Unpacked])
 @pytest.mark.parametrize("training", [True, False])
 def test_noticed_in_a_forward(kind, training):
     torch.manual_seed(0)

@@ -85,3 +85,26 @@ def test_what_trains_beside_the_adapter_and_is_not_saved_is_named(tmp_path):
     net.head.requires_grad_(True)
     with pytest.warns(vblora.VBLoRAWarning, match="`head.weight`, `head.bias` .* no adapter file holds"):
         vblora.save(net, tmp_path)
+
+
+def test_what_was_tied_to_trained_tensors_after_injection_is_refused(tmp_path):
+    for name in ("lm_head", "embed_tokens"):
+        config = vblora.VBLoRAConfig(**SIZES, modules_to_save=[name])
+        model = vblora.inject(llama(tie_word_embeddings=True), config)
+        model.resize_token_embeddings(60)  # ties them again
+        with pytest.raises(
+            ValueError, match=r"no longer contains `lm_head`|have become one tensor: something tied them"
+        ):
+            vblora.save(model, tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
+def test_ejecting_leaves_what_was_replaced_and_follows_what_was_moved():
+    net = Net(blocks=3)
+    ups = [block.up for block in net.blocks]
+    vblora.inject(net, vblora.VBLoRAConfig(**SIZES, target_modules=["up"]))
+    net.blocks[0].up = own = nn.Linear(16, 32)
+    net.blocks[1] = nn.Sequential(net.blocks[1])
+    net.blocks = net.blocks[:2]
+    vblora.eject(net)
+    assert net.blocks[0].up is own and net.blocks[1][0].up is ups[1] and not hasattr(net, "vblora")

@@ -76,3 +76,25 @@ def test_a_schedule_counts_by_its_peak():
 def test_other_models_and_methods_are_left_alone():
     for model in (nn.Linear(8, 8), injected(vblora.LoraConfig(r=2, target_modules=["0"]))):
         assert not messages_of_steps(model, torch.optim.AdamW(trainable(model), lr=1e-6))
+
+
+def test_an_optimizer_of_frozen_parameters_alone_is_warned_of():
+    model = nn.Sequential(nn.Linear(8, 8))
+    early = torch.optim.AdamW(model.parameters())
+    vblora.inject(model, CONFIG)
+    first = torch.optim.AdamW(vblora.parameter_groups(model))
+    model(torch.ones(2, 8)).sum().backward()
+    with pytest.warns(
+        vblora.VBLoRAWarning, match=r"AdamW trains nothing: all its parameters are frozen.*before vblora.inject"
+    ):
+        early.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first.step()
+        early.step()
+    vblora.inject(model, CONFIG, adapter_name="second")
+    late = torch.optim.SGD(vblora.parameter_groups(model))
+    vblora.set_adapter(model, "second")
+    model(torch.ones(2, 8)).sum().backward()
+    with pytest.warns(vblora.VBLoRAWarning, match="SGD trains nothing"):
+        late.step()

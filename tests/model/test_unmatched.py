@@ -29,6 +29,10 @@ def warned(model: nn.Module, **fields) -> list[str]:
         ({"layers_to_transform": 1, "layers_pattern": ["layer", "h"]}, "`layers_pattern` has 'h', which"),
         ({"modules_to_save": ["classifier", "score"]}, "`modules_to_save` has 'score', which"),
         ({"target_modules": ["query", "word_embeddings"], "layers_to_transform": [0]}, "has 'word_embeddings', which"),
+        (
+            {"target_modules": ["query", "classifier"], "modules_to_save": ["classifier"]},
+            "`target_modules` has 'classifier', which matches nothing in this model outside `modules_to_save`",
+        ),
     ],
 )
 def test_each_entry_that_matches_nothing_is_named(fields, message):
@@ -40,7 +44,7 @@ def test_each_entry_that_matches_nothing_is_named(fields, message):
     ("fields", "message"),
     [
         ({"target_modules": ["qeury", "valeu"]}, "matches no layer of this model"),
-        ({"layers_to_transform": [98, 99]}, "matches no layer of this model"),
+        ({"layers_to_transform": [98, 99]}, "leaves no layer of this model"),
         (
             {"modules_to_save": ["head", "score"]},
             "`modules_to_save` names `head` and `score`, which matches no module",
@@ -105,3 +109,20 @@ def test_a_parameter_that_is_named_as_a_target_is_said_to_be_none():
 
     messages = warned(nn.Sequential(Attention()), target_modules=["out", "in_proj_weight"])
     assert any("cannot reach `0.in_proj_weight`, " in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers_to_transform": [-1]}, r"is \['query'\], but `layers_to_transform` \[-1\] leaves? no layer"),
+        (
+            {"layers_to_transform": 0, "layers_pattern": "blocks"},
+            "but `layers_to_transform` 0 and `layers_pattern` 'blocks'",
+        ),
+        ({"modules_to_save": ["encoder"]}, r"but `modules_to_save` \['encoder'\]"),
+        ({"target_modules": ["all-linear"]}, 'a list of names. Pass the string "all-linear" instead'),
+    ],
+)
+def test_the_reason_why_nothing_is_left_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        vblora.inject(bert(), vblora.VBLoRAConfig(**SIZES | {"target_modules": ["query"]} | fields))

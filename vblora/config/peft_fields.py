@@ -14,11 +14,12 @@ PEFT_METADATA = frozenset({"auto_mapping", "base_model_name_or_path", "peft_type
 _SILENT = frozenset({"peft_type", "peft_version"})  # PEFT sets these itself
 
 # Fields of PEFT's LoraConfig that have no effect unless others are set.
-LORA_NEUTRAL = frozenset({"megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"})
+LORA_NEUTRAL = frozenset({"megatron_core", "qalora_group_size", "runtime_config"})
 # Those that change what the adapter computes. Here they must keep PEFT's default, None, False or empty.
 LORA_UNSUPPORTED = frozenset(
     {
         *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "corda_config", "eva_config", "kasa_config"),
+        "ensure_weight_tying",  # name both layers in `modules_to_save`: what is tied stays tied
         *("layer_replication", "loftq_config", "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config"),
         *("rank_pattern", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
         "velora_config",

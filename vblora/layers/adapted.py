@@ -1,7 +1,7 @@
 """The layer that adds low-rank updates to a frozen layer, and merges them into its weight."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -125,14 +125,24 @@ class AdaptedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The base layer's weight. Model code that reads it in a forward leaves out the update, which this notes."""
         weight = cast(Tensor, self.base_layer.weight)
-        slots = [update.slot for update in self.applied.values() if update.slot.in_forward]
+        slots = self._note_touch()
         if not slots:
             return weight
-        for slot in slots:
-            slot.adapter.weight_reads.setdefault(slot, False)
         if type(weight) is not nn.Parameter:  # such as a quantised one, whose class Watched cannot stand for
             return weight
         return Watched.of(weight, functools.partial(_note_read, slots))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in ``nn.Module``. In a forward, this too may be how the model's code gets the weight, in place of a call."""
+        self._note_touch()
+        return super().named_parameters(*args, **kwargs)
+
+    def _note_touch(self) -> list[Slot]:
+        """Notes in a forward that the layer's weight was handed out. Returns the slots that are in a forward."""
+        slots = [update.slot for update in self.applied.values() if update.slot.in_forward]
+        for slot in slots:
+            slot.adapter.weight_reads.setdefault(slot, False)
+        return slots
 
     @property
     def in_features(self) -> int:

@@ -210,6 +210,8 @@ def _other_forward(layer: nn.Module, base: type[nn.Module]) -> str | None:
     layer only moves tensors, so it is allowed."""
     if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
         return "has a replaced `forward` that may compute something else"
+    if type(layer).__call__ is not nn.Module.__call__:
+        return "has a `__call__` of its own that may compute something else"
     forward = type(layer).forward
     if forward is base.forward or f"{forward.__module__}.{forward.__qualname__}" in _AS_LINEAR:
         return None

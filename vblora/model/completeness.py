@@ -62,6 +62,7 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
             f"the model no longer contains {listed(list(dict.fromkeys(lost)))} that adapter {attached.name!r} trains: something "
             "replaced it after vblora.inject, such as resize_token_embeddings. Change the model first, then inject."
         )
+    _refuse_new_ties(record, attached)
     own = {id(p) for adapter in record.adapters.values() for p in adapter.parameters.values()}
     others = [
         name.replace(".base_layer.", ".")
@@ -81,3 +82,17 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
             VBLoRAWarning,
             stacklevel=3,
         )
+
+
+def _refuse_new_ties(record: "AdaptedModel", attached: "AttachedAdapter") -> None:
+    """Refuses a tensor that was tied after injection to one that the adapter trains: a loaded adapter would part them again."""
+    extra = {(extra.module, extra.name) for extra in attached.extra.values()}
+    trained = {extra.replacement: name for name, extra in attached.extra.items() if extra.trains and extra.swapped_in}
+    for prefix, module in record.model.named_modules():
+        for own, tensor in module._parameters.items():
+            if tensor in trained and (module, own) not in extra:
+                raise ValueError(
+                    f"`{trained[tensor]}`, which adapter {attached.name!r} trains, and `{prefix}.{own}` have become one tensor: "
+                    "something tied them after vblora.inject, such as resize_token_embeddings. Change the model first, then "
+                    "inject; or name both in `modules_to_save`."
+                )

@@ -31,6 +31,16 @@ def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: 
     if rates and max(rates) == 0:
         return  # the first step of a warm-up: the next one tells
     _checked.add(optimizer)
+    if not any(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"]):
+        if any(living_adapters()):
+            warnings.warn(
+                f"{type(optimizer).__name__} trains nothing: all its parameters are frozen. An optimizer that was made before "
+                "vblora.inject, or for another adapter, does not train the active one. Build it from "
+                "vblora.parameter_groups(model).",
+                VBLoRAWarning,
+                stacklevel=2,
+            )
+        return
     group_of: dict[nn.Parameter, str] = {}
     for adapter in living_adapters():
         for name, parameters in adapter.groups().items():

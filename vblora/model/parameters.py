@@ -116,5 +116,7 @@ def _adapters(model: nn.Module) -> list[Adapter]:
     inactive = [attached.adapter for attached in _attached(model) if not attached.active]
     adapters = [m for m in model.modules() if isinstance(m, Adapter) and m not in inactive]
     if not adapters:
-        raise ValueError("`model` has no active adapter: call vblora.inject(model, config) first.")
+        names = [attached.name for attached in _attached(model)]
+        mend = f"vblora.set_adapter(model, {names[0]!r})" if names else "vblora.inject(model, config)"
+        raise ValueError(f"`model` has no active adapter: call {mend} first.")
     return adapters

@@ -318,8 +318,7 @@ class AdaptedModel:
         del getattr(self.model, ADAPTERS_ATTRIBUTE)[name]
         for layer in attached.layers:
             del layer.updates[name]
-            if not layer.updates:
-                self._unwrap(layer)
+        self._unwrap([layer for layer in attached.layers if not layer.updates])
         self._return_to_ddp(f"{self._adapters_name}.{name}.")
 
     def take_out(self) -> None:
@@ -327,8 +326,7 @@ class AdaptedModel:
         for undo in self.undo:
             undo()
         self.undo = []
-        for layer in self.layers:
-            self._unwrap(layer)
+        self._unwrap(self.layers)
         for hook in self._hooks:
             hook.remove()
         enable_packing(self.packing_layers)
@@ -344,9 +342,15 @@ class AdaptedModel:
             if name in self.trainable:
                 parameter.requires_grad_(True)
 
-    def _unwrap(self, layer: AdaptedLayer) -> None:
-        for name in self.names.pop(layer):
-            _set_module(self.model, name, layer.base_layer)
+    def _unwrap(self, layers: list[AdaptedLayer]) -> None:
+        """Puts the base layers in the places of ``layers``, wherever the user has moved those since."""
+        unwrapped = set(layers)
+        for module in self.model.modules():
+            for name, child in module._modules.items():
+                if isinstance(child, AdaptedLayer) and child in unwrapped:
+                    module._modules[name] = child.base_layer
+        for layer in layers:
+            del self.names[layer]
 
     def _keep_from_ddp(self, attached: AttachedAdapter) -> None:
         """Keeps DDP from broadcasting an adapter's buffers in every forward: they are equal in all processes."""

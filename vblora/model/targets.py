@@ -163,6 +163,13 @@ def _output_layers(model: nn.Module) -> list[nn.Module]:
 
 def _no_match_message(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
+    if is_all_linear(wanted[0] if wanted else None) and isinstance(config.target_modules, list):
+        return f'`target_modules` is {config.target_modules!r}, a list of names. Pass the string "all-linear" instead.'
+    fields = ("layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save")
+    limits = {name: value for name in fields if (value := getattr(config, name)) is not None}
+    if limits and any(name and matches(name, config.target_modules or []) for name in modules):
+        left = " and ".join(f"`{name}` {value!r}" for name, value in limits.items())
+        return f"`target_modules` is {config.target_modules!r}, but {left} leaves no layer of this model."
     endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and is_linear(module)})
     near = [match for entry in wanted for match in difflib.get_close_matches(entry.rpartition(".")[2], endings)]
     hint = (

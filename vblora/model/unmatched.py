@@ -8,7 +8,7 @@ from torch import nn
 from ..config import AdapterConfig
 from ..errors import VBLoRAWarning
 from ..layers.kinds import has_kind
-from .targets import base_modules, is_all_linear, is_in_layers, matches
+from .targets import base_modules, is_all_linear, is_in_layers, is_within, matches
 
 
 def warn_of_unmatched(model: nn.Module, config: AdapterConfig, targets: list[str]) -> None:
@@ -22,7 +22,10 @@ def warn_of_unmatched(model: nn.Module, config: AdapterConfig, targets: list[str
     found = _unmatched(names, targets, config)
     for field, entries in found.items():
         listed = ", ".join(map(repr, entries))
-        warnings.warn(f"`{field}` has {listed}, which matches nothing in this model.", VBLoRAWarning, stacklevel=3)
+        beyond = " outside `modules_to_save`" if field == "target_modules" and config.modules_to_save else ""
+        warnings.warn(
+            f"`{field}` has {listed}, which matches nothing in this model{beyond}.", VBLoRAWarning, stacklevel=3
+        )
     if unreached:
         first, *others = unreached
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -47,8 +50,10 @@ def _unmatched(names: list[str], targets: list[str], config: AdapterConfig) -> d
         return [entry if isinstance(entry, str) else entry[0] for entry in unmatched]
 
     in_layers = [name for name in names if is_in_layers(name, config)]
+    saved = config.modules_to_save or []
+    adaptable = [name for name in in_layers if not is_within(name, saved)]
     found = {
-        "target_modules": without_match(config.target_modules, in_layers),
+        "target_modules": without_match(config.target_modules, adaptable),
         "exclude_modules": without_match(config.exclude_modules, names),
         "modules_to_save": without_match(config.modules_to_save, names),
     }
