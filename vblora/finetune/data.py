@@ -274,6 +274,8 @@ def _value(fields: _Fields, column: str, where: str) -> str:
 def _hint(name: str, header: Iterable[str]) -> str:
     header = list(header)
     near = difflib.get_close_matches(name, header, n=1)
+    if name in header:  # more than once
+        return "."
     return f"; did you mean {near[0]!r}?" if near else f"; there are {_join(header)}."
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
         path, columns, keep = demo.find_data(), demo.COLUMNS, keep or demo.LABELS
     given = {name: getattr(arguments, f"{name}_column") for name in columns._fields}
     columns = columns._replace(**{name: column for name, column in given.items() if column is not None})
+    _check_columns(columns)
     if arguments.eval_data is not None and arguments.eval_fraction is not None:
         raise CommandError(
             "--eval-fraction is the share of --data to evaluate on, but --eval-data is given too. Give one of them."
@@ -48,10 +50,31 @@ def read_task(arguments: argparse.Namespace) -> Task:
     else:
         train = data.sample_rows(rows, len(rows), arguments.seed)
         held_out = data.read_rows(arguments.eval_data, columns._replace(group=None), "--eval-data", keep)
+        _warn_of_common_rows(train, held_out)
     train = data.sample_rows(train, arguments.max_train, arguments.seed)
     held_out = data.sample_rows(held_out, arguments.max_eval, arguments.seed)
     data.check_labels(held_out, sorted({row.label for row in train}), "the rows to evaluate on")
     return Task(model, labels, train, held_out)
+
+
+def _check_columns(columns: data.Columns) -> None:
+    """Refuses one column as two of text, pair and label: a model that reads the label learns nothing else."""
+    option_of: dict[str, str] = {}
+    for option in ("text", "pair", "label"):
+        column = getattr(columns, option)
+        if column is not None and (other := option_of.setdefault(column, option)) != option:
+            raise CommandError(f"--{option}-column: is {column!r}, as is --{other}-column. Give two different columns.")
+
+
+def _warn_of_common_rows(train: list[data.Row], held_out: list[data.Row]) -> None:
+    seen = {(row.text, row.pair) for row in train}
+    common = sum((row.text, row.pair) in seen for row in held_out)
+    if common:
+        print(
+            f"vblora finetune: warning: --eval-data: {common:,} of its {len(held_out):,} rows are also in --data, so the "
+            "accuracy is not that of unseen rows.",
+            file=sys.stderr,
+        )
 
 
 def _find_model(name: str | None) -> str:
