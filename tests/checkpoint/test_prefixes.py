@@ -75,3 +75,18 @@ def test_two_models_that_fit_are_refused(tmp_path):
     pair.other = both["b"]
     with pytest.raises(ValueError, match=r"several parts of the model: .*`inner.bert.` or `other.bert.`"):
         vblora.load(pair, tmp_path)
+
+
+def test_a_model_under_two_names_is_one_part(tmp_path):
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = self.right = classifier().bert
+
+        def forward(self, ids):
+            return self.left(ids)[1] - 2 * self.right(ids)[1]
+
+    encoder = trained(classifier().bert, vblora.LoraConfig(target_modules=["query"]))
+    vblora.save(encoder, tmp_path)
+    loaded = vblora.load(Siamese().eval(), tmp_path)
+    torch.testing.assert_close(loaded(IDS), -encoder(IDS)[1])

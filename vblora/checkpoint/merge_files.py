@@ -177,7 +177,11 @@ def _find_updates(contents: Contents, stored: dict[str, _Stored], config: JsonOb
     for target in contents.targets:
         name = _find(f"{target.name}.weight", stored)
         if name is None:
-            raise ValueError(f"the base model has no tensor `{target.name}.weight`, which the adapter updates.")
+            raise ValueError(
+                f"the base model has no tensor `{target.name}.weight`, which the adapter updates. If transformers gives it "
+                "another name when it loads the model, merge that: vblora.load(model, adapter); vblora.merge(model); "
+                "model.save_pretrained(out)."
+            )
         if name in updates:
             raise ValueError(f"`{name}` is the weight of both `{updates[name][0].name}` and `{target.name}`.")
         shape, size = stored[name].shape, (target.out_features, target.in_features)

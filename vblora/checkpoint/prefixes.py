@@ -25,17 +25,22 @@ def fit_names(contents: _Contents, model: nn.Module) -> _Contents:
     Raises:
         ValueError: several prefixes fit.
     """
-    modules = [name for name in base_modules(model) if name]
+    every = base_modules(model)
+    modules = [name for name in every if name]
     names = [target.name for target in contents.targets]
     if not names or set(names) <= set(modules):
         return contents
-    found = _prefixes(names, modules)
+    places = {
+        tuple(every[added + name.removeprefix(removed)] for name in names): (removed, added)
+        for removed, added in reversed(_prefixes(names, modules))  # of a part with several names, the first
+    }
+    found = [*reversed(places.values())]
     if not found:
         return contents
     if len(found) > 1:
-        places = " or ".join(f"`{added}`" for _, added in found)
+        parts = " or ".join(f"`{added}`" for _, added in found)
         raise ValueError(
-            f"it fits several parts of the model: layers that begin with {places}. Load it into one of those."
+            f"it fits several parts of the model: layers that begin with {parts}. Load it into one of those."
         )
     removed, added = found[0]
 
