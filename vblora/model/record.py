@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from .idle import warn_if_idle
 from .parts import find_parts
 
 ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # the attribute that DistributedDataParallel reads
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)  # functions that change a model in place return its type
 
@@ -31,15 +32,13 @@ class Adapters(nn.ModuleDict):
     """The adapters of a model, by name."""
 
 
-def _host_of(model: nn.Module) -> nn.Module:
-    """The module whose child the adapters become: the model, or the first within that is not a container.
+def _host_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """The module whose child the adapters become, with its name: the model, or the first within that is not a container.
 
     A container runs or saves its children one after the other, so it must not get another.
     """
-    modules = (
-        module for module in model.modules() if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-    )
-    return next(modules, model)
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return next((item for item in model.named_modules() if not isinstance(item[1], containers)), ("", model))
 
 
 class AttachedAdapter:
@@ -178,7 +177,8 @@ class AdaptedModel:
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.packing_layers = disable_packing(model)
         self.buffers = BufferSnapshot(model)
-        self.host = _host_of(model)  # the module whose child the adapters are
+        name, self.host = _host_of(model)  # the module whose child the adapters are
+        self._adapters_name = f"{name}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
         self.undo: list[Callable[[], None]] = []  # what else is undone as the adapters are taken out
         self.unwrapped = False  # whether the base layers are in place, to write a plain model
         self._active: tuple[AttachedAdapter, ...] = ()
@@ -229,18 +229,20 @@ class AdaptedModel:
         for attached in self._active:
             attached.end_forward(complete=output is not None and not mixed)
 
-    def _hook_parts(self) -> None:
-        """Has the parts' forwards noticed, of those that the adapters have."""
-        wanted = {part for attached in self.adapters.values() for part in attached.parts}
-        for part in [part for part in self._part_hooks if part not in wanted]:
-            for hook in self._part_hooks.pop(part):
-                hook.remove()
-        for part in wanted.difference(self._part_hooks):
+    def _hook_parts(self, added: AttachedAdapter) -> None:
+        for part in added.parts.keys() - self._part_hooks.keys():
             module = self.model.get_submodule(part)
             self._part_hooks[part] = [
                 module.register_forward_pre_hook(functools.partial(self._begin_part, part), with_kwargs=True),
                 module.register_forward_hook(functools.partial(self._end_part, part), always_call=True),
             ]
+
+    def _unhook_parts(self, parts: Iterable[str]) -> None:
+        """Removes the hooks of those of ``parts`` that no adapter has any more."""
+        for part in parts:
+            if not any(part in attached.parts for attached in self.adapters.values()):
+                for hook in self._part_hooks.pop(part):
+                    hook.remove()
 
     def _begin_part(self, part: str, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if mixed_batch.ARGUMENT in kwargs:
@@ -297,8 +299,8 @@ class AdaptedModel:
         getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
         attached.note_trainable_names()
         self.activate([attached.name] if len(self.adapters) == 1 else self.active, added=[attached])
-        self._hook_parts()
-        self._keep_from_ddp()
+        self._hook_parts(attached)
+        self._keep_from_ddp(attached)
 
     def activate(self, names: Sequence[str], added: Sequence[AttachedAdapter] = ()) -> None:
         """Makes these adapters the active ones. Only their parameters require gradients.
@@ -333,8 +335,8 @@ class AdaptedModel:
             del layer.updates[name]
             if not layer.updates:
                 self._unwrap(layer)
-        self._hook_parts()
-        self._keep_from_ddp()
+        self._unhook_parts(attached.parts)
+        self._return_to_ddp(f"{self._adapters_name}.{name}.")
 
     def take_out(self) -> None:
         """Removes all adapters, hooks and wrappers from the model."""
@@ -351,8 +353,8 @@ class AdaptedModel:
         vars(self.model).pop(ADAPTERS_ATTRIBUTE, None)
         del self.model._vblora_adapted_model
         self.adapters, self._active, self.row_source = {}, (), None
-        self._hook_parts()
-        self._keep_from_ddp()
+        self._unhook_parts([*self._part_hooks])
+        self._return_to_ddp(f"{self._adapters_name}.")
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             if name in self.trainable:
@@ -362,16 +364,19 @@ class AdaptedModel:
         for name in self.names.pop(layer):
             _set_module(self.model, name, layer.base_layer)
 
-    def _keep_from_ddp(self) -> None:
-        """Keeps DDP from broadcasting the adapters' buffers in every forward: they are equal in all processes."""
-        known = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
-        own = {id(buffer) for attached in self.adapters.values() for buffer in attached.adapter.buffers()}
-        names = [name for name in known if f".{ADAPTERS_ATTRIBUTE}." not in f".{name}"]
-        names += [name for name, buffer in self.model.named_buffers() if id(buffer) in own] if own else []
+    def _keep_from_ddp(self, attached: AttachedAdapter) -> None:
+        """Keeps DDP from broadcasting an adapter's buffers in every forward: they are equal in all processes."""
+        names = [f"{self._adapters_name}.{attached.name}.{name}" for name, _ in attached.adapter.named_buffers()]
         if names:
-            vars(self.model)["_ddp_params_and_buffers_to_ignore"] = names
+            vars(self.model)[_IGNORED_BY_DDP] = [*getattr(self.model, _IGNORED_BY_DDP, ()), *names]
+
+    def _return_to_ddp(self, prefix: str) -> None:
+        """Undoes :meth:`_keep_from_ddp` for names with this prefix."""
+        names = [name for name in getattr(self.model, _IGNORED_BY_DDP, ()) if not name.startswith(prefix)]
+        if names:
+            vars(self.model)[_IGNORED_BY_DDP] = names
         else:
-            vars(self.model).pop("_ddp_params_and_buffers_to_ignore", None)
+            vars(self.model).pop(_IGNORED_BY_DDP, None)
 
 
 def adapted_models(model: nn.Module) -> list[AdaptedModel]:
