@@ -59,7 +59,7 @@ test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
 
 # With the newest torch: timm needs torchvision, which does not work with the CPU build of another torch.
 test-trainers: .venv-test/ready .venv-newest/trainers
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-newest/bin/python -m pytest -p no:cacheprovider $(TRAINER_TESTS) $(PYTEST)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-newest/bin/python -m pytest -q -p no:cacheprovider $(TRAINER_TESTS)
 
 # VBLORA_PEFT_SOURCE must have the minor version of the installed peft. Many tests fetch small models from the Hugging Face Hub.
 test-peft: .venv-test/ready
