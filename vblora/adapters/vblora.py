@@ -259,15 +259,15 @@ class VBLoRAAdapter(Adapter):
         if self.exhausted is not None:
             self.exhausted.zero_()
 
-    def compose(self, dtype: torch.dtype, index: int | None = None) -> list[Factors]:
+    def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
         rows, targets = self._rows, self.targets
         start, count = 0, self.num_subvectors
-        if index is not None:
-            rows, targets = rows[2 * index : 2 * index + 2], targets[index : index + 1]
-            start, count = self._starts[index], sum(rows)
+        if span is not None:
+            rows, targets = rows[2 * span.start : 2 * span.stop], targets[span.start : span.stop]
+            start, count = self._starts[span.start], sum(rows)
 
         def part(tensor: Tensor) -> Tensor:
-            return tensor if index is None else rows_of(tensor, start, count)
+            return tensor if span is None else rows_of(tensor, start, count)
 
         bank = scaled(gather(self.bank.vectors), self.scaling)
         if self.logits is None:

@@ -1,7 +1,21 @@
-"""The default target modules for each `model_type` of a transformers config."""
+"""The default target modules for each `model_type` of a transformers config, and for timm's models."""
 
+# Vision transformers, for which PEFT has no defaults: queries and values. Newer versions of transformers rename these layers.
+_VISION = ["query", "value", "q_proj", "v_proj"]
+FOR_VISION = {
+    "beit": _VISION,
+    "clip": _VISION,
+    "deit": _VISION,
+    "dinov2": _VISION,
+    "siglip": _VISION,
+    "swin": _VISION,
+    "timm": ["qkv"],  # of a model whose class is timm's
+    "vit": _VISION,
+    "vit_mae": _VISION,
+    "vit_msn": _VISION,
+}
 # PEFT's defaults for VB-LoRA.
-FOR_VBLORA = {
+FOR_VBLORA = FOR_VISION | {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "bert": ["query", "value"],
     "bloom": ["query_key_value"],

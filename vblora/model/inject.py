@@ -15,6 +15,7 @@ from ..config import CLASS_OF_PEFT_TYPE, AdapterConfig, from_peft
 from ..layers.adapted import AdaptedLayer, TensorSwap
 from ..layers.kinds import target_of
 from ..layers.weights import format_name, is_quantised, passes_gradients
+from .diffusers_guard import guard_diffusers
 from .heads import warn_of_new_weights, with_task_head
 from .record import (
     ADAPTERS_ATTRIBUTE,
@@ -167,6 +168,7 @@ class Plan:
         if record is None:
             record = AdaptedModel.install(model)
             guard_saving(record)
+            guard_diffusers(record)
         extra = {name: TensorSwap(*place) for name, place in self.extra_tensors.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
         attached = AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, extra)

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters import Adapter, Factors
+from ..adapters import Adapter, Factors, Slot
 from ..config import AdapterConfig
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, TensorSwap, Update
@@ -21,6 +21,7 @@ from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
 from .completeness import BufferSnapshot
 from .idle import warn_if_idle
+from .parts import find_parts
 from .statistics import FrozenStatistics
 
 ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
@@ -49,6 +50,7 @@ class AttachedAdapter:
         layers: the adapted layers, in the order of the adapter's targets.
         extra: the biases and ``modules_to_save`` that the adapter trains, and base tensors of its file that differ from the
             model's, by their names in the model.
+        parts: the parts of the model that are called by themselves, and the positions of their layers in ``layers``.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class AttachedAdapter:
         self.adapter = adapter
         self.layers = layers
         self.extra = extra
+        self.parts = find_parts(model, layers)
         self.active = False
         self.checked_for_training: bool | None = None  # whether it was merged when a training forward was last checked
         self.ran = False  # whether a forward of the model has completed
@@ -139,6 +142,26 @@ class AttachedAdapter:
         if any(self.name in layer.applied for layer in self.layers):
             self.adapter.begin_forward(self._compute_dtype())
 
+    def begin_part(self, part: str) -> None:
+        """Begins the forward of a part of the model, unless it belongs to a forward in progress."""
+        if (span := self.parts.get(part)) is None:
+            return
+        current = self.adapter.slots[span.start].current
+        if current is not None and current.part != part:  # an equal one is left from a forward that an interrupt ended
+            return
+        if any(self.name in layer.applied for layer in self.layers[span.start : span.stop]):
+            self.adapter.begin_forward(self._compute_dtype(), part, span)
+
+    def end_part(self, part: str) -> None:
+        """Ends what :meth:`begin_part` has begun."""
+        if (span := self.parts.get(part)) is None:
+            return
+        current = self.adapter.slots[span.start].forward_factors
+        if current is not None and current.part == part:
+            self.adapter.end_forward(span)
+            if not torch.compiler.is_compiling():
+                self._note_reads(self._pop_reads())
+
     def composed(self) -> list[Factors]:
         """The factors of its layers, for inference."""
         return self.adapter.all_factors(self._compute_dtype())
@@ -152,17 +175,24 @@ class AttachedAdapter:
         adapter.end_forward()
         if torch.compiler.is_compiling():
             return
-        reads, adapter.weight_reads = adapter.weight_reads, {}
+        reads = self._pop_reads()
         first, self.ran = complete and not self.ran, complete or self.ran
         if first and not adapter.traced and not any(map(_is_compiled, self.model.modules())):
             layer_of = dict(zip(adapter.slots, self.layers, strict=True))
             uncalled = [slot for slot in adapter.slots if self.name in layer_of[slot].applied and not slot.was_called]
             reads |= {slot: True for slot in uncalled if slot in reads}
             _warn_of_uncalled([adapter.targets[slot.index].name for slot in uncalled if slot not in reads])
+        self._note_reads(reads)
+
+    def _pop_reads(self) -> dict[Slot, bool]:
+        reads, self.adapter.weight_reads = self.adapter.weight_reads, {}
+        return reads
+
+    def _note_reads(self, reads: dict[Slot, bool]) -> None:
         found = [slot for slot, used in reads.items() if used and not slot.weight_read]
         for slot in found:
             slot.weight_read = True
-        _warn_of_reading([adapter.targets[slot.index].name for slot in found])
+        _warn_of_reading([self.adapter.targets[slot.index].name for slot in found])
 
     def _layers_dtype(self) -> torch.dtype:
         """The widest dtype of the layers, or of the model if all layers are packed.
@@ -196,6 +226,7 @@ class AdaptedModel:
         self.unwrapped = False  # whether the base layers are in place, to write a plain model
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
+        self._part_hooks: dict[str, list[RemovableHandle]] = {}
         self._rows_differ = False
         self.row_source: Callable[[Sequence[str | None]], RowAdapters] | None = None  # of a store that is attached
 
@@ -242,6 +273,35 @@ class AdaptedModel:
         for attached in self._active:
             attached.end_forward(complete=output is not None and not mixed)
 
+    def _hook_parts(self, added: AttachedAdapter) -> None:
+        for part in added.parts.keys() - self._part_hooks.keys():
+            module = self.model.get_submodule(part)
+            self._part_hooks[part] = [
+                module.register_forward_pre_hook(functools.partial(self._begin_part, part), with_kwargs=True),
+                module.register_forward_hook(functools.partial(self._end_part, part), always_call=True),
+            ]
+
+    def _unhook_parts(self, parts: Iterable[str]) -> None:
+        """Removes the hooks of those of ``parts`` that no adapter has any more."""
+        for part in parts:
+            if not any(part in attached.parts for attached in self.adapters.values()):
+                for hook in self._part_hooks.pop(part):
+                    hook.remove()
+
+    def _begin_part(self, part: str, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if mixed_batch.ARGUMENT in kwargs:
+            raise ValueError(
+                f"`{mixed_batch.ARGUMENT}` was passed to the submodule `{part}`. Pass it to the injected "
+                f"{type(self.model).__name__}, which gives the rows to its layers."
+            )
+        if not self._rows_differ:
+            for attached in self._active:
+                attached.begin_part(part)
+
+    def _end_part(self, part: str, *_: object) -> None:
+        for attached in self._active:
+            attached.end_part(part)
+
     def rows(self, names: Sequence[str | None]) -> RowAdapters:
         """The adapters of a batch's rows, given their names."""
         refuse_if_disabled(self.layers)
@@ -283,6 +343,7 @@ class AdaptedModel:
         getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
         attached.note_trainable_names()
         self.activate([attached.name] if len(self.adapters) == 1 else self.active, added=[attached])
+        self._hook_parts(attached)
         self._keep_from_ddp(attached)
 
     def activate(self, names: Sequence[str], added: Sequence[AttachedAdapter] = ()) -> None:
@@ -319,6 +380,7 @@ class AdaptedModel:
         for layer in attached.layers:
             del layer.updates[name]
         self._unwrap([layer for layer in attached.layers if not layer.updates])
+        self._unhook_parts(attached.parts)
         self._return_to_ddp(f"{self._adapters_name}.{name}.")
 
     def take_out(self) -> None:
@@ -336,6 +398,7 @@ class AdaptedModel:
         vars(self.model).pop(ADAPTERS_ATTRIBUTE, None)
         del self.model._vblora_adapted_model
         self.adapters, self._active, self.row_source = {}, (), None
+        self._unhook_parts([*self._part_hooks])
         self._return_to_ddp(f"{self._adapters_name}.")
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():

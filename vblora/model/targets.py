@@ -127,6 +127,8 @@ def is_in_layers(name: str, config: AdapterConfig, indices: list[int] | None = N
 
 def _default_targets(model: nn.Module, defaults: dict[str, list[str]]) -> list[str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if type(model).__module__.startswith("timm."):
+        model_type = "timm"
     # The text part of a model has a type of its own: "llama4_text" in "llama4".
     found = next((name for name in (model_type, str(model_type).removesuffix("_text")) if name in defaults), None)
     if found is None:
@@ -155,10 +157,14 @@ def _output_layers(model: nn.Module) -> list[nn.Module]:
     _, output = embedding_layers(model)
     if output is not None:
         return [output]
-    if not hasattr(model, "config"):
+    if callable(get_classifier := getattr(model, "get_classifier", None)):  # timm's, which may return several layers
+        found = get_classifier()
+        heads = list(found) if isinstance(found, tuple) else [found]
+    elif hasattr(model, "config"):
+        heads = [getattr(model, name, None) for name in _CLASSIFIER_HEADS]
+    else:
         return []
-    heads = [getattr(model, name) for name in _CLASSIFIER_HEADS if isinstance(getattr(model, name, None), nn.Module)]
-    return [module for head in heads for module in head.modules()]
+    return [module for head in heads if isinstance(head, nn.Module) for module in head.modules()]
 
 
 def _no_match_message(modules: dict[str, nn.Module], config: AdapterConfig) -> str:

@@ -139,11 +139,12 @@ def _refuse_parted_ties(record: AdaptedModel, module: Any) -> None:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The part of ``model.state_dict()`` that adapters train: for checkpoints that should not hold the base model.
+    """``model.state_dict()`` without the frozen base model: for checkpoints of another package, such as Lightning.
 
-    Of use where another package writes and reads state dicts, such as Lightning. ``model.load_state_dict(part, strict=False)``
-    restores it, in a model that was injected in the same way. Biases and ``modules_to_save`` of inactive adapters are not in it;
-    :func:`vblora.save` writes an adapter for good.
+    It holds the adapters, what else trains, buffers of the base model that changed since the injection, such as batch
+    statistics, and all that is outside the injected models. ``model.load_state_dict(part, strict=False)`` restores it, in a model
+    that was injected in the same way. Biases and ``modules_to_save`` of inactive adapters are not in it; :func:`vblora.save`
+    writes an adapter for good.
 
     Args:
         model: an injected model, or a module that holds some.
@@ -154,10 +155,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     records = adapted_models(model)
     if not records:
         raise ValueError("`model` has no adapter: call vblora.inject(model, config) first.")
-    adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Adapters))
-    extra = {id(extra.replacement) for record in records for extra in record.swapped_in()}
+    prefixes = {module: f"{name}." if name else "" for name, module in model.named_modules()}
+    injected = tuple(prefixes[record.model] for record in records)
+    adapters = tuple(prefix for module, prefix in prefixes.items() if isinstance(module, Adapters))
+    changing = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for record in records:
+        changing |= {id(extra.replacement) for extra in record.swapped_in()}
+        changing |= {id(module._buffers[name]) for module, name in record.buffers.changed()}
     return {
         name: value.detach() if isinstance(value, Tensor) else value
         for name, value in model.state_dict(keep_vars=True).items()
-        if name.startswith(adapters) or id(value) in extra
+        if name.startswith(adapters) or id(value) in changing or not name.startswith(injected)
     }

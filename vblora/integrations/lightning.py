@@ -1,0 +1,85 @@
+"""Training with Lightning: checkpoints of the adapter alone."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+from ..checkpoint.optimizer import pack_state, unpack_state
+from ..model.record import adapted_models
+from ..model.whole import adapter_state_dict
+
+_SAVE, _LOAD = (
+    "lightning_module_state_dict",
+    "load_model_state_dict",
+)  # the methods of a strategy that a checkpoint calls
+
+
+class VBLoRACallback(Callback):  # type: ignore[misc]  # lightning may not be installed
+    """Has a Lightning Trainer save the adapter alone in its checkpoints, and resume from them bit for bit.
+
+    Works with ``lightning`` and ``pytorch_lightning``. Inject a model that the module holds, in its ``__init__`` or in
+    ``configure_model``, and return the optimizer that it needs from ``configure_optimizers``::
+
+        class Classifier(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.strict_loading = False  # for load_from_checkpoint: the base model comes from its own files
+                self.model = vblora.inject(AutoModelForSequenceClassification.from_pretrained(name), config)
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(vblora.parameter_groups(self.model), weight_decay=0.0)
+
+        Trainer(callbacks=[VBLoRACallback()]).fit(Classifier(), data, ckpt_path=None)
+
+    A checkpoint's ``state_dict`` is :func:`vblora.adapter_state_dict`; the optimizer's state is packed
+    (:func:`vblora.pack_optimizer`). ``fit``, ``validate``, ``test`` and ``predict`` read it, and also a checkpoint of the whole
+    module. ``vblora.save(module.model, directory)`` writes the adapter's own folder.
+
+    Raises:
+        ValueError: the module has no adapter; the strategy has a way of its own to write models (FSDP, DeepSpeed, model
+            parallelism); or a checkpoint's adapter is not the module's.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        strategy = trainer.strategy
+        base = next(cls for cls in type(strategy).__mro__ if cls.__name__ == "Strategy")
+        if any(getattr(type(strategy), name) is not getattr(base, name) for name in (_SAVE, _LOAD)):
+            raise ValueError(
+                f"VBLoRACallback cannot save under {type(strategy).__name__}, which writes models in a way of its own. Use DDP, "
+                "or leave out the callback and call vblora.save(model, directory) after training."
+            )
+        setattr(strategy, _SAVE, partial(adapter_state_dict, pl_module))
+        setattr(strategy, _LOAD, partial(_load, pl_module))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not adapted_models(pl_module):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no adapter: call vblora.inject(self.model, config) in its __init__."
+            )
+        for optimizer in trainer.optimizers:
+            optimizer.register_state_dict_post_hook(partial(_pack, pl_module))
+            optimizer.register_load_state_dict_pre_hook(partial(_unpack, pl_module))
+
+
+def _load(module: LightningModule, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+    found: Mapping[str, Any] = checkpoint["state_dict"]
+    wrong = adapter_state_dict(module).keys() - found.keys() or found.keys() - module.state_dict().keys()
+    if wrong:
+        raise ValueError(
+            f"the checkpoint and {type(module).__name__} do not have the same adapter: only one of them has `{min(wrong)}`. "
+            "Inject the model with the config that it was saved with."
+        )
+    module.load_state_dict(found, strict=False)
+
+
+def _pack(module: LightningModule, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return pack_state(module, optimizer, state_dict)
+
+
+def _unpack(module: LightningModule, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return unpack_state(module, optimizer, state_dict)
