@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -33,6 +34,16 @@ class PackedAdapter(ABC):
 
     @property
     @abstractmethod
+    def targets(self) -> tuple[Target, ...]:
+        """The layers that it adapts."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Rank of its factors."""
+
+    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes that it alone holds: not what it shares with others."""
 
@@ -49,6 +60,14 @@ class PackedVBLoRA(PackedAdapter):
     bank: Tensor
     indices: Tensor
     weights: Tensor
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.layout.targets
+
+    @property
+    def rank(self) -> int:
+        return self.layout.config.r
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +98,14 @@ class PackedFlat(PackedAdapter):
     own_bytes: int
 
     @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.contents.targets
+
+    @property
+    def rank(self) -> int:
+        return rank_of(self.contents)
+
+    @property
     def nbytes(self) -> int:
         return self.own_bytes
 
@@ -100,27 +127,33 @@ class Reader:
     """Reads folders, and holds once what several of them share: banks, projections, layouts.
 
     Args:
-        targets: the layers of the model, by name.
+        targets: the layers of the model, by name. None: adapters are read as they are, whatever they are for.
         banks: the vector banks that adapters name by their file's hash.
         device: where banks are held.
         exact: whether weights keep all their bits.
     """
 
     def __init__(
-        self, targets: dict[str, Target], banks: list[VectorBank], max_rank: int, device: torch.device, exact: bool
+        self,
+        targets: dict[str, Target] | None,
+        banks: list[VectorBank],
+        max_rank: int,
+        device: torch.device,
+        exact: bool,
     ) -> None:
         self.targets = targets
         self.max_rank = max_rank
         self.exact = exact
         self._device = device
         self._files = {bank.file.sha256: bank for bank in banks if bank.file is not None}
-        self._shared: dict[bytes, Tensor] = {}  # by their content's SHA-256
+        # By their content's SHA-256. Gone with the last adapter that has them.
+        self._shared: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
         self._layouts: dict[str, Layout] = {}
         self._of_files: dict[str, Tensor] = {}
 
     @property
     def shared_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in list(self._shared.values()))  # others add to it meanwhile
+        return sum(tensor.nbytes for tensor in self._shared.values())
 
     def read(self, directory: Path) -> PackedAdapter:
         """An adapter that fits the model.
@@ -152,14 +185,17 @@ class Reader:
 
     def _fitting(self, contents: Contents) -> Contents:
         """The contents, if they fit the model."""
+        rank = rank_of(contents)
+        if rank > self.max_rank:
+            raise ValueError(f"its rank is {rank}, but `max_rank` is {self.max_rank}.")
+        for name in contents.extra_parameters:
+            raise ValueError(f"it trained `{name}`, but biases and `modules_to_save` cannot differ between rows.")
+        if self.targets is None:
+            contents.check_widths_known()
+            return contents
         for target in contents.targets:
             if target.name not in self.targets:
                 raise ValueError(f"it adapts `{target.name}`, which is none of the store's layers (`target_modules`).")
-        rank: int = getattr(contents.config, "r")  # noqa: B009  # of each method's config
-        if rank > self.max_rank:
-            raise ValueError(f"its rank is {rank}, but the store's `max_rank` is {self.max_rank}.")
-        for name in contents.extra_parameters:
-            raise ValueError(f"it trained `{name}`, but biases and `modules_to_save` cannot differ between rows.")
         return contents.in_order(tuple(self.targets[target.name] for target in contents.targets))
 
     def _first_of_layout(self, contents: VBLoRAContents, key: str | None, sha256: str) -> PackedVBLoRA:
@@ -207,9 +243,14 @@ class Reader:
 
     def _intern(self, tensor: Tensor) -> Tensor:
         digest = _digest(tensor)
-        if digest not in self._shared:
-            self._shared.setdefault(digest, tensor.to(self._device, copy=True))
-        return self._shared[digest]
+        shared = self._shared.get(digest)
+        return self._shared.setdefault(digest, tensor.to(self._device, copy=True)) if shared is None else shared
+
+
+def rank_of(contents: Contents) -> int:
+    """Rank of an adapter's factors: each method's config has it."""
+    rank: int = getattr(contents.config, "r")  # noqa: B009
+    return rank
 
 
 def _sha256_of_bank(description: dict[str, Any]) -> str:
