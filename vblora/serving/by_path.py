@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapters import Target
 from ..bank import VectorBank
 from ..checkpoint import folder, native
+from ..checkpoint.contents import is_finite
 from ..checkpoint.json_objects import read_object
 from ..checkpoint.peft.lora import factor_tensors
 from ..errors import VBLoRAWarning
@@ -123,7 +124,7 @@ def lora_tensors(adapter: PackedAdapter, dtype: torch.dtype) -> dict[str, Tensor
             raise ValueError(f"its layer `{target.name}` is a {target.kind}, which engines do not adapt.")
     tensors = {name: tensor.to(dtype) for name, tensor in factor_tensors(adapter.factors(torch.float32)).items()}
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise ValueError(f"its `{name}` is not finite in {dtype}.")
     return tensors
 
