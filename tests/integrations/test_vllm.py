@@ -94,6 +94,8 @@ class World:
         config = vblora.VBLoRAConfig(r=4, **VBLORA)
         model = vblora.inject(copy.deepcopy(self.base), config, bank=other_bank, freeze_bank=True)
         vblora.save(model, self.adapters / "other bank", form="deploy")
+        wide = vblora.inject(copy.deepcopy(self.base), vblora.LoraConfig(r=9, target_modules=["o_proj"]))
+        vblora.save(wide, self.adapters / "wide")
         return ["damaged", "empty", "narrow", "deep", "other bank"]
 
 
@@ -116,6 +118,7 @@ def environment(world: World) -> Iterator[None]:
 @pytest.mark.usefixtures("environment")
 def test_one_batch_and_eviction(world: World) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolverRegistry
 
     sizes = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8, "max_num_seqs": 4, "max_model_len": 64}
@@ -125,6 +128,7 @@ def test_one_batch_and_eviction(world: World) -> None:
     for number, name in enumerate(ADAPTERS, 1):
         requests[name] = asyncio.run(resolver.resolve_lora(str(world.model), name))
         requests[name].lora_int_id = number
+    requests["tied"] = LoRARequest("tied", 10, os.path.relpath(world.adapters / "tied"))  # by its folder's path
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     first = world.adapters / "user-1"
     for pair in (["user-1", "user-2"], ["user-3", "vera"], ["tied", "lora"], ["user-1", "user-2"]):
@@ -135,6 +139,7 @@ def test_one_batch_and_eviction(world: World) -> None:
         if first.exists():
             first.rename(first.with_name(".gone"))  # evicted by the next batches, and asked for by the last
     first.with_name(".gone").rename(first)
+    engine.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +196,7 @@ def test_the_server_finds_adapters_by_name(world: World, server: str) -> None:
     assert complete(server, "user-1", row=1) == (200, world.expected["user-1"][1])
     for name in (*unsound, "nobody", "../adapters/user-2", "user-2/", "..", "x" * 5000):
         assert complete(server, name) == (404, []), name
+    assert complete(server, "wide") == (400, [])  # `max_lora_rank`, which vLLM itself checks
     (world.adapters / ".gone").rename(world.adapters / "user-1")
     assert complete(server, "user-2", row=1) == (200, world.expected["user-2"][1])
 

@@ -108,7 +108,9 @@ def load(plugin, path, **choice):
 
 def test_a_name_becomes_lora(plugin, folders):
     plugin.register()
+    once = plugin.LoRAModel.from_local_checkpoint.__func__
     plugin.register()  # vLLM may do so
+    assert plugin.LoRAModel.from_local_checkpoint.__func__ is once
     request = resolve(plugin, "user-17", folders / "model")
     assert request.lora_name == "user-17"
     for lora_model_id in (5, None):
