@@ -179,13 +179,17 @@ def _answers(address: str) -> bool:
 def complete(address: str, name: str, row: int = 0) -> tuple[int, list[int]]:
     """The status, and the tokens."""
     body = {"model": name, "prompt": PROMPTS[row], "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    data = json.dumps(body | {"return_token_ids": True}).encode()
-    request = urllib.request.Request(f"{address}/v1/completions", data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return answer.status, json.load(answer)["choices"][0]["token_ids"]
+        answer = post(f"{address}/v1/completions", body | {"return_token_ids": True})
     except urllib.error.HTTPError as error:
         return error.code, []
+    return 200, json.loads(answer)["choices"][0]["token_ids"]
+
+
+def post(address: str, body: dict[str, Any]) -> bytes:
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return answer.read()
 
 
 def test_the_server_finds_adapters_by_name(world: World, server: str) -> None:
@@ -199,6 +203,12 @@ def test_the_server_finds_adapters_by_name(world: World, server: str) -> None:
     assert complete(server, "wide") == (400, [])  # `max_lora_rank`, which vLLM itself checks
     (world.adapters / ".gone").rename(world.adapters / "user-1")
     assert complete(server, "user-2", row=1) == (200, world.expected["user-2"][1])
+    # Who unloads a name gets what its folder holds by then.
+    shutil.rmtree(world.adapters / "user-2")
+    shutil.copytree(world.adapters / "lora", world.adapters / "user-2")
+    assert complete(server, "user-2") == (200, world.expected["user-2"][0])
+    post(f"{server}/v1/unload_lora_adapter", {"lora_name": "user-2"})
+    assert complete(server, "user-2") == (200, world.expected["lora"][0])
 
 
 def test_other_versions_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
