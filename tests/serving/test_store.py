@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused_by_name(world, ids, tmp_path):
     vblora.save(head, tmp_path / "head")
     shutil.copytree(world.folder / "user-0", tmp_path / "bank")
     _, model = store_of(world, tmp_path, bank=())
-    reasons = {"rank": "its rank is 5, but the store's `max_rank` is 4", "layer": "it adapts `lm_head`"}
+    reasons = {"rank": "its rank is 5, but `max_rank` is 4", "layer": "it adapts `lm_head`"}
     reasons |= {"head": "it trained `lm_head.weight`", "bank": "its vector bank is in a file of its own"}
     for name, reason in reasons.items():
         with torch.no_grad(), pytest.raises(ValueError, match=f"adapter '{name}' cannot be used: .*{reason}"):

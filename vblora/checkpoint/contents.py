@@ -195,7 +195,7 @@ class Contents(ABC):
         """
         for target, factors in self.all_factors(dtype):
             factors = factors.folded()
-            if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
+            if not (is_finite(factors.A) and is_finite(factors.B)):
                 raise ValueError(f"the update of layer `{target.name}` is not finite.")
             yield target, factors
 
@@ -248,8 +248,13 @@ def check_finite(name: str, tensor: Tensor) -> None:
     Raises:
         ValueError: one is not.
     """
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise ValueError(f"`{name}` holds an infinite or NaN element.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all elements are finite. In one pass: ``Tensor.isfinite`` makes several temporary tensors of the same size."""
+    return not tensor.numel() or all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
 def take(tensors: dict[str, Tensor], name: str) -> Tensor:

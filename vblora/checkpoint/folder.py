@@ -99,6 +99,17 @@ def read(
     return contents, shares_bank
 
 
+def folder_in(directory: Path, name: str) -> Path | None:
+    """The folder called ``name`` in a directory; None if there is none, or the name leads out of the directory."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        return None
+    folder = directory / name
+    try:
+        return folder if folder.is_dir() else None
+    except OSError:  # the name is too long for a file system
+        return None
+
+
 def _read_peft(path: Path, tensors: dict[str, Tensor], bank: VectorBank | None) -> Contents:
     config_path = path.with_name(CONFIG_FILE)
     try:
@@ -108,6 +119,11 @@ def _read_peft(path: Path, tensors: dict[str, Tensor], bank: VectorBank | None) 
     kind = description.get("peft_type")
     if kind is None:
         raise ValueError(f"{config_path} has no `peft_type`: it is neither for an adapter of vblora's nor of PEFT's.")
+    if kind == native.PEFT_TYPE:
+        raise ValueError(
+            f"{path} lacks the description that vblora writes into it, though {CONFIG_FILE} is vblora's: another program has "
+            "written it. Save the adapter again."
+        )
     if not isinstance(kind, str) or kind not in PEFT_DECODERS:
         known = ", ".join(map(repr, PEFT_DECODERS))
         raise ValueError(f"{config_path}: `peft_type` is {shortened(kind)}; of PEFT's adapters, vblora reads {known}.")
@@ -165,10 +181,10 @@ def _quoted(text: str) -> str:
 
 def _model_card(contents: Contents, description: JsonObject, base_model: str | None) -> str:
     """``description``: of the ``adapter_config.json`` that is written."""
-    is_peft = "peft_type" in description
+    is_peft = description["peft_type"] != native.PEFT_TYPE
     what = f"{METHODS[type(contents.config)].title}, {contents.summary()}"
     how = "vblora.load(model, "
-    if description.get("peft_type") == "LORA":
+    if description["peft_type"] == "LORA":
         what, how = f"LoRA, r={contents.config.r}", "model = peft.PeftModel.from_pretrained(model, "
     return f"""---
 library_name: {"peft" if is_peft else "vblora"}

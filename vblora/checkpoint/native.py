@@ -30,6 +30,8 @@ from .json_objects import Json, JsonObject, as_list, as_type, field, optional_fi
 
 FORMS = ("resume", "deploy")
 METADATA = "vblora"  # the key
+# No type of PEFT's. Programs that look up the type of an adapter name it in their error, or pass the folder by.
+PEFT_TYPE = "not PEFT's: load with vblora.load, or convert with vblora convert"
 VERSION = 1
 _TARGET_KINDS = ("linear", "embedding", "convolution")
 _EXTRA = "beside."
@@ -48,6 +50,7 @@ def encode(
     tensors |= {_EXTRA + name: tensor for name, tensor in extra_parameters.items()}
     description: JsonObject = {
         "format": "vblora",
+        "peft_type": PEFT_TYPE,
         "version": VERSION,
         "form": form,
         "method": contents.config.method,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,16 @@ class PackedAdapter(ABC):
 
     @property
     @abstractmethod
+    def targets(self) -> tuple[Target, ...]:
+        """The layers that it adapts."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Rank of its factors."""
+
+    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Its bytes, without those that it shares with other adapters."""
 
@@ -56,6 +67,14 @@ class PackedVBLoRA(PackedAdapter):
     bank: Tensor
     indices: Tensor
     weights: Tensor
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.layout.targets
+
+    @property
+    def rank(self) -> int:
+        return self.layout.config.r
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +105,14 @@ class PackedFlat(PackedAdapter):
     own_bytes: int
 
     @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.contents.targets
+
+    @property
+    def rank(self) -> int:
+        return rank_of(self.contents)
+
+    @property
     def nbytes(self) -> int:
         return self.own_bytes
 
@@ -107,8 +134,8 @@ class Reader:
     """Reads adapter folders, and holds what several of them share only once: banks, projections and layouts.
 
     Args:
-        model: the model.
-        targets: the layers that adapters may adapt, by name.
+        model: the model; None where there is none, as with the targets.
+        targets: the layers that adapters may adapt, by name. None: any, and adapters stay as their folders have them.
         banks: the vector banks that adapters refer to by the SHA-256 of their file.
         device: the device of the banks.
         exact: whether to keep all k weights in float32.
@@ -116,8 +143,8 @@ class Reader:
 
     def __init__(
         self,
-        model: nn.Module,
-        targets: dict[str, Target],
+        model: nn.Module | None,
+        targets: dict[str, Target] | None,
         banks: list[VectorBank],
         max_rank: int,
         device: torch.device,
@@ -129,13 +156,14 @@ class Reader:
         self.exact = exact
         self._device = device
         self._files = {bank.file.sha256: bank for bank in banks if bank.file is not None}
-        self._shared: dict[bytes, Tensor] = {}  # by their content's SHA-256
+        # By their content's SHA-256. Gone with the last adapter that has them.
+        self._shared: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
         self._layouts: dict[str, Layout] = {}
         self._of_files: dict[str, Tensor] = {}
 
     @property
     def shared_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in list(self._shared.values()))  # a copy: other threads may add to it
+        return sum(tensor.nbytes for tensor in self._shared.values())
 
     def read(self, directory: Path) -> PackedAdapter:
         """Reads an adapter.
@@ -167,17 +195,22 @@ class Reader:
 
     def _fitting(self, contents: Contents) -> Contents:
         """The contents with the model's targets; raises ``ValueError`` if they do not fit the model."""
-        for target in contents.targets:
-            if target.name not in self.targets:
-                raise ValueError(f"it adapts `{target.name}`, which the store's `target_modules` do not match.")
-        rank: int = getattr(contents.config, "r")  # noqa: B009  # of each method's config
+        rank = rank_of(contents)
         if rank > self.max_rank:
-            raise ValueError(f"its rank is {rank}, but the store's `max_rank` is {self.max_rank}.")
-        contents, differing = split_base_tensors(contents, self._model)
+            raise ValueError(f"its rank is {rank}, but `max_rank` is {self.max_rank}.")
+        if self.targets is not None:
+            for target in contents.targets:
+                if target.name not in self.targets:
+                    raise ValueError(f"it adapts `{target.name}`, which the store's `target_modules` do not match.")
+        if self._model is not None:
+            contents, differing = split_base_tensors(contents, self._model)
+            for name in differing:
+                raise ValueError(f"it holds another `{name}` than the model's, which cannot differ between rows.")
         for name in contents.extra_parameters:
             raise ValueError(f"it trained `{name}`, but biases and `modules_to_save` cannot differ between rows.")
-        for name in differing:
-            raise ValueError(f"it holds another `{name}` than the model's, which cannot differ between rows.")
+        if self.targets is None:
+            contents.check_widths_known()
+            return contents
         return contents.in_order(tuple(self.targets[target.name] for target in contents.targets))
 
     def _first_of_layout(self, contents: VBLoRAContents, key: str | None, sha256: str) -> PackedVBLoRA:
@@ -224,9 +257,14 @@ class Reader:
 
     def _intern(self, tensor: Tensor) -> Tensor:
         digest = _digest(tensor)
-        if digest not in self._shared:
-            self._shared.setdefault(digest, tensor.to(self._device))
-        return self._shared[digest]
+        shared = self._shared.get(digest)
+        return self._shared.setdefault(digest, tensor.to(self._device)) if shared is None else shared
+
+
+def rank_of(contents: Contents) -> int:
+    """Rank of an adapter's factors: each method's config has it."""
+    rank: int = getattr(contents.config, "r")  # noqa: B009
+    return rank
 
 
 def _sha256_of_bank(description: dict[str, Any]) -> str:

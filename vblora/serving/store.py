@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bank import VectorBank
+from ..checkpoint.folder import folder_in
 from ..checks import check_count
 from ..config import LoraConfig
 from ..layers.weights import is_packed
@@ -275,10 +276,8 @@ class AdapterStore:
                 return Path(self._source[name] if isinstance(self._source, Mapping) else self._source(name))
             except KeyError:
                 self._refuse_unknown(name)
-        if Path(name).name != name or name in ("", ".", ".."):  # nothing outside of the directory
-            self._refuse_unknown(name)
-        folder = self._source / name
-        if not folder.is_dir():
+        folder = folder_in(self._source, name)
+        if folder is None:
             self._refuse_unknown(name)
         return folder
 

@@ -12,7 +12,7 @@ tensor                                                    shape
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -39,20 +39,7 @@ def encode(contents: Contents, base_model: str | None = None) -> tuple[JsonObjec
         ValueError: an update is not finite, or a layer is a convolution that PEFT's LoRA computes differently.
     """
     config = contents.config
-    tensors: dict[str, Tensor] = {}
-    for target, (A, B, *_) in _factors(contents):
-        name = f"{PREFIX}{target.name}.lora_"
-        if target.unusual:
-            raise ValueError(
-                f'`form` is "lora", but layer `{target.name}` is a convolution with {", ".join(target.unusual)} of its own, '
-                "which PEFT's LoRA ignores in the update. No other form of PEFT's holds it."
-            )
-        if target.kind == "embedding":
-            tensors |= {f"{name}embedding_A": A, f"{name}embedding_B": B.T}
-            continue
-        point = (1,) * len(target.kernel[1:])
-        tensors[f"{name}A.weight"] = A.reshape(-1, *target.kernel) if target.kernel else A
-        tensors[f"{name}B.weight"] = B.T.reshape(*B.T.shape, *point)
+    tensors = factor_tensors(_factors(contents))
     # Without a scaling of their own, factors are written scaled: LoRA multiplies the update by alpha / r.
     own = config if isinstance(config, LoraConfig) else LoraConfig(r=config.r, lora_alpha=config.r)
     description = describe(contents, base_model) | {
@@ -67,6 +54,29 @@ def encode(contents: Contents, base_model: str | None = None) -> tuple[JsonObjec
         "use_dora": False,
     }
     return description, tensors | encode_extra_parameters(contents)
+
+
+def factor_tensors(factors: Iterable[tuple[Target, Factors]]) -> dict[str, Tensor]:
+    """The tensors of PEFT's file, by name, for layers whose update is A and B alone.
+
+    Raises:
+        ValueError: a layer is a convolution that PEFT's LoRA computes differently.
+    """
+    tensors: dict[str, Tensor] = {}
+    for target, (A, B, *_) in factors:
+        name = f"{PREFIX}{target.name}.lora_"
+        if target.unusual:
+            raise ValueError(
+                f'`form` is "lora", but layer `{target.name}` is a convolution with {", ".join(target.unusual)} of its own, '
+                "which PEFT's LoRA ignores in the update. No other form of PEFT's holds it."
+            )
+        if target.kind == "embedding":
+            tensors |= {f"{name}embedding_A": A, f"{name}embedding_B": B.T}
+            continue
+        point = (1,) * len(target.kernel[1:])
+        tensors[f"{name}A.weight"] = A.reshape(-1, *target.kernel) if target.kernel else A
+        tensors[f"{name}B.weight"] = B.T.reshape(*B.T.shape, *point)
+    return tensors
 
 
 def _factors(contents: Contents) -> Iterator[tuple[Target, Factors]]:
