@@ -82,4 +82,4 @@ def chosen(rows: int, choice: str, random: torch.Generator, device: str) -> Tens
 
 def popular_from(rows: int) -> int:
     """The most entries of a vector that CUDA adds up in the CPU's order (docs/cuda.md)."""
-    return max(256, min(1024, 2 * rows * K // VECTORS))
+    return max(64, min(128, 2 * rows * K // VECTORS))

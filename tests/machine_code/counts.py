@@ -13,7 +13,7 @@ from . import toolkit
 from .interpreter import Execution, Memory
 from .occupancy import DYNAMIC_SHARED, THREADS
 
-F32, BF16, I16 = 0, 2, 5  # Type in csrc
+F32, F64, BF16, I16, I32 = 0, 1, 2, 5, 6  # Type in csrc
 ROWS, VECTORS, LENGTH, K, COLUMNS = 39_040, 2048, 256, 2, 128
 WARPS = 8  # of a block
 RANGE = 2048  # entries that a block sorts
@@ -46,7 +46,7 @@ Backward = structure(
 )  # fmt: skip
 Workspace = structure(
     entries=LONG, ranges=WORD, buckets=WORD, shift=WORD, popular_from=WORD, owed=POINTER, vectors=POINTER,
-    slices=POINTER, popular=POINTER, grad_weights=POINTER, bytes=LONG,
+    slices=POINTER, popular=POINTER, partials=POINTER, grad_weights=POINTER, bytes=LONG,
 )  # fmt: skip
 
 
@@ -86,8 +86,9 @@ def candidates_of(rows: int, columns: int) -> np.ndarray:
     return ((start + (2 * step + 1) * np.arange(columns)) % VECTORS).astype(np.int16)
 
 
-def admixture(rows: int, columns: int = COLUMNS, hard: bool = False) -> Count:
-    """`hard`: logits that tie, infinities and NaN, candidates that repeat or are no bank vectors, a bank that overflows."""
+def admixture(rows: int, columns: int = COLUMNS, k: int = K, hard: bool = False, wide: bool = False) -> Count:
+    """`hard`: logits that tie, infinities and NaN, candidates that repeat or are no bank vectors, a bank that overflows.
+    `wide`: candidates in 32 bits."""
     memory, dense = Memory(), columns == VECTORS
     logits, bank = numbers(rows, columns), numbers(VECTORS, LENGTH, seed=1)
     candidates = candidates_of(rows, columns)
@@ -103,51 +104,54 @@ def admixture(rows: int, columns: int = COLUMNS, hard: bool = False) -> Count:
         bank[:, 3::11] *= np.float32(1e-40)
         bank[::2, 5] = np.nan
     problem = Admixture(
-        type=F32, candidate_type=I16, out_type=BF16,
+        type=F32, candidate_type=I32 if wide else I16, out_type=BF16,
         logits=memory.put("logits", logits), bank=memory.put("bank", bank),
-        candidates=0 if dense else memory.put("candidates", candidates),
+        candidates=0 if dense else memory.put("candidates", candidates.astype(np.int32) if wide else candidates),
         subvectors=memory.put("subvectors", np.zeros((rows, LENGTH), np.uint16)),
-        indices=memory.put("indices", np.zeros((rows, K), np.int32)),
-        weights=memory.put("weights", np.zeros((rows, K), np.float32)),
-        exhausted=0, rows=rows, columns=columns, vectors=VECTORS, length=LENGTH, k=K,
+        indices=memory.put("indices", np.zeros((rows, k), np.int32)),
+        weights=memory.put("weights", np.zeros((rows, k), np.float32)),
+        exhausted=0, rows=rows, columns=columns, vectors=VECTORS, length=LENGTH, k=k,
     )  # fmt: skip
     lanes = 32 if dense else 8  # of a row
-    instance = f"admixture_kernel<float, 2, unsigned long, {lanes}>"
+    instance = f"admixture_kernel<float, {2 if k <= 2 else 4}, unsigned long, {lanes}>"
+    if wide:
+        lanes, instance = 32, f"admixture_kernel<float, {2 if k <= 2 else 8}, Wide<unsigned int>, 32>"
     return run("admixture", instance, rows, memory, bytes(problem), range(rows * lanes // THREADS))
 
 
-def compose(rows: int) -> Count:
+def compose(rows: int, k: int = K) -> Count:
     memory = Memory()
     problem = Composition(
         type=F32, index_type=I16, out_type=BF16,
         bank=memory.put("bank", numbers(VECTORS, LENGTH, seed=1)),
-        indices=memory.put("indices", candidates_of(rows, K)),
-        weights=memory.put("weights", np.abs(numbers(rows, K, seed=2))),
+        indices=memory.put("indices", candidates_of(rows, k)),
+        weights=memory.put("weights", np.abs(numbers(rows, k, seed=2))),
         subvectors=memory.put("subvectors", np.zeros((rows, LENGTH), np.uint16)),
-        rows=rows, vectors=VECTORS, length=LENGTH, k=K,
+        rows=rows, vectors=VECTORS, length=LENGTH, k=k,
     )  # fmt: skip
-    return run("compose", "compose_kernel<float, 2>", rows, memory, bytes(problem), range(rows // WARPS))
+    return run("compose", f"compose_kernel<float, {2 if k <= 2 else 4}>", rows, memory, bytes(problem), range(rows // WARPS))
 
 
-def backward(memory: Memory, rows: int) -> Backward:
+def backward(memory: Memory, rows: int, k: int = K) -> Backward:
     first, further = np.random.default_rng(3).integers(1, COLUMNS, (2, rows))
-    indices = np.stack([first, (first + further) % COLUMNS], 1).astype(np.int32)
+    # Further columns of a row are distinct only if there are two of them.
+    indices = ((first[:, None] + further[:, None] * np.arange(k)) % COLUMNS).astype(np.int32)
     return Backward(
         type=F32, candidate_type=I16, grad_type=BF16,
         grad_subvectors=memory.put("grad_subvectors", bf16(rows, LENGTH)), grad_weights=0,
         indices=memory.put("indices", indices),
-        weights=memory.put("weights", np.abs(numbers(rows, K, seed=2))),
+        weights=memory.put("weights", np.abs(numbers(rows, k, seed=2))),
         bank=memory.put("bank", numbers(VECTORS, LENGTH, seed=1)),
         candidates=memory.put("candidates", candidates_of(rows, COLUMNS)),
         grad_logits=memory.put("grad_logits", np.zeros((rows, COLUMNS), np.float32)),
         grad_bank=memory.put("grad_bank", np.zeros((VECTORS, LENGTH), np.float32)),
-        rows=rows, columns=COLUMNS, vectors=VECTORS, length=LENGTH, k=K,
+        rows=rows, columns=COLUMNS, vectors=VECTORS, length=LENGTH, k=k,
     )  # fmt: skip
 
 
-def backward_rows(rows: int) -> Count:
+def backward_rows(rows: int, k: int = K) -> Count:
     memory = Memory()
-    arguments = bytes(backward(memory, rows)) + bytes(Workspace())
+    arguments = bytes(backward(memory, rows, k)) + bytes(Workspace())
     return run("admixture_backward", ROWS_KERNEL, rows, memory, arguments, range(rows // 32), SORTED_BYTES)
 
 
