@@ -18,9 +18,11 @@ ROWS, VECTORS, LENGTH, K, COLUMNS = 39_040, 2048, 256, 2, 128
 WARPS = 8  # of a block
 RANGE = 2048  # entries that a block sorts
 SORTED_BYTES = DYNAMIC_SHARED["backward_rows_kernel"]
-POPULAR_FROM = 128  # entries of a vector that have a kernel of their own, if there are more
+# Entries of a vector above which it is popular, at this size; and in how many parts the largest of these are added up.
+POPULAR_FROM, PARTS = 2 * ROWS * K // VECTORS, 16
+WHOLE, SPLIT = 1, 2  # how a popular vector is done
 ROWS_KERNEL, BANK_KERNEL = "backward_rows_kernel<float, bf16>", "backward_bank_kernel<bf16, float>"
-POPULAR_KERNEL = "backward_popular_kernel<bf16, float>"
+POPULAR_KERNEL, SPLIT_KERNEL = "backward_popular_kernel<bf16, float>", "backward_split_kernel<float>"
 
 
 def structure(**fields: type) -> type[ctypes.Structure]:
@@ -129,13 +131,14 @@ def compose(rows: int, k: int = K) -> Count:
         subvectors=memory.put("subvectors", np.zeros((rows, LENGTH), np.uint16)),
         rows=rows, vectors=VECTORS, length=LENGTH, k=k,
     )  # fmt: skip
-    return run("compose", f"compose_kernel<float, {2 if k <= 2 else 4}>", rows, memory, bytes(problem), range(rows // WARPS))
+    return run(
+        "compose", f"compose_kernel<float, {2 if k <= 2 else 4}>", rows, memory, bytes(problem), range(rows // WARPS)
+    )
 
 
 def backward(memory: Memory, rows: int, k: int = K) -> Backward:
     first, further = np.random.default_rng(3).integers(1, COLUMNS, (2, rows))
-    # Further columns of a row are distinct only if there are two of them.
-    indices = ((first[:, None] + further[:, None] * np.arange(k)) % COLUMNS).astype(np.int32)
+    indices = ((first[:, None] + (further[:, None] | 1) * np.arange(k)) % COLUMNS).astype(np.int32)  # distinct in a row
     return Backward(
         type=F32, candidate_type=I16, grad_type=BF16,
         grad_subvectors=memory.put("grad_subvectors", bf16(rows, LENGTH)), grad_weights=0,
@@ -207,13 +210,25 @@ def backward_bank(rows: int, vectors: int) -> Count:
     return run("admixture_backward", BANK_KERNEL, entries, memory, arguments, range(vectors // WARPS))
 
 
-def backward_popular() -> Count:
-    """All rows choose one vector; a block does 32 bytes of it."""
-    memory, rows = Memory(), 8 * RANGE // K
+def backward_popular(done: int) -> Count:
+    """All rows choose one vector. Blocks of 32 bytes of it: one, or one for each of 16 parts of its entries."""
+    memory, rows = Memory(), (8 if done == WHOLE else 2 * PARTS - 1) * RANGE // K
     problem = backward(memory, rows)
     workspace = sorted_workspace(memory, np.zeros(rows * K, np.int64))
-    memory.get("popular", np.uint8)[0] = 1
-    return run("admixture_backward", POPULAR_KERNEL, rows * K, memory, bytes(problem) + bytes(workspace), [0])
+    workspace.partials = memory.put("partials", np.full((PARTS, LENGTH), np.nan, np.float32))
+    memory.get("popular", np.uint8)[0] = done
+    blocks = [(0, part, 0) for part in range(PARTS if done == SPLIT else 1)]
+    return run("admixture_backward", POPULAR_KERNEL, rows * K, memory, bytes(problem) + bytes(workspace), blocks)
+
+
+def backward_split() -> Count:
+    """What is left to do then."""
+    memory = Memory()
+    problem = backward(memory, 1)
+    workspace = sorted_workspace(memory, np.zeros(K, np.int64))
+    workspace.partials = memory.put("partials", numbers(PARTS, LENGTH))
+    memory.get("popular", np.uint8)[0] = SPLIT
+    return run("admixture_backward", SPLIT_KERNEL, 1, memory, bytes(problem) + bytes(workspace), [0])
 
 
 @dataclass(frozen=True)
@@ -227,15 +242,35 @@ class Counted:
 COUNTED_VECTORS = 16
 # The bounds are what is in docs/cuda.md.
 COUNTED = {
-    "admixture, M = 128": Counted("row", lambda: admixture(64), 215, {"logits": 4, "candidates": 4, "bank": 6}),
+    "admixture, M = 128": Counted("row", lambda: admixture(64), 217, {"logits": 4, "candidates": 4, "bank": 8}),
+    "admixture, M = 128, k = 1": Counted(
+        "row", lambda: admixture(32, k=1), 180, {"logits": 4, "candidates": 4, "bank": 4}
+    ),
+    "admixture, M = 128, k = 3": Counted(
+        "row", lambda: admixture(32, k=3), 345, {"logits": 4, "candidates": 4, "bank": 6}
+    ),
+    "admixture, M = 128 in 32 bits": Counted(
+        "row", lambda: admixture(16, wide=True), 750, {"logits": 1, "candidates": 1, "bank": 4}
+    ),
     "admixture, M = h = 2048": Counted("row", lambda: admixture(16, VECTORS), 1100, {"logits": 4, "bank": 4}),
-    "compose": Counted("row", lambda: compose(32), 160, {"bank": 4}),
+    "compose": Counted("row", lambda: compose(32), 166, {"bank": 4}),
+    "compose, k = 1": Counted("row", lambda: compose(8, 1), 158, {"bank": 2}),
+    "compose, k = 3": Counted("row", lambda: compose(8, 3), 227, {"bank": 6}),
     "backward, grad_logits": Counted("row", lambda: backward_rows(64), 168, {"grad_subvectors": 2, "bank": 4}),
+    "backward, grad_logits, k = 3": Counted(
+        "row", lambda: backward_rows(32, 3), 280, {"grad_subvectors": 2, "bank": 4}
+    ),
     "backward, sort": Counted("entry", backward_sort, 5.5, {"indices": 8, "candidates": 8, "weights": 8}),
     "backward, grad_bank": Counted(
-        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 38, {"slices": 1, "grad_subvectors": 4}
+        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 35, {"slices": 1, "grad_subvectors": 8}
     ),
-    "backward, popular": Counted("entry", backward_popular, 4, {"owed": 4, "grad_subvectors": 4}),
+    "backward, popular": Counted(
+        "entry", lambda: backward_popular(WHOLE), 4, {"popular": 8, "owed": 4, "grad_subvectors": 4}
+    ),
+    "backward, split": Counted(
+        "entry", lambda: backward_popular(SPLIT), 4, {"popular": 8, "owed": 4, "grad_subvectors": 4}
+    ),
+    "backward, sum of 16 parts": Counted("vector", backward_split, 2000, {"popular": 8, "partials": 16}),
 }
 
 

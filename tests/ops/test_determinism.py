@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from benchmarks.gpu.inputs import popular_from
+
 from .cases import Case, Inputs, assert_same_bits, make_inputs
 
 # Large enough that the work is split, with a last part that is smaller than the others; and both ends of how evenly the rows
@@ -115,11 +117,6 @@ def test_called_from_several_threads_at_once(backend, generator):
 
 
 KERNELS = pytest.mark.backends("cuda-emulated-ascending", "cuda-emulated-descending", "cuda-emulated-random", "cuda")
-
-
-def popular_from(rows: int, k: int, vectors: int) -> int:
-    """The most entries that CUDA sums in the CPU's order (of up to 2048 bank vectors)."""
-    return max(64, min(128, 2 * rows * k // vectors))
 
 
 @KERNELS
