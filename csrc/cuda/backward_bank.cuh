@@ -8,11 +8,15 @@
 
 namespace vblora::cuda {
 
-// The part of a row of gradients that a lane adds up: 16 bytes' worth of elements, in chunks of kChunk that are as far
-// apart as all Lanes' chunks take. As many elements a chunk as rows are aligned to.
-template <class Grad, int kChunk, int Lanes>
+// The elements of a row of gradients that a lane adds up: 16 bytes' worth, or as many as have sums of 32 bytes.
+template <class Grad, class Acc>
+constexpr int kOfLane = 16 / (2 * sizeof(Grad) > sizeof(Acc) ? sizeof(Grad) : sizeof(Acc) / 2);
+
+// These, in chunks of kChunk that are as far apart as all Lanes' chunks take. As many elements a chunk as rows are
+// aligned to.
+template <class Grad, class Acc, int kChunk, int Lanes>
 struct Part {
-  static constexpr int kElements = 16 / sizeof(Grad), kChunks = kElements / kChunk, kApart = Lanes * kChunk;
+  static constexpr int kElements = kOfLane<Grad, Acc>, kChunks = kElements / kChunk, kApart = Lanes * kChunk;
   // As they come from memory: words stay together until they are needed, and take the fewest registers.
   using Bits = typename Word<kChunk* static_cast<int>(sizeof(Grad))>::type;
   struct Raw {
@@ -40,7 +44,6 @@ struct Part {
         raw.chunks[c] = __ldg(reinterpret_cast<const Bits*>(from + c * kApart * sizeof(Grad)));
     return raw;
   }
-  template <class Acc>
   __device__ __forceinline__ void add(const Raw& raw, Acc weight, Acc (&sums)[kElements]) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -53,7 +56,7 @@ struct Part {
     }
   }
   // Writes the sums as a row's elements of T. To be called by all of the Lanes.
-  template <class T, class Acc>
+  template <class T>
   __device__ __forceinline__ void write(T* row, Acc (&sums)[kElements]) const {
     constexpr int kBytes = kChunk * static_cast<int>(sizeof(T)), kAtOnce = kBytes > 16 ? 16 / sizeof(T) : kChunk;
     if (is_aligned(row, kAtOnce * static_cast<int>(sizeof(T)))) {
@@ -89,9 +92,9 @@ struct Part {
 };
 
 // Calls body with the elements a chunk (as an integral constant) that the rows' alignment allows.
-template <class Grad, class Body>
+template <class Grad, class Acc, class Body>
 __device__ __forceinline__ void with_chunks(const AdmixtureBackward& problem, const Body& body) {
-  constexpr int kMost = 16 / sizeof(Grad);
+  constexpr int kMost = kOfLane<Grad, Acc>;
   const Grad* grads = static_cast<const Grad*>(problem.grad_subvectors);
   if (in_packs<kMost>(grads, problem.length)) return body(std::integral_constant<int, kMost>());
   if constexpr (kMost > 4)
@@ -209,10 +212,10 @@ static __global__ void __launch_bounds__(kThreads, kBlocks)
   if (workspace.ranges && blockIdx.y == 0 && lane == 0 && bucket << workspace.shift == vector)
     workspace.popular[bucket] = in_bucket > kSplitFrom ? kSplit : popular ? kWhole : 0;
   if (popular) return;
-  with_chunks<Grad>(problem, [&](auto chunk) {
-    using PartOfRow = Part<Grad, decltype(chunk)::value, 32>;
+  with_chunks<Grad, Acc>(problem, [&](auto chunk) {
+    using PartOfRow = Part<Grad, Acc, decltype(chunk)::value, 32>;
     // As registers allow.
-    constexpr int kAhead = sizeof(Acc) == 4 ? 8 : sizeof(Grad) == 2 ? 2 : 4, kRest = kAhead / 2;
+    constexpr int kAhead = sizeof(Acc) == 4 ? 8 : 4, kRest = kAhead / 2;
     const PartOfRow part(problem, blockIdx.y, lane);
     Acc sums[PartOfRow::kElements] = {};
     const int32_t* rows = entries.rows;
@@ -264,9 +267,7 @@ template <class Acc, class Part>
 __device__ __forceinline__ void add_popular(const BackwardWorkspace& workspace, int32_t vector, bool split,
                                             const Part& part, Acc* shared, Acc (&sums)[Part::kElements]) {
   constexpr int N = Part::kElements;
-  constexpr int kAhead = Part::kChunks > 1 || sizeof(Acc) * N > 32 ? 1
-                         : sizeof(Acc) == 8                        ? 2
-                                                                   : 4;  // as registers allow
+  constexpr int kAhead = Part::kChunks > 1 ? 1 : sizeof(Acc) == 8 ? 2 : 4;  // as registers allow
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int each = split ? (workspace.ranges + kPopularBlocks - 1) / kPopularBlocks : 0;  // ranges of a block
   const int range_step = split ? 1 : kWarps, entry_step = split ? kWarps * kPairs : kPairs;
@@ -335,10 +336,10 @@ template <class Grad, class Acc>
 static __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_popular_kernel(const AdmixtureBackward problem, const BackwardWorkspace workspace) {
   __shared__ Flags flags;
-  __shared__ Acc shared[kWarps * kPopularLanes * 16 / sizeof(Grad)];
+  __shared__ Acc shared[kWarps * kPopularLanes * kOfLane<Grad, Acc>];
   if (!read_flags(workspace, flags)) return;  // as a rule
-  with_chunks<Grad>(problem, [&](auto chunk) {
-    using PartOfRow = Part<Grad, decltype(chunk)::value, kPopularLanes>;
+  with_chunks<Grad, Acc>(problem, [&](auto chunk) {
+    using PartOfRow = Part<Grad, Acc, decltype(chunk)::value, kPopularLanes>;
     const PartOfRow part(problem, blockIdx.x, threadIdx.x % kPopularLanes);
 #pragma unroll 1
     for (int split = 0; split < 2; ++split)
@@ -381,7 +382,7 @@ static __global__ void __launch_bounds__(kThreads, kBlocks)
 template <class Grad, class Acc>
 void launch_bank(const AdmixtureBackward& problem, const BackwardWorkspace& workspace, cudaStream_t stream) {
   const auto parts = [&](int lanes) {
-    const int64_t elements = lanes * (16 / static_cast<int64_t>(sizeof(Grad)));
+    const int64_t elements = lanes * kOfLane<Grad, Acc>;
     return (problem.length + elements - 1) / elements;
   };
   const int64_t parts_of_warps = parts(32), parts_of_pairs = parts(kPopularLanes);
