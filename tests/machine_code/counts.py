@@ -262,15 +262,15 @@ COUNTED = {
     ),
     "backward, sort": Counted("entry", backward_sort, 5.5, {"indices": 8, "candidates": 8, "weights": 8}),
     "backward, grad_bank": Counted(
-        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 35, {"slices": 1, "grad_subvectors": 8}
+        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 34, {"slices": 1, "grad_subvectors": 8}
     ),
     "backward, popular": Counted(
         "entry", lambda: backward_popular(WHOLE), 4, {"popular": 8, "owed": 4, "grad_subvectors": 4}
     ),
     "backward, split": Counted(
-        "entry", lambda: backward_popular(SPLIT), 4, {"popular": 8, "owed": 4, "grad_subvectors": 4}
+        "entry", lambda: backward_popular(SPLIT), 7.5, {"popular": 8, "owed": 4, "grad_subvectors": 4}
     ),
-    "backward, sum of 16 parts": Counted("vector", backward_split, 2000, {"popular": 8, "partials": 16}),
+    "backward, sum of 16 parts": Counted("vector", backward_split, 5700, {"popular": 8, "partials": 16}),
 }
 
 
