@@ -132,6 +132,7 @@ def build_program(phase: Phase, arch: str) -> list[list[str]]:
     target = f"-gencode=arch=compute_{number},code=sm_{number}"
     folder = ROOT / "tests" / "emulation"
     sources = [str(folder / "kernels.cpp"), str(folder / "problems.cpp")]
-    flags = ["-std=c++20", "-O3", "--fmad=false", "-lineinfo", target]
+    # One file holds all kernels: without split-compile, one core would compile them.
+    flags = ["-std=c++20", "-O3", "--fmad=false", "-lineinfo", "--split-compile=0", target]
     includes = ["-I", str(ROOT / "csrc"), "-I", str(folder)]
     return [[str(nvcc()), *flags, *includes, "-x", "cu", *sources, "-o", str(phase.folder / PROGRAM)]]

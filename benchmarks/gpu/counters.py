@@ -1,4 +1,4 @@
-"""What ncu counts in five kernels, launched once each by the program without torch, at the size of Llama-2-7B's adapter."""
+"""What ncu counts in six kernels, launched once each by the program without torch, at the size of Llama-2-7B's adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUNS = {
     f"admixture {SIZES}": "admixture_kernel",
     f"admixture_backward {SIZES}": "backward_rows_kernel|backward_bank_kernel",
     "compose rows=39040 vectors=2048 length=256 k=2 indices=i16 out=bf16": "compose_kernel",
-    f"admixture_backward {SIZES} popular=1 need_logits=0": "backward_popular_kernel",
+    f"admixture_backward {SIZES} popular=1 need_logits=0": "backward_popular_kernel|backward_split_kernel",
 }
 SECTIONS = (
     "SpeedOfLight",

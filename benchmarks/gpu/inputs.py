@@ -80,6 +80,6 @@ def chosen(rows: int, choice: str, random: torch.Generator, device: str) -> Tens
     return drawn
 
 
-def popular_from(rows: int) -> int:
-    """The most entries of a vector that CUDA adds up in the CPU's order (docs/cuda.md)."""
-    return max(256, min(1024, 2 * rows * K // VECTORS))
+def popular_from(rows: int, k: int = K, vectors: int = VECTORS) -> int:
+    """The most entries of a vector that CUDA adds up in the CPU's order, of up to 2048 vectors (docs/cuda.md)."""
+    return max(64, min(128, 2 * rows * k // vectors))

@@ -49,7 +49,13 @@ def run(phase: Phase) -> None:
             report(phase, tool, runs.pop(tool))
     for tool, one in runs.items():
         one.wait(0)
-        report(phase, tool, one)
+        if one.stopped and not FOUND.search(one.printed):
+            phase.skip(
+                f"compute-sanitizer {tool}",
+                f"no time left; {one.solved} of {len(PROBLEMS)} problems ran, nothing found",
+            )
+        else:
+            report(phase, tool, one)
 
 
 class Run:
@@ -57,6 +63,7 @@ class Run:
 
     def __init__(self, phase: Phase, name: str, command: list[str]) -> None:
         self.log = phase.folder / f"{name}.txt"
+        self.stopped = False
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
@@ -64,6 +71,7 @@ class Run:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
+            self.stopped = True
             self.process.kill()
             self.process.wait()
 

@@ -24,6 +24,7 @@ OURS = (
     "backward_rows",
     "backward_bank",
     "backward_popular",
+    "backward_split",
 )  # of our kernels
 STEPS = 5
 QUICK = {

@@ -101,12 +101,11 @@ __host__ __device__ __forceinline__ void with_type(Type type, const Body& body) 
 
 template <class Acc>
 __device__ __forceinline__ Acc element_at(const void* elements, Type type, int64_t i) {
-  switch (type) {
-    case Type::f32: return load<Acc>(load_pack<1>(static_cast<const float*>(elements) + i).element[0]);
-    case Type::f64: return load<Acc>(load_pack<1>(static_cast<const double*>(elements) + i).element[0]);
-    case Type::bf16: return load<Acc>(load_pack<1>(static_cast<const bf16*>(elements) + i).element[0]);
-    default: return load<Acc>(load_pack<1>(static_cast<const f16*>(elements) + i).element[0]);
-  }
+  Acc result = 0;
+  with_type(type, [&](auto element) {
+    result = load<Acc>(load_pack<1>(static_cast<const decltype(element)*>(elements) + i).element[0]);
+  });
+  return result;
 }
 
 __device__ __forceinline__ int64_t index_at(const void* indices, Type type, int64_t i) {

@@ -138,7 +138,7 @@ __device__ __forceinline__ void scan(const Admixture& problem, int64_t row, bool
   using Acc = accumulator_t<T>;
   constexpr bool kAny = std::is_same_v<Candidate, AnyCandidate>, kCandidates = !kAny && !std::is_void_v<Candidate>;
   using Index = std::conditional_t<kCandidates, Candidate, char>;
-  constexpr int kAhead = N == 1 ? 4 : (K <= 2 ? 16 : 8) / N;  // loads under way, as registers allow
+  constexpr int kAhead = N == 1 ? 4 : (K <= 4 ? 16 : 8) / N;  // loads under way, as registers allow
   const uint32_t columns = static_cast<uint32_t>(problem.columns);
   const int64_t offset = exists ? row * problem.columns : 0;
   const T* logits = static_cast<const T*>(problem.logits) + offset;
@@ -226,11 +226,15 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) admixture_kernel(con
     scan<Lanes, decltype(packed)::value, std::remove_pointer_t<decltype(candidate)>, T>(problem, row, exists, lane, k,
                                                                                         best);
   };
+  const int of_candidates = N * (problem.candidate_type == Type::i16 ? 2 : 4);
+  const bool packs = in_packs<N>(static_cast<const T*>(problem.logits), problem.columns) &&
+                     is_aligned(problem.candidates, of_candidates);
   if constexpr (!std::is_same_v<Entry, Packed>) {
-    scan_by(std::integral_constant<int, 1>(), static_cast<AnyCandidate*>(nullptr));
+    constexpr bool kPacks = K <= 2 && sizeof(T) < 8;  // as registers allow
+    if (kPacks && packs && problem.candidates && problem.candidate_type == Type::i32)
+      scan_by(std::integral_constant<int, kPacks ? N : 1>(), static_cast<int32_t*>(nullptr));
+    else scan_by(std::integral_constant<int, 1>(), static_cast<AnyCandidate*>(nullptr));
   } else {
-    const bool packs =
-        in_packs<N>(static_cast<const T*>(problem.logits), problem.columns) && is_aligned(problem.candidates, N * 2);
     const auto scan_candidates = [&](auto candidate) {
       if (packs) scan_by(std::integral_constant<int, N>(), candidate);
       else scan_by(std::integral_constant<int, 1>(), candidate);
@@ -252,7 +256,7 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) admixture_kernel(con
     static_cast<Acc*>(problem.weights)[row * k + lane] = weight;
   }
   const bool there = lane < k && exists && vector >= 0 && vector < problem.vectors;
-  mix<Lanes, K, T>(problem.bank, problem.length, Entries<Lanes, K, Acc>(there ? vector : -1, weight),
+  mix<Lanes, K, T>(problem.bank, problem.length, Entries<Lanes, K, Acc>(there ? vector : -1, weight, k),
                    {problem.subvectors, problem.out_type, row, exists, lane});
 }
 
@@ -343,6 +347,8 @@ inline void launch_admixture(const Admixture& problem, cudaStream_t stream) {
           if (problem.k <= 4) return launch_selection<T, 4, Packed>(problem, stream);
         return launch_selection<T, kSelected<T>, Packed>(problem, stream);
       }
+    if constexpr (sizeof(T) < 8)
+      if (problem.k <= 2) return launch_selection<T, 2, Wide<key_t<T>>>(problem, stream);
     launch_selection<T, kSelected<T>, Wide<key_t<T>>>(problem, stream);
   });
 }

@@ -8,13 +8,15 @@
 
 namespace vblora::cuda {
 
-constexpr int kPopularBlocks = 16;  // among which popular vectors are dealt out, for each part of their length
+// The elements of a row of gradients that a lane adds up: 16 bytes' worth, or as many as have sums of 32 bytes.
+template <class Grad, class Acc>
+constexpr int kOfLane = 16 / (2 * sizeof(Grad) > sizeof(Acc) ? sizeof(Grad) : sizeof(Acc) / 2);
 
-// The part of a row of gradients that a lane adds up: 16 bytes' worth of elements, in chunks of kChunk that are as far
-// apart as all Lanes' chunks take. As many elements a chunk as rows are aligned to.
-template <class Grad, int kChunk, int Lanes>
+// These, in chunks of kChunk that are as far apart as all Lanes' chunks take. As many elements a chunk as rows are
+// aligned to.
+template <class Grad, class Acc, int kChunk, int Lanes>
 struct Part {
-  static constexpr int kElements = 16 / sizeof(Grad), kChunks = kElements / kChunk, kApart = Lanes * kChunk;
+  static constexpr int kElements = kOfLane<Grad, Acc>, kChunks = kElements / kChunk, kApart = Lanes * kChunk;
   // As they come from memory: words stay together until they are needed, and take the fewest registers.
   using Bits = typename Word<kChunk* static_cast<int>(sizeof(Grad))>::type;
   struct Raw {
@@ -42,7 +44,6 @@ struct Part {
         raw.chunks[c] = __ldg(reinterpret_cast<const Bits*>(from + c * kApart * sizeof(Grad)));
     return raw;
   }
-  template <class Acc>
   __device__ __forceinline__ void add(const Raw& raw, Acc weight, Acc (&sums)[kElements]) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -55,7 +56,7 @@ struct Part {
     }
   }
   // Writes the sums as a row's elements of T. To be called by all of the Lanes.
-  template <class T, class Acc>
+  template <class T>
   __device__ __forceinline__ void write(T* row, Acc (&sums)[kElements]) const {
     constexpr int kBytes = kChunk * static_cast<int>(sizeof(T)), kAtOnce = kBytes > 16 ? 16 / sizeof(T) : kChunk;
     if (is_aligned(row, kAtOnce * static_cast<int>(sizeof(T)))) {
@@ -91,9 +92,9 @@ struct Part {
 };
 
 // Calls body with the elements a chunk (as an integral constant) that the rows' alignment allows.
-template <class Grad, class Body>
+template <class Grad, class Acc, class Body>
 __device__ __forceinline__ void with_chunks(const AdmixtureBackward& problem, const Body& body) {
-  constexpr int kMost = 16 / sizeof(Grad);
+  constexpr int kMost = kOfLane<Grad, Acc>;
   const Grad* grads = static_cast<const Grad*>(problem.grad_subvectors);
   if (in_packs<kMost>(grads, problem.length)) return body(std::integral_constant<int, kMost>());
   if constexpr (kMost > 4)
@@ -115,18 +116,25 @@ __device__ __forceinline__ void write_bank(const AdmixtureBackward& problem, int
   }
 }
 
+// Of a warp: what the entries of its vector owe, in ascending order, in shared memory.
+template <class Acc>
+struct Listed {
+  int32_t rows[kMostEntries];
+  Acc weights[kMostEntries];
+};
+
 // sums += weight * grad row, for N entries, or the first `count` of them if they are fewer. All are read before any is
 // added.
 template <int N, class Acc, class Part>
-__device__ __forceinline__ void add_some(const Owed<Acc>* entries, int count, const Part& part,
+__device__ __forceinline__ void add_some(const int32_t* rows, const Acc* weights, int count, const Part& part,
                                          Acc (&sums)[Part::kElements]) {
   typename Part::Raw read[N];
 #pragma unroll
   for (int a = 0; a < N; ++a)
-    if (a < count) read[a] = part.read(entries[a].row);
+    if (a < count) read[a] = part.read(rows[a]);
 #pragma unroll
   for (int a = 0; a < N; ++a)
-    if (a < count) part.add(read[a], entries[a].weight, sums);
+    if (a < count) part.add(read[a], weights[a], sums);
 }
 
 template <class Acc>
@@ -134,26 +142,24 @@ __device__ __forceinline__ Owed<Acc> owed_at(const BackwardWorkspace& workspace,
   return load_pack<1>(static_cast<const Owed<Acc>*>(workspace.owed) + slot).element[0];
 }
 
-// The entries of a vector in 32 ranges, of which `slices` (in shared memory) says where they lie.
-template <int kAhead, class Acc, class Part>
-__device__ __forceinline__ void add_entries(const BackwardWorkspace& workspace, int first_range, const uint32_t* slices,
-                                            int32_t vector, Owed<Acc>* batch, const Part& part,
-                                            Acc (&sums)[Part::kElements]) {
+// Puts the entries of a vector in 32 ranges, of which `slices` (in shared memory) says where they lie, behind the
+// `count` that are there, and returns how many that makes.
+template <class Acc>
+__device__ __forceinline__ int collect(const BackwardWorkspace& workspace, int first_range, const uint32_t* slices,
+                                       int32_t vector, int count, Listed<Acc>& entries) {
   const int lane = threadIdx.x % 32;
-  int total = 32;
+  // Where this lane's range ends among all entries of the 32, and what takes a place there to one in the range.
+  int offset = static_cast<int>(slices[lane] & 0xffffu), end = static_cast<int>(slices[lane] >> 16) - offset;
+  offset += end;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, end, distance);
+    if (lane >= distance) end += before;
+  }
+  offset -= end;
+  const int total = __shfl_sync(kAllLanes, end, 31);
 #pragma unroll 1
   for (int first = 0; first < total; first += 32) {
-    // Where this lane's range ends among all entries of the 32, and what takes a place there to one in the range.
-    // Found anew each time: rows need the registers meanwhile.
-    int offset = static_cast<int>(slices[lane] & 0xffffu), end = static_cast<int>(slices[lane] >> 16) - offset;
-    offset += end;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int before = __shfl_up_sync(kAllLanes, end, distance);
-      if (lane >= distance) end += before;
-    }
-    offset -= end;
-    total = __shfl_sync(kAllLanes, end, 31);
     const int place = first + lane;  // of the entry that this lane takes, in the first range that ends beyond it
     int source = 0;
 #pragma unroll
@@ -162,90 +168,123 @@ __device__ __forceinline__ void add_entries(const BackwardWorkspace& workspace, 
     const int64_t slot = int64_t{first_range + source} * kRange + (__shfl_sync(kAllLanes, offset, source) + place);
     const bool here = place < total && (workspace.shift == 0 || __ldg(workspace.vectors + slot) == vector);
     const unsigned all = __ballot_sync(kAllLanes, here);
-    if (here) batch[__popc(all & ((1u << lane) - 1))] = owed_at<Acc>(workspace, slot);
-    __syncwarp();
-    constexpr int kRest = (kAhead + 1) / 2;
-    const Owed<Acc>* entry = batch;
-    int left = __popc(all);
-#pragma unroll 1
-    for (; left >= kAhead; left -= kAhead, entry += kAhead) add_some<kAhead>(entry, kAhead, part, sums);
-#pragma unroll 1
-    for (; left > 0; left -= kRest, entry += kRest) add_some<kRest>(entry, left, part, sums);
-    __syncwarp();
+    if (here) {
+      const Owed<Acc> owed = owed_at<Acc>(workspace, slot);
+      const int to = count + __popc(all & ((1u << lane) - 1));
+      entries.rows[to] = owed.row;
+      entries.weights[to] = owed.weight;
+    }
+    count += __popc(all);
   }
+  return count;
 }
 
 // A warp a vector and 512 bytes of it; blockIdx.y says which. Eight neighbours a block, so that it reads whole sectors
-// of slices, of 32 ranges at a time.
+// of slices, of 32 ranges at a time. First all entries are found, then their rows added: so each has the registers.
 template <class Grad, class Acc>
 static __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_bank_kernel(const AdmixtureBackward problem, const BackwardWorkspace workspace) {
   __shared__ uint32_t slices[kWarps][32 + 4];  // 4: neither writing nor reading them meets a bank twice
-  __shared__ __align__(16) unsigned char shared_batches[kWarps * 32 * sizeof(Owed<Acc>)];
-  auto* const batches = reinterpret_cast<Owed<Acc>(*)[32]>(shared_batches);
+  __shared__ __align__(16) unsigned char memory[kWarps * sizeof(Listed<Acc>)];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  Listed<Acc>& entries = reinterpret_cast<Listed<Acc>*>(memory)[warp];
   const int32_t first_vector = static_cast<int32_t>(blockIdx.x) * kWarps, vector = first_vector + warp;
-  with_chunks<Grad>(problem, [&](auto chunk) {
-    using PartOfRow = Part<Grad, decltype(chunk)::value, 32>;
-    constexpr int kAhead = sizeof(Acc) * PartOfRow::kElements > 32 ? 1
-                           : PartOfRow::kChunks > 1                ? 2
-                           : sizeof(Acc) == 4                      ? (sizeof(Grad) == 2 ? 8 : 4)
-                                                                   : 4;  // as registers allow
+  int in_bucket = 0, count = 0;
+#pragma unroll 1
+  for (int first = 0; first < workspace.ranges; first += 32) {
+    const int slot = threadIdx.x % kWarps, range = threadIdx.x / kWarps;
+    const int32_t of = first_vector + slot;
+    slices[slot][range] =
+        of < problem.vectors && first + range < workspace.ranges
+            ? __ldg(workspace.slices + int64_t{first + range} * workspace.stride() + (of >> workspace.shift))
+            : 0;
+    __syncthreads();
+    int here = static_cast<int>(slices[warp][lane] >> 16) - static_cast<int>(slices[warp][lane] & 0xffffu);
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) here += __shfl_xor_sync(kAllLanes, here, distance);
+    in_bucket += here;
+    if (in_bucket <= workspace.popular_from) count = collect(workspace, first, slices[warp], vector, count, entries);
+    __syncthreads();
+  }
+  if (vector >= problem.vectors) return;
+  const int32_t bucket = vector >> workspace.shift;
+  const bool popular = in_bucket > workspace.popular_from;
+  if (workspace.ranges && blockIdx.y == 0 && lane == 0 && bucket << workspace.shift == vector)
+    workspace.popular[bucket] = in_bucket > kSplitFrom ? kSplit : popular ? kWhole : 0;
+  if (popular) return;
+  with_chunks<Grad, Acc>(problem, [&](auto chunk) {
+    using PartOfRow = Part<Grad, Acc, decltype(chunk)::value, 32>;
+    // As registers allow.
+    constexpr int kAhead = sizeof(Acc) == 4 ? 8 : 4, kRest = kAhead / 2;
     const PartOfRow part(problem, blockIdx.y, lane);
     Acc sums[PartOfRow::kElements] = {};
-    int count = 0;
+    const int32_t* rows = entries.rows;
+    const Acc* weights = entries.weights;
+    int left = count;
 #pragma unroll 1
-    for (int first = 0; first < workspace.ranges; first += 32) {
-      const int slot = threadIdx.x % kWarps, range = threadIdx.x / kWarps;
-      const int32_t of = first_vector + slot;
-      slices[slot][range] =
-          of < problem.vectors && first + range < workspace.ranges
-              ? __ldg(workspace.slices + int64_t{first + range} * workspace.stride() + (of >> workspace.shift))
-              : 0;
-      __syncthreads();
-      int here = static_cast<int>(slices[warp][lane] >> 16) - static_cast<int>(slices[warp][lane] & 0xffffu);
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) here += __shfl_xor_sync(kAllLanes, here, distance);
-      count += here;
-      if (count <= workspace.popular_from)
-        add_entries<kAhead>(workspace, first, slices[warp], vector, batches[warp], part, sums);
-      __syncthreads();
-    }
-    if (vector >= problem.vectors) return;
-    const int32_t bucket = vector >> workspace.shift;
-    const bool popular = count > workspace.popular_from;
-    if (workspace.ranges && blockIdx.y == 0 && lane == 0 && bucket << workspace.shift == vector)
-      workspace.popular[bucket] = popular;
-    if (!popular) write_bank(problem, vector, part, sums);
+    for (; left >= kAhead; left -= kAhead, rows += kAhead, weights += kAhead)
+      add_some<kAhead>(rows, weights, kAhead, part, sums);
+#pragma unroll 1
+    for (; left > 0; left -= kRest, rows += kRest, weights += kRest) add_some<kRest>(rows, weights, left, part, sums);
+    write_bank(problem, vector, part, sums);
   });
 }
 
-// Two lanes an entry and 32 bytes of it; so 16 entries a warp at a time. Warp w takes the ranges w, w + 8, ...; its
-// i-th pair of lanes the entries i, i + 16, ... of each. Then the pairs are added up, halves first, and last the warps
-// in ascending order.
-constexpr int kPopularLanes = 2;
+// Of the popular buckets, which are done by a block, and which are split: a bit for each.
+struct Flags {
+  unsigned whole[kMostBuckets / 32], split[kMostBuckets / 32];
+};
 
-template <class Grad, class Acc, int kChunk>
-__device__ __forceinline__ void add_popular(const AdmixtureBackward& problem, const BackwardWorkspace& workspace,
-                                            int64_t vector, Acc* shared) {
-  using PartOfRow = Part<Grad, kChunk, kPopularLanes>;
-  constexpr int N = PartOfRow::kElements, kPairs = 32 / kPopularLanes;
-  constexpr int kAhead = PartOfRow::kChunks > 1 ? 1 : sizeof(Acc) == 8 ? 2 : 4;  // as registers allow
+// To be called by the whole block. Returns whether there are any.
+__device__ __forceinline__ bool read_flags(const BackwardWorkspace& workspace, Flags& shared) {
+  constexpr int kEach = kMostBuckets / kThreads;
+  int flags[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int bucket = i * kThreads + static_cast<int>(threadIdx.x);
+    flags[i] = bucket < workspace.buckets ? __ldg(workspace.popular + bucket) : 0;
+  }
+  unsigned any = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const unsigned whole = __ballot_sync(kAllLanes, flags[i] == kWhole);
+    const unsigned split = __ballot_sync(kAllLanes, flags[i] == kSplit);
+    const int word = i * kWarps + static_cast<int>(threadIdx.x) / 32;
+    if (threadIdx.x % 32 == 0) shared.whole[word] = whole, shared.split[word] = split;
+    any |= whole | split;
+  }
+  return __syncthreads_or(static_cast<int>(any != 0));
+}
+
+// Two lanes an entry and 32 bytes of it; so 16 entries a warp at a time.
+constexpr int kPopularLanes = 2, kPairs = 32 / kPopularLanes;
+
+// The sums of what a block adds up of a popular vector, in the first kPopularLanes threads. Of a vector that one block
+// does, warp w takes the ranges w, w + 8, ..., and its i-th pair of lanes the entries i, i + 16, ... of each. Of one
+// that is split, a block does neighbouring ranges, all of its warps together: pair i takes i, i + 128, ... In the end
+// pairs are added up, halves first, and then warps in ascending order.
+template <class Acc, class Part>
+__device__ __forceinline__ void add_popular(const BackwardWorkspace& workspace, int32_t vector, bool split,
+                                            const Part& part, Acc* shared, Acc (&sums)[Part::kElements]) {
+  constexpr int N = Part::kElements;
+  constexpr int kAhead = Part::kChunks > 1 ? 1 : sizeof(Acc) == 8 ? 2 : 4;  // as registers allow
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const PartOfRow part(problem, blockIdx.x, lane % kPopularLanes);
-  Acc sums[N] = {};
+  const int each = split ? (workspace.ranges + kPopularBlocks - 1) / kPopularBlocks : 0;  // ranges of a block
+  const int range_step = split ? 1 : kWarps, entry_step = split ? kWarps * kPairs : kPairs;
+  const int ranges = split ? min(static_cast<int>(blockIdx.y + 1) * each, workspace.ranges) : workspace.ranges;
 #pragma unroll 1
-  for (int range = warp; range < workspace.ranges; range += kWarps) {
+  for (int range = split ? static_cast<int>(blockIdx.y) * each : warp; range < ranges; range += range_step) {
     const uint32_t slice = __ldg(workspace.slices + int64_t{range} * workspace.stride() + (vector >> workspace.shift));
     const int end = static_cast<int>(slice >> 16);
     const int64_t slot = int64_t{range} * kRange;
+    int at = static_cast<int>(slice & 0xffffu) + (split ? static_cast<int>(threadIdx.x) : lane) / kPopularLanes;
 #pragma unroll 1
-    for (int first = static_cast<int>(slice & 0xffffu) + lane / kPopularLanes; first < end; first += kPairs * kAhead) {
+    for (; at < end; at += entry_step * kAhead) {
       Owed<Acc> owed[kAhead];
-      typename PartOfRow::Raw read[kAhead];
+      typename Part::Raw read[kAhead];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
-        const int place = first + a * kPairs;
+        const int place = at + a * entry_step;
         owed[a] = {-1, 0};
         if (place < end && (workspace.shift == 0 || __ldg(workspace.vectors + slot + place) == vector))
           owed[a] = owed_at<Acc>(workspace, slot + place);
@@ -266,56 +305,84 @@ __device__ __forceinline__ void add_popular(const AdmixtureBackward& problem, co
 #pragma unroll
     for (int e = 0; e < N; ++e) shared[(warp * kPopularLanes + lane) * N + e] = sums[e];
   __syncthreads();
-  if (threadIdx.x < kPopularLanes) {
+  if (threadIdx.x < kPopularLanes)
 #pragma unroll 1
     for (int w = 1; w < kWarps; ++w)
 #pragma unroll
       for (int e = 0; e < N; ++e) sums[e] += shared[(w * kPopularLanes + lane) * N + e];
-    write_bank(problem, vector, part, sums);
-  }
   __syncthreads();
 }
 
-// A block 32 bytes of the bank (blockIdx.x says which), and every kPopularBlocks-th of the popular vectors.
+// Calls body(vector, number) for each vector of the buckets that have a bit, in ascending order; number: of the bucket.
+template <class Body>
+__device__ __forceinline__ void each_vector(const AdmixtureBackward& problem, const BackwardWorkspace& workspace,
+                                            const unsigned* bits, const Body& body) {
+  int number = 0;
+#pragma unroll 1
+  for (int word = 0; word < kMostBuckets / 32; ++word)
+#pragma unroll 1
+    for (unsigned left = bits[word]; left; left &= left - 1, ++number) {
+      const int bucket = 32 * word + __ffs(static_cast<int>(left)) - 1;
+#pragma unroll 1
+      for (int32_t i = 0; i < 1 << workspace.shift; ++i)
+        if (const int64_t vector = (int64_t{bucket} << workspace.shift) + i; vector < problem.vectors)
+          body(static_cast<int32_t>(vector), number);
+    }
+}
+
+// A block 32 bytes of the bank (blockIdx.x says which), and of the popular vectors every kPopularBlocks-th, or its part
+// of those that are split.
 template <class Grad, class Acc>
 static __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_popular_kernel(const AdmixtureBackward problem, const BackwardWorkspace workspace) {
-  __shared__ unsigned popular[kWarps];
-  __shared__ Acc shared[kWarps * kPopularLanes * 16 / sizeof(Grad)];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto is_popular = [&](int bucket) { return bucket < workspace.buckets && __ldg(workspace.popular + bucket); };
-  bool any = false;
+  __shared__ Flags flags;
+  __shared__ Acc shared[kWarps * kPopularLanes * kOfLane<Grad, Acc>];
+  if (!read_flags(workspace, flags)) return;  // as a rule
+  with_chunks<Grad, Acc>(problem, [&](auto chunk) {
+    using PartOfRow = Part<Grad, Acc, decltype(chunk)::value, kPopularLanes>;
+    const PartOfRow part(problem, blockIdx.x, threadIdx.x % kPopularLanes);
 #pragma unroll 1
-  for (int bucket = threadIdx.x; bucket < workspace.buckets; bucket += kThreads) any |= is_popular(bucket);
-  if (!__syncthreads_or(any)) return;  // as a rule
+    for (int split = 0; split < 2; ++split)
+      each_vector(problem, workspace, split ? flags.split : flags.whole, [&](int32_t vector, int number) {
+        if (!split && number % kPopularBlocks != blockIdx.y) return;
+        Acc sums[PartOfRow::kElements] = {};
+        add_popular<Acc>(workspace, vector, split, part, shared, sums);
+        if (threadIdx.x >= kPopularLanes) return;
+        if (split)
+          part.write(
+              static_cast<Acc*>(workspace.partials) + workspace.partial(vector, number, blockIdx.y) * problem.length,
+              sums);
+        else write_bank(problem, vector, part, sums);
+      });
+  });
+}
 
-  with_chunks<Grad>(problem, [&](auto chunk) {
-    unsigned number = 0;  // of a popular bucket, among all
-#pragma unroll 1
-    for (int first = 0; first < workspace.buckets; first += kThreads) {
-      const unsigned votes = __ballot_sync(kAllLanes, is_popular(first + static_cast<int>(threadIdx.x)));
-      if (lane == 0) popular[warp] = votes;
-      __syncthreads();
-#pragma unroll 1
-      for (int word = 0; word < kWarps; ++word)
-#pragma unroll 1
-        for (unsigned left = popular[word]; left; left &= left - 1) {
-          if (number++ % kPopularBlocks != blockIdx.y) continue;
-          const int bucket = first + 32 * word + __ffs(static_cast<int>(left)) - 1;
-          const int64_t end = (int64_t{bucket} + 1) << workspace.shift;
-#pragma unroll 1
-          for (int64_t vector = int64_t{bucket} << workspace.shift; vector < end && vector < problem.vectors; ++vector)
-            add_popular<Grad, Acc, decltype(chunk)::value>(problem, workspace, vector, shared);
-        }
-      __syncthreads();
-    }
+// Adds up the parts of the vectors that are split: a thread an element.
+template <class Acc>
+static __global__ void __launch_bounds__(kThreads, kBlocks)
+    backward_split_kernel(const AdmixtureBackward problem, const BackwardWorkspace workspace) {
+  __shared__ Flags flags;
+  if (!read_flags(workspace, flags)) return;  // as a rule
+  const int64_t element = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (element >= problem.length) return;
+  const Acc* partials = static_cast<const Acc*>(workspace.partials) + element;
+  each_vector(problem, workspace, flags.split, [&](int32_t vector, int number) {
+    Acc parts[kPopularBlocks], sum = 0;
+#pragma unroll
+    for (int block = 0; block < kPopularBlocks; ++block)
+      parts[block] = __ldg(partials + workspace.partial(vector, number, block) * problem.length);
+#pragma unroll
+    for (int block = 0; block < kPopularBlocks; ++block) sum += parts[block];
+    with_type(problem.type, [&](auto type) {
+      store(static_cast<decltype(type)*>(problem.grad_bank) + vector * problem.length + element, sum);
+    });
   });
 }
 
 template <class Grad, class Acc>
 void launch_bank(const AdmixtureBackward& problem, const BackwardWorkspace& workspace, cudaStream_t stream) {
   const auto parts = [&](int lanes) {
-    const int64_t elements = lanes * (16 / static_cast<int64_t>(sizeof(Grad)));
+    const int64_t elements = lanes * kOfLane<Grad, Acc>;
     return (problem.length + elements - 1) / elements;
   };
   const int64_t parts_of_warps = parts(32), parts_of_pairs = parts(kPopularLanes);
@@ -325,6 +392,9 @@ void launch_bank(const AdmixtureBackward& problem, const BackwardWorkspace& work
   if (workspace.entries <= workspace.popular_from) return;
   const dim3 popular_grid(static_cast<unsigned>(parts_of_pairs), kPopularBlocks);
   VBLORA_LAUNCH_OR_THROW((backward_popular_kernel<Grad, Acc>), popular_grid, kThreads, 0, stream, problem, workspace);
+  if (workspace.entries <= kSplitFrom) return;
+  VBLORA_LAUNCH_OR_THROW((backward_split_kernel<Acc>), grid_size(problem.length, kThreads, "elements"), kThreads, 0,
+                         stream, problem, workspace);
 }
 
 }  // namespace vblora::cuda

@@ -55,9 +55,19 @@ __device__ __forceinline__ Acc add_partials(Acc (&partials)[N]) {
   return partials[0];
 }
 
+// N elements of a row, of which kChunk lie together and as many as `left` are there. The others are not touched.
+template <int N, int kChunk, class T>
+__device__ __forceinline__ void load_part(const T* from, int left, Pack<T, N>& part) {
+  Pack<Pack<T, kChunk>, N / kChunk> chunks = bits_as<Pack<Pack<T, kChunk>, N / kChunk>>(part);
+#pragma unroll
+  for (int c = 0; c < N / kChunk; ++c)
+    if (c == 0 || c * kChunk < left) chunks.element[c] = load_pack<kChunk>(from + c * kChunk);
+  part = bits_as<Pack<T, N>>(chunks);
+}
+
 // The dot products of a gradient row with two bank vectors, either of which may be missing (null): two at once, since
-// one reading of the gradient serves both.
-template <class T, class Grad, class Acc>
+// one reading of the gradient serves both. Rows are aligned to kChunk elements, and have a multiple of these.
+template <int kChunk, class T, class Grad, class Acc>
 __device__ __forceinline__ void dot_two_packs(const Grad* grad, const T* a, const T* b, int length, int lane,
                                               Acc* a_dot, Acc* b_dot) {
   constexpr int N = kPartials<T>;
@@ -65,16 +75,19 @@ __device__ __forceinline__ void dot_two_packs(const Grad* grad, const T* a, cons
   constexpr int kAhead = sizeof(Grad) <= sizeof(T) && N <= 4 ? 2 : 1;  // as registers allow
 #pragma unroll kAhead
   for (int first = lane * N; first < length; first += 32) {
+    const int left = kChunk < N ? length - first : N;
     Pack<T, N> a_pack = {}, b_pack = {};
-    const Pack<Grad, N> grad_pack = load_pack<N>(grad + first);
-    if (a) a_pack = load_pack<N>(a + first);
-    if (b) b_pack = load_pack<N>(b + first);
+    Pack<Grad, N> grad_pack = {};
+    load_part<N, kChunk>(grad + first, left, grad_pack);
+    if (a) load_part<N, kChunk>(a + first, left, a_pack);
+    if (b) load_part<N, kChunk>(b + first, left, b_pack);
 #pragma unroll
-    for (int e = 0; e < N; ++e) {
-      const Acc value = element_of<Acc>(grad_pack, e);
-      if (a) a_sums[e] = multiply_add(value, element_of<Acc>(a_pack, e), a_sums[e]);
-      if (b) b_sums[e] = multiply_add(value, element_of<Acc>(b_pack, e), b_sums[e]);
-    }
+    for (int e = 0; e < N; ++e)
+      if (e < kChunk || e < left) {
+        const Acc value = element_of<Acc>(grad_pack, e);
+        if (a) a_sums[e] = multiply_add(value, element_of<Acc>(a_pack, e), a_sums[e]);
+        if (b) b_sums[e] = multiply_add(value, element_of<Acc>(b_pack, e), b_sums[e]);
+      }
   }
   *a_dot = add_partials<kLanesOfARow<T>>(a_sums);
   *b_dot = add_partials<kLanesOfARow<T>>(b_sums);
@@ -131,8 +144,11 @@ __device__ __forceinline__ void rows_of_few_entries(const AdmixtureBackward& pro
   const bool exists = row < problem.rows;
   const Grad* grads = static_cast<const Grad*>(problem.grad_subvectors);
   const T* bank = static_cast<const T*>(problem.bank);
-  // float64 gradients of a half-precision bank would take too many registers.
-  const bool packs = sizeof(Grad) <= 2 * sizeof(T) && in_packs<N>(grads, length) && in_packs<N>(bank, length);
+  // The elements that rows are read by. float64 gradients of a half-precision bank would take too many registers.
+  const auto reads = [&](auto chunk) {
+    constexpr int kChunk = decltype(chunk)::value;
+    return sizeof(Grad) <= 2 * sizeof(T) && in_packs<kChunk>(grads, length) && in_packs<kChunk>(bank, length);
+  };
 
   int32_t columns[kEach], vectors[kEach];
   Acc weights[kEach], dots[kEach];
@@ -157,15 +173,22 @@ __device__ __forceinline__ void rows_of_few_entries(const AdmixtureBackward& pro
       if (lane + i * kLanes == j) dots[i] = problem.grad_weights ? dot + dots[i] : dot;
   };
   const Grad* grad_row = grads + (exists ? row * length : 0);
-  if (packs) {
+  const auto read_packs = [&](auto chunk) {
     for (int j = 0; j < k; j += 2) {
       Acc first, second;
       const T* a = vector_at(j);
       const T* b = vector_at(j + 1);
-      dot_two_packs(grad_row, a, b, exists && grads ? length : 0, lane, &first, &second);
+      dot_two_packs<decltype(chunk)::value>(grad_row, a, b, exists && grads ? length : 0, lane, &first, &second);
       keep(j, first);
       if (j + 1 < k) keep(j + 1, second);
     }
+  };
+  constexpr std::integral_constant<int, N> all_of_them;
+  constexpr std::integral_constant < int, N<4 ? N : 4> four;
+  if (reads(all_of_them)) {
+    read_packs(all_of_them);
+  } else if (N > 4 && reads(four)) {
+    read_packs(four);
   } else {
     for (int j = 0; j < k; ++j) {
       Acc grad;
@@ -195,6 +218,7 @@ __device__ __forceinline__ void rows_of_few_entries(const AdmixtureBackward& pro
     else write_row<1>(to, all, its_columns, its_grads, lane);
   };
   if (k <= 2) write(std::integral_constant<int, 2>());
+  else if (k <= 4) write(std::integral_constant<int, 4>());
   else write(std::integral_constant<int, kFewEntries>());
 }
 

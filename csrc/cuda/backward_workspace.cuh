@@ -2,6 +2,7 @@
 // numbered row by row.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "access.cuh"
@@ -11,7 +12,11 @@ namespace vblora::cuda {
 constexpr int kRange = 2048;  // entries that a block sorts
 // What a range's entries are told apart in: bank vectors, or groups of neighbouring ones.
 constexpr int kMostBuckets = 2048;
-constexpr int kFewEntries = 8;  // of a row: up to here, a few lanes of a warp do all of its grad_logits
+// Entries of a bucket up to which a warp adds up each vector alone; the popular ones, of more, are dealt out among so
+// many blocks, for each part of their length; and those that have very many are split among all of these.
+constexpr int kMostEntries = 128, kPopularBlocks = 16, kSplitFrom = 4096;
+constexpr uint8_t kWhole = 1, kSplit = 2;  // how a popular one is done
+constexpr int kFewEntries = 8;             // of a row: up to here, a few lanes of a warp do all of its grad_logits
 
 // What an entry adds to its bank vector: weight * the row of the gradient.
 template <class Acc>
@@ -33,12 +38,17 @@ struct BackwardWorkspace {
   // (ranges, stride): where in its range each bucket begins, and, above bit 16, where it ends. A block of backward_bank
   // reads those of eight neighbours in each range, which is a sector of memory.
   uint32_t* slices;
-  uint8_t* popular;    // (buckets): whether backward_popular does it
+  uint8_t* popular;    // (buckets): kWhole, kSplit, or 0 where backward_bank does it
+  void* partials;      // (split buckets, vectors of a bucket, kPopularBlocks, length): sums of the parts
   void* grad_weights;  // (rows, k), where k > kFewEntries
   size_t bytes;        // of all that
 
   // From a range's slices to the next one's: whole sectors.
   VBLORA_BOTH int32_t stride() const { return (buckets + 7) / 8 * 8; }
+  // The row of partials that a block writes, of a vector in the number-th of the split buckets.
+  VBLORA_BOTH int64_t partial(int32_t vector, int64_t number, int64_t block) const {
+    return ((number << shift) + (vector & ((1 << shift) - 1))) * kPopularBlocks + block;
+  }
 };
 
 inline BackwardWorkspace backward_workspace(const AdmixtureBackward& problem, void* memory = nullptr) {
@@ -56,13 +66,12 @@ inline BackwardWorkspace backward_workspace(const AdmixtureBackward& problem, vo
     workspace.entries = entries;
     workspace.ranges = static_cast<int32_t>((entries + kRange - 1) / kRange);
     const int64_t twice_the_mean = workspace.buckets ? 2 * entries / workspace.buckets : 0;
-    workspace.popular_from = static_cast<int32_t>(twice_the_mean < 128   ? 128
-                                                  : twice_the_mean > 512 ? 512
-                                                                         : twice_the_mean);
+    workspace.popular_from = static_cast<int32_t>(std::clamp<int64_t>(twice_the_mean, kMostEntries / 2, kMostEntries));
     reserve(workspace.owed, entries, 2 * accumulator);
     reserve(workspace.vectors, workspace.shift ? entries : 0, sizeof(int32_t));
     reserve(workspace.slices, int64_t{workspace.ranges} * workspace.stride(), sizeof(uint32_t));
     reserve(workspace.popular, workspace.buckets, 1);
+    reserve(workspace.partials, workspace.partial(0, entries / (kSplitFrom + 1), 0) * problem.length, accumulator);
   }
   if (problem.grad_logits && problem.k > kFewEntries) reserve(workspace.grad_weights, entries, accumulator);
   return workspace;

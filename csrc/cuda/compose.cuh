@@ -32,7 +32,7 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) compose_kernel(const
     vector = composed_vector(problem, row * k + lane);
     weight = __ldg(static_cast<const Acc*>(problem.weights) + row * k + lane);
   }
-  mix<32, K, T>(problem.bank, problem.length, Entries<32, K, Acc>(vector, weight),
+  mix<32, K, T>(problem.bank, problem.length, Entries<32, K, Acc>(vector, weight, k),
                 {problem.subvectors, problem.out_type, row, true, lane});
 }
 

@@ -33,7 +33,8 @@ __device__ __forceinline__ Pack<Out, N> rounded(const Acc (&sums)[N]) {
   return pack;
 }
 
-// A row's k <= K entries, of which each of its lanes has one: lane j the j-th, with -1 for a vector that is not there.
+// A row's k entries, 1 <= k <= K, of which each of its lanes has one: lane j the j-th, with -1 for a vector that is not
+// there.
 // All lanes get to know all of them at once if they are few; or when they are asked for, which is for whole warps only,
 // since more would take more registers than half of a multiprocessor's threads can have.
 template <int Lanes, int K, class Acc>
@@ -41,8 +42,9 @@ struct Entries {
   static constexpr bool kHeld = K <= 4;
   int32_t vectors[kHeld ? K : 1];
   Acc weights[kHeld ? K : 1];
+  int k;
 
-  __device__ __forceinline__ Entries(int32_t vector, Acc weight) {
+  __device__ __forceinline__ Entries(int32_t vector, Acc weight, int count) : k(count) {
     vectors[0] = vector;
     weights[0] = weight;
     if constexpr (kHeld) {
@@ -73,7 +75,7 @@ struct Target {
 };
 
 // The elements of one lane in Ahead steps from `first` on: sums of weight(j) * bank[vector(j)], in the order of j. What
-// several steps need is read before any of it is used. Whole: there are all those elements, and all K vectors.
+// several steps need is read before any of it is used. Whole: there are all those elements, and all k vectors.
 template <int Lanes, int Ahead, bool Whole, class Out, int N, int K, class T, class Acc, class Write>
 __device__ __forceinline__ void mix_steps(const T* bank, int length, const Entries<Lanes, K, Acc>& entries, int first,
                                           const Write& write) {
@@ -86,7 +88,7 @@ __device__ __forceinline__ void mix_steps(const T* bank, int length, const Entri
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int32_t vector = entries.vector(begin + j);
-      has[j] = Whole || vector >= 0;
+      has[j] = Whole ? begin + j == 0 || begin + j < entries.k : vector >= 0;
       const T* from = bank + static_cast<int64_t>(vector) * length + first;
 #pragma unroll
       for (int i = 0; i < Ahead; ++i)
@@ -116,7 +118,7 @@ __device__ __forceinline__ void mix(const void* bank, int64_t length, const Entr
   bool whole = target.exists;
   if constexpr (Entries<Lanes, K, Acc>::kHeld)
 #pragma unroll
-    for (int j = 0; j < K; ++j) whole &= entries.vectors[j] >= 0;
+    for (int j = 0; j < K; ++j) whole &= j >= entries.k || entries.vectors[j] >= 0;
   whole = __all_sync(kAllLanes, whole) && Entries<Lanes, K, Acc>::kHeld;
   bool done = false;
   with_type(target.type, [&](auto element) {

@@ -215,6 +215,22 @@ else echo "========= ERROR SUMMARY: 0 errors"; fi""",
     assert found["memcheck: compose rows=1"]["result"] == "Invalid __global__ read of size 4 bytes"
 
 
+def test_a_sanitizer_that_is_too_slow_has_not_failed(tmp_path, monkeypatch):
+    program(tmp_path / PROGRAM, "sed 's/$/: ran/' ${1#@}")
+    program(
+        tmp_path / "compute-sanitizer",
+        """[[ "$*" == *memcheck* ]] && echo "compose rows=1: ========= Invalid __global__ read of size 4 bytes"
+echo "compose rows=2: ran"; exec sleep 60""",
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    sanitizer.run(phase(tmp_path, seconds=8))
+    found = rows(tmp_path)
+    verdicts = {name.split()[-1]: row["verdict"] for name, row in found.items() if name.startswith("compute-san")}
+    assert verdicts == {"memcheck": "failed"} | dict.fromkeys(("initcheck", "racecheck", "synccheck"), "skipped")
+    ran = f"no time left; 1 of {len(PROBLEMS)} problems ran, nothing found"
+    assert found["compute-sanitizer racecheck"]["result"] == ran
+
+
 # The build, by stand-ins for the compilers
 
 

@@ -44,6 +44,8 @@ PROBLEMS += [  # ways through the kernels that these sizes leave out
     "admixture_backward rows=3000 columns=300 length=24 k=2 popular=2 out=bf16",
     "admixture_backward rows=2500 columns=5000 length=16 k=2 popular=2 need_logits=0",  # several vectors a bucket
     "admixture_backward rows=600 columns=4097 length=4 k=1 popular=-1 need_logits=0",  # fewer in the last one
+    "admixture_backward rows=5000 columns=20 length=24 k=1 popular=1 out=bf16 need_logits=0",  # one that is split
+    "admixture_backward rows=9000 columns=5000 length=3 k=1 popular=2 need_logits=0",  # a bucket that is split
     "admixture_backward rows=2 columns=1100 length=3 k=1100 need_bank=0",  # owners take all of shared memory
 ]
 # Rows of half-precision numbers that are aligned to 8 bytes, but not to 16.

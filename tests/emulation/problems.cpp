@@ -132,6 +132,7 @@ struct Problems {
                                .subvectors = output("subvectors", out_type, rows * length),
                                .indices = static_cast<int32_t*>(output("indices", Type::i32, rows * k)),
                                .weights = output("weights", weight_type, rows * k),
+                               .exhausted = nullptr,
                                .rows = rows,
                                .columns = columns,
                                .vectors = vectors,

@@ -13,14 +13,16 @@ from . import toolkit
 from .interpreter import Execution, Memory
 from .occupancy import DYNAMIC_SHARED, THREADS
 
-F32, BF16, I16 = 0, 2, 5  # Type in csrc
+F32, F64, BF16, I16, I32 = 0, 1, 2, 5, 6  # Type in csrc
 ROWS, VECTORS, LENGTH, K, COLUMNS = 39_040, 2048, 256, 2, 128
 WARPS = 8  # of a block
 RANGE = 2048  # entries that a block sorts
 SORTED_BYTES = DYNAMIC_SHARED["backward_rows_kernel"]
-POPULAR_FROM = 128  # entries of a vector that have a kernel of their own, if there are more
+# Entries of a vector above which it is popular, at this size; and in how many parts the largest of these are added up.
+POPULAR_FROM, PARTS = 2 * ROWS * K // VECTORS, 16
+WHOLE, SPLIT = 1, 2  # how a popular vector is done
 ROWS_KERNEL, BANK_KERNEL = "backward_rows_kernel<float, bf16>", "backward_bank_kernel<bf16, float>"
-POPULAR_KERNEL = "backward_popular_kernel<bf16, float>"
+POPULAR_KERNEL, SPLIT_KERNEL = "backward_popular_kernel<bf16, float>", "backward_split_kernel<float>"
 
 
 def structure(**fields: type) -> type[ctypes.Structure]:
@@ -46,7 +48,7 @@ Backward = structure(
 )  # fmt: skip
 Workspace = structure(
     entries=LONG, ranges=WORD, buckets=WORD, shift=WORD, popular_from=WORD, owed=POINTER, vectors=POINTER,
-    slices=POINTER, popular=POINTER, grad_weights=POINTER, bytes=LONG,
+    slices=POINTER, popular=POINTER, partials=POINTER, grad_weights=POINTER, bytes=LONG,
 )  # fmt: skip
 
 
@@ -86,8 +88,9 @@ def candidates_of(rows: int, columns: int) -> np.ndarray:
     return ((start + (2 * step + 1) * np.arange(columns)) % VECTORS).astype(np.int16)
 
 
-def admixture(rows: int, columns: int = COLUMNS, hard: bool = False) -> Count:
-    """`hard`: logits that tie, infinities and NaN, candidates that repeat or are no bank vectors, a bank that overflows."""
+def admixture(rows: int, columns: int = COLUMNS, k: int = K, hard: bool = False, wide: bool = False) -> Count:
+    """`hard`: logits that tie, infinities and NaN, candidates that repeat or are no bank vectors, a bank that overflows.
+    `wide`: candidates in 32 bits."""
     memory, dense = Memory(), columns == VECTORS
     logits, bank = numbers(rows, columns), numbers(VECTORS, LENGTH, seed=1)
     candidates = candidates_of(rows, columns)
@@ -103,51 +106,55 @@ def admixture(rows: int, columns: int = COLUMNS, hard: bool = False) -> Count:
         bank[:, 3::11] *= np.float32(1e-40)
         bank[::2, 5] = np.nan
     problem = Admixture(
-        type=F32, candidate_type=I16, out_type=BF16,
+        type=F32, candidate_type=I32 if wide else I16, out_type=BF16,
         logits=memory.put("logits", logits), bank=memory.put("bank", bank),
-        candidates=0 if dense else memory.put("candidates", candidates),
+        candidates=0 if dense else memory.put("candidates", candidates.astype(np.int32) if wide else candidates),
         subvectors=memory.put("subvectors", np.zeros((rows, LENGTH), np.uint16)),
-        indices=memory.put("indices", np.zeros((rows, K), np.int32)),
-        weights=memory.put("weights", np.zeros((rows, K), np.float32)),
-        exhausted=0, rows=rows, columns=columns, vectors=VECTORS, length=LENGTH, k=K,
+        indices=memory.put("indices", np.zeros((rows, k), np.int32)),
+        weights=memory.put("weights", np.zeros((rows, k), np.float32)),
+        exhausted=0, rows=rows, columns=columns, vectors=VECTORS, length=LENGTH, k=k,
     )  # fmt: skip
     lanes = 32 if dense else 8  # of a row
-    instance = f"admixture_kernel<float, 2, unsigned long, {lanes}>"
+    instance = f"admixture_kernel<float, {2 if k <= 2 else 4}, unsigned long, {lanes}>"
+    if wide:
+        lanes, instance = 32, f"admixture_kernel<float, {2 if k <= 2 else 8}, Wide<unsigned int>, 32>"
     return run("admixture", instance, rows, memory, bytes(problem), range(rows * lanes // THREADS))
 
 
-def compose(rows: int) -> Count:
+def compose(rows: int, k: int = K) -> Count:
     memory = Memory()
     problem = Composition(
         type=F32, index_type=I16, out_type=BF16,
         bank=memory.put("bank", numbers(VECTORS, LENGTH, seed=1)),
-        indices=memory.put("indices", candidates_of(rows, K)),
-        weights=memory.put("weights", np.abs(numbers(rows, K, seed=2))),
+        indices=memory.put("indices", candidates_of(rows, k)),
+        weights=memory.put("weights", np.abs(numbers(rows, k, seed=2))),
         subvectors=memory.put("subvectors", np.zeros((rows, LENGTH), np.uint16)),
-        rows=rows, vectors=VECTORS, length=LENGTH, k=K,
+        rows=rows, vectors=VECTORS, length=LENGTH, k=k,
     )  # fmt: skip
-    return run("compose", "compose_kernel<float, 2>", rows, memory, bytes(problem), range(rows // WARPS))
+    return run(
+        "compose", f"compose_kernel<float, {2 if k <= 2 else 4}>", rows, memory, bytes(problem), range(rows // WARPS)
+    )
 
 
-def backward(memory: Memory, rows: int) -> Backward:
+def backward(memory: Memory, rows: int, k: int = K) -> Backward:
     first, further = np.random.default_rng(3).integers(1, COLUMNS, (2, rows))
-    indices = np.stack([first, (first + further) % COLUMNS], 1).astype(np.int32)
+    indices = ((first[:, None] + (further[:, None] | 1) * np.arange(k)) % COLUMNS).astype(np.int32)  # distinct in a row
     return Backward(
         type=F32, candidate_type=I16, grad_type=BF16,
         grad_subvectors=memory.put("grad_subvectors", bf16(rows, LENGTH)), grad_weights=0,
         indices=memory.put("indices", indices),
-        weights=memory.put("weights", np.abs(numbers(rows, K, seed=2))),
+        weights=memory.put("weights", np.abs(numbers(rows, k, seed=2))),
         bank=memory.put("bank", numbers(VECTORS, LENGTH, seed=1)),
         candidates=memory.put("candidates", candidates_of(rows, COLUMNS)),
         grad_logits=memory.put("grad_logits", np.zeros((rows, COLUMNS), np.float32)),
         grad_bank=memory.put("grad_bank", np.zeros((VECTORS, LENGTH), np.float32)),
-        rows=rows, columns=COLUMNS, vectors=VECTORS, length=LENGTH, k=K,
+        rows=rows, columns=COLUMNS, vectors=VECTORS, length=LENGTH, k=k,
     )  # fmt: skip
 
 
-def backward_rows(rows: int) -> Count:
+def backward_rows(rows: int, k: int = K) -> Count:
     memory = Memory()
-    arguments = bytes(backward(memory, rows)) + bytes(Workspace())
+    arguments = bytes(backward(memory, rows, k)) + bytes(Workspace())
     return run("admixture_backward", ROWS_KERNEL, rows, memory, arguments, range(rows // 32), SORTED_BYTES)
 
 
@@ -203,13 +210,25 @@ def backward_bank(rows: int, vectors: int) -> Count:
     return run("admixture_backward", BANK_KERNEL, entries, memory, arguments, range(vectors // WARPS))
 
 
-def backward_popular() -> Count:
-    """All rows choose one vector; a block does 32 bytes of it."""
-    memory, rows = Memory(), 8 * RANGE // K
+def backward_popular(done: int) -> Count:
+    """All rows choose one vector. Blocks of 32 bytes of it: one, or one for each of 16 parts of its entries."""
+    memory, rows = Memory(), (8 if done == WHOLE else 2 * PARTS - 1) * RANGE // K
     problem = backward(memory, rows)
     workspace = sorted_workspace(memory, np.zeros(rows * K, np.int64))
-    memory.get("popular", np.uint8)[0] = 1
-    return run("admixture_backward", POPULAR_KERNEL, rows * K, memory, bytes(problem) + bytes(workspace), [0])
+    workspace.partials = memory.put("partials", np.full((PARTS, LENGTH), np.nan, np.float32))
+    memory.get("popular", np.uint8)[0] = done
+    blocks = [(0, part, 0) for part in range(PARTS if done == SPLIT else 1)]
+    return run("admixture_backward", POPULAR_KERNEL, rows * K, memory, bytes(problem) + bytes(workspace), blocks)
+
+
+def backward_split() -> Count:
+    """What is left to do then."""
+    memory = Memory()
+    problem = backward(memory, 1)
+    workspace = sorted_workspace(memory, np.zeros(K, np.int64))
+    workspace.partials = memory.put("partials", numbers(PARTS, LENGTH))
+    memory.get("popular", np.uint8)[0] = SPLIT
+    return run("admixture_backward", SPLIT_KERNEL, 1, memory, bytes(problem) + bytes(workspace), [0])
 
 
 @dataclass(frozen=True)
@@ -223,15 +242,35 @@ class Counted:
 COUNTED_VECTORS = 16
 # The bounds are what is in docs/cuda.md.
 COUNTED = {
-    "admixture, M = 128": Counted("row", lambda: admixture(64), 215, {"logits": 4, "candidates": 4, "bank": 6}),
+    "admixture, M = 128": Counted("row", lambda: admixture(64), 217, {"logits": 4, "candidates": 4, "bank": 8}),
+    "admixture, M = 128, k = 1": Counted(
+        "row", lambda: admixture(32, k=1), 180, {"logits": 4, "candidates": 4, "bank": 4}
+    ),
+    "admixture, M = 128, k = 3": Counted(
+        "row", lambda: admixture(32, k=3), 345, {"logits": 4, "candidates": 4, "bank": 6}
+    ),
+    "admixture, M = 128 in 32 bits": Counted(
+        "row", lambda: admixture(16, wide=True), 750, {"logits": 1, "candidates": 1, "bank": 4}
+    ),
     "admixture, M = h = 2048": Counted("row", lambda: admixture(16, VECTORS), 1100, {"logits": 4, "bank": 4}),
-    "compose": Counted("row", lambda: compose(32), 160, {"bank": 4}),
+    "compose": Counted("row", lambda: compose(32), 166, {"bank": 4}),
+    "compose, k = 1": Counted("row", lambda: compose(8, 1), 158, {"bank": 2}),
+    "compose, k = 3": Counted("row", lambda: compose(8, 3), 227, {"bank": 6}),
     "backward, grad_logits": Counted("row", lambda: backward_rows(64), 168, {"grad_subvectors": 2, "bank": 4}),
+    "backward, grad_logits, k = 3": Counted(
+        "row", lambda: backward_rows(32, 3), 280, {"grad_subvectors": 2, "bank": 4}
+    ),
     "backward, sort": Counted("entry", backward_sort, 5.5, {"indices": 8, "candidates": 8, "weights": 8}),
     "backward, grad_bank": Counted(
-        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 38, {"slices": 1, "grad_subvectors": 4}
+        "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 34, {"slices": 1, "grad_subvectors": 8}
     ),
-    "backward, popular": Counted("entry", backward_popular, 4, {"owed": 4, "grad_subvectors": 4}),
+    "backward, popular": Counted(
+        "entry", lambda: backward_popular(WHOLE), 4, {"popular": 8, "owed": 4, "grad_subvectors": 4}
+    ),
+    "backward, split": Counted(
+        "entry", lambda: backward_popular(SPLIT), 7.5, {"popular": 8, "owed": 4, "grad_subvectors": 4}
+    ),
+    "backward, sum of 16 parts": Counted("vector", backward_split, 5700, {"popular": 8, "partials": 16}),
 }
 
 

@@ -345,10 +345,9 @@ class Instruction:
             values = [term(warp) for term in terms] + [get(warp).astype(np.uint64) for get in extra]
             total = sum(values, np.zeros(32, np.uint64))
             write(warp, mask, [total])
-            for write_carry in write_carries[:1]:
-                write_carry(warp, mask, total >> np.uint64(32) != 0)
+            for i, write_carry in enumerate(write_carries):  # three terms may carry twice
+                write_carry(warp, mask, total >> np.uint64(32) > i)
 
-        assert len([carry for carry in carries if not carry.endswith("PT")]) <= 1, self.operands
         return run
 
     def _viadd(self):
@@ -412,11 +411,11 @@ class Instruction:
     def _shf(self):
         low, amount, high = self.integer(1), self.integer(2), self.integer(3)
         left, to_high = "L" in self.parts, "HI" in self.parts
-        kind = next(part for part in self.parts if part in ("U32", "S32", "U64", "S64"))
+        kind, wraps = next(part for part in self.parts if part in ("U32", "S32", "U64", "S64")), "W" in self.parts
 
         def value(low: np.ndarray, amount: np.ndarray, high: np.ndarray) -> np.ndarray:
-            most = 63 if kind.endswith("64") else 32
-            shift = np.minimum(amount & ONES, most).astype(np.uint64)
+            most = 64 if kind.endswith("64") else 32
+            shift = amount & np.uint64(most - 1) if wraps else np.minimum(amount & ONES, most).astype(np.uint64)
             both = low & ONES | (high & ONES) << np.uint64(32)
             if left:
                 moved = both << shift

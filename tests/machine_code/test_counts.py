@@ -36,25 +36,30 @@ def tensor(count: Count, name: str, dtype: np.dtype, columns: int) -> torch.Tens
 
 
 ADMIXTURES = {
-    "few columns": (COLUMNS, lambda: counted("admixture, M = 128")),
-    "many columns": (VECTORS, lambda: counted("admixture, M = h = 2048")),
-    "few columns, ties and worse": (COLUMNS, lambda: counts.admixture(64, hard=True)),
-    "many columns, ties and worse": (VECTORS, lambda: counts.admixture(8, VECTORS, hard=True)),
+    "few columns": (COLUMNS, K, lambda: counted("admixture, M = 128")),
+    "few columns, k = 1": (COLUMNS, 1, lambda: counted("admixture, M = 128, k = 1")),
+    "few columns, k = 3": (COLUMNS, 3, lambda: counted("admixture, M = 128, k = 3")),
+    "few columns in 32 bits": (COLUMNS, K, lambda: counted("admixture, M = 128 in 32 bits")),
+    "many columns": (VECTORS, K, lambda: counted("admixture, M = h = 2048")),
+    "few columns, ties and worse": (COLUMNS, K, lambda: counts.admixture(64, hard=True)),
+    "few columns in 32 bits, ties and worse": (COLUMNS, K, lambda: counts.admixture(16, hard=True, wide=True)),
+    "many columns, ties and worse": (VECTORS, K, lambda: counts.admixture(8, VECTORS, hard=True)),
 }
 
 
 @pytest.mark.parametrize("name", ADMIXTURES)
 def test_admixture_computes_the_bits_of_the_cpu_kernels(name):
-    columns, get = ADMIXTURES[name]
+    columns, k, get = ADMIXTURES[name]
     count = get()
+    wide = "32 bits" in name
     subvectors, indices, weights = torch.ops.vblora.admixture(
         tensor(count, "logits", np.float32, columns),
         tensor(count, "bank", np.float32, LENGTH),
-        tensor(count, "candidates", np.int16, columns) if columns < VECTORS else None,
-        K, torch.bfloat16,
+        tensor(count, "candidates", np.int32 if wide else np.int16, columns) if columns < VECTORS else None,
+        k, torch.bfloat16,
     )  # fmt: skip
-    assert torch.equal(tensor(count, "indices", np.int32, K), indices)
-    assert same_bits(tensor(count, "weights", np.float32, K), weights)
+    assert torch.equal(tensor(count, "indices", np.int32, k), indices)
+    assert same_bits(tensor(count, "weights", np.float32, k), weights)
     assert torch.equal(tensor(count, "subvectors", np.int16, LENGTH), subvectors.view(torch.int16))
 
 
@@ -65,22 +70,23 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     )
 
 
-def test_compose_computes_the_bits_of_the_cpu_kernels():
-    count = counted("compose")
-    arguments = [tensor(count, "bank", np.float32, LENGTH), tensor(count, "indices", np.int16, K)]
-    subvectors = torch.ops.vblora.compose(*arguments, tensor(count, "weights", np.float32, K), torch.bfloat16)
+@pytest.mark.parametrize(("name", "k"), [("compose", K), ("compose, k = 1", 1), ("compose, k = 3", 3)])
+def test_compose_computes_the_bits_of_the_cpu_kernels(name, k):
+    count = counted(name)
+    arguments = [tensor(count, "bank", np.float32, LENGTH), tensor(count, "indices", np.int16, k)]
+    subvectors = torch.ops.vblora.compose(*arguments, tensor(count, "weights", np.float32, k), torch.bfloat16)
     assert torch.equal(tensor(count, "subvectors", np.int16, LENGTH), subvectors.view(torch.int16))
 
 
 def test_the_backward_computes_the_bits_of_the_cpu_kernels():
-    for name in ("backward, grad_logits", "backward, grad_bank"):
+    for name, k in (("backward, grad_logits", K), ("backward, grad_logits, k = 3", 3), ("backward, grad_bank", K)):
         count = counted(name)
         grad_logits, grad_bank = torch.ops.vblora.admixture_backward(
             tensor(count, "grad_subvectors", np.int16, LENGTH).view(torch.bfloat16), None,
-            tensor(count, "indices", np.int32, K), tensor(count, "weights", np.float32, K),
+            tensor(count, "indices", np.int32, k), tensor(count, "weights", np.float32, k),
             tensor(count, "bank", np.float32, LENGTH), tensor(count, "candidates", np.int16, COLUMNS), COLUMNS, True, True,
         )  # fmt: skip
-        if name == "backward, grad_logits":
+        if "grad_logits" in name:
             assert torch.equal(tensor(count, "grad_logits", np.int32, COLUMNS), grad_logits.view(torch.int32))
         else:
             found, expected = tensor(count, "grad_bank", np.int32, LENGTH), grad_bank.view(torch.int32)
@@ -96,13 +102,26 @@ def test_the_sort_sorts():
     assert (count.memory.get("slices", np.uint32) == counts.slices_of(chosen[order]).ravel()).all()
 
 
-def test_the_popular_vector():
-    count = counted("backward, popular")
+@pytest.mark.parametrize("name", ["backward, popular", "backward, split"])
+def test_the_popular_vector(name):
+    count = counted(name)
     weights, grads = (tensor(count, name, dtype, columns) for name, dtype, columns in (
         ("weights", np.float32, K), ("grad_subvectors", np.int16, LENGTH)))  # fmt: skip
     grads = grads.view(torch.bfloat16)[:, :16]  # 32 bytes
     expected = (weights.double().sum(1, keepdim=True) * grads.double()).sum(0)
-    found = tensor(count, "grad_bank", np.float32, LENGTH)
+    if name == "backward, split":
+        found = tensor(count, "partials", np.float32, LENGTH).sum(0, keepdim=True)
+        assert found[0, 16:].isnan().all()  # what other blocks write
+    else:
+        found = tensor(count, "grad_bank", np.float32, LENGTH)
+        assert not found[0, 16:].any()
+        assert not found[1:].any()
     assert (found[0, :16] - expected).norm() <= 1e-6 * (weights.sum(1, keepdim=True) * grads.abs()).sum(0).norm()
-    assert not found[0, 16:].any()
-    assert not found[1:].any()
+
+
+def test_the_sum_of_parts():
+    count = counted("backward, sum of 16 parts")
+    total = torch.zeros(LENGTH)
+    for part in tensor(count, "partials", np.float32, LENGTH):
+        total += part
+    assert torch.equal(tensor(count, "grad_bank", np.float32, LENGTH)[0], total)

@@ -169,12 +169,13 @@ def test_equals_the_oracle_at_the_edges(backend, case, generator):
     test_equals_the_oracle(backend, case, (1, 1), generator)
 
 
-def test_many_popular_vectors(backend, generator):
+@pytest.mark.parametrize(("rows", "count"), [(6001, 20), (30_001, 7)], ids=["by one block", "by several blocks"])
+def test_many_popular_vectors(backend, rows, count, generator):
     # So many that kernels of their own take several each; neighbours, and the last one, which may share what others do not.
-    rows, vectors = 6001, 5001
-    popular = torch.tensor([10, 11, 4998, 5000, *range(100, 4100, 250)])
+    vectors = 5001
+    popular = torch.tensor([10, 11, 4998, 5000, *range(100, 4100, 250)])[:count]
     indices = torch.randint(vectors, (rows, 1), generator=generator, dtype=torch.int32)
-    indices[:5900, 0] = popular[torch.arange(5900) % len(popular)]
+    indices[: rows - 101, 0] = popular[torch.arange(rows - 101) % len(popular)]
     grad = torch.randint(-8, 9, (rows, 8), generator=generator).float()  # sums are exact
     there = [x.to(backend.device) for x in (grad, indices, torch.ones(rows, 1), torch.zeros(vectors, 8))]
     _, grad_bank = run(backend, there[0], None, (*there[1:], None, vectors), need_logits=False)

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from benchmarks.gpu.inputs import popular_from
+
 from .cases import Case, Inputs, assert_same_bits, make_inputs
 
 # Large enough that the work is split, with a last part that is smaller than the others; and both ends of how evenly the rows
@@ -117,11 +119,6 @@ def test_called_from_several_threads_at_once(backend, generator):
 KERNELS = pytest.mark.backends("cuda-emulated-ascending", "cuda-emulated-descending", "cuda-emulated-random", "cuda")
 
 
-def popular_from(rows: int, k: int, vectors: int) -> int:
-    """The most entries that CUDA sums in the CPU's order (of up to 2048 bank vectors)."""
-    return max(128, min(512, 2 * rows * k // vectors))
-
-
 @KERNELS
 @pytest.mark.parametrize(
     "case",
@@ -129,7 +126,7 @@ def popular_from(rows: int, k: int, vectors: int) -> int:
         Case(torch.float32, 300, 128, 256, 2, candidates=torch.int16, out_dtype=torch.bfloat16, vectors=2048),
         Case(torch.float32, rows=101, columns=1500, length=33, k=5),
         Case(torch.bfloat16, rows=101, columns=2048, length=96, k=8, out_dtype=torch.float32),
-        Case(torch.float16, rows=300, columns=17, length=40, k=3, candidates=torch.int32),
+        Case(torch.float16, rows=101, columns=17, length=40, k=3, candidates=torch.int32),
         Case(torch.float64, rows=101, columns=40, length=34, k=4, out_dtype=torch.float16),
         Case(torch.float32, rows=33, columns=300, length=17, k=100, candidates=torch.int16),
         Case(torch.bfloat16, rows=300, columns=64, length=36, k=2, candidates=torch.int16),  # of 4, but not of 8
@@ -171,28 +168,46 @@ def test_bits_of_the_cpu(backend, case, generator):
 @KERNELS
 @pytest.mark.parametrize("packs", [True, False], ids=["aligned", "not aligned"])
 def test_order_of_a_popular_vector(backend, packs, generator):
-    # Vector 0 has as many entries as are summed in the CPU's order, 1 has one more, and 2 all others, which fill 9 ranges.
-    rows, length, most = 9 * 2048 - 100, 16 if packs else 5, 512
-    indices = torch.full((rows, 1), 2, dtype=torch.int32)
-    places = torch.randperm(rows, generator=generator)
-    indices[places[:most]], indices[places[most : 2 * most + 1]] = 0, 1
-    assert popular_from(rows, 1, 3) == most
+    # Vector 0 has as many entries as are summed in the CPU's order, 1 has one more, 2 as many as one block sums, and 3 all
+    # others. They fill 18 ranges, of which each of 16 blocks takes two as long as there are any.
+    rows, length, most, split_from = 18 * 2048 - 100, 16 if packs else 5, 128, 4096
+    indices = torch.full((rows, 1), 3, dtype=torch.int32)
+    chosen = torch.randperm(rows, generator=generator).split(
+        [most, most + 1, split_from, rows - 2 * most - 1 - split_from]
+    )
+    for vector in range(3):
+        indices[chosen[vector]] = vector
+    assert popular_from(rows, 1, 4) == most
     grads, ones = torch.randn(rows, length, generator=generator), torch.ones(rows, 1)
-    there = [x.to(backend.device) for x in (grads, indices, ones, torch.zeros(3, length))]
-    _, grad_bank = backend.ops.admixture_backward(there[0], None, *there[1:], None, 3, False, True)
+    there = [x.to(backend.device) for x in (grads, indices, ones, torch.zeros(4, length))]
+    _, grad_bank = backend.ops.admixture_backward(there[0], None, *there[1:], None, 4, False, True)
 
     one_by_one = torch.zeros(length)
     for grad in grads[indices[:, 0] == 0]:
         one_by_one += grad
     assert_same_bits(grad_bank[0], one_by_one)
-    for vector in (1, 2):
-        sums = torch.zeros(8, 16, length)  # of each warp's pairs of lanes
-        for number, (chosen, its_grads) in enumerate(zip(indices.split(2048), grads.split(2048), strict=True)):
-            for sixteen in its_grads[chosen[:, 0] == vector].split(16):
-                sums[number % 8, : len(sixteen)] += sixteen
-        for half in (8, 4, 2, 1):
-            sums = sums[:, :half] + sums[:, half:]
-        total = sums[0, 0]
-        for of_warp in sums[1:, 0]:
-            total = total + of_warp
-        assert_same_bits(grad_bank[vector], total)
+    ranges = [grads[begin : begin + 2048] for begin in range(0, rows, 2048)]
+    for vector in (1, 2, 3):
+        of_ranges = [grad[index[:, 0] == vector] for grad, index in zip(ranges, indices.split(2048), strict=True)]
+        if vector < 3:
+            assert_same_bits(grad_bank[vector], sum_of_a_block(of_ranges, split=False))
+        else:
+            total = torch.zeros(length)
+            for first in range(0, len(ranges), 2):
+                total += sum_of_a_block(of_ranges[first : first + 2], split=True)
+            assert_same_bits(grad_bank[vector], total)
+
+
+def sum_of_a_block(ranges: list[torch.Tensor], split: bool) -> torch.Tensor:
+    """Of gradient rows, in the order of a block of the kernel for popular vectors."""
+    sums = torch.zeros(8, 16, ranges[0].shape[1])  # of each warp's pairs of lanes
+    for number, grads in enumerate(ranges):
+        pairs = sums.view(128, -1) if split else sums[number % 8]
+        for rows in grads.split(len(pairs)):
+            pairs[: len(rows)] += rows
+    for half in (8, 4, 2, 1):
+        sums = sums[:, :half] + sums[:, half:]
+    total = sums[0, 0]
+    for of_warp in sums[1:, 0]:
+        total = total + of_warp
+    return total
