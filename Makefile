@@ -4,7 +4,8 @@
 # make lint     check style and types            make format   fix the style
 # make demo     fine-tune a real model           make clean    remove everything that these commands made
 # make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
-# make quality GLUE=DIR   compare how well the methods learn, shortened; QUALITY="--seeds 3" runs it in full
+# make quality GLUE=DIR E2E=DIR   compare how well the methods learn, shortened: on GLUE, on E2E and on chats, the first two if their
+#                  folder is given; QUALITY="--seeds 3" runs it in full
 # make gpu-check   measure and test on one GPU, offline, in ten minutes; GPU_CHECK="--phases facts times", see docs/gpu.md
 # make test-vllm   serve adapters with vLLM's CPU build, offline and by its server; run it before a release
 # make test-peft VBLORA_PEFT_SOURCE=DIR   run PEFT's own tests of VB-LoRA with our operators
@@ -85,7 +86,9 @@ bench: .venv-bench/ready
 	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks $(BENCH)
 
 quality: .venv-bench/ready
-	HF_HUB_OFFLINE=1 GLUE=$(GLUE) .venv-bench/bin/python -m benchmarks.quality $(QUALITY)
+	$(if $(GLUE),HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks.quality --data $(GLUE) $(QUALITY))
+	$(if $(E2E),HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks.quality --suite e2e --data $(E2E) $(QUALITY))
+	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks.quality --suite chat $(QUALITY)
 
 # With the Python at hand and what it has: on a machine with a GPU there may be no network.
 gpu-check:

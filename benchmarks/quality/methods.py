@@ -22,8 +22,8 @@ class Recipe:
     """How a method is trained.
 
     Attributes:
-        method: a key of ``CONFIGS``; None trains the head on the frozen encoder.
-        config: fields of its config.
+        method: a key of ``CONFIGS``; None leaves the model frozen: an encoder's head trains, a language model is only asked.
+        config: fields of its config; of a frozen language model ``shots``, the training rows that go before each prompt.
         rates: arguments of ``vblora.parameter_groups``.
     """
 
@@ -84,9 +84,32 @@ RECIPES = {
     "VB-LoRA, M=32": _vb(_ALL, num_candidates=32),
 }
 
-_ANY = {"lr_other": (5e-4, 1e-3, 2e-3), "warm_up": (0.06, 0.15, 0.3)}
+# Of SmolLM2-135M, whose widths 192 divides: a tenth of what LoRA r=8 stores, or less.
+_LANGUAGE_BANK = {"r": 4, "num_vectors": 1024, "vector_length": 192}
+
+
+def _language_vb(recipe: str) -> Recipe:
+    rates = {f"lr_{name}": rate for name, rate in VB_RATES[recipe].items()}
+    return Recipe("vblora", _LANGUAGE_BANK | _ALL, rates, warm_up=WARM_UP)
+
+
+LANGUAGE_RECIPES = {
+    "frozen": Recipe(None),
+    "frozen, 3 examples": Recipe(None, {"shots": 3}),
+    "LoRA r=8": Recipe("lora", {"r": 8, "lora_alpha": 8} | _ALL, {"lr_factors": 2e-3}),
+    "VeRA r=256": Recipe("vera", {"r": 256, "d_initial": 0.03} | _ALL, {"lr_vectors": 2e-2}),
+    "Tied-LoRA r=24": Recipe(
+        "tied_lora", {"r": 24, "lora_alpha": 96} | _ALL, {"lr_factors": 1.5e-3, "lr_vectors": 3e-2}
+    ),
+    "VB-LoRA": _language_vb("default"),
+    "VB-LoRA, the paper's rates": _language_vb("paper"),
+}
+
 # What is drawn from when a method is tuned: the same number of draws for each.
-_SPACES = {
+Space = dict[str, tuple[float, ...]]
+_ANY: Space = {"lr_other": (5e-4, 1e-3, 2e-3), "warm_up": (0.06, 0.15, 0.3)}
+SPACES: dict[str | None, Space] = {
+    None: _ANY,
     "lora": {
         "lr_factors": (3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3),
         "lora_alpha": (8, 16, 32),
@@ -110,12 +133,21 @@ _SPACES = {
         "vblora_dropout": (0.0, 0.1),
     },
 }
+SPACES = {method: _ANY | space for method, space in SPACES.items()}
+_LANGUAGE_ANY: Space = {"warm_up": (0.02, 0.06, 0.15)}
+LANGUAGE_SPACES: dict[str | None, Space] = {
+    None: {},
+    "lora": _LANGUAGE_ANY | {"lr_factors": (5e-4, 1e-3, 2e-3, 4e-3), "lora_alpha": (8, 16)},
+    "vera": _LANGUAGE_ANY | {"lr_vectors": (5e-3, 1e-2, 2e-2, 4e-2), "d_initial": (0.03, 0.1, 0.3)},
+    "tied_lora": _LANGUAGE_ANY
+    | {"lr_factors": (5e-4, 1.5e-3, 3e-3), "lr_vectors": (1e-2, 3e-2), "lora_alpha": (24, 48, 96)},
+    "vblora": _LANGUAGE_ANY | {"lr_bank": (1.5e-3, 3e-3, 6e-3, 1.2e-2), "lr_logits": (0.05, 0.15, 0.5)},
+}
 
 
-def draw(method: str | None, count: int) -> list[dict[str, Any]]:
+def draw(space: Space, count: int) -> list[dict[str, Any]]:
     """That many settings for ``Recipe.changed``, or all that there are. The first changes nothing. The same each time."""
     rng, settings = random.Random(0), [{}]
-    space = _ANY | _SPACES.get(method, {})
     all_of_them = 1 + math.prod(len(values) for values in space.values())
     while len(settings) < min(count, all_of_them):
         drawn = {name: rng.choice(values) for name, values in space.items()}

@@ -35,6 +35,10 @@ class Task(NamedTuple):
     labels: list[str]
 
     @property
+    def data(self) -> tuple[list[Example], list[Example]]:
+        return self.train, self.dev
+
+    @property
     def metric(self) -> str:
         return "Pearson" if not self.labels else "Matthews" if self.name == "CoLA" else "accuracy"
 

@@ -14,20 +14,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 
 import vblora
 
-from .methods import CONFIGS, Recipe
+from .adapting import adapt, exhausted, mean_losses, shuffled
+from .methods import Recipe
 from .tasks import Example, Task
-
-_BATCHES_SORTED_TOGETHER = 32
-STEPS_A_LOSS = 50  # of which the mean is kept
 
 
 @dataclass(frozen=True)
 class Settings:
     model: Path
+    bfloat16: bool
     epochs: int = 3
     batch_size: int = 16
     max_length: int = 128
-    bfloat16: bool = True
 
 
 def run(task: Task, recipe: Recipe, seed: int, settings: Settings) -> dict:
@@ -39,7 +37,7 @@ def run(task: Task, recipe: Recipe, seed: int, settings: Settings) -> dict:
     model = AutoModelForSequenceClassification.from_pretrained(
         settings.model, num_labels=len(task.labels) or 1, dtype=torch.float32
     )
-    groups = _adapt(model, recipe, seed)
+    groups = _train_the_head(model, recipe) if recipe.method is None else adapt(model, recipe, seed, ["classifier"])
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps = steps_of(task, settings)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(recipe.warm_up * steps), steps)
@@ -61,15 +59,16 @@ def run(task: Task, recipe: Recipe, seed: int, settings: Settings) -> dict:
     seconds = time.perf_counter() - begin
     count = None if recipe.method is None else vblora.count_parameters(model)
     head = sum(p.numel() for p in model.classifier.parameters())
+    score = task.score(_predict(model, _Batches(task.dev, tokenizer, settings), settings))
     return {
-        "score": task.score(_predict(model, _Batches(task.dev, tokenizer, settings), settings)),
-        "metric": task.metric,
+        "score": score,
+        "scores": {task.metric: score},
         "stored": 0 if count is None else count.stored - head,
         "trainable": 0 if count is None else count.trainable - head,
         "seconds": seconds,
         "steps": steps,
-        "losses": [round(float(part.mean()), 4) for part in torch.stack(losses).split(STEPS_A_LOSS)],
-        "exhausted": _exhausted(model),
+        "losses": mean_losses(losses),
+        "exhausted": exhausted(model),
     }
 
 
@@ -77,16 +76,10 @@ def steps_of(task: Task, settings: Settings) -> int:
     return settings.epochs * math.ceil(len(task.train) / settings.batch_size)
 
 
-def _adapt(model: nn.Module, recipe: Recipe, seed: int) -> list[dict]:
-    if recipe.method is None:
-        model.requires_grad_(False)
-        model.classifier.requires_grad_(True)
-        return [{"params": list(model.classifier.parameters()), "lr": recipe.rates.get("lr_other", 1e-3)}]
-    fields = dict(recipe.config)
-    if recipe.method == "vblora":
-        fields.setdefault("seed", seed)
-    vblora.inject(model, CONFIGS[recipe.method](modules_to_save=["classifier"], **fields))
-    return vblora.parameter_groups(model, **recipe.rates)
+def _train_the_head(model: nn.Module, recipe: Recipe) -> list[dict]:
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    return [{"params": list(model.classifier.parameters()), "lr": recipe.rates["lr_other"]}]
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -105,11 +98,6 @@ def _predict(model: nn.Module, dev: "_Batches", settings: Settings) -> np.ndarra
         predicted.append(logits.squeeze(1) if logits.shape[1] == 1 else logits.argmax(1))
     order = np.argsort(dev.by_length)
     return torch.cat(predicted).numpy()[order]
-
-
-def _exhausted(model: nn.Module) -> int:
-    adapters = [m for m in model.modules() if isinstance(m, vblora.adapters.VBLoRAAdapter)]
-    return sum(int(a.exhausted.sum()) for a in adapters if a.exhausted is not None)
 
 
 class _Batches:
@@ -132,15 +120,8 @@ class _Batches:
         return dict(padded), self.labels[rows]
 
     def shuffled(self, rng: random.Random):
-        order = list(range(len(self.rows)))
-        rng.shuffle(order)
-        together = self.size * _BATCHES_SORTED_TOGETHER
-        batches = []
-        for start in range(0, len(order), together):
-            part = sorted(order[start : start + together], key=self._length)
-            batches += [part[i : i + self.size] for i in range(0, len(part), self.size)]
-        rng.shuffle(batches)
-        yield from map(self._batch, batches)
+        lengths = [self._length(row) for row in range(len(self.rows))]
+        yield from map(self._batch, shuffled(lengths, self.size, rng))
 
     def in_order(self):
         size = 4 * self.size

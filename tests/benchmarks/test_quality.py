@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality.methods import CONFIGS, RECIPES, Recipe, draw
+from benchmarks.quality import suites
+from benchmarks.quality.arguments import parse
+from benchmarks.quality.methods import CONFIGS, LANGUAGE_RECIPES, LANGUAGE_SPACES, RECIPES, SPACES, Recipe, draw
 from benchmarks.quality.tasks import Example, Task, read_tasks
 from tests.tables import make_rows
 
@@ -115,12 +117,15 @@ def test_a_setting_goes_where_its_name_belongs():
     assert Recipe(None).changed({}) == Recipe(None)
 
 
+@pytest.mark.parametrize(
+    ("recipes", "spaces"), [(RECIPES, SPACES), (LANGUAGE_RECIPES, LANGUAGE_SPACES)], ids=["encoders", "language models"]
+)
 @pytest.mark.parametrize("method", CONFIGS)
-def test_each_method_is_tuned_by_as_many_settings(method):
-    drawn = draw(method, 12)
-    assert len(drawn) == 12 and drawn[0] == {} and drawn == draw(method, 12)
+def test_each_method_is_tuned_by_as_many_settings(method, recipes, spaces):
+    drawn = draw(spaces[method], 12)
+    assert len(drawn) == 12 and drawn[0] == {} and drawn == draw(spaces[method], 12)
     assert len({tuple(settings.items()) for settings in drawn}) == 12
-    recipe = next(recipe for recipe in RECIPES.values() if recipe.method == method)
+    recipe = next(recipe for recipe in recipes.values() if recipe.method == method)
     for settings in drawn:
         changed = recipe.changed(settings)
         CONFIGS[method](**changed.config)  # has such fields
@@ -129,7 +134,7 @@ def test_each_method_is_tuned_by_as_many_settings(method):
 
 
 def test_no_more_settings_are_drawn_than_there_are():
-    drawn = draw(None, 12)  # of the frozen encoder: three rates of the head by three warm-ups
+    drawn = draw(SPACES[None], 12)  # of the frozen encoder: three rates of the head by three warm-ups
     assert len(drawn) == 10 and all(drawn.count(settings) == 1 for settings in drawn)
 
 
@@ -144,9 +149,10 @@ def test_a_search_tries_the_better_half_on_all_tasks(tmp_path, monkeypatch, caps
         ran.append((task.name, recipe.method, recipe))
         rate = recipe.rates["lr_bank" if recipe.method == "vblora" else "lr_factors"]
         about = {"stored": 1, "seconds": 1.0, "steps": 1, "losses": [1.0], "exhausted": 0}
-        return about | {"score": 100 * rate + 1000 * recipe.warm_up}
+        score = 100 * rate + 1000 * recipe.warm_up
+        return about | {"score": score, "scores": {"accuracy": score}}
 
-    monkeypatch.setattr(quality, "run", run)
+    monkeypatch.setitem(suites.SUITES, "glue", suites.SUITES["glue"]._replace(run=run))
     options = ["--methods", "VB-LoRA", "LoRA r=8", "--search", "5", "--seeds", "1", "--processes", "1"]
     paths = ["--data", str(tmp_path), "--model", str(tmp_path), "--output", str(tmp_path / "runs.jsonl")]
     monkeypatch.setattr("sys.argv", ["quality", *options, *paths])
@@ -168,10 +174,10 @@ def test_seconds_are_those_of_the_middle_seed(tmp_path, monkeypatch, capsys):
         (tmp_path / "A" / f"{part}.tsv").write_text("sentence\tlabel\nx\t0\ny\t1\n")
 
     def run(task: Task, recipe: Recipe, seed: int, settings) -> dict:
-        about = {"score": 50.0, "stored": 1, "steps": 1, "losses": [1.0], "exhausted": 0}
+        about = {"score": 50.0, "scores": {"accuracy": 50.0}, "stored": 1, "steps": 1, "losses": [1.0], "exhausted": 0}
         return about | {"seconds": (20.0, 700.0, 30.0)[seed]}
 
-    monkeypatch.setattr(quality, "run", run)
+    monkeypatch.setitem(suites.SUITES, "glue", suites.SUITES["glue"]._replace(run=run))
     paths = ["--data", str(tmp_path), "--model", str(tmp_path), "--output", str(tmp_path / "runs.jsonl")]
     monkeypatch.setattr("sys.argv", ["quality", "--methods", "VB-LoRA", "--processes", "1", *paths])
     assert quality.main() == 0
@@ -184,14 +190,16 @@ def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, caps
         (tmp_path / "SST-2").mkdir(exist_ok=True)
         rows = [f"{row['text']}\t{row['label']}\n" for row in make_rows(count, seed=count)]
         (tmp_path / "SST-2" / f"{part}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
-    ran = []
-    monkeypatch.setattr(quality, "run", lambda *arguments, run=quality.run: ran.append(arguments) or run(*arguments))
+    ran, glue = [], suites.SUITES["glue"]
+    counting = glue._replace(run=lambda *arguments: ran.append(arguments) or glue.run(*arguments))
+    monkeypatch.setitem(suites.SUITES, "glue", counting)
 
     def command(*more: str) -> list[dict]:
         output = tmp_path / "out" / "runs.jsonl"
         names = ["--methods", "frozen encoder", "VB-LoRA, query and value", "--seeds", "2", "--epochs", "20"]
         monkeypatch.setattr("sys.argv", ["quality", "--data", str(tmp_path), "--model", str(tiny_model), *names])
-        monkeypatch.setattr("sys.argv", [*quality.sys.argv, "--output", str(output), "--processes", "1", *more])
+        monkeypatch.setattr("sys.argv", [*quality.sys.argv, "--output", str(output), "--processes", "1"])
+        monkeypatch.setattr("sys.argv", [*quality.sys.argv, "--precision", "float32", *more])
         assert quality.main() == 0
         return [json.loads(line) for line in output.read_text().splitlines()]
 
@@ -216,4 +224,36 @@ def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, caps
     ran.clear()
     assert len(command(*fits)) == 4 and len(ran) == 1  # what was missing
     assert "VB-LoRA, query and value" in capsys.readouterr().out
-    assert len(command(*fits, "--float32")) == 8  # others
+    others = command(*fits, "--precision", "bfloat16", "--epochs", "1", "--seeds", "1")[4:]
+    assert [run["key"]["bfloat16"] for run in others] == [True, True]
+    assert "Computed in bfloat16 autocast." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suite", ["glue", "chat"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_processor_decides_the_precision(suite, fast, tiny_model, monkeypatch):
+    monkeypatch.setattr(suites, "bfloat16_is_fast", lambda: fast)
+    for given, expected in (("auto", fast), ("bfloat16", True), ("float32", False)):
+        options = [*(["--data", "x"] if suite == "glue" else []), "--model", str(tiny_model), "--precision", given]
+        monkeypatch.setattr("sys.argv", ["quality", "--suite", suite, *options])
+        assert suites.SUITES[suite].settings(parse("")).bfloat16 is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--suite", "glue", "--steps", "3"], "--steps is not an option of --suite glue"),
+        (["--suite", "e2e", "--epochs", "3"], "--epochs is not an option of --suite e2e"),
+        (["--suite", "chat", "--max-prompts", "3"], "--max-prompts is not an option of --suite chat"),
+        (["--suite", "chat", "--data", "x"], "--data is not an option of --suite chat"),
+        (["--suite", "chat", "--methods", "LoRA"], "'LoRA' is none of chat's: frozen, LoRA r=8"),
+        (["--suite", "e2e"], "give --data, or set E2E"),
+        (["--suite", "chat", "--seeds", "0"], "must be 1 or more"),
+    ],
+)
+def test_what_does_not_belong_is_refused(options, message, monkeypatch, capsys):
+    monkeypatch.delenv("E2E", raising=False)
+    monkeypatch.setattr("sys.argv", ["quality", *options])
+    with pytest.raises(SystemExit) as error:
+        parse("")
+    assert error.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""What runs of every kind of model share: the adapter and its optimizer's groups, the precision, and batches of like length."""
+
+import random
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+import vblora
+
+from .methods import CONFIGS, Recipe
+
+_BATCHES_SORTED_TOGETHER = 32
+STEPS_A_LOSS = 50  # of which the mean is kept
+
+
+def adapt(model: nn.Module, recipe: Recipe, seed: int, head: list[str] | None = None) -> list[dict]:
+    """Adapts the model as the recipe says. ``head`` names modules that train in full. Returns the optimizer's groups."""
+    fields = dict(recipe.config)
+    if recipe.method == "vblora":
+        fields.setdefault("seed", seed)
+    vblora.inject(model, CONFIGS[recipe.method](modules_to_save=head, **fields))
+    return vblora.parameter_groups(model, **recipe.rates)
+
+
+def exhausted(model: nn.Module) -> int:
+    """How many rows of VB-LoRA's logits have used up their candidates."""
+    adapters = [m for m in model.modules() if isinstance(m, vblora.adapters.VBLoRAAdapter)]
+    return sum(int(a.exhausted.sum()) for a in adapters if a.exhausted is not None)
+
+
+def bfloat16_is_fast() -> bool:
+    """Whether the processor multiplies in bfloat16; where it does not, autocast is many times slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def mean_losses(losses: list[torch.Tensor]) -> list[float]:
+    """The mean of each ``STEPS_A_LOSS`` steps."""
+    return [round(float(part.mean()), 4) for part in torch.stack(losses).split(STEPS_A_LOSS)] if losses else []
+
+
+def shuffled(lengths: list[int], size: int, rng: random.Random) -> Iterator[list[int]]:
+    """An epoch: the indices of rows in batches of like length, in random order."""
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    together = size * _BATCHES_SORTED_TOGETHER
+    batches = []
+    for start in range(0, len(order), together):
+        part = sorted(order[start : start + together], key=lengths.__getitem__)
+        batches += [part[i : i + size] for i in range(0, len(part), size)]
+    rng.shuffle(batches)
+    yield from batches

@@ -1,0 +1,97 @@
+"""The three suites: encoders on GLUE, and a language model on E2E or on chats."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from vblora.finetune.demo import find_model
+
+from .. import models
+from . import language_models, training
+from .adapting import bfloat16_is_fast
+from .methods import LANGUAGE_RECIPES, LANGUAGE_SPACES, RECIPES, SPACES, Recipe, Space
+from .tasks import Task, read_tasks
+from .texts import TextTask, make_chats, read_e2e
+
+AnyTask = Task | TextTask
+Settings = training.Settings | language_models.Settings
+
+
+class Suite(NamedTuple):
+    """``options`` are those of the command line that it alone has, ``short`` the values of options that ``--quick`` sets."""
+
+    recipes: dict[str, Recipe]
+    spaces: dict[str | None, Space]
+    quick: tuple[str, ...]
+    short: dict[str, Any]
+    options: tuple[str, ...]
+    read: Callable[[argparse.Namespace], list[AnyTask]]
+    settings: Callable[[argparse.Namespace], Settings]
+    run: Callable[[Any, Recipe, int, Any], dict]
+    steps_of: Callable[[Any, Any], int]
+
+
+def _precision(arguments: argparse.Namespace) -> bool:
+    return arguments.precision == "bfloat16" or (arguments.precision == "auto" and bfloat16_is_fast())
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given, by name: the others have the defaults of what they are passed to."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+def _read_glue(arguments: argparse.Namespace) -> list[AnyTask]:
+    return [*read_tasks(arguments.data, arguments.tasks, arguments.max_train, arguments.held_out)]
+
+
+def _encoder_settings(arguments: argparse.Namespace) -> training.Settings:
+    given = _given(arguments, "epochs", "batch_size")
+    return training.Settings(arguments.model or find_model(), _precision(arguments), **given)
+
+
+def _read_e2e(arguments: argparse.Namespace) -> list[AnyTask]:
+    sizes = arguments.max_train, arguments.max_dev, arguments.max_prompts
+    return [read_e2e(arguments.data, *sizes, held_out=arguments.held_out)]
+
+
+def _read_chats(arguments: argparse.Namespace) -> list[AnyTask]:
+    return [make_chats(arguments.max_train, arguments.max_dev, arguments.held_out)]
+
+
+def _language_settings(arguments: argparse.Namespace) -> language_models.Settings:
+    given = _given(arguments, "steps", "batch_size", "beams")
+    if "beams" in given:
+        given["beams"] = tuple(given["beams"])
+    return language_models.Settings(arguments.model or models.smollm2_file(), _precision(arguments), **given)
+
+
+_ENCODERS = Suite(
+    RECIPES,
+    SPACES,
+    ("frozen encoder", "LoRA r=8", "VB-LoRA", "VB-LoRA, the paper's rates"),
+    {"max_train": 1000},
+    ("tasks", "epochs"),
+    _read_glue,
+    _encoder_settings,
+    training.run,
+    training.steps_of,
+)
+_E2E = Suite(
+    LANGUAGE_RECIPES,
+    LANGUAGE_SPACES,
+    ("frozen, 3 examples", "LoRA r=8", "VB-LoRA"),
+    {"steps": 40, "max_dev": 64, "max_prompts": 32, "beams": [1]},
+    ("steps", "max_dev", "max_prompts", "beams"),
+    _read_e2e,
+    _language_settings,
+    language_models.run,
+    language_models.steps_of,
+)
+_CHAT = _E2E._replace(
+    recipes={name: recipe for name, recipe in LANGUAGE_RECIPES.items() if not recipe.config.get("shots")},
+    quick=("frozen", "LoRA r=8", "VB-LoRA"),
+    short={"steps": 40, "max_dev": 64},
+    options=("steps", "max_dev"),
+    read=_read_chats,
+)
+SUITES = {"glue": _ENCODERS, "e2e": _E2E, "chat": _CHAT}
