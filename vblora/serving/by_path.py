@@ -18,7 +18,7 @@ from ..checkpoint.contents import is_finite
 from ..checkpoint.json_objects import read_object
 from ..checkpoint.peft.lora import factor_tensors
 from ..errors import VBLoRAWarning
-from ..files import read_tensors
+from ..files import open_tensors
 from .packed import PackedAdapter, Reader
 
 _VERSIONED = re.compile(r"(.+)@([0-9a-f]{16})")
@@ -144,8 +144,9 @@ def _check_fit(targets: tuple[Target, ...], layers: Mapping[str, Target] | None)
 
 def _is_ours(path: Path) -> bool:
     """Whether a folder's adapter is in a format that engines do not read themselves."""
-    if native.METADATA in read_tensors(path / folder.TENSORS_FILE, lambda _: False)[1]:
-        return True
+    with open_tensors(path / folder.TENSORS_FILE) as file:
+        if native.METADATA in (file.metadata() or {}):
+            return True
     try:
         return read_object(path / folder.CONFIG_FILE).get("peft_type") in _OTHER_PEFT_TYPES
     except FileNotFoundError:
