@@ -260,8 +260,11 @@ def test_attaching_and_detaching(world, ids):
         copy.deepcopy(model)
     with torch.no_grad(), vblora.disabled(model), pytest.raises(ValueError, match="are disabled"):
         model(input_ids=ids, adapter_names=["user-0"] * 8)
+    with torch.no_grad(), pytest.raises(ValueError, match="`adapter_names` was passed to the submodule `model`"):
+        model.model(input_ids=ids, adapter_names=["user-0"] * 8)
     store.detach()
     store.detach()
+    assert not any(module._forward_pre_hooks for module in model.modules())
     assert [name for name, _ in model.named_modules()] == [name for name, _ in world.base.named_modules()]
     assert "generate" not in vars(model)
     vblora.inject(model, vblora.LoraConfig(target_modules="all-linear"))

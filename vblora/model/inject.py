@@ -17,6 +17,7 @@ from ..layers.kinds import target_of
 from ..layers.weights import format_name, is_quantised, passes_gradients
 from .diffusers_guard import guard_diffusers
 from .heads import warn_of_new_weights, with_task_head
+from .parts import find_parts
 from .record import (
     ADAPTERS_ATTRIBUTE,
     AdaptedModel,
@@ -194,6 +195,7 @@ def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedMode
     guard_saving(record)
     for layer, names in found.items():
         record.wrap(layer, names)
+    record.hook_parts(find_parts(model, record.layers))  # to refuse `adapter_names` there
     record.let_rows_differ()
     return record, targets
 

@@ -273,8 +273,9 @@ class AdaptedModel:
         for attached in self._active:
             attached.end_forward(complete=output is not None and not mixed)
 
-    def _hook_parts(self, added: AttachedAdapter) -> None:
-        for part in added.parts.keys() - self._part_hooks.keys():
+    def hook_parts(self, parts: Iterable[str]) -> None:
+        """Has the forwards of these submodules noticed."""
+        for part in set(parts).difference(self._part_hooks):
             module = self.model.get_submodule(part)
             self._part_hooks[part] = [
                 module.register_forward_pre_hook(functools.partial(self._begin_part, part), with_kwargs=True),
@@ -343,7 +344,7 @@ class AdaptedModel:
         getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
         attached.note_trainable_names()
         self.activate([attached.name] if len(self.adapters) == 1 else self.active, added=[attached])
-        self._hook_parts(attached)
+        self.hook_parts(attached.parts)
         self._keep_from_ddp(attached)
 
     def activate(self, names: Sequence[str], added: Sequence[AttachedAdapter] = ()) -> None:
