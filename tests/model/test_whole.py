@@ -185,7 +185,9 @@ def test_a_state_dict_of_the_adapter_has_all_that_changes():
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16))
     model = nn.ModuleDict({"inner": inner, "head": nn.Linear(16, 2)})
-    vblora.inject(inner, vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"]))
+    vblora.inject(
+        inner, vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"], modules_to_save=["1"])
+    )
     other = copy.deepcopy(model)
     inner[2].bias.requires_grad_(True)
     with torch.no_grad():
@@ -196,6 +198,6 @@ def test_a_state_dict_of_the_adapter_has_all_that_changes():
     part = vblora.adapter_state_dict(model)
     others = {name for name in part if ".vblora." not in name}
     statistics = {f"inner.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
-    assert others == statistics | {"inner.2.bias", "head.weight", "head.bias"}
+    assert others == statistics | {"inner.1.weight", "inner.1.bias", "inner.2.bias", "head.weight", "head.bias"}
     other.load_state_dict(part, strict=False)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
