@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def at_top(name: str) -> str:
-    """A file of the repository's top folder, with its links as seen from docs/."""
-    return (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+    """A file of the repository's top folder, with links as seen from docs/. Files outside of docs/ are named, not linked."""
+    text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+    return re.sub(r"\[([^]]+)\]\(((?:tests|benchmarks|csrc|examples)/[^)]*)\)", r"\1 (`\2`)", text)
 
 
 def command_line() -> str:
