@@ -91,7 +91,8 @@ def arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
+    """The text on one line; Markdown takes a bar for the end of a cell unless it is in code."""
+    return re.sub(r"(`[^`]*`)|\|", lambda bar: bar[1] or r"\|", " ".join(text.split()))
 
 
 def config_fields() -> str:
@@ -133,7 +134,7 @@ def documented(config: type) -> dict[str, tuple[str, str]]:
             for parameter in section.value:
                 for name in parameter.name.split(", "):
                     annotation = _annotation(config, name)
-                    found[name] = (cell(annotation), cell(parameter.description))
+                    found[name] = (annotation, cell(parameter.description))
     return found
 
 
