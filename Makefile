@@ -1,6 +1,7 @@
 # make test     run everything that CI runs, in virtual environments that it creates
 # make suite    run the tests and print their coverage; PYTEST="-k admixture -x" passes options to pytest
 # make lint     check style and types            make format   fix the style
+# make docs     build the documentation in build/site; a broken link or reference fails
 # make demo     fine-tune a real model           make clean    remove everything that these commands made
 # make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
 # make quality GLUE=DIR   compare how well the methods learn, shortened; QUALITY="--seeds 3" runs it in full
@@ -35,12 +36,12 @@ CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_level_api initialization config \
   decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 
-.PHONY: test suite test-torches test-peft demo bench quality gpu-check lint format clean
+.PHONY: test suite test-torches test-peft docs demo bench quality gpu-check lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
 
-test: lint test-torches suite
+test: lint docs test-torches suite
 
 suite: .venv-test/ready
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(if $(COVERAGE),--cov) $(PARALLEL) $(PYTEST)
@@ -60,6 +61,9 @@ test-peft: .venv-test/ready
 	.venv-test/$(PIP) attrs datasets diffusers parameterized scipy
 	cd "$(VBLORA_PEFT_SOURCE)" && PYTHONPATH=$(CURDIR)/tests/integrations $(CURDIR)/.venv-test/bin/python -m pytest \
 	  -o addopts= -o filterwarnings= -p accelerate_peft -p no:cacheprovider -q -k vblora $(PEFT_TESTS) $(PYTEST)
+
+docs: .venv-test/ready
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=docs .venv-test/bin/python -m mkdocs build --quiet --strict
 
 demo: .venv-demo/ready
 	HF_HUB_OFFLINE=1 .venv-demo/bin/python $(DEMO)

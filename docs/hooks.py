@@ -100,8 +100,8 @@ def config_fields() -> str:
     lines = [
         "# Configuration",
         "",
-        "The configs are dataclasses with PEFT's field names and defaults. A value out of range raises `ValueError`, one of a wrong",
-        "type `TypeError`. PEFT's config objects and all their fields are accepted, too; see [PEFT](../peft.md).",
+        "The configs are dataclasses with PEFT's field names and defaults. A value out of range raises `ValueError`, one of a",
+        "wrong type `TypeError`. PEFT's config objects and their fields are accepted, too; see [Move from PEFT](../peft.md).",
         "",
     ]
     lines += ["## Fields of all configs", "", *table(vblora.VBLoRAConfig.__mro__[1], list(CONFIGS.values())), ""]
@@ -113,15 +113,11 @@ def config_fields() -> str:
 def table(config: type, theirs: list[Any]) -> list[str]:
     fields = {field.name: field for field in dataclasses.fields(config)}
     in_peft = {field.name for cls in theirs if cls is not None for field in dataclasses.fields(cls)}
-    lines = ["| field | type | default | meaning | PEFT |", "|---|---|---|---|---|"]
+    lines = ["| field | type | default | meaning | in PEFT |", "|---|---|---|---|---|"]
     for name, (annotation, meaning) in documented(config).items():
         default = fields[name].default
         shown = "" if default is dataclasses.MISSING else f"`{default!r}`"
-        if set(fields) - {"method"} and theirs:
-            same = "same name" if name in in_peft else "vblora only"
-        else:
-            same = "not in PEFT"
-        lines.append(f"| `{name}` | `{annotation}` | {shown} | {meaning} | {same} |")
+        lines.append(f"| `{name}` | `{annotation}` | {shown} | {meaning} | {'yes' if name in in_peft else 'no'} |")
     return lines
 
 
