@@ -45,7 +45,7 @@ test: lint test-torches suite
 suite: .venv-test/ready
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(if $(COVERAGE),--cov) $(PARALLEL) $(PYTEST)
 
-# Builds one _C and tests it with the oldest supported torch, the one that it was built with, and the newest.
+# Builds one library and tests it with the oldest supported torch, the one that it was built with, and the newest.
 test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
 	rm -rf build/lib* build/torches
 	.venv-test/$(PIP) --no-deps --no-build-isolation --target build/torches .
@@ -109,4 +109,4 @@ format: .venv-test/ready
 	touch $@
 
 clean:
-	rm -rf .venv-* build dist *.egg-info vblora/_C*.so
+	rm -rf .venv-* build dist *.egg-info vblora/*.so
