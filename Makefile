@@ -63,7 +63,7 @@ wheels: .venv-test/ready .venv-floor/ready .venv-newest/ready
 	.venv-test/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheels/*.whl
 	cp build/wheels/*.tar.gz dist
 	.venv-test/$(PIP) --no-deps --target build/wheel-site dist/*.whl
-	.venv-test/bin/torch-abi-audit build/wheel-site/vblora
+	.venv-test/bin/torch-abi-audit build/wheel-site/vblora/libvblora.so
 	@ls -lh dist; test $$(stat -c %s dist/*.whl) -lt 20000000 || { echo 'The wheel is larger than 20 MB.' >&2; exit 1; }
 	for venv in floor newest; do \
 	  VBLORA_SITE=build/wheel-site PYTHONPATH=build/wheel-site .venv-$$venv/bin/python -P -m pytest --noconftest --import-mode=importlib \

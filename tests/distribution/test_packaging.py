@@ -117,7 +117,7 @@ def test_the_binary_needs_libtorch_cpu_and_the_system_alone(site):
 def test_the_binary_needs_no_newer_torch_than_the_oldest_supported(site):
     audit = Path(sysconfig.get_path("scripts")) / "torch-abi-audit"
     report = json.loads(run(audit, "--json", site / "vblora", cwd=site).stdout)
-    (module,) = report["extensions"]
+    (module,) = report["bundled_libs"]
     assert module["torch"]["stable"]
     assert module["torch"]["unknown_shim_symbols"] == []
     assert module["torch"]["min_torch_version"] == "2.11.0"
