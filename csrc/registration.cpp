@@ -1,6 +1,8 @@
-// The operators' schemas, and the Python module with its build information.
-#include <pybind11/pybind11.h>
+// The operators' schemas, and the two functions that Python calls by name.
 #include <torch/csrc/stable/library.h>
+
+#include <exception>
+#include <string>
 
 #include "cpu/kernels.h"
 #include "outputs.h"
@@ -25,18 +27,21 @@ STABLE_TORCH_LIBRARY(vblora, m) {
   m.def("draw_uniform_(Tensor(a!) values, int seed, int stream, float bound) -> ()");
 }
 
-PYBIND11_MODULE(_C, m) {
-  m.def("empty_cache", &vblora::empty_cache);
-  m.def("build_info", [] {
-    pybind11::dict info;
-    info["version"] = VBLORA_VERSION;
-    info["compiler"] = VBLORA_COMPILER;
-    info["torch_target"] = VBLORA_TORCH_TARGET;
-    info["built_with_torch"] = VBLORA_BUILD_TORCH;
-    info["cuda"] = VBLORA_CUDA_VERSION;
-    info["cuda_architectures"] = VBLORA_CUDA_ARCHS;
-    info["cpu_instruction_set"] = vblora::cpu::kernels().name;
-    info["debug"] = VBLORA_DEBUG != 0;
-    return info;
-  });
+#define VBLORA_EXPORT extern "C" __attribute__((visibility("default")))
+
+VBLORA_EXPORT void vblora_empty_cache() noexcept { vblora::empty_cache(); }
+
+// Lines of name=value, or one line with an error.
+VBLORA_EXPORT const char* vblora_build_info() noexcept {
+  static const std::string info = []() -> std::string {
+    try {
+      return std::string("version=" VBLORA_VERSION "\ncompiler=" VBLORA_COMPILER "\ntorch_target=" VBLORA_TORCH_TARGET
+                         "\nbuilt_with_torch=" VBLORA_BUILD_TORCH "\ncuda=" VBLORA_CUDA_VERSION
+                         "\ncuda_architectures=" VBLORA_CUDA_ARCHS "\ncpu_instruction_set=") +
+             vblora::cpu::kernels().name + "\ndebug=" + (VBLORA_DEBUG ? "1" : "0");
+    } catch (const std::exception& error) {
+      return std::string("error=") + error.what();
+    }
+  }();
+  return info.c_str();
 }

@@ -18,7 +18,7 @@ from .model.parameters import count_parameters, parameter_groups
 from .model.summary import print_trainable_parameters
 from .model.switching import active_adapters, delete_adapter, disabled, eject, set_adapter
 from .model.whole import adapter_state_dict
-from .ops import build_info, empty_cache
+from .native import build_info, empty_cache
 
 __version__ = build_info()["version"]
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import _C  # registers the operators and their kernels
+from . import native  # noqa: F401  # registers the operators and their kernels
 from .arguments import (
     accumulation_dtype,
     check_admixture,
@@ -20,14 +20,6 @@ from .arguments import (
     check_draw_logits,
     check_draw_uniform,
 )
-
-build_info = _C.build_info
-
-
-def empty_cache() -> None:
-    """Frees the CPU memory that vblora caches for large sub-vectors and gradients: up to eight blocks, of recently used sizes.
-    ``torch.cuda.empty_cache`` does the same for CUDA."""
-    _C.empty_cache()
 
 
 def _admixture(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib.machinery
 import json
 import os
 import shlex
@@ -29,7 +28,7 @@ from . import PHASES, ROOT
 from .phase import Phase
 from .report import Outcome, Report, outcome_of, shortened
 
-MODULE = "_C" + importlib.machinery.EXTENSION_SUFFIXES[0]  # as this Python's import looks for it
+LIBRARY = "libvblora.so"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "--wheels", type=Path, metavar="DIR", help="folder of wheels to use, of packages that are missing"
     )
     parser.add_argument(
-        "--prebuilt", type=Path, metavar="FILE", help=f"a {MODULE} to use; the build is then only tried"
+        "--prebuilt", type=Path, metavar="FILE", help=f"a {LIBRARY} to use; the build is then only tried"
     )
     parser.add_argument(
         "--patience", type=float, default=1.0, metavar="FACTOR", help="of the time limits, on a slow machine"
@@ -55,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
         path = getattr(arguments, name)
         if path is not None and not exists(path):
             parser.error(f"--{name} {path}: there is no such {'folder' if name == 'wheels' else 'file'}.")
-    if arguments.prebuilt and arguments.prebuilt.name != MODULE:
-        parser.error(f"--prebuilt {arguments.prebuilt}: this Python imports a file named {MODULE} only.")
+    if arguments.prebuilt and arguments.prebuilt.name != LIBRARY:
+        parser.error(f"--prebuilt {arguments.prebuilt}: the file must be named {LIBRARY}.")
     return arguments
 
 
@@ -72,11 +71,11 @@ def install(wheels: Path, target: Path) -> str:
     return process.stdout.strip() if process.returncode else ""
 
 
-def lay_out(site: Path, module: Path | None) -> None:
-    """The package as phases import it: its Python files, and a `_C` that need not be the one in the source tree."""
+def lay_out(site: Path, library: Path | None) -> None:
+    """The package as phases import it: its Python files, and a library that need not be the one in the source tree."""
     shutil.copytree(ROOT / "vblora", site / "vblora", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    if module is not None:
-        shutil.copy2(module, site / "vblora" / MODULE)
+    if library is not None:
+        shutil.copy2(library, site / "vblora" / LIBRARY)
 
 
 def environment(work: Path) -> dict[str, str]:
@@ -133,11 +132,11 @@ def main() -> int:
         (output / "log.txt").write_bytes(b"")
         if arguments.wheels and (wrong := install(arguments.wheels, work / "wheels")):
             report.outcomes.append(Outcome("wheels", 0, status="failed", reason=wrong))
-        module = arguments.prebuilt
-        in_tree = ROOT / "vblora" / MODULE
-        if module is None and in_tree.exists() and (arguments.device == "cpu" or "build" not in names):
-            module = in_tree
-        lay_out(work / "site", module)
+        library = arguments.prebuilt
+        in_tree = ROOT / "vblora" / LIBRARY
+        if library is None and in_tree.exists() and (arguments.device == "cpu" or "build" not in names):
+            library = in_tree
+        lay_out(work / "site", library)
         if arguments.device == "cuda":  # on a fresh machine the first import reads gigabytes, which is no phase's fault
             warm_up = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -19,42 +19,42 @@ LLAMA = "rows=39040 vectors=2048 length=256 k=2 columns=128 candidates=i16 out=b
 
 
 def run(phase: Phase) -> None:
-    module = built_module(phase)
+    library = built_library(phase)
     if not phase.on_gpu:
-        if module is None:
-            phase.row("_C", "there is none in vblora/: build it first (CONTRIBUTING.md)", ok=False)
+        if library is None:
+            phase.row("libvblora.so", "there is none in vblora/: build it first (CONTRIBUTING.md)", ok=False)
         else:
             result, ok = imported()
-            phase.row("_C that is used", result, ok=ok)
+            phase.row("libvblora.so that is used", result, ok=ok)
         phase.skip("build for the GPU at hand", "there is no GPU")
         return
-    if module is not None:
+    if library is not None:
         result, ok = imported()
-        phase.row("_C that was built before", result, ok=ok)
+        phase.row("libvblora.so that was built before", result, ok=ok)
         if not ok:
-            module.unlink()
+            library.unlink()
 
     arch = capability()
     builds = {
-        "_C": Build(build_module(phase, arch), phase.folder / "module.log"),
+        "libvblora.so": Build(build_library(phase, arch), phase.folder / "library.log"),
         "program without torch": Build(build_program(phase, arch), phase.folder / "program.log"),
     }
     while builds and phase.left() > 0:
         time.sleep(0.1)
         for name in [name for name, build in builds.items() if build.process.poll() is not None]:
-            if report(phase, name, builds.pop(name), arch) and name == "_C" and built_module(phase) is None:
-                use_module(phase)
+            if report(phase, name, builds.pop(name), arch) and name == "libvblora.so" and built_library(phase) is None:
+                use_library(phase)
     for name in builds:
         phase.row(f"{name} builds", "not done in time", ok=False)
-    if built_module(phase) is None and (phase.folder / PROGRAM).exists():
+    if built_library(phase) is None and (phase.folder / PROGRAM).exists():
         for op in ("admixture", "compose", "admixture_backward"):
             with phase.attempt(op):
                 time_without_torch(phase, op)
 
 
-def built_module(phase: Phase) -> Path | None:
+def built_library(phase: Phase) -> Path | None:
     """The one that phases import."""
-    return next((phase.folder / "site" / "vblora").glob("_C.*.so"), None)
+    return next((phase.folder / "site" / "vblora").glob("libvblora.so"), None)
 
 
 def time_without_torch(phase: Phase, op: str) -> None:
@@ -88,12 +88,12 @@ def report(phase: Phase, name: str, build: Build, arch: str) -> bool:
     return ok
 
 
-def use_module(phase: Phase) -> None:
-    (built,) = (phase.folder / "native").glob("_C.*.so")
+def use_library(phase: Phase) -> None:
+    (built,) = (phase.folder / "native").glob("libvblora.so")
     target = phase.folder / "site" / "vblora" / built.name
     target.write_bytes(built.read_bytes())
     result, ok = imported()
-    phase.row("_C that was built here", result, ok=ok)
+    phase.row("libvblora.so that was built here", result, ok=ok)
 
 
 def imported() -> tuple[str, bool]:
@@ -119,7 +119,7 @@ def nvcc() -> Path:
     return toolkit.tool("nvcc")
 
 
-def build_module(phase: Phase, arch: str) -> list[list[str]]:
+def build_library(phase: Phase, arch: str) -> list[list[str]]:
     """CMake alone, since setuptools may be older than pyproject.toml asks for."""
     folder = phase.folder / "native"
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]

@@ -24,7 +24,7 @@ PACKAGES = (
     "hypothesis",
     "expecttest",
 )
-PACKAGES += ("setuptools", "cmake", "ninja", "pybind11")
+PACKAGES += ("setuptools", "cmake", "ninja")
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "g++", "cmake", "ninja")
 
 

@@ -14,7 +14,7 @@ from .phase import Phase, last_line
 
 def run(phase: Phase, case: str, arguments: list[str], processes: int = 8) -> None:
     """`processes` share the device, if pytest-xdist is there."""
-    # importlib: pytest then leaves the source tree behind the package that is to be tested, whose `_C` it may lack.
+    # importlib: pytest then leaves the source tree behind the package that is to be tested, which may not be built.
     options = ["-v", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     command = [sys.executable, "-m", "pytest", *options, *arguments]
     if phase.on_gpu and processes > 1 and importlib.util.find_spec("xdist") is not None:

@@ -1,4 +1,4 @@
-"""What is compared: each method's config and learning rates. docs/training.md says how they were found."""
+"""What is compared: each method's config and learning rates. docs/experiments/recipes.md says how they were found."""
 
 import math
 import random

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import PHASES, ROOT, build, counters, sanitizer, suite
-from benchmarks.gpu.__main__ import MODULE, environment, install, lay_out, run_phase
+from benchmarks.gpu.__main__ import LIBRARY, environment, install, lay_out, run_phase
 from benchmarks.gpu.build import PROGRAM
 from benchmarks.gpu.phase import Phase
 from benchmarks.gpu.report import Outcome, Report, outcome_of, shortened
@@ -234,20 +234,20 @@ echo "compose rows=2: ran"; exec sleep 60""",
 # The build, by stand-ins for the compilers
 
 
-def build_with(monkeypatch, module: list[list[str]], problems: list[list[str]]) -> None:
+def build_with(monkeypatch, library: list[list[str]], problems: list[list[str]]) -> None:
     monkeypatch.setattr(build, "capability", lambda: "9.0")
-    monkeypatch.setattr(build, "build_module", lambda *_: module)
+    monkeypatch.setattr(build, "build_library", lambda *_: library)
     monkeypatch.setattr(build, "build_program", lambda *_: problems)
 
 
-def test_without_a_module_the_program_runs(tmp_path, monkeypatch):
+def test_without_a_library_the_program_runs(tmp_path, monkeypatch):
     program(tmp_path / "made", "echo ran, 12.5 us $1")
     failing = ["bash", "-c", "echo 'kernels.cu(7): error: no such type'; echo; echo stopped; exit 2"]
     build_with(monkeypatch, [failing], [["cp", str(tmp_path / "made"), str(tmp_path / PROGRAM)]])
     build.run(phase(tmp_path))
     found = rows(tmp_path)
-    assert found["_C builds"]["result"] == "kernels.cu(7): error: no such type"
-    assert found["_C builds"]["verdict"] == "failed"
+    assert found["libvblora.so builds"]["result"] == "kernels.cu(7): error: no such type"
+    assert found["libvblora.so builds"]["verdict"] == "failed"
     assert found["program without torch builds"]["verdict"] == "ok"
     assert found["compose of Llama-2-7B without torch"]["result"] == "ran, 12.5 us compose"
 
@@ -256,19 +256,19 @@ def test_a_build_is_imported_from_where_phases_look(tmp_path, monkeypatch):
     site, native = tmp_path / "site", tmp_path / "native"
     lay_out(site, None)
     native.mkdir()
-    (native / MODULE).symlink_to(ROOT / "vblora" / MODULE)
+    (native / LIBRARY).symlink_to(ROOT / "vblora" / LIBRARY)
     for name, value in environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     build_with(monkeypatch, [["true"]], [["true"]])
     build.run(phase(tmp_path))
-    assert (site / "vblora" / MODULE).is_file()
+    assert (site / "vblora" / LIBRARY).is_file()
     assert {row["verdict"] for row in rows(tmp_path).values()} == {"ok"}
-    assert "_C that was built here" in rows(tmp_path)
+    assert "libvblora.so that was built here" in rows(tmp_path)
 
 
 def test_a_build_that_takes_too_long_says_so(tmp_path, monkeypatch):
     build_with(monkeypatch, [["sleep", "5"]], [["false"]])
     build.run(phase(tmp_path, seconds=3.5))
     found = rows(tmp_path)
-    assert found["_C builds"]["result"] == "not done in time"
+    assert found["libvblora.so builds"]["result"] == "not done in time"
     assert found["program without torch builds"]["verdict"] == "failed"

@@ -13,18 +13,18 @@ import torch
 
 import vblora
 from vblora import reference
-from vblora.ops import _C
+from vblora.native import LIBRARY
 
 
 def test_it_is_the_shared_binary(capsys):
-    binary = Path(_C.__file__)
+    binary = LIBRARY
     if site := os.environ.get("VBLORA_SITE"):
         assert binary.is_relative_to(Path(site).resolve())
     digest = hashlib.sha256(binary.read_bytes()).hexdigest()
     info = vblora.build_info()
     with capsys.disabled():
         print(
-            f"\nvblora {info['version']}, _C {digest[:16]} built with torch {info['built_with_torch']} (CUDA {info['cuda']}),"
+            f"\nvblora {info['version']}, {digest[:16]}, built with torch {info['built_with_torch']} (CUDA {info['cuda']}),"
             f" runs under torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
         )
 

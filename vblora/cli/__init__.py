@@ -18,6 +18,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vblora", description="VB-LoRA adapters: fine-tune a model, keep a few kilobytes.")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that ``argv`` names, by default the arguments of this process.
 
@@ -27,12 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The console may lack a character of a path or a label. That must not fail a command whose work is done.
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = _Parser(prog="vblora", description="VB-LoRA adapters: fine-tune a model, keep a few kilobytes.")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add_parser(commands)
     try:
-        arguments = parser.parse_args(argv)
+        arguments = make_parser().parse_args(argv)
     except SystemExit as exit:  # after --help, or an error
         return int(exit.code or 0)
     name = f"vblora {arguments.command}"

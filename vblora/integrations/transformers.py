@@ -117,7 +117,8 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     ) -> None:
         if args.fsdp or args.deepspeed:
             raise ValueError(
-                "VBLoRACallback cannot save under the Trainer's FSDP or DeepSpeed. Use DDP, or see docs/training.md."
+                "VBLoRACallback cannot save under the Trainer's FSDP or DeepSpeed. Use DDP, or shard the model with FSDP2 in "
+                "a loop of your own."
             )
         if args.load_best_model_at_end and not isinstance(model, PreTrainedModel):
             raise ValueError(
