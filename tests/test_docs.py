@@ -137,7 +137,8 @@ def lightning() -> dict[str, Any]:
     pytest.importorskip("lightning")  # make test-trainers has it
     given = {"make_base_model": lambda: nn.Sequential(nn.Linear(8, 4))}
     settings = {"num_vectors": 8, "vector_length": 4, "target_modules": "all-linear"}
-    return given | {"config": vblora.VBLoRAConfig(**settings), "data": [(torch.randn(2, 8), torch.randn(2, 4))]}
+    data = torch.utils.data.TensorDataset(torch.randn(2, 8), torch.randn(2, 4))
+    return given | {"config": vblora.VBLoRAConfig(**settings), "data": torch.utils.data.DataLoader(data)}
 
 
 def diffusion() -> dict[str, Any]:
