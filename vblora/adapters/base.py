@@ -74,6 +74,11 @@ def _count_step(*_: object) -> None:
         _step_was_captured = _step_was_captured or streams.capturing()
 
 
+def optimizer_steps() -> int:
+    """How many steps optimizers have taken."""
+    return _optimizer_steps
+
+
 # Optimizers that write through `.data`, and FSDP2's all-gather, change parameters without moving their version counters.
 register_optimizer_step_post_hook(_count_step)
 
