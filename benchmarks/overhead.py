@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from functools import partial
 from itertools import product
 
@@ -24,7 +25,6 @@ from .harness import Result, Row, Settings, Times, bars, held_bytes, in_turn, pe
 from .inference import Decoder
 
 SHAPES = {"1 × 32": (1, 32), "4 × 128": (4, 128)}
-INFERENCE = "inference"  # what `--case` calls prefill and decoding
 DTYPES = {"fp32": None, "bf16 autocast": torch.bfloat16}
 CHECKPOINTING = {"": None, ", checkpointing": False, ", re-entrant checkpointing": True}  # use_reentrant
 FROZEN, OURS, LORA, PEER = "frozen model", "vblora", "vblora LoRA", "PEFT LoRA"
@@ -142,7 +142,7 @@ def training(
         shapes.items(), DTYPES.items(), CHECKPOINTING.items()
     ):
         case = f"{shape_name}, {dtype_name}{suffix}"
-        if wanted not in case:
+        if not fnmatch(case, wanted):
             continue
         ids = torch.randint(3, 500, shape, generator=torch.Generator().manual_seed(0))
         with ExitStack() as stack:
@@ -160,29 +160,33 @@ def training(
 
 
 @torch.no_grad()
-def inference(settings: Settings, layers: int, rounds: int | None, adapter: dict) -> tuple[list[Row], dict[str, Times]]:
+def inference(
+    settings: Settings, layers: int, rounds: int | None, wanted: str, adapter: dict
+) -> tuple[list[Row], dict[str, Times]]:
     rows, groups = [], {}
     for dtype_name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
         base = base_model(settings, layers).to(dtype).eval()
         made = {name: make() for name, make in makers(base, adapter).items() if name in (FROZEN, OURS, LORA, PEER)}
         prompt = torch.randint(3, 500, (1, 8 if settings.quick else 128), generator=torch.Generator().manual_seed(0))
         sides = {name: Decoder(model.eval(), prompt) for name, model in made.items()}
-        for case, method in {"prefill of 128": "prefill", "decoding a token": "decode"}.items():
+        for name, method in {"prefill of 128": "prefill", "decoding a token": "decode"}.items():
+            case = f"{name}, {dtype_name}"
+            if not fnmatch(case, wanted):
+                continue
             work = {name: getattr(side, method) for name, side in sides.items()}
             times = in_turn(work, settings.seconds(1e-9 if rounds else 10), least=rounds or 11, most=rounds or 300)
-            groups[f"{case}, {dtype_name}"] = times
-            rows += shown(step_row(f"{case}, {dtype_name}", times))
+            groups[case] = times
+            rows += shown(step_row(case, times))
     return rows, groups
 
 
 def run(
-    settings: Settings, layers: int = 12, rounds: int | None = None, wanted: str = "", vector_length: int = 192
+    settings: Settings, layers: int = 12, rounds: int | None = None, wanted: str = "*", vector_length: int = 192
 ) -> Result:
     adapter = models.SMOLLM2_ADAPTER | {"vector_length": vector_length}
     rows, groups = training(settings, layers, rounds, wanted, adapter)
-    if not wanted or wanted in INFERENCE:
-        more, times = inference(settings, layers, rounds, adapter)
-        rows, groups = rows + more, groups | times
+    more, times = inference(settings, layers, rounds, wanted, adapter)
+    rows, groups = rows + more, groups | times
     sizes = f"r=4, h=2048, b={vector_length}, k=2"
     title = f"overhead: {layers} layers of SmolLM2-135M's shape, all linear layers, {sizes}, AdamW fused"
     measurements = {"seconds": {name: times.seconds for name, times in groups.items()}}
@@ -191,7 +195,9 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", default="", help="only training steps whose name contains this, or `inference`")
+    parser.add_argument(
+        "--case", default="*", help="only cases whose name matches this pattern, such as '1 × 32, fp32*'"
+    )
     parser.add_argument("--rounds", type=int, help="instead of a time for each case")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vector-length", type=int, default=192, help="b")

@@ -29,9 +29,9 @@ class Factors(NamedTuple):
     e: Tensor | None = None  # (out_features,); None means ones
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
-        if all(factor is None or (factor.device, factor.dtype) == (device, dtype) for factor in self):
-            return self
         A, B, d, e = self
+        if A.dtype == dtype and A.device == device:  # a layer's factors have the same of both
+            return self
         return Factors(
             A.to(device, dtype),
             B.to(device, dtype),
@@ -179,7 +179,7 @@ class Adapter(nn.Module, ABC):
 
     * With gradients, each outermost forward composes once (:meth:`begin_forward`) and never shares with another forward: you
       may run several forwards before their backwards. A layer that runs outside an outermost forward, because activation
-      checkpointing recomputes it or you call it directly, composes only its own rows.
+      checkpointing recomputes it or you call it directly, composes only its own rows, if the method does not have them yet.
     * Without gradients, the factors are cached until a parameter changes: its version counter moves, an optimizer steps, the
       module is cast, moved or switched between training and evaluation, or a state dict is loaded. If you write to a parameter
       through ``.data``, call :meth:`invalidate`. Another stream waits for the one that composed the factors.

@@ -157,15 +157,16 @@ class AdaptedLayer(nn.Module):
 
     def _add(self, update: Update, y: Tensor | None, x: Tensor) -> Tensor:
         """Adds an update to the base layer's output ``y``, which is yet to be computed if it is None."""
+        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]  # faster than Module.__getattr__
         floating = x.is_floating_point()
         dtype = compute_dtype(x.device, x.dtype if y is None or floating else y.dtype)
         factors = update.slot.factors(dtype).to(x.device, dtype)
         dropout = update.dropout if self.training and floating else 0.0
         if y is None:
-            if not dropout and fused.can_fuse(self.base_layer, x, factors):
-                return fused.linear(cast(nn.Linear, self.base_layer), x, factors)
-            y = cast(Tensor, self.base_layer(x))
-        return self.kind.add_update(self.base_layer, y, F.dropout(x, dropout) if dropout else x, factors)
+            if not dropout and fused.can_fuse(base, x, factors):
+                return fused.linear(cast(nn.Linear, base), x, factors)
+            y = cast(Tensor, base(x))
+        return self.kind.add_update(base, y, F.dropout(x, dropout) if dropout else x, factors)
 
     @torch.no_grad()
     def delta_weight(self, names: Iterable[str]) -> Tensor:

@@ -23,9 +23,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def can_fuse(layer: nn.Module, x: Tensor, factors: Factors) -> bool:
     """Whether :func:`linear` may stand for a call of the frozen ``layer`` and an update of its output.
 
-    Not if something else needs to see the call: a hook, a graph or a function transform.
+    Not if something else needs to see the call: a hook, a graph or a function transform. And not without gradients, where this
+    saves nothing.
     """
-    if torch.compiler.is_compiling() or type(layer).forward is not nn.Linear.forward:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     own = vars(layer)
     weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
@@ -41,7 +42,7 @@ def can_fuse(layer: nn.Module, x: Tensor, factors: Factors) -> bool:
         and (x.dtype == weight.dtype == factors.A.dtype or _autocasts(x, weight, factors.A.dtype))
         and factors.d is None
         and factors.e is None
-        and torch.is_grad_enabled()
+        and type(layer).forward is nn.Linear.forward
         and "forward" not in own
         and layer._compiled_call_impl is None
         and not any(map(own.__getitem__, _HOOKS))
