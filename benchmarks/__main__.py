@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
+from . import models
 from .harness import Result, Settings, machine, table
 
-NAMES = ("compose", "training", "inference", "injection", "serving", "growth", "launches", "determinism")
+NAMES = ("overhead", "compose", "training", "inference", "injection", "serving", "growth", "launches", "determinism")
 BEGIN, END = "<!-- make bench -->", "<!-- end of make bench -->"
 
 
@@ -66,6 +67,9 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)} (all of them)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; the figures mean nothing")
+    parser.add_argument(
+        "--optimizers", action="store_true", help="time AdamW's other implementations, too, besides fused"
+    )
     parser.add_argument("--output", type=Path, help="folder of the JSON files and figures (build/bench)")
     parser.add_argument("--readme", type=Path, help=f"a file whose text between {BEGIN} and {END} becomes the table")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -78,13 +82,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", module="peft|transformers")
     arguments.output.mkdir(parents=True, exist_ok=True)
+    settings = Settings(arguments.quick, tuple(models.ADAMW) if arguments.optimizers else ("fused",))
     results = []
     for name in NAMES:
         if arguments.names and name not in arguments.names:
             results.append(earlier(name, arguments.output))
             continue
         print(f"{name} …", flush=True)
-        results.append(run(name, Settings(arguments.quick), arguments.output))
+        results.append(run(name, settings, arguments.output))
         print(f"{table(results[-1:])}\n({results[-1].seconds:.0f} s)\n", flush=True)
         gc.collect()
     results = [result for result in results if result is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,6 @@ from .harness import (
 )
 
 R = models.LLAMA_ADAPTER["r"]
-OPTIMIZERS = ("fused", "foreach", "for-loop")
 
 
 class Layers(torch.autograd.Function):
@@ -54,8 +54,8 @@ class Side:
         self.optimizers = models.optimizers(parameters)
         self.grads = [torch.randn_like(factor) for factor in factors()]
 
-    def step(self, optimizers: tuple[str, ...] = OPTIMIZERS) -> dict[str, float]:
-        """Seconds of forward and backward, and of each optimizer's step."""
+    def step(self, optimizers: tuple[str, ...] = ("fused",)) -> dict[str, float]:
+        """Seconds of forward and backward, and of a step of each of these optimizers."""
         start = time.perf_counter()
         Layers.apply(self.grads, *self.factors()).backward()
         times = {"forward + backward": time.perf_counter() - start}
@@ -69,8 +69,8 @@ class Side:
 
     def settled_step(self) -> dict[str, float]:
         """Seconds of a whole step with fused AdamW, after a step that is not timed, which warms the caches."""
-        self.step(("fused",))
-        return {"step": sum(self.step(("fused",)).values())}
+        self.step()
+        return {"step": sum(self.step().values())}
 
     def state_bytes(self) -> int:
         """Bytes of the parameters, their gradients, and AdamW's two moments."""
@@ -120,12 +120,12 @@ def floor_bytes(adapter: VBLoRAAdapter, dtype: torch.dtype) -> int:
 
 def steps(times: Times) -> Times:
     """Whole steps, by optimizer, from the parts of each."""
-    sides = dict.fromkeys(name.split(", ")[0] for name in times.seconds)
     whole = {}
-    for optimizer in OPTIMIZERS:
-        for side in sides:
-            parts = times.seconds[f"{side}, forward + backward"], times.seconds[f"{side}, {optimizer}"]
-            whole[f"{side}, {optimizer}"] = [a + b for a, b in zip(*parts, strict=True)]
+    for name, seconds in times.seconds.items():
+        side, part = name.split(", ")
+        if part in models.ADAMW:
+            before = times.seconds[f"{side}, forward + backward"]
+            whole[name] = [a + b for a, b in zip(before, seconds, strict=True)]
     return Times(whole)
 
 
@@ -135,7 +135,7 @@ def memory(targets: list[Target], make: Callable[[], Side]) -> int:
     def run() -> None:
         side = make()
         for _ in range(2):
-            side.step(("fused",))
+            side.step()
 
     return peak_bytes(run)
 
@@ -152,17 +152,17 @@ def run(settings: Settings) -> Result:
     alone = in_turn(turns, settings.seconds(15))
     del turns
 
-    work = {"vblora": candidates.step, "vblora bf16 factors": half.step}
     dense, _ = ours(targets, float32, None)
     eager = peft_vblora(targets)
-    work |= {"vblora dense": dense.step, "PEFT VBLoRA": eager.step}
+    sides = {"vblora": candidates, "vblora bf16 factors": half, "vblora dense": dense, "PEFT VBLoRA": eager}
     if not settings.quick:
-        work["PEFT VBLoRA compiled"] = peft_vblora(targets, compiled=True).step
+        sides["PEFT VBLoRA compiled"] = peft_vblora(targets, compiled=True)
+    work = {name: partial(side.step, settings.optimizers) for name, side in sides.items()}
     peers = [name for name in work if name.startswith("PEFT")]
     parts = in_turn(work, settings.seconds(60), least=5)
     whole = steps(parts)
     groups["a step"] = whole
-    for optimizer in OPTIMIZERS:
+    for optimizer in settings.optimizers:
         for ours_, least in (("vblora", 15), ("vblora dense", 4)):
             for peer in peers:
                 ratio = whole.ratio(f"{peer}, {optimizer}", f"{ours_}, {optimizer}")
@@ -182,7 +182,7 @@ def run(settings: Settings) -> Result:
     mib = {name: f"{size / 2**20:.0f}" for name, size in state.items()}
     figure = f"{share:.3f} × ({mib['vblora']} of {mib['PEFT VBLoRA']} MiB)"
     rows.append(value_row("parameters, gradients, moments: vblora / PEFT VBLoRA", figure, share, "×", at_most=0.1))
-    del work, eager, dense, candidates, half
+    del work, sides, eager, dense, candidates, half
     peak = {
         "vblora, bf16 factors": memory(targets, lambda: ours(targets, bfloat16, 128)[0]),
         "vblora, fp32 factors": memory(targets, lambda: ours(targets, float32, 128)[0]),

@@ -18,9 +18,14 @@ import vblora
 
 @dataclass(frozen=True)
 class Settings:
-    """quick: small sizes and few rounds, to check that everything runs. The numbers mean nothing."""
+    """What ``python -m benchmarks`` was asked for.
+
+    quick: small sizes and few rounds, to check that everything runs. The numbers mean nothing.
+    optimizers: the implementations of AdamW to time, of ``models.ADAMW``.
+    """
 
     quick: bool = False
+    optimizers: tuple[str, ...] = ("fused",)
 
     def seconds(self, full: float) -> float:
         """How many seconds to repeat something for: `full`, or less if quick."""

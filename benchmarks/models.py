@@ -68,6 +68,14 @@ def smollm2() -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
 
 
+def smollm2_shape(layers: int) -> nn.Module:
+    """A model of SmolLM2-135M's widths with random weights and this many of its 30 layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=49152, num_hidden_layers=layers, tie_word_embeddings=True, **sizes))
+
+
 def small_llama() -> nn.Module:
     """A small stand-in for SmolLM2 where numbers do not matter. 192 divides its widths, too."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -112,7 +120,9 @@ def ours(model: nn.Module, adapter: dict, **choice) -> nn.Module:
     return vblora.inject(model, vblora.VBLoRAConfig(**adapter, **choice))
 
 
+ADAMW = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
+
+
 def optimizers(parameters: list[nn.Parameter]) -> dict[str, torch.optim.Optimizer]:
     """AdamW in torch's three implementations; ``for-loop`` is the default on a CPU."""
-    settings = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
-    return {name: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, **s) for name, s in settings.items()}
+    return {name: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, **s) for name, s in ADAMW.items()}

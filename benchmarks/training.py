@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import models
-from .compose import OPTIMIZERS, steps
+from .compose import steps
 from .harness import Result, Settings, Times, bars, in_turn, ratio_row
 
 SHAPES = {"1 × 32": (1, 32), "4 × 128": (4, 128)}
@@ -21,19 +21,18 @@ class Training:
         self.model = model.train()
         self.optimizers = models.optimizers([p for p in model.parameters() if p.requires_grad])
 
-    def step(self, ids: torch.Tensor, dtype: torch.dtype | None) -> dict[str, float]:
-        """Seconds of forward and backward, and of each optimizer's step."""
+    def step(self, ids: torch.Tensor, dtype: torch.dtype | None, optimizers: tuple[str, ...]) -> dict[str, float]:
+        """Seconds of forward and backward, and of a step of each of these optimizers."""
         start = time.perf_counter()
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
         times = {"forward + backward": time.perf_counter() - start}
-        for name, optimizer in self.optimizers.items():
+        for name in optimizers:
             start = time.perf_counter()
-            optimizer.step()
+            self.optimizers[name].step()
             times[name] = time.perf_counter() - start
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
+        self.optimizers["fused"].zero_grad()
         return times
 
 
@@ -65,16 +64,16 @@ def run(settings: Settings) -> Result:
             here = sides
             if shape[0] > 1:  # no target there for PEFT's VB-LoRA, and it would take minutes
                 here = {name: side for name, side in sides.items() if "VBLoRA" not in name}
-            work = {name: partial(side.step, ids, dtype) for name, side in here.items()}
+            work = {name: partial(side.step, ids, dtype, settings.optimizers) for name, side in here.items()}
             whole = steps(in_turn(work, settings.seconds(40 if shape[0] == 1 else 70), least=7))
             floor = in_turn({"base model": partial(base_step, base, ids, dtype)}, settings.seconds(8), warm_up=1)
             groups[f"{shape_name} tokens, {dtype_name}"] = Times(whole.seconds | floor.seconds)
             case = f"{shape_name}, {dtype_name}, AdamW"
-            for optimizer in OPTIMIZERS:
+            for optimizer in settings.optimizers:
                 ratio = whole.ratio(f"vblora, {optimizer}", f"PEFT LoRA, {optimizer}")
                 rows.append(ratio_row(f"{case} {optimizer}: vblora / PEFT LoRA r=4", ratio, at_most=1.02))
             for peer in [name for name in here if name.startswith("PEFT VBLoRA")]:
-                for optimizer in OPTIMIZERS:
+                for optimizer in settings.optimizers:
                     ratio = whole.ratio(f"{peer}, {optimizer}", f"vblora, {optimizer}")
                     rows.append(ratio_row(f"{case} {optimizer}: {peer} / vblora", ratio, at_least=1.25))
     title = "training step: SmolLM2-135M, all linear layers, r=4, h=2048, b=192, k=2"

@@ -158,16 +158,16 @@ class _InParts(torch.autograd.Function):
         parts, indices, weights, exhausted = torch.ops.vblora.admixture_parts(
             logits, bank, candidates, k, out_dtype, sizes, ranks
         )
-        ctx.mark_non_differentiable(exhausted)
+        ctx.mark_non_differentiable(exhausted, indices)
         ctx.set_materialize_grads(False)
         ctx.num_candidates = logits.shape[1]
         ctx.begins = [0, *itertools.accumulate(sizes)]
         ctx.save_for_backward(indices, weights, bank, candidates)
-        return exhausted, weights, *parts  # an output is saved with its history, so a second backward raises
+        return exhausted, indices, weights, *parts  # an output is saved with its history, so a second backward raises
 
     @staticmethod
     def backward(
-        ctx: Any, _grad_exhausted: None, _grad_weights: Tensor | None, *grads: Tensor | None
+        ctx: Any, _grad_exhausted: None, _grad_indices: None, _grad_weights: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         given = [(begin, grad) for begin, grad in zip(ctx.begins, grads, strict=False) if grad is not None]
         if not given:
@@ -190,8 +190,9 @@ def admixture_in_parts(
     out_dtype: torch.dtype,
     sizes: list[int],
     ranks: int,
-) -> tuple[Tensor, ...]:
-    """Composes the sub-vectors ``(S, b)`` and splits them into runs of ``sizes`` rows, each a matrix of ``ranks`` rows.
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Composes the sub-vectors ``(S, b)`` and splits them into runs of ``sizes`` rows, each a matrix of ``ranks`` rows. Returns
+    these with the operator's indices and weights.
 
     Sets ``exhausted`` ``(S,)`` to True for rows whose k-th selected logit is not above their last one.
 
@@ -199,18 +200,18 @@ def admixture_in_parts(
     Llama-2-7B's 448 factors. On other devices, and in graphs, this is ``admixture`` followed by a split.
     """
     if logits.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        newly_exhausted, _, *parts = _InParts.apply(  # type: ignore[no-untyped-call]
+        newly_exhausted, indices, weights, *parts = _InParts.apply(  # type: ignore[no-untyped-call]
             logits, bank, candidates, k, out_dtype, sizes, ranks
         )
         if exhausted is not None:
             exhausted.logical_or_(newly_exhausted)
-        return tuple(parts)
-    subvectors, indices, _ = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
+        return tuple(parts), indices, weights
+    subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
     if exhausted is not None:
         logits = logits.detach()
         selected = logits.gather(1, indices[:, -1:].long())
         exhausted.logical_or_((selected <= logits[:, -1:]).squeeze(1))
-    return in_parts(subvectors, sizes, ranks)
+    return in_parts(subvectors, sizes, ranks), indices, weights
 
 
 def in_parts(subvectors: Tensor, sizes: list[int], ranks: int) -> tuple[Tensor, ...]:

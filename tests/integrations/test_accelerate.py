@@ -69,7 +69,8 @@ def test_offloaded_layers_train_as_those_that_are_there(offload, tmp_path):
     assert model.blocks[0].up.weight.is_meta
     injected(model)
     assert model.vblora.default.logits.device == model.vblora.default.bank.vectors.device == torch.device("cpu")
-    assert train(model) == train(injected(base()))
+    # To rounding: a layer with accelerate's hook is not fused with its update.
+    assert train(model) == pytest.approx(train(injected(base())), rel=1e-6)
 
 
 def test_a_layer_on_another_device_takes_its_factors_there():

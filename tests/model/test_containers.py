@@ -99,4 +99,4 @@ def test_a_sentence_transformer_is_saved(tmp_path):
     vblora.merge(model)
     model.save(str(tmp_path / "model"))
     again = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), device="cpu")
-    assert relative_error(again.encode(["good bad"], convert_to_tensor=True), expected) < 1e-5
+    assert relative_error(again.encode(["good bad"], convert_to_tensor=True), expected) < 1e-4

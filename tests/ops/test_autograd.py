@@ -222,7 +222,7 @@ def test_parts_are_one_split_and_its_gradient(backend, generator, candidates, ou
     marks = [torch.zeros(20, dtype=torch.bool) for _ in range(2)]
     for mark in marks:
         mark[5] = True  # a mark stays
-    parts = ops.admixture_in_parts(logits, bank, inputs.candidates, marks[0], 3, out_dtype, sizes, ranks)
+    parts, *_ = ops.admixture_in_parts(logits, bank, inputs.candidates, marks[0], 3, out_dtype, sizes, ranks)
     with torch.no_grad():
         ops.admixture_in_parts(logits, bank, inputs.candidates, marks[1], 3, out_dtype, sizes, ranks)
     assert torch.equal(*marks) and marks[0][[0, 1, 2, 5]].tolist() == [True, True, False, True]
@@ -243,7 +243,7 @@ def test_parts_are_one_split_and_its_gradient(backend, generator, candidates, ou
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         twice.sum().backward()
     # ... nor where all that the gradient depends on is the logits' weights
-    frozen = ops.admixture_in_parts(logits, bank.detach(), inputs.candidates, None, 3, out_dtype, sizes, ranks)
+    frozen, *_ = ops.admixture_in_parts(logits, bank.detach(), inputs.candidates, None, 3, out_dtype, sizes, ranks)
     (twice,) = torch.autograd.grad(frozen[3], logits, grads[3], create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         twice.sum().backward()

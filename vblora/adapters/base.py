@@ -29,9 +29,9 @@ class Factors(NamedTuple):
     e: Tensor | None = None  # (out_features,); None means ones
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
-        if all(factor is None or (factor.device, factor.dtype) == (device, dtype) for factor in self):
-            return self
         A, B, d, e = self
+        if A.dtype == dtype and A.device == device:  # a layer's factors have the same of both
+            return self
         return Factors(
             A.to(device, dtype),
             B.to(device, dtype),
@@ -72,6 +72,11 @@ def _count_step(*_: object) -> None:
     _optimizer_steps += 1
     if not torch.compiler.is_compiling():
         _step_was_captured = _step_was_captured or streams.capturing()
+
+
+def optimizer_steps() -> int:
+    """How many steps optimizers have taken."""
+    return _optimizer_steps
 
 
 # Optimizers that write through `.data`, and FSDP2's all-gather, change parameters without moving their version counters.
@@ -177,7 +182,8 @@ class Adapter(nn.Module, ABC):
     * With gradients, each outermost forward composes once (:meth:`begin_forward`) and never shares with another forward: you
       may run several forwards before their backwards. It is a forward of the model, or of a part that you call by itself, such
       as ``model.bert``, which composes for its own layers only. A layer that runs outside an outermost forward, because
-      activation checkpointing recomputes it or you call it directly, composes only its own rows.
+      activation checkpointing recomputes it or you call it directly, composes only its own rows, if the method does not have
+      them yet.
     * Without gradients, the factors are cached until a parameter changes: its version counter moves, an optimizer steps, the
       module is cast, moved or switched between training and evaluation, or a state dict is loaded. If you write to a parameter
       through ``.data``, call :meth:`invalidate`. Another stream waits for the one that composed the factors.

@@ -13,10 +13,14 @@ def rows_of(tensor: Tensor, start: int, count: int) -> Tensor:
     each recomputed layer runs its own backward, so each would write and add a full gradient. Here it adds only its rows to the
     existing gradient.
     """
-    # Only during a backward, where the work queued on this stream precedes the rest of the backward on every stream.
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+    if not in_backward() or not tensor.requires_grad:
         return tensor.narrow(0, start, count)
     return _Rows.apply(tensor, start, count)  # type: ignore[no-untyped-call]
+
+
+def in_backward() -> bool:
+    """Whether a backward is running, where the work queued on this stream precedes the rest of it on every stream."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _Rows(torch.autograd.Function):
@@ -30,15 +34,26 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad is None:
             return None, None, None
-        parameter = _accumulated_parameter(ctx.next_functions[0][0])
-        if parameter is None:
-            full = grad.new_zeros(ctx.shape)
-            full.narrow(0, ctx.start, ctx.count).copy_(grad)
-            return full, None, None
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-        parameter.grad.narrow(0, ctx.start, ctx.count).add_(grad)
-        return None, None, None  # DDP's hook on the parameter still runs
+        total, returned = accumulated_gradient(ctx.next_functions[0][0], ctx.shape, grad)
+        total.narrow(0, ctx.start, ctx.count).add_(grad)
+        return returned, None, None
+
+
+def accumulated_gradient(
+    node: torch.autograd.graph.Node | None, shape: torch.Size, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The tensor that a backward adds to, for an input whose gradients go to ``node``, and what it returns for that input.
+
+    If the input is a parameter whose ``grad`` accumulates, the tensor is that ``grad``, and None is returned: hooks on the
+    parameter, such as DDP's, still run. Otherwise it is a new tensor of zeros.
+    """
+    parameter = _accumulated_parameter(node)
+    if parameter is None:
+        new = like.new_zeros(shape)
+        return new, new
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+    return parameter.grad, None
 
 
 def _accumulated_parameter(node: torch.autograd.graph.Node | None) -> Tensor | None:

@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from ..checks import check_count, check_positive
 from ..config import VBLoRAConfig
 from ..distributed import gather, processes
 from ..errors import VBLoRAWarning
-from .base import Adapter, Factors, Target
-from .rows import rows_of
+from .base import Adapter, Factors, Target, is_plain
+from .recomputed import Mixtures
+from .rows import in_backward, rows_of
 
 _DEFAULT_LENGTH = 256  # of bank vectors, as in the paper and PEFT
 
@@ -141,6 +142,8 @@ class VBLoRAAdapter(Adapter):
             check_noop(bank, topk, num_candidates)
         self._rows = rows_of_factors(self.targets, r, bank.vector_length)
         self._starts = [0, *itertools.accumulate(self._rows)][::2]
+        self._recomputes = False  # whether a backward ever recomputed a layer
+        self._mixtures: Mixtures | None = None  # of the last forward, for the layers that its backward recomputes
         if rows is None:
             dense = num_candidates is None or num_candidates >= bank.num_vectors
             rows = draw_rows(
@@ -282,8 +285,33 @@ class VBLoRAAdapter(Adapter):
             training = logits.requires_grad and torch.is_grad_enabled()
             exhausted = part(self.exhausted) if training and self.exhausted is not None else None
             candidates = None if self.candidates is None else part(self.candidates)
-            parts = ops.admixture_in_parts(logits, bank, candidates, exhausted, self.topk, dtype, rows, self.r)
+            parts, columns, weights = ops.admixture_in_parts(
+                logits, bank, candidates, exhausted, self.topk, dtype, rows, self.r
+            )
+            if span is None:
+                self._mixtures = None  # before the next ones take memory
+                sources = self.logits, self.bank.vectors
+                kept = training and self._recomputes and not torch.compiler.is_compiling()
+                if kept and all(source.is_cpu and is_plain(source) for source in sources):
+                    self._mixtures = Mixtures(parts, columns, weights, candidates, bank, rows, *sources)
         return as_factors(parts, targets)
+
+    def factors_of(self, index: int, dtype: torch.dtype) -> Factors:
+        if not in_backward() or not torch.is_grad_enabled():
+            return super().factors_of(index, dtype)
+        self._recomputes = True
+        mixtures, vectors = self._mixtures, self.bank.vectors
+        if mixtures is None or not mixtures.are_of(dtype, self.logits, vectors):
+            return super().factors_of(index, dtype)
+        parts = mixtures.factors(index, scaled(vectors, self.scaling))
+        return as_factors(parts, self.targets[index : index + 1])[0]
+
+    def invalidate(self) -> None:
+        super().invalidate()
+        self._mixtures = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_mixtures": None}
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"bank": [self.bank.vectors], "logits": [] if self.logits is None else [self.logits]}

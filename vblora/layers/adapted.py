@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Slot
-from . import rows
+from . import fused, rows
 from .kinds import compute_dtype, kind_of
 from .reads import Watched
 from .weights import Rounding, format_of, is_packed, rounding, swap_tensor
@@ -161,17 +161,32 @@ class AdaptedLayer(nn.Module):
         return own["_modules"]["base_layer"](*args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        return rows.updated(self, y, x) if self.rows_differ else self.add_applied(y, x)
+        if self.rows_differ or args or kwargs or not x.is_floating_point():
+            y = self.base_layer(x, *args, **kwargs)
+            return rows.updated(self, y, x) if self.rows_differ else self.add_applied(y, x)
+        y = None
+        for update in self.applied.values():
+            y = self._add(update, y, x)
+        return self.base_layer(x) if y is None else y
 
     def add_applied(self, y: Tensor, x: Tensor) -> Tensor:
         """Adds the updates of the applied adapters to the base layer's output ``y``."""
-        for slot, dropout in self.applied.values():
-            dtype = compute_dtype(x.device, x.dtype if x.is_floating_point() else y.dtype)
-            factors = slot.factors(dtype).to(x.device, dtype)
-            dropped = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
-            y = self.kind.add_update(self.base_layer, y, dropped, factors)
+        for update in self.applied.values():
+            y = self._add(update, y, x)
         return y
+
+    def _add(self, update: Update, y: Tensor | None, x: Tensor) -> Tensor:
+        """Adds an update to the base layer's output ``y``, which is yet to be computed if it is None."""
+        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]  # faster than Module.__getattr__
+        floating = x.is_floating_point()
+        dtype = compute_dtype(x.device, x.dtype if y is None or floating else y.dtype)
+        factors = update.slot.factors(dtype).to(x.device, dtype)
+        dropout = update.dropout if self.training and floating else 0.0
+        if y is None:
+            if not dropout and fused.can_fuse(base, x, factors):
+                return fused.linear(cast(nn.Linear, base), x, factors)
+            y = cast(Tensor, base(x))
+        return self.kind.add_update(base, y, F.dropout(x, dropout) if dropout else x, factors)
 
     @torch.no_grad()
     def delta_weight(self, names: Iterable[str]) -> Tensor:
