@@ -23,6 +23,25 @@ from .harness import Result, Settings, machine, table
 
 NAMES = ("overhead", "compose", "training", "inference", "injection", "serving", "growth", "launches", "determinism")
 BEGIN, END = "<!-- make bench -->", "<!-- end of make bench -->"
+# The rows of README's table: their benchmark, their case, and what README calls them.
+HEADLINES = (
+    (
+        "training",
+        "1 × 32, fp32, AdamW fused: vblora / PEFT LoRA r=4",
+        "training step, 1 × 32 tokens: vblora / PEFT LoRA",
+    ),
+    (
+        "training",
+        "1 × 32, fp32, AdamW fused: PEFT VBLoRA / vblora",
+        "training step, 1 × 32 tokens: PEFT VBLoRA / vblora",
+    ),
+    (
+        "compose",
+        "PEFT VBLoRA's step / vblora's, AdamW fused",
+        "composing for Llama-2-7B's layers: PEFT VBLoRA / vblora",
+    ),
+    ("inference", "decoding a token, fp32: vblora / PEFT LoRA r=4", "decoding a token: vblora / PEFT LoRA"),
+)
 
 
 def run(name: str, settings: Settings, folder: Path) -> Result:
@@ -49,6 +68,13 @@ def report(results: list[Result]) -> str:
     return f"{head}\nMedians of ratios of runs in turn, with their quartiles.\n\n{table(results)}"
 
 
+def headlines(results: dict[str, Result]) -> str:
+    """README's table: the rows of ``HEADLINES`` that there are."""
+    found = {(name, row.case): row.figure for name, result in results.items() for row in result.rows}
+    rows = [f"| {label} | {found[name, case]} |" for name, case, label in HEADLINES if (name, case) in found]
+    return "\n".join(["| benchmark | median (quartiles) |", "|---|---|", *rows])
+
+
 def write_between(path: Path, text: str) -> None:
     """Replaces the report in a file."""
     page = path.read_text(encoding="utf-8")
@@ -71,7 +97,9 @@ def main() -> None:
         "--optimizers", action="store_true", help="time AdamW's other implementations, too, besides fused"
     )
     parser.add_argument("--output", type=Path, help="folder of the JSON files and figures (build/bench)")
-    parser.add_argument("--readme", type=Path, help=f"a file whose text between {BEGIN} and {END} becomes the table")
+    between = f"whose text between {BEGIN} and {END} becomes"
+    parser.add_argument("--table", type=Path, help=f"a file {between} the table")
+    parser.add_argument("--readme", type=Path, help=f"a file {between} a table of the most telling rows")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
@@ -83,22 +111,24 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="peft|transformers")
     arguments.output.mkdir(parents=True, exist_ok=True)
     settings = Settings(arguments.quick, tuple(models.ADAMW) if arguments.optimizers else ("fused",))
-    results = []
+    results: dict[str, Result] = {}
     for name in NAMES:
         if arguments.names and name not in arguments.names:
-            results.append(earlier(name, arguments.output))
+            if (found := earlier(name, arguments.output)) is not None:
+                results[name] = found
             continue
         print(f"{name} …", flush=True)
-        results.append(run(name, settings, arguments.output))
-        print(f"{table(results[-1:])}\n({results[-1].seconds:.0f} s)\n", flush=True)
+        results[name] = run(name, settings, arguments.output)
+        print(f"{table([results[name]])}\n({results[name].seconds:.0f} s)\n", flush=True)
         gc.collect()
-    results = [result for result in results if result is not None]
-    text = report(results)
+    text = report(list(results.values()))
     (arguments.output / "table.md").write_text(text + "\n", encoding="utf-8")
     if len(results) > 1:
         print(text)
+    if arguments.table:
+        write_between(arguments.table, text)
     if arguments.readme:
-        write_between(arguments.readme, text)
+        write_between(arguments.readme, headlines(results))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.__main__ import BEGIN, END, NAMES, earlier, run, table, write_between
+from benchmarks.__main__ import BEGIN, END, HEADLINES, NAMES, earlier, headlines, run, table, write_between
 from benchmarks.harness import Result, Row, Settings, Times, in_turn, machine, peak_bytes, ratio_row, value_row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,6 +19,7 @@ def test_runs(name, tmp_path):
     assert [row["case"] for row in found["rows"]] == [row.case for row in result.rows]
     assert len(set(map(str, result.rows))) == len(result.rows) > 0
     assert all(bool(row.target) == (row.holds is not None) for row in result.rows)
+    assert {case for benchmark, case, _ in HEADLINES if benchmark == name} <= {row.case for row in result.rows}
     assert found["measurements"]
     assert (tmp_path / f"{name}.png").stat().st_size > 1000
     assert table([earlier(name, tmp_path)]) == table([result])
@@ -69,6 +70,12 @@ def test_a_report_replaces_the_one_that_stands_in_a_file(tmp_path):
     page.write_text("no such lines")
     with pytest.raises(SystemExit, match="no lines"):
         write_between(page, "new")
+
+
+def test_the_readmes_table_has_the_rows_that_there_are():
+    name, case, label = HEADLINES[0]
+    result = Result("T", [Row(case, "0.9 ×"), Row("another", "5")], {}, None)
+    assert headlines({name: result}).splitlines()[2:] == [f"| {label} | 0.9 × |"]
 
 
 def test_table():
