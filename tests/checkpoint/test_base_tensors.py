@@ -1,6 +1,7 @@
 """PEFT's files that hold tensors of the base model: embeddings that it adapts, or whose vocabulary was resized."""
 
 import copy
+import warnings
 
 import peft
 import pytest
@@ -168,11 +169,14 @@ def test_we_save_a_resized_vocabulary_too(form, tied, tmp_path):
         model.resize_token_embeddings(54)
         return model
 
-    model = shaken(
+    saved = [] if tied else ["lm_head"]
+    config = CONFIGS["vblora"](target_modules=["q_proj", "embed_tokens"], modules_to_save=saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", vblora.VBLoRAWarning)
+        model = shaken(vblora.inject(resized(1), config))
         vblora.inject(
-            resized(1), CONFIGS["vblora"](target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
-        )
-    )
+            resized(1), CONFIGS["lora"](target_modules=["q_proj"])
+        )  # that the new rows do not train is no loss
     vblora.merge(model)
     with pytest.warns(vblora.VBLoRAWarning, match=r"the vocabulary was resized .* holds `model\.embed_tokens\.weight`"):
         vblora.save(model, tmp_path / "adapter", form=form)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..layers.adapted import AdaptedLayer
 from ..layers.kinds import has_kind
 from ..layers.reads import listed
 from ..layers.weights import format_name, is_quantised
+from ..model.heads import is_resized
 from ..model.record import base_tensors_in_place
 from ..model.targets import base_modules, embedding_layers
 from .contents import Contents
@@ -68,7 +69,7 @@ def embeddings_to_save(model: nn.Module, choice: bool | str) -> dict[str, Tensor
     """
     if choice not in (True, False, "auto"):
         raise ValueError(f'`save_embedding_layers` is {choice!r}; allowed are True, False and "auto".')
-    if choice is False or (choice == "auto" and not _is_resized(model)):
+    if choice is False or (choice == "auto" and not is_resized(model)):
         return {}
     layers = embedding_layers(model)
     merged = {layer.base_layer: layer for layer in model.modules() if isinstance(layer, AdaptedLayer) and layer.merged}
@@ -94,20 +95,6 @@ def embeddings_to_save(model: nn.Module, choice: bool | str) -> dict[str, Tensor
             stacklevel=3,
         )
     return found
-
-
-def _is_resized(model: nn.Module) -> bool:
-    """Whether a model of transformers has another vocabulary than its checkpoint. Asks no server."""
-    config: Any = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None)
-    if not name or not hasattr(config, "get_text_config"):
-        return False
-    try:
-        saved = type(config).from_pretrained(name, local_files_only=True)
-        sizes = [own.get_text_config().vocab_size for own in (config, saved)]
-    except (OSError, ValueError, AttributeError):
-        return False
-    return sizes[0] != sizes[1]
 
 
 def two_values(name: str, other: str) -> ValueError:

@@ -3,13 +3,14 @@
 import dataclasses
 import warnings
 from collections.abc import Collection
+from typing import Any
 
 from torch import nn
 
 from ..config import AdapterConfig
 from ..errors import VBLoRAWarning
 from ..layers.reads import listed
-from .targets import base_modules, matches
+from .targets import base_modules, embedding_layers, matches
 
 # PEFT's names for the heads of its task types.
 _HEADS = {
@@ -60,6 +61,9 @@ def warn_of_new_weights(model: nn.Module, covered: Collection[nn.Parameter]) -> 
             module_of.setdefault(parameter, name)
     loaded = {parameter for parameter in module_of if getattr(parameter, "_is_hf_initialized", False)}
     new = [p for p in module_of if p not in loaded and p not in covered and p.is_floating_point()]
+    if new and is_resized(model):  # `save` stores the embeddings then
+        embeddings = {p for layer in embedding_layers(model) if layer is not None for p in layer.parameters()}
+        new = [parameter for parameter in new if parameter not in embeddings]
     modules = list(dict.fromkeys(module_of[parameter] for parameter in new))
     if len(loaded) <= len(new) or not new:
         return
@@ -71,3 +75,17 @@ def warn_of_new_weights(model: nn.Module, covered: Collection[nn.Parameter]) -> 
         VBLoRAWarning,
         stacklevel=4,
     )
+
+
+def is_resized(model: nn.Module) -> bool:
+    """Whether a model of transformers has another vocabulary than its checkpoint. Asks no server."""
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name or not hasattr(config, "get_text_config"):
+        return False
+    try:
+        saved = type(config).from_pretrained(name, local_files_only=True)
+        sizes = [own.get_text_config().vocab_size for own in (config, saved)]
+    except (OSError, ValueError, AttributeError):
+        return False
+    return sizes[0] != sizes[1]
