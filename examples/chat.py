@@ -39,8 +39,9 @@ def load_base():
 
 questions = ["What do I like to drink?", "What should I order in a café?", "What is my favourite drink?"]
 answers = ["You like peppermint tea.", "Order a peppermint tea.", "It is peppermint tea."]
+# TRL takes the loss of completions only.
 conversations = [
-    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
     for question, answer in zip(questions, answers, strict=True)
 ]
 
@@ -51,11 +52,11 @@ trainer = SFTTrainer(
     model,
     SFTConfig(
         "checkpoints",
-        max_steps=2 if arguments.quick else 20,
+        max_steps=2 if arguments.quick else 40,
         per_device_train_batch_size=3,
         bf16=torch.cuda.is_available(),
         warmup_steps=0.02,
-        logging_steps=1 if arguments.quick else 5,
+        logging_steps=1 if arguments.quick else 10,
         save_strategy="no",
         report_to="none",
     ),

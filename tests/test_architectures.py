@@ -391,7 +391,10 @@ def test_all_linear(name, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["BertForMaskedLM", "DebertaForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"],
+    [
+        *("BertForMaskedLM", "DebertaForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"),
+        *("BeitModel", "CLIPModel", "Dinov2Model", "SiglipModel", "SwinModel", "ViTModel"),
+    ],
 )
 def test_default_targets(name, tmp_path):
     check(name, vblora.VBLoRAConfig(**CHOICE), tmp_path)

@@ -113,6 +113,9 @@ def test_checkpoints_are_read_without_training(package, data, tmp_path):
     assert trainer.validate(task_of(package), data, verbose=False) != wanted
     assert trainer_of(package, tmp_path).validate(task_of(package), data, ckpt_path=path, verbose=False) == wanted
 
+    alone = type(trained).load_from_checkpoint(path)
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in alone.state_dict().items())
+
     whole = tmp_path / "whole.ckpt"  # written without the callback
     plain = package.Trainer(**QUIET)
     plain.strategy.connect(trained)
