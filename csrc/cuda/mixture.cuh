@@ -140,7 +140,8 @@ __device__ __forceinline__ void mix(const void* bank, int64_t length, const Entr
         mix_steps<Lanes, 1, false, Out, N>(from, all, entries, begin + target.lane * N, write);
       return true;
     };
-    constexpr int kMost = kMixed<T, Out>, kAhead = K > 4 || sizeof(T) == 8 ? 1 : Lanes == 32 || K > 2 ? 2 : 4;
+    constexpr int kMost = kMixed<T, Out>;
+    constexpr int kAhead = K > 4 || sizeof(T) == 8 ? 1 : (Lanes == 32 || K > 2 ? 8 : 16) / kMost;
     done = in_steps(std::integral_constant<int, kMost>(), std::integral_constant<int, kAhead>());
     if constexpr (kMost > 4)
       done = done || in_steps(std::integral_constant<int, 4>(), std::integral_constant<int, 1>());
