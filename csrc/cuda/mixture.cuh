@@ -74,6 +74,10 @@ struct Target {
   int lane;
 };
 
+// Whether only rows of k == K entries are whole: as registers allow.
+template <class T>
+constexpr bool kFull = sizeof(T) == 2;
+
 // The elements of one lane in Ahead steps from `first` on: sums of weight(j) * bank[vector(j)], in the order of j. What
 // several steps need is read before any of it is used. Whole: there are all those elements, and all k vectors.
 template <int Lanes, int Ahead, bool Whole, class Out, int N, int K, class T, class Acc, class Write>
@@ -88,7 +92,7 @@ __device__ __forceinline__ void mix_steps(const T* bank, int length, const Entri
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int32_t vector = entries.vector(begin + j);
-      has[j] = Whole ? begin + j == 0 || begin + j < entries.k : vector >= 0;
+      has[j] = Whole ? kFull<T> || begin + j == 0 || begin + j < entries.k : vector >= 0;
       const T* from = bank + static_cast<int64_t>(vector) * length + first;
 #pragma unroll
       for (int i = 0; i < Ahead; ++i)
@@ -118,7 +122,7 @@ __device__ __forceinline__ void mix(const void* bank, int64_t length, const Entr
   bool whole = target.exists;
   if constexpr (Entries<Lanes, K, Acc>::kHeld)
 #pragma unroll
-    for (int j = 0; j < K; ++j) whole &= j >= entries.k || entries.vectors[j] >= 0;
+    for (int j = 0; j < K; ++j) whole &= (!kFull<T> && j >= entries.k) || entries.vectors[j] >= 0;
   whole = __all_sync(kAllLanes, whole) && Entries<Lanes, K, Acc>::kHeld;
   bool done = false;
   with_type(target.type, [&](auto element) {

@@ -102,21 +102,29 @@ def test_the_sort_sorts():
     assert (count.memory.get("slices", np.uint32) == counts.slices_of(chosen[order]).ravel()).all()
 
 
-@pytest.mark.parametrize("name", ["backward, popular", "backward, split"])
-def test_the_popular_vector(name):
-    count = counted(name)
-    weights, grads = (tensor(count, name, dtype, columns) for name, dtype, columns in (
-        ("weights", np.float32, K), ("grad_subvectors", np.int16, LENGTH)))  # fmt: skip
-    grads = grads.view(torch.bfloat16)[:, :16]  # 32 bytes
+def test_the_popular_vector():
+    count = counted("backward, popular")
+    check_popular(count, tensor(count, "grad_bank", np.float32, LENGTH)[0], slice(None))
+    assert not tensor(count, "grad_bank", np.float32, LENGTH)[1:].any()
+
+
+def test_the_parts_of_a_vector_that_is_split():
+    count = counted("backward, split")
+    partials = tensor(count, "partials", np.float32, LENGTH)
+    entries = len(count.memory.get("indices", np.int32))
+    for part, its_entries in zip(counts.COUNTED_PARTS, counts.parts_of(entries, counts.COUNTED_PARTS), strict=True):
+        check_popular(count, partials[part], slice(its_entries.start // K, its_entries.stop // K))
+    others = [part for part in range(counts.PARTS) if part not in counts.COUNTED_PARTS]
+    assert not partials[others].any()
+
+
+def check_popular(count: Count, found: torch.Tensor, rows: slice) -> None:
+    """The first 32 bytes' worth of a vector that these rows chose."""
+    weights = tensor(count, "weights", np.float32, K)[rows]
+    grads = tensor(count, "grad_subvectors", np.int16, LENGTH)[rows].view(torch.bfloat16)[:, :16]
     expected = (weights.double().sum(1, keepdim=True) * grads.double()).sum(0)
-    if name == "backward, split":
-        found = tensor(count, "partials", np.float32, LENGTH).sum(0, keepdim=True)
-        assert found[0, 16:].isnan().all()  # what other blocks write
-    else:
-        found = tensor(count, "grad_bank", np.float32, LENGTH)
-        assert not found[0, 16:].any()
-        assert not found[1:].any()
-    assert (found[0, :16] - expected).norm() <= 1e-6 * (weights.sum(1, keepdim=True) * grads.abs()).sum(0).norm()
+    assert (found[:16] - expected).norm() <= 1e-6 * (weights.sum(1, keepdim=True) * grads.abs()).sum(0).norm()
+    assert not found[16:].any()
 
 
 def test_the_sum_of_parts():

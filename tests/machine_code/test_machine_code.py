@@ -90,6 +90,8 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(unit, arch):
             continue  # the general paths read element by element, and 16 bytes of float64 may be fewer of another type
         if name.startswith("draw"):
             continue  # which reads nothing, and writes less than it computes
+        if name.startswith("backward_split"):
+            continue  # a thread an element, so that all parts of it are read at once
         assert any(re.match(r"LDG\.E\.128", o) for o in opcodes), (
             f"{name} reads {sorted(o for o in opcodes if 'LDG' in o)}"
         )

@@ -330,12 +330,13 @@ def test_expanded_inputs(backend, generator):
             assert result.is_contiguous()
 
 
+@pytest.mark.parametrize("length", [5, 256])
 @pytest.mark.parametrize("candidate_dtype", [torch.int16, torch.int32], ids=str)
-def test_candidates_out_of_range_add_nothing_and_are_not_read(backend, candidate_dtype, generator):
+def test_candidates_out_of_range_add_nothing_and_are_not_read(backend, candidate_dtype, length, generator):
     # The bank lies between vectors of NaN, and the outermost candidates far beyond them.
     info = torch.iinfo(candidate_dtype)
-    padded = torch.full((12, 5), NAN)
-    padded[1:11] = torch.randn(10, 5, generator=generator)
+    padded = torch.full((12, length), NAN)
+    padded[1:11] = torch.randn(10, length, generator=generator)
     bank = padded.to(backend.device)[1:11]
     logits = torch.randn(64, 6, generator=generator)
     candidates = torch.randint(10, (64, 6), generator=generator).to(candidate_dtype)

@@ -182,6 +182,22 @@ def test_many_popular_vectors(backend, rows, count, generator):
     assert torch.equal(grad_bank.cpu(), torch.zeros(vectors, 8).index_add(0, indices[:, 0], grad))
 
 
+def test_half_precision_rows_that_are_aligned_to_8_bytes_only(backend, generator):
+    # They are read 8 bytes at a time, though their length would do for 16.
+    case = Case(torch.bfloat16, rows=33, columns=16, length=40, k=2)
+    inputs = make_inputs(case, generator, backend.device)
+
+    def four_elements_off(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor.new_zeros(4), tensor.flatten()])[4:].view(tensor.shape)
+
+    indices = torch.rand(33, 16, generator=generator).argsort(1)[:, :2].to(torch.int32).to(backend.device)
+    rest = indices, inputs.grad_weights, None, 16
+    aligned = run(backend, inputs.grad_subvectors, None, (*rest[:2], inputs.bank, *rest[2:]))
+    grads, bank = four_elements_off(inputs.grad_subvectors), four_elements_off(inputs.bank)
+    for result, want in zip(run(backend, grads, None, (*rest[:2], bank, *rest[2:])), aligned, strict=True):
+        assert_same_bits(result, want)
+
+
 def test_entries_of_a_vector_far_apart(backend, generator):
     # A kernel looks for a vector's entries in 64 * 2048 at a time.
     rows, vectors = 140_001, 3000

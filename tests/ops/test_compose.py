@@ -80,10 +80,10 @@ def test_out_of_range_adds_nothing_and_is_not_read(backend, index_dtype, generat
     # Those beyond 32 bits would be in range if they were cut short.
     outside = [-1, 10, 11, info.min, info.max, 2**8 + 1, 2**16 + 2, 2**32, 2**32 + 3, -(2**32) + 4]
     outside = [value for value in outside if info.min <= value <= info.max and not 0 <= value < 10]
-    padded = torch.full((12, 5), NAN)
-    padded[1:11] = torch.randn(10, 5, generator=generator)
-    bank = padded.to(backend.device)[1:11]
-    for k in (1, 2, 3, len(outside), 9):
+    for k, length in ((1, 5), (1, 256), (2, 256), (3, 256), (len(outside), 5), (9, 5)):
+        padded = torch.full((12, length), NAN)
+        padded[1:11] = torch.randn(10, length, generator=generator)
+        bank = padded.to(backend.device)[1:11]
         indices = torch.randint(10, (64, k), generator=generator).to(index_dtype)
         choice = torch.tensor(outside, dtype=index_dtype)[torch.randint(len(outside), (64, k), generator=generator)]
         where = torch.rand(64, k, generator=generator) < 0.4
