@@ -107,8 +107,8 @@ bench: .venv-bench/ready
 	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks $(BENCH)
 
 quality: .venv-bench/ready
-	$(if $(GLUE),HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks.quality --data $(GLUE) $(QUALITY))
-	$(if $(E2E),HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks.quality --suite e2e --data $(E2E) $(QUALITY))
+	$(if $(GLUE),HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks.quality --data $(GLUE) $(QUALITY),@echo 'GLUE is left out: give GLUE=DIR' >&2)
+	$(if $(E2E),HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks.quality --suite e2e --data $(E2E) $(QUALITY),@echo 'E2E is left out: give E2E=DIR' >&2)
 	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks.quality --suite chat $(QUALITY)
 
 # With the Python at hand and what it has: on a machine with a GPU there may be no network.

@@ -84,7 +84,7 @@ RECIPES = {
     "VB-LoRA, M=32": _vb(_ALL, num_candidates=32),
 }
 
-# Of SmolLM2-135M, whose widths 192 divides: a tenth of what LoRA r=8 stores, or less.
+# Of SmolLM2-135M, whose widths 192 divides: a tenth of what LoRA r=8 stores, or less. No rate was tuned on language models yet.
 _LANGUAGE_BANK = {"r": 4, "num_vectors": 1024, "vector_length": 192}
 
 
