@@ -153,12 +153,20 @@ class _Rows:
 
     def tokenize(self, encoder: Encoder, length: int | None, folder: str) -> datasets.Dataset:
         """The rows as tokens, in a file that the data set reads as it is needed: they may be larger than memory."""
-        return datasets.Dataset.from_generator(
-            lambda: self._tokens(encoder, length),
-            features=_FEATURES,
-            cache_dir=folder,
-            fingerprint="vblora",  # the folder is this run's own
-        )
+        try:
+            return datasets.Dataset.from_generator(
+                lambda: self._tokens(encoder, length),
+                features=_FEATURES,
+                cache_dir=folder,
+                fingerprint="vblora",  # the folder is this run's own
+            )
+        except ValueError:  # datasets refuses to make an empty one
+            if self.left_out < len(self.texts):
+                raise
+            raise CommandError(
+                f"--max-length: none of the {self.left_out} rows of {self.texts.option} has anything to learn in its first "
+                f"{length} tokens. Raise --max-length."
+            ) from None
 
     def _tokens(self, encoder: Encoder, length: int | None) -> Iterator[dict[str, list[int]]]:
         for example in self.texts:
@@ -175,17 +183,8 @@ class _Rows:
             yield {"input_ids": tokens, "labels": labels}
 
     def report(self, length: int) -> None:
-        """Says what was cut.
-
-        Raises:
-            CommandError: nothing is left.
-        """
+        """Says what was cut."""
         total = len(self.texts)
-        if self.left_out == total:
-            raise CommandError(
-                f"--max-length: none of the {total} rows of {self.texts.option} has anything to learn in its first {length} "
-                "tokens. Raise --max-length."
-            )
         if self.cut:
             left_out = (
                 f"; {self.left_out} of them are left out, because nothing to learn remains" if self.left_out else ""
@@ -279,8 +278,8 @@ def _refuse_if_packed_rows_mix(model: PreTrainedModel) -> None:
     ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=model.device)
     with torch.no_grad():
-        alone = model(input_ids=ids[:, 4:]).logits.float()
-        packed = model(input_ids=ids, position_ids=positions).logits[:, 4:].float()
+        alone = model(input_ids=ids[:, 4:], use_cache=False).logits.float()
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
     if (alone - packed).norm() > 0.02 * alone.norm():
         raise CommandError(f"--packing: {type(model).__name__} does not keep packed rows apart. Leave it out.")
 

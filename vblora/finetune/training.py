@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
                 seed=arguments.seed,
             )
         vblora.load(fresh, arguments.output, bank=arguments.bank)
-        again = _Trainer(fresh, settings, collate).predict(held_out, metric_key_prefix="eval")
+        again = _Trainer(fresh, settings, collate, None, held_out).predict(held_out, metric_key_prefix="eval")
     except KeyboardInterrupt:
         raise CommandError(f"interrupted; the trained adapter is in {arguments.output}.", 130) from None
     results = _results(arguments, task, trainer, after, frozen, seconds)
