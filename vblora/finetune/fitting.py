@@ -69,7 +69,7 @@ def _settings(kind: type[TrainingArguments], arguments: argparse.Namespace, **op
         disable_tqdm=False,  # set_verbosity_error turns the progress bar off, too
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,  # and the best
+        save_total_limit=2,  # the best, and the last to go on from
         load_best_model_at_end=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
