@@ -117,7 +117,10 @@ def test_chats_continue_before_what_the_assistant_says_last(base, tmp_path):
         (["--prompt", "a", "--output", "x.txt"], "--output: the format of x.txt is unknown"),
         (["--prompt", "a", "--num-beams", "2", "--temperature", "1"], "--num-beams searches and --temperature draws"),
         (["--data", "ROWS", "--prompt-column", "x"], "line 1: there is no column 'x', only 'prompt', 'who'"),
-        (["--data", "ROWS", "--adapter", "ADAPTERS", "--adapter-column", "who"], "there is no adapter 'three'; --adapter gives 'one', 'two'"),
+        (
+            ["--data", "ROWS", "--adapter", "ADAPTERS", "--adapter-column", "who"],
+            "there is no adapter 'three'; --adapter gives 'one', 'two'",
+        ),
         (["--prompt", "a", "--top-p", "0"], "argument --top-p"),
     ],
 )  # fmt: skip

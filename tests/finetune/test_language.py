@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
 
     monkeypatch.setattr(fitting._Progress, "on_step_end", interrupt)
     assert finetune(*options) == 130
-    assert "interrupted after step 5 of 28" in (error := capsys.readouterr().err)
+    assert "interrupted after step 5 of 26" in (error := capsys.readouterr().err)
     assert "the same command with --resume goes on from step 5" in error
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "out" / "checkpoint-5"))
     load(base, tmp_path / "out")
@@ -162,10 +162,10 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
     assert finetune(*options, "--resume") == 0
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
     one, other = (results_of(tmp_path / name)["results"] for name in ("out", "whole"))
-    assert one["loss_after"] == other["loss_after"] and one["steps"] == other["steps"] == 28
+    assert one["loss_after"] == other["loss_after"] and one["steps"] == other["steps"] == 26
 
     assert finetune(*options, "--overwrite", "--epochs", "1") == 0
-    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-14"]
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-13"]
 
 
 def test_the_best_epoch_is_kept_and_training_stops_early(finetune, pairs, tmp_path, monkeypatch):
@@ -187,8 +187,11 @@ def test_the_best_epoch_is_kept_and_training_stops_early(finetune, pairs, tmp_pa
     assert (tmp_path / "out" / "checkpoint-28").is_dir()  # to go on from
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(finetune, base, pairs, tmp_path):
-    options = ["--data", pairs, "--epochs", "1", "--lr-bank", "0.05"]
+def test_two_processes_train_as_one_with_twice_the_batch(finetune, base, tmp_path):
+    # In which order processes see rows is accelerate's affair, so all are the same.
+    same = write_jsonl(tmp_path / "same.jsonl", make_pairs(1) * 48)
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", make_pairs(8, seed=1))
+    options = ["--data", same, "--eval-data", held_out, "--epochs", "1", "--lr-bank", "0.05"]
     command = [
         sys.executable,
         "-m",
@@ -200,7 +203,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(finetune, base, pairs, 
         "vblora.finetune",
     ]
     fixed = ["--task", "causal-lm", "--model", base, "--output", tmp_path / "two", "--precision", "float32"]
-    adapter = ["--r", "2", "--num-vectors", "16", "--vector-length", "16", "--max-new-tokens", "4"]
+    # torchrun takes --r for one of its own options, cut short
+    adapter = ["--rank", "2", "--num-vectors", "16", "--vector-length", "16", "--max-new-tokens", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     started = subprocess.Popen(
         [str(word) for word in [*command, *fixed, *adapter, *options, "--batch-size", "4", "--gradient-checkpointing"]],
@@ -212,8 +216,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(finetune, base, pairs, 
     assert printed.count("Held-out rows and size") == printed.count("rows to train on") == 1
     one, two = (results_of(tmp_path / name)["results"] for name in ("one", "two"))
     assert one["steps"] == two["steps"]
-    assert two["loss_before"] == pytest.approx(one["loss_before"], rel=0.05)  # its last batch repeats rows
-    assert two["loss_after"] < two["loss_before"]
+    assert two["loss_before"] == pytest.approx(one["loss_before"], rel=1e-5)
+    assert two["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
     vectors = [tensors(tmp_path / name)["bank.vectors"] for name in ("one", "two")]
     assert relative_error(vectors[1], vectors[0]) < 1e-3
 

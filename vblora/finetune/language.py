@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
             written_before = generate(model, "Completions before")
         count = vblora.count_parameters(model)
         fitting.say(f"  held-out loss {before:.4f}, perplexity {math.exp(before):.2f}")
-        seconds = fitting.fit(arguments, trainer, checkpoint)
+        seconds = fitting.fit(arguments, task, trainer, checkpoint)
         try:
             # of the best epoch, which is loaded
             best = trainer.state.best_metric
