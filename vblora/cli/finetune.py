@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .folders import Subparsers
 
 DEFAULT_OUTPUT = "vblora-adapter"
-TASKS = ("classification", "causal-lm")
+TASKS = ("classification", "regression", "causal-lm")
 
 _DESCRIPTION = """\
 Fine-tunes a Hugging Face model on a file of rows, and measures the gain.
@@ -24,6 +24,7 @@ held-out rows after each epoch; those of the best epoch are saved to --output, l
 stays in --output, so that --resume can go on from it.
 
   --task classification   texts with labels (the default)
+  --task regression       texts with scores (the default where all labels are numbers and some have a fraction)
   --task causal-lm        a language model: texts, prompts with completions, or chats
 
 Without --model and --data it runs a demo: the encoder all-MiniLM-L6-v2 on film reviews, from the packages
@@ -41,7 +42,11 @@ _LANGUAGE_MODEL: dict[str, object] = {
     "chat_template": "auto", "loss": "completions", "packing": False, "load_in": None, "max_new_tokens": 64, "bleu": None,
     "num_vectors": 1024, "batch_size": 8,
 }  # fmt: skip
-_OPTIONS: dict[str, dict[str, object]] = {"classification": _CLASSIFIER, "causal-lm": _LANGUAGE_MODEL}
+_OPTIONS: dict[str, dict[str, object]] = {
+    "classification": _CLASSIFIER,
+    "regression": {name: value for name, value in _CLASSIFIER.items() if name != "keep_labels"},
+    "causal-lm": _LANGUAGE_MODEL,
+}
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -52,7 +57,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="(%(default)s)")
+    parser.add_argument("--task", choices=TASKS, help="what to fine-tune (as the labels are)")
     _add_data(parser)
     _add_model(parser)
     _add_training(parser)
@@ -78,9 +83,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-train", type=at_least(1), metavar="N", help="train on N of the rows, drawn at random")
     group.add_argument("--max-eval", type=at_least(1), metavar="N", help="evaluate on N of the rows, drawn at random")
 
-    group = parser.add_argument_group("what to train on: classification")
+    group = parser.add_argument_group("what to train on: classification and regression")
     group.add_argument("--pair-column", metavar="NAME", help="the column with a second text, for pairs")
-    group.add_argument("--label-column", metavar="NAME", help="the column with the label (label)")
+    group.add_argument("--label-column", metavar="NAME", help="the column with the label or score (label)")
     group.add_argument(
         "--group-column",
         metavar="NAME",
@@ -266,15 +271,16 @@ def _settle(arguments: argparse.Namespace) -> None:
     Raises:
         CommandError: an option does not belong to the task.
     """
-    own = _OPTIONS[arguments.task]
+    task = arguments.task or "classification"  # regression, which labels may turn out to be, has no other options
+    own = _OPTIONS[task]
     for name in {name for options in _OPTIONS.values() for name in options}:
         value = getattr(arguments, name)
         if name in own and value is None:
             setattr(arguments, name, own[name])
         elif name not in own and value is not None:
             option = "--no-baseline" if name == "baseline" else f"--{name.replace('_', '-')}"
-            tasks = " and ".join(task for task, options in _OPTIONS.items() if name in options)
-            raise CommandError(f"{option} is for --task {tasks}, but the task is {arguments.task}. Leave it out.")
+            tasks = " and ".join(other for other, options in _OPTIONS.items() if name in options)
+            raise CommandError(f"{option} is for --task {tasks}, but the task is {task}. Leave it out.")
 
 
 def _print_once(message: str) -> None:

@@ -1,5 +1,6 @@
 """Labelled texts: reading, checking and splitting them."""
 
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -87,6 +88,30 @@ def labels_of(rows: list[Row], path: Path, column: str) -> list[str]:
     if all(label.isdecimal() and len(label) <= tables.MAX_DIGITS for label in labels):
         return sorted(labels, key=lambda label: (int(label), label))  # "1" and "01" are equal as numbers
     return sorted(labels)
+
+
+def are_scores(rows: list[Row]) -> bool:
+    """Whether labels are scores: all are numbers, and some have a fraction."""
+    try:
+        scores = [float(label) for label in {row.label for row in rows}]
+    except ValueError:
+        return False
+    return any(not math.isfinite(score) or score != round(score) for score in scores)
+
+
+def check_scores(rows: list[Row], where: str) -> None:
+    """Refuses rows whose label is no finite number, or that all have the same one."""
+    for row in rows:
+        try:
+            finite = math.isfinite(float(row.label))
+        except ValueError:
+            finite = False
+        if not finite:
+            raise CommandError(
+                f"{where} have the label {row.label!r}, but for --task regression it must be a finite number."
+            )
+    if len({float(row.label) for row in rows}) < 2:
+        raise CommandError(f"{where} all have the score {rows[0].label}, so there is nothing to learn or to compare.")
 
 
 def check_labels(rows: list[Row], labels: list[str], where: str) -> None:

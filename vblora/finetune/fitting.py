@@ -30,9 +30,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import vblora
 
+from ..checkpoint.folder import read
+from ..checkpoint.vblora import VBLoRAContents
 from ..errors import CommandError
 from ..files import write_file
 from ..model.learning_rates import WARM_UP
+from . import pictures
+from .bank_use import bank_use
 from .models import computes_in_bfloat16
 from .task import LanguageTask, Task, save_results
 
@@ -81,6 +85,11 @@ def _settings(kind: type[TrainingArguments], arguments: argparse.Namespace, **op
 def is_main_process() -> bool:
     """Whether this process prints and writes; of several that ``accelerate`` or ``torchrun`` started, the first does."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def processes() -> int:
+    """How many processes ``accelerate`` or ``torchrun`` started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def say(message: str) -> None:
@@ -193,6 +202,7 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
             save_results(arguments, task, steps=done)
         except OSError as error:
             raise CommandError(f"--output: the adapter cannot be written: {error}.", 1) from None
+    trainer.accelerator.wait_for_everyone()
     if interrupted or stop.asked:
         found = get_last_checkpoint(str(output))
         go_on = (
@@ -205,6 +215,21 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
             130,
         )
     return progress.seconds / max(progress.steps, 1)
+
+
+def draw(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
+    """Draws training.png and bank.png into the output folder, if matplotlib is installed. Returns numbers on the bank's use."""
+    contents, _ = read(
+        arguments.output, None if arguments.bank is None else vblora.VectorBank.from_file(arguments.bank)
+    )
+    assert isinstance(contents, VBLoRAContents)
+    use = bank_use(contents)
+    if pictures.can_draw():
+        pictures.draw_training(trainer.state.log_history, arguments.output / "training.png")
+        pictures.draw_bank(use, arguments.output / "bank.png")
+    else:
+        say("No pictures: they need pip install 'vblora[plot]'.")
+    return use.summary()
 
 
 def check_finite(trainer: Trainer) -> None:

@@ -105,7 +105,8 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
         for (prompt, reference), one, other in zip(examples[:_SHOWN], written_before, written_after, strict=False)
     ]
     results.warnings = [few] if few else []
-    save_results(arguments, task, results=results.as_json(), log=trainer.state.log_history)
+    bank = fitting.draw(arguments, trainer)
+    save_results(arguments, task, bank=bank, results=results.as_json(), log=trainer.state.log_history)
     console = Console()
     print_generations(results.generations, console)
     print_language_table(results, console)

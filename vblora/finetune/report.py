@@ -14,19 +14,22 @@ LORA_RANK = 8
 
 @dataclass
 class Results:
-    """What a run measured. ``most_frequent``, ``frozen`` and ``adapted`` are accuracies on the held-out rows."""
+    """What a run measured. ``most_frequent``, ``frozen`` and ``adapted`` are the metric on the held-out rows."""
 
     train_rows: int
     held_out_rows: int
-    most_frequent: float  # of always answering the most frequent label
+    metric: str  # "accuracy" or "pearson"
+    most_frequent: float | None  # of always answering the most frequent label; None for scores
     frozen: float | None  # of a head on the frozen encoder; None if it was not trained
     adapted: float
+    metrics: dict[str, float]  # all of the adapted model
     trainable: int
     stored: int
     file_bytes: int
     lora_bytes: int
     seconds_per_step: float
     steps: int
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -83,15 +86,22 @@ def folder_bytes(folder: Path) -> int:
 
 
 def print_table(results: Results, console: Console) -> None:
-    table = Table(title=f"Held-out accuracy and size ({results.held_out_rows:,} rows held out of training)")
+    metric = {"pearson": "Pearson correlation"}.get(results.metric, results.metric)
+    table = Table(title=f"Held-out {metric} and size ({results.held_out_rows:,} rows held out of training)")
+    shown = _percent if results.metric == "accuracy" else "{:.4f}".format
     table.add_column("")
     table.add_column("value", justify="right")
-    table.add_row("accuracy: always the most frequent label", _percent(results.most_frequent))
+    if results.most_frequent is not None:
+        table.add_row(f"{metric}: always the most frequent label", shown(results.most_frequent))
     if results.frozen is not None:
-        table.add_row("accuracy before: the same head on the frozen encoder", _percent(results.frozen))
-    table.add_row("accuracy after: with the adapter", f"[bold]{_percent(results.adapted)}[/bold]")
+        table.add_row(f"{metric} before: the same head on the frozen encoder", shown(results.frozen))
+    table.add_row(f"{metric} after: with the adapter", f"[bold]{shown(results.adapted)}[/bold]")
+    for name, value in results.metrics.items():
+        if name != results.metric:
+            table.add_row(f"{name.capitalize()} correlation after", shown(value))
     if results.frozen is not None:
-        table.add_row("gained", f"{100 * (results.adapted - results.frozen):+.2f} points")
+        gained = results.adapted - results.frozen
+        table.add_row("gained", f"{100 * gained:+.2f} points" if results.metric == "accuracy" else f"{gained:+.4f}")
     table.add_section()
     table.add_row("trainable parameters (head included)", f"{results.trainable:,}")
     table.add_row("stored parameters (head included)", f"{results.stored:,}")

@@ -72,12 +72,10 @@ def format_of(path: Path, option: str) -> str:
 
 
 def value(fields: Fields, column: str, where: str) -> str:
-    """A field as text. JSON's whole numbers and booleans are allowed: they are common as labels."""
+    """A field as text. JSON's numbers and booleans are allowed: they are common as labels."""
     found = fields[column]
-    if not isinstance(found, (int, str)):
-        raise CommandError(
-            f"{where}: column {column!r} is {json.dumps(found):.100}; it must be a string or a whole number."
-        )
+    if not isinstance(found, (int, float, str)):
+        raise CommandError(f"{where}: column {column!r} is {json.dumps(found):.100}; it must be a string or a number.")
     text = str(found)
     if not text.strip():
         raise CommandError(f"{where}: column {column!r} is empty. Fill it in, or remove the line.")

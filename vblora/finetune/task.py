@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +18,27 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which
 
 @dataclass
 class Task:
-    """A model, the classes, and the rows to train and to evaluate on."""
+    """A model, the classes, and the rows to train and to evaluate on. Without classes, labels are scores."""
 
     model: str
-    labels: list[str]
+    labels: list[str] | None
     train: list[data.Row]
     held_out: list[data.Row]
 
+    @property
+    def scale(self) -> dict[str, float] | None:
+        """Mean and deviation of the scores to train on, which the head is trained with; None with classes."""
+        if self.labels is not None:
+            return None
+        scores = [float(row.label) for row in self.train]
+        return {"mean": statistics.fmean(scores), "deviation": statistics.pstdev(scores)}
+
     def __str__(self) -> str:
-        return (
-            f"{len(self.train):,} rows to train on, {len(self.held_out):,} to evaluate on; "
-            f"labels: {', '.join(self.labels[:10])}{', ...' if len(self.labels) > 10 else ''}"
-        )
+        rows = f"{len(self.train):,} rows to train on, {len(self.held_out):,} to evaluate on"
+        if self.labels is None:
+            scores = [float(row.label) for row in self.train]
+            return f"{rows}; scores from {min(scores):g} to {max(scores):g}"
+        return f"{rows}; labels: {', '.join(self.labels[:10])}{', ...' if len(self.labels) > 10 else ''}"
 
 
 @dataclass
@@ -100,7 +110,7 @@ def _refuse_two_splits(arguments: argparse.Namespace) -> None:
 
 
 def read_task(arguments: argparse.Namespace) -> Task:
-    """Reads the data that the arguments name.
+    """Reads the data that the arguments name. Without ``--task``, sets it to what the labels are.
 
     Raises:
         CommandError: a file or an argument is wrong.
@@ -114,7 +124,10 @@ def read_task(arguments: argparse.Namespace) -> Task:
     _refuse_two_splits(arguments)
 
     rows = data.read_rows(path, columns, "--data", keep)
-    labels = data.labels_of(rows, path, columns.label)
+    if arguments.task is None:
+        arguments.task = "regression" if data.are_scores(rows) else "classification"
+    regression = arguments.task == "regression"
+    labels = None if regression else data.labels_of(rows, path, columns.label)
     if arguments.eval_data is None:
         train, held_out = data.split_rows(rows, arguments.eval_fraction or 0.2, arguments.seed)
     else:
@@ -122,7 +135,11 @@ def read_task(arguments: argparse.Namespace) -> Task:
         held_out = data.read_rows(arguments.eval_data, columns._replace(group=None), "--eval-data", keep)
     train = data.sample_rows(train, arguments.max_train, arguments.seed)
     held_out = data.sample_rows(held_out, arguments.max_eval, arguments.seed)
-    data.check_labels(held_out, sorted({row.label for row in train}), "the rows to evaluate on")
+    if regression:
+        data.check_scores(train, "the rows to train on")
+        data.check_scores(held_out, "the rows to evaluate on")
+    else:
+        data.check_labels(held_out, sorted({row.label for row in train}), "the rows to evaluate on")
     return Task(model, labels, train, held_out)
 
 
@@ -171,7 +188,7 @@ def save_results(arguments: argparse.Namespace, task: Task | LanguageTask, **res
     for name in ("run", "command"):
         values.pop(name, None)
     if isinstance(task, Task):
-        about: dict[str, object] = {"labels": task.labels}
+        about: dict[str, object] = {"labels": task.labels, "scores": task.scale}
     else:
         about = {"rows": task.columns.kind, "chat_template": task.template or arguments.chat_template}
     report = {"task": arguments.task, "model": task.model, **about, "arguments": values, **results}

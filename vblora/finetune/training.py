@@ -1,4 +1,4 @@
-"""``vblora finetune --task classification``: train, save, evaluate, load into a fresh model, compare."""
+"""``vblora finetune`` for classes and scores: train, save, evaluate, load into a fresh model, compare."""
 
 import argparse
 import inspect
@@ -27,12 +27,13 @@ from ..errors import CommandError
 from ..integrations.transformers import trainer_arguments
 from ..model.record import attached_adapter
 from . import fitting, models
-from .baseline import Example, frozen_accuracy
+from .baseline import Example, frozen_score
 from .data import Row
+from .heads import Head, find_head
 from .report import Results, folder_bytes, lora_bytes, print_table
 from .task import Task, most_frequent, save_results
 
-_MAX_LENGTH = 128
+MAX_LENGTH = 128
 
 
 def run(arguments: argparse.Namespace, task: Task) -> int:
@@ -46,16 +47,23 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     set_seed(arguments.seed)
     checkpoint = fitting.find_checkpoint(arguments)
     tokenizer = models.load_tokenizer(task.model)
-    model = _load_model(task, tokenizer)
-    max_length = models.max_length(arguments.max_length, _MAX_LENGTH, tokenizer, model)
+    head = find_head(task.labels, task.scale)
+    model = load_model(task.model, head, tokenizer)
+    max_length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, model)
     models.inject(arguments, model, modules_to_save=_head(model))
-    train = _tokenize(task.train, task.labels, tokenizer, model, max_length)
-    held_out = _tokenize(task.held_out, task.labels, tokenizer, model, max_length)
+    train, held_out = (
+        [
+            row | {"labels": head.target(labelled)}
+            for row, labelled in zip(tokenize(rows, tokenizer, model, max_length), rows, strict=True)
+        ]
+        for rows in (task.train, task.held_out)
+    )
     held_out.sort(key=lambda row: len(row["input_ids"]))  # less padding
     collate = DataCollatorWithPadding(tokenizer)
-    steps = arguments.epochs * math.ceil(len(train) / (arguments.batch_size * arguments.accumulate))
-    settings = _training_arguments(arguments, steps)
-    fitting.warn_of_few_steps(arguments, len(train), steps)
+    rows_of_a_step = arguments.batch_size * arguments.accumulate * fitting.processes()
+    steps = arguments.epochs * math.ceil(len(train) / rows_of_a_step)
+    settings = _training_arguments(arguments, head, steps)
+    few = fitting.warn_of_few_steps(arguments, len(train), steps)
     how = trainer_arguments(
         model,
         recipe=arguments.recipe,
@@ -63,22 +71,25 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
         lr_logits=arguments.lr_logits,
         lr_other=arguments.lr_head,
     )
-    trainer = _Trainer(model, settings, collate, train, held_out, compute_metrics=_accuracy, **how)
+
+    def metrics(evaluation: EvalPrediction) -> dict[str, float]:
+        return head.measure(evaluation.predictions, evaluation.label_ids)
+
+    trainer = _Trainer(model, settings, collate, train, held_out, compute_metrics=metrics, **how)
     seconds = fitting.fit(arguments, task, trainer, checkpoint)
-    if not fitting.is_main_process():
-        return 0
     try:
         after = trainer.predict(held_out, metric_key_prefix="eval")
-        fresh = _load_model(task, tokenizer)
+        fresh = load_model(task.model, head, tokenizer)
         frozen = None
         if arguments.baseline:
             fresh.to(settings.device)
-            frozen = frozen_accuracy(
+            frozen = frozen_score(
                 fresh,
                 _head(fresh),
                 train,
                 held_out,
                 collate,
+                head,
                 epochs=arguments.epochs,
                 bfloat16=settings.bf16,
                 seed=arguments.seed,
@@ -87,8 +98,12 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
         again = _Trainer(fresh, settings, collate, None, held_out).predict(held_out, metric_key_prefix="eval")
     except KeyboardInterrupt:
         raise CommandError(f"interrupted; the trained adapter is in {arguments.output}.", 130) from None
-    results = _results(arguments, task, trainer, after, frozen, seconds)
-    save_results(arguments, task, results=vars(results), log=trainer.state.log_history)
+    if not fitting.is_main_process():
+        return 0
+    results = _results(arguments, task, head, trainer, after, frozen, seconds)
+    results.warnings = [few] if few else []
+    bank = fitting.draw(arguments, trainer)
+    save_results(arguments, task, bank=bank, results=vars(results), log=trainer.state.log_history)
     print_table(results, Console())
     return _compare(arguments, after, again)
 
@@ -106,13 +121,10 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         return loss, outputs[0] if isinstance(outputs, tuple) else outputs, labels
 
 
-def _accuracy(evaluation: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((evaluation.predictions.argmax(-1) == evaluation.label_ids).mean())}
-
-
 def _results(
     arguments: argparse.Namespace,
     task: Task,
+    head: Head,
     trainer: Trainer,
     after: PredictionOutput,
     frozen: float | None,
@@ -126,9 +138,11 @@ def _results(
     return Results(
         train_rows=len(task.train),
         held_out_rows=len(task.held_out),
-        most_frequent=most_frequent(task.held_out),
+        metric=head.metric,
+        most_frequent=None if task.labels is None else most_frequent(task.held_out),
         frozen=frozen,
-        adapted=float((after.predictions.argmax(-1) == after.label_ids).mean()),
+        adapted=head.measure(after.predictions, after.label_ids)[head.metric],
+        metrics=head.measure(after.predictions, after.label_ids),
         trainable=count.trainable,
         stored=count.stored,
         file_bytes=folder_bytes(arguments.output),
@@ -155,14 +169,13 @@ def _compare(arguments: argparse.Namespace, after: PredictionOutput, again: Pred
     return 0
 
 
-def _load_model(task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(name: str, head: Head, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """An encoder with a head for these classes or scores."""
     model = models.load_model(
         AutoModelForSequenceClassification,
-        task.model,
+        name,
         "sequence classifier",
-        id2label=dict(enumerate(task.labels)),
-        label2id={label: index for index, label in enumerate(task.labels)},
-        problem_type="single_label_classification",
+        **head.model_options(),
         ignore_mismatched_sizes=True,  # replaces the head of another task
         dtype=torch.float32,  # the head trains; --precision says what layers compute in
     )
@@ -183,24 +196,24 @@ def _head(model: PreTrainedModel) -> list[str]:
     return head
 
 
-def _tokenize(
-    rows: list[Row], labels: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
+def tokenize(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
 ) -> list[Example]:
+    """The model's inputs for each row."""
     pairs = None if rows[0].pair is None else [row.pair for row in rows]
     encoded = tokenizer([row.text for row in rows], pairs, truncation=True, max_length=max_length)
     accepted = inspect.signature(model.forward).parameters  # some tokenizers return more than the model accepts
     names = [name for name in encoded if name in accepted]
-    index = {label: number for number, label in enumerate(labels)}
-    return [{**{name: encoded[name][i] for name in names}, "labels": index[row.label]} for i, row in enumerate(rows)]
+    return [{name: encoded[name][i] for name in names} for i in range(len(rows))]
 
 
-def _training_arguments(arguments: argparse.Namespace, steps: int) -> TrainingArguments:
+def _training_arguments(arguments: argparse.Namespace, head: Head, steps: int) -> TrainingArguments:
     return fitting.training_arguments(
         TrainingArguments,
         arguments,
         per_device_eval_batch_size=max(64, arguments.batch_size),
         logging_steps=max(1, steps // 100),
-        metric_for_best_model="eval_accuracy",
+        metric_for_best_model=f"eval_{head.metric}",
         greater_is_better=True,
         remove_unused_columns=False,
     )
