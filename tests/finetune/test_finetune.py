@@ -83,7 +83,14 @@ def test_trains_measures_saves_and_reloads(finetune, tiny_model, table, tmp_path
         assert f"{results[figure]:,}" in printed
 
     assert load_results(out)["labels"] == ["fresh", "rotten"]
-    files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "finetune.json"]
+    files = [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "bank.png",
+        "finetune.json",
+        "training.png",
+    ]
     found = sorted(path.name for path in out.iterdir())
     assert [name for name in found if not name.startswith("checkpoint-")] == files
     assert f"checkpoint-{results['steps']}" in found  # and that of the best epoch, if it is another

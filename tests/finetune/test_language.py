@@ -99,6 +99,8 @@ def test_trains_measures_saves_and_reloads(finetune, base, pairs, tmp_path, caps
         assert f"{results[figure]:,}" in printed.out
     assert len(results["generations"]) == 3
     assert {"bleu_before", "bleu_after", "tokens_per_second", "best_epoch"} <= results.keys()
+    assert {"training.png", "bank.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert saved["bank"]["vectors"] == 16
     assert saved["rows"] == "prompt" and saved["chat_template"] == "auto"
 
 
@@ -222,6 +224,25 @@ def test_two_processes_train_as_one_with_twice_the_batch(finetune, base, tmp_pat
     assert relative_error(vectors[1], vectors[0]) < 1e-3
 
 
+def test_a_base_of_four_bits(finetune, pairs, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    from vblora.finetune import fitting
+
+    fit = fitting.fit
+    trained = []
+
+    def seen(arguments, task, trainer, checkpoint):
+        trained.extend(p for p in trainer.model.parameters() if p.requires_grad)
+        assert {p.dtype for p in trained} == {torch.float32}  # SFTTrainer makes them bfloat16
+        assert any(type(layer).__name__ == "Linear4bit" for layer in trainer.model.modules())
+        return fit(arguments, task, trainer, checkpoint)
+
+    monkeypatch.setattr(fitting, "fit", seen)
+    assert finetune("--data", pairs, "--epochs", "2", "--load-in", "4bit", "--lr-bank", "0.05") == 0
+    results = results_of(tmp_path / "out")["results"]
+    assert len(trained) == 2 and results["loss_after"] < results["loss_before"]
+
+
 def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):
     assert finetune("--data", pairs, "--epochs", "2") == 0
     assert re.search(
@@ -233,7 +254,10 @@ def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--label-column", "x"], "--label-column is for --task classification, but the task is causal-lm"),
+        (
+            ["--label-column", "x"],
+            "--label-column is for --task classification and regression, but the task is causal-lm",
+        ),
         (["--no-baseline"], "--no-baseline is for --task classification"),
         (["--prompt-column", "promt"], "--prompt-column: column 'promt' is not there .*did you mean 'prompt'"),
         (["--chat-template", "nowhere.jinja"], "--chat-template: nowhere.jinja cannot be read"),
