@@ -97,7 +97,7 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def warn(message: str) -> None:
+def print_warning(message: str) -> None:
     if is_main_process():
         print(f"vblora finetune: warning: {message}", file=sys.stderr, flush=True)
 
@@ -121,7 +121,7 @@ def warn_of_few_steps(arguments: argparse.Namespace, rows: int, steps: int) -> s
         )
         smaller = rows * arguments.epochs // _FEW_STEPS
         message += f", or --batch-size {smaller}." if 1 <= smaller < arguments.batch_size else "."
-    warn(message)
+    print_warning(message)
     return message
 
 
@@ -299,7 +299,7 @@ class _Stop(TrainerCallback):  # type: ignore[misc]
         def ask(number: int, frame: object) -> None:
             self.asked = True
             signal.signal(number, before[signal.Signals(number)])
-            warn("stopping after this step; once more to stop at once.")
+            print_warning("stopping after this step; once more to stop at once.")
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -192,7 +192,9 @@ class _Rows:
             left_out = (
                 f"; {self.left_out} of them are left out, because nothing to learn remains" if self.left_out else ""
             )
-            fitting.warn(f"{self.cut} of {total} rows are longer than {length} tokens and are cut off{left_out}.")
+            fitting.print_warning(
+                f"{self.cut} of {total} rows are longer than {length} tokens and are cut off{left_out}."
+            )
 
 
 def _encoder(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, task: LanguageTask) -> Encoder:
