@@ -243,6 +243,15 @@ def test_a_base_of_four_bits(finetune, pairs, tmp_path, monkeypatch):
     assert len(trained) == 2 and results["loss_after"] < results["loss_before"]
 
 
+def test_plain_texts_are_packed_without_a_loss_and_continued(finetune, tmp_path):
+    rows = [{"text": "the cat is good . " * 12 + row["completion"]} for row in make_pairs(40)]  # 65 tokens with the end
+    data = write_jsonl(tmp_path / "texts.jsonl", rows)
+    assert finetune("--data", data, "--epochs", "1", "--packing", "--max-length", "32", "--max-train", "30") == 0
+    report = results_of(tmp_path / "out")
+    assert report["results"]["tokens"] == 30 * 66 and report["chat_template"] == "none"
+    assert all(one["prompt"].startswith("the cat is good") for one in report["results"]["generations"])
+
+
 def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):
     assert finetune("--data", pairs, "--epochs", "2") == 0
     assert re.search(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -240,6 +241,16 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    existed = arguments.output.exists()
+    try:
+        return _run(arguments)
+    finally:
+        if not existed:  # the Trainer makes its folder at once; what fails before anything is written leaves none
+            with suppress(OSError):
+                arguments.output.rmdir()
+
+
+def _run(arguments: argparse.Namespace) -> int:
     language = arguments.task == "causal-lm"
     _settle(arguments)
     require("transformers", "accelerate", "rich")

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from ..model.learning_rates import WARM_UP
 from . import pictures
 from .bank_use import bank_use
 from .models import computes_in_bfloat16
-from .task import LanguageTask, Task, save_results
+from .task import LanguageTask, Task, as_json, save_results
 
 ARGUMENTS_FILE = "finetune.json"  # in each checkpoint: what it was trained with
 # Arguments that a run which is resumed may have otherwise: they change neither data, model nor learning rates.
@@ -154,11 +154,6 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     return str(found)
 
 
-def as_json(arguments: argparse.Namespace) -> dict[str, Any]:
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    return {name: value for name, value in values.items() if name not in ("run", "command")}
-
-
 def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Trainer, checkpoint: str | None) -> float:
     """Trains, from a checkpoint if there is one, and saves the adapter: the best of all epochs, or after Ctrl-C the last.
 
@@ -192,8 +187,6 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     except OSError as error:
         raise CommandError(f"--output: a checkpoint cannot be written: {error}.", 1) from None
-    finally:
-        remove_if_empty(output)
     check_finite(trainer)
     done = trainer.state.global_step
     if is_main_process():
@@ -238,13 +231,6 @@ def check_finite(trainer: Trainer) -> None:
     raise CommandError(
         "training diverged: a parameter is no longer finite. Lower --lr-bank, --lr-logits, --lr-head.", 1
     )
-
-
-def remove_if_empty(folder: Path) -> None:
-    """The Trainer makes its folder at once; a run that fails before it writes anything leaves none."""
-    if is_main_process():
-        with suppress(OSError):
-            folder.rmdir()
 
 
 class _Progress(ProgressCallback):  # type: ignore[misc]  # transformers is not typed

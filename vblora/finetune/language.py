@@ -5,7 +5,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
     with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:
         train, held_out = _Rows(task.train), _Rows(task.held_out)
         # Whole texts that are packed are cut into pieces; all else is cut off.
-        cut_train = None if arguments.packing and task.columns.kind == "text" else length
+        plain = task.columns.kind == "text"
+        cut_train = None if arguments.packing and plain else length
         train_data = train.tokenize(encoder, cut_train, f"{scratch}/train")
         held_out_data = held_out.tokenize(encoder, length, f"{scratch}/held_out")
         for rows in (train, held_out):
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
         trainer = _trainer(arguments, model, tokenizer, train_data, held_out_data, length)
         few = fitting.warn_of_few_steps(arguments, len(train_data), _steps(trainer))
         examples = _first_prompts(task.held_out, max(_SHOWN, arguments.bleu or 0))
-        generate = _Generator(arguments, encoder, examples, length)
+        generate = _Generator(arguments, replace(encoder, chat=False) if plain else encoder, examples, length)
         fitting.say("Before training:")
         with vblora.disabled(model):
             before = trainer.evaluate()["eval_loss"]
@@ -216,12 +217,12 @@ def _first(texts: Texts, count: int) -> list[Example]:
     return [example for example, _ in zip(texts, range(count), strict=False)]
 
 
-def _first_prompts(texts: Texts, count: int) -> list[tuple[Any, list[str]]]:
+def _first_prompts(texts: Texts, count: int) -> list[tuple[Example, list[str]]]:
     """The first different prompts, each with all completions that there are for it: ``(example, references)``."""
-    found: dict[str, tuple[Any, list[str]]] = {}
+    found: dict[str, tuple[Example, list[str]]] = {}
     for example in texts:
         if example.prompt is None:
-            break
+            example = _halved(example)
         key = repr(example.prompt)
         if key not in found:
             if len(found) == count:
@@ -229,6 +230,13 @@ def _first_prompts(texts: Texts, count: int) -> list[tuple[Any, list[str]]]:
             found[key] = (example, [])
         found[key][1].append(_reference(example))
     return list(found.values())
+
+
+def _halved(example: Example) -> Example:
+    """The first words of a text as a prompt, and the others."""
+    words = str(example.completion).split(" ")
+    asked = min(len(words) // 2, 16)
+    return Example(" ".join(words[:asked]), " " + " ".join(words[asked:]))
 
 
 def _reference(example: Example) -> str:
@@ -307,7 +315,7 @@ def _trainer(
         eval_packing=False,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=1,
+        logging_steps=max(1, len(train) * arguments.epochs // (arguments.batch_size * arguments.accumulate) // 500),
         prediction_loss_only=True,
     )
     how = trainer_arguments(model, recipe=arguments.recipe, lr_bank=arguments.lr_bank, lr_logits=arguments.lr_logits)

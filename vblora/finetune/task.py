@@ -182,16 +182,23 @@ def _check_model_folder(folder: Path) -> None:
             raise CommandError(f"--model: {error}") from None
 
 
+def as_json(arguments: argparse.Namespace) -> dict[str, object]:
+    """The arguments of the command line, for a file."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    return {name: value for name, value in values.items() if name not in ("run", "command")}
+
+
 def save_results(arguments: argparse.Namespace, task: Task | LanguageTask, **results: object) -> None:
     """Writes what the adapter's own files do not hold: the task, the arguments and the ``results``."""
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    for name in ("run", "command"):
-        values.pop(name, None)
     if isinstance(task, Task):
         about: dict[str, object] = {"labels": task.labels, "scores": task.scale}
     else:
-        about = {"rows": task.columns.kind, "chat_template": task.template or arguments.chat_template}
-    report = {"task": arguments.task, "model": task.model, **about, "arguments": values, **results}
+        plain = task.columns.kind == "text"
+        about = {
+            "rows": task.columns.kind,
+            "chat_template": "none" if plain else task.template or arguments.chat_template,
+        }
+    report = {"task": arguments.task, "model": task.model, **about, "arguments": as_json(arguments), **results}
     write_file(arguments.output / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
 
 
