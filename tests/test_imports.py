@@ -18,6 +18,8 @@ def imports() -> set[tuple[str, str]]:
         module = path.relative_to(ROOT).with_suffix("").parts
         package = list(module[:-1])
         source = room(package if path.name == "__init__.py" else list(module))
+        if path.name == "__main__.py":  # a command, wherever it lies
+            source = "cli"
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
                 base = package[: len(package) + 1 - node.level] + (node.module or "").split(".") * bool(node.module)

@@ -55,14 +55,14 @@ def test_quotes_of_a_tsv_are_characters(tmp_path):
     assert [row.text for row in data.read_rows(path, COLUMNS, "--data")] == ['"one" and', '"two']
 
 
-def test_jsonl_takes_whole_numbers_and_booleans_as_labels(tmp_path):
+def test_jsonl_takes_numbers_and_booleans_as_labels(tmp_path):
     lines = [{"text": "é\u2028", "label": 10}, {"text": "b", "label": True, "more": None}, {"text": "c", "label": "z"}]
     path = write(tmp_path / "rows.jsonl", "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     rows = data.read_rows(path, COLUMNS, "--data")
     assert [(row.text, row.label) for row in rows] == [("é", "10"), ("b", "True"), ("c", "z")]
-    (tmp_path / "float.jsonl").write_text('{"text": "a", "label": 0.5}')
-    with pytest.raises(CommandError, match=r"line 1: column 'label' is 0.5"):
-        data.read_rows(tmp_path / "float.jsonl", COLUMNS, "--data")
+    (tmp_path / "list.jsonl").write_text('{"text": "a", "label": 0.5}\n{"text": "a", "label": [1]}')
+    with pytest.raises(CommandError, match=r"line 2: column 'label' is \[1\]; it must be a string or a number"):
+        data.read_rows(tmp_path / "list.jsonl", COLUMNS, "--data")
 
 
 def test_a_long_text_is_read(tmp_path):

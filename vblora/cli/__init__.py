@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import CommandError
-from . import convert, finetune, info, merge
+from . import convert, finetune, generate, info, merge, plot, predict
 
-_COMMANDS = (finetune, info, convert, merge)  # each has add_parser(subparsers) and run(arguments) -> exit code
+_COMMANDS = (
+    finetune,
+    predict,
+    generate,
+    info,
+    plot,
+    convert,
+    merge,
+)  # each has add_parser(subparsers) and run(arguments) -> exit code
 
 
 class _Parser(argparse.ArgumentParser):

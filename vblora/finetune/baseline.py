@@ -1,16 +1,18 @@
 """The baseline of the adapter: the same head, trained on the same rows, on the frozen encoder."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+
+from .heads import Head
 
 # A head's best learning rate depends on the scale of its features, so one is trained with each, and the best counts.
 _LEARNING_RATES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -23,22 +25,26 @@ _CACHE_BYTES = 2**31
 Example = dict[str, Any]  # the inputs and the label of a row, or of a batch of rows
 
 
-def frozen_accuracy(
+def frozen_score(
     model: PreTrainedModel,
     head: list[str],
     train: list[Example],
     held_out: list[Example],
     collate: Callable[[list[Example]], Example],
+    kind: Head,
     *,
     epochs: int,
     bfloat16: bool,
     seed: int,
 ) -> float:
-    """Accuracy on ``held_out`` of the best of several heads. The model and its own head do not change.
+    """The metric on ``held_out`` of the best of several heads. The model and its own head do not change.
 
     One head is trained with each of several learning rates, without dropout, for many epochs; or for ``epochs``, as the
-    adapter is, if the encoder's outputs are too large to cache. The best counts, by its accuracy on ``held_out`` after any
-    epoch. All of that favours the baseline.
+    adapter is, if the encoder's outputs are too large to cache. The best counts, by its metric on ``held_out`` after any epoch.
+    All of that favours the baseline.
+
+    Args:
+        kind: what the head predicts.
     """
     device = next(model.parameters()).device
     own = {name: p for name, p in model.named_parameters() if any(name.startswith(f"{part}.") for part in head)}
@@ -64,22 +70,21 @@ def frozen_accuracy(
             epochs = max(epochs, _EPOCHS)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs)
         shuffle = random.Random(seed).shuffle
-        best = 0
+        best = -math.inf
         for _ in tqdm(range(epochs), desc="Its heads", leave=False):
             shuffle(train_batches)
             for batch in train_batches:
-                losses = [F.cross_entropy(logits, batch["labels"]) for logits in logits_of(batch)]
+                losses = [kind.loss(logits, batch["labels"]) for logits in logits_of(batch)]
                 optimizer.zero_grad()
                 torch.stack(losses).sum().backward()
                 optimizer.step()
             scheduler.step()
-            correct = torch.zeros(len(heads), dtype=torch.long, device=device)
             with torch.no_grad():
-                for batch in held_out_batches:
-                    labels = torch.stack(logits_of(batch)).argmax(-1)
-                    correct += (labels == batch["labels"]).sum(-1)
-            best = max(best, int(correct.max()))
-    return best / len(held_out)
+                outputs = [torch.stack(logits_of(batch)) for batch in held_out_batches]
+            labels = torch.cat([batch["labels"] for batch in held_out_batches]).cpu().numpy()
+            found = torch.cat(outputs, dim=1).cpu().numpy()
+            best = max(best, *(kind.measure(of_one, labels)[kind.metric] for of_one in found))
+    return best
 
 
 def _batches(rows: list[Example], collate: Callable[[list[Example]], Example], device: torch.device) -> list[Example]:

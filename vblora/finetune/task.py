@@ -2,49 +2,134 @@
 
 import argparse
 import json
+import statistics
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CommandError
-from ..files import byte_order_mark, refuse_lfs_pointer
-from . import data, demo
+from ..files import byte_order_mark, refuse_lfs_pointer, write_file
+from . import data, demo, texts
 
 RESULTS_FILE = "finetune.json"
+_MAX_EVAL = 500  # texts to evaluate on, if neither --max-eval nor --eval-data says so
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which transformers looks for them
 
 
 @dataclass
 class Task:
-    """The model, the classes, and the rows to train and to evaluate on."""
+    """A model, the classes, and the rows to train and to evaluate on. Without classes, labels are scores."""
 
     model: str
-    labels: list[str]
+    labels: list[str] | None
     train: list[data.Row]
     held_out: list[data.Row]
 
+    @property
+    def scale(self) -> dict[str, float] | None:
+        """Mean and deviation of the scores to train on, which the head is trained with; None with classes."""
+        if self.labels is not None:
+            return None
+        scores = [float(row.label) for row in self.train]
+        return {"mean": statistics.fmean(scores), "deviation": statistics.pstdev(scores)}
 
-def read_task(arguments: argparse.Namespace) -> Task:
-    """Reads the data that the arguments name.
+    def __str__(self) -> str:
+        rows = f"{len(self.train):,} rows to train on, {len(self.held_out):,} to evaluate on"
+        if self.labels is None:
+            scores = [float(row.label) for row in self.train]
+            return f"{rows}; scores from {min(scores):g} to {max(scores):g}"
+        return f"{rows}; labels: {', '.join(self.labels[:10])}{', ...' if len(self.labels) > 10 else ''}"
+
+
+@dataclass
+class LanguageTask:
+    """The model, and the texts to train and to evaluate on.
+
+    Attributes:
+        template: the chat template to use instead of the tokenizer's.
+    """
+
+    model: str
+    template: str | None
+    train: texts.Texts
+    held_out: texts.Texts
+
+    @property
+    def columns(self) -> texts.Columns:
+        return self.train.columns
+
+    def __str__(self) -> str:
+        return f"{len(self.train):,} rows to train on, {len(self.held_out):,} to evaluate on"
+
+
+def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
+    """Reads the texts that the arguments name.
 
     Raises:
         CommandError: a file or an argument is wrong.
     """
-    model = _find_model(arguments.model)
+    model = str(demo.find_language_model()) if arguments.model is None else find_model(arguments.model)
+    template = read_template(arguments.chat_template)
+    path, evaluate = arguments.data, arguments.eval_data
+    if path is None:
+        path, evaluate = demo.TRAINING_TEXTS, evaluate or demo.TEST_TEXTS
+    _refuse_two_splits(arguments)
+    given = {part: getattr(arguments, f"{part}_column") for part in ("text", "prompt", "completion", "messages")}
+    columns = texts.find_columns(path, "--data", given)
+    if evaluate is None:
+        limit = _MAX_EVAL if arguments.max_eval is None else arguments.max_eval
+        train, held_out = texts.split(
+            path,
+            columns,
+            fraction=arguments.eval_fraction,
+            max_train=arguments.max_train,
+            max_eval=limit,
+            seed=arguments.seed,
+        )
+    else:
+        train = texts.whole(path, columns, "--data", arguments.max_train, arguments.seed)
+        held_out = texts.whole(evaluate, columns, "--eval-data", arguments.max_eval, arguments.seed)
+    return LanguageTask(model, template, train, held_out)
+
+
+def read_template(given: str) -> str | None:
+    """The text of a chat template's file; None for "auto" and "none"."""
+    if given in ("auto", "none"):
+        return None
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--chat-template: {given} cannot be read: {error}. Give auto, none, or a file.") from None
+
+
+def _refuse_two_splits(arguments: argparse.Namespace) -> None:
+    if arguments.eval_data is not None and arguments.eval_fraction is not None:
+        raise CommandError(
+            "--eval-fraction is the share of --data to evaluate on, but --eval-data is given too. Give one of them."
+        )
+
+
+def read_task(arguments: argparse.Namespace) -> Task:
+    """Reads the data that the arguments name. Without ``--task``, sets it to what the labels are.
+
+    Raises:
+        CommandError: a file or an argument is wrong.
+    """
+    model = str(demo.find_model()) if arguments.model is None else find_model(arguments.model)
     path, columns, keep = arguments.data, data.Columns("text", "label"), arguments.keep_labels
     if path is None:
         path, columns, keep = demo.find_data(), demo.COLUMNS, keep or demo.LABELS
     given = {name: getattr(arguments, f"{name}_column") for name in columns._fields}
     columns = columns._replace(**{name: column for name, column in given.items() if column is not None})
     _check_columns(columns)
-    if arguments.eval_data is not None and arguments.eval_fraction is not None:
-        raise CommandError(
-            "--eval-fraction is the share of --data to evaluate on, but --eval-data is given too. Give one of them."
-        )
+    _refuse_two_splits(arguments)
 
     rows = data.read_rows(path, columns, "--data", keep)
-    labels = data.labels_of(rows, path, columns.label)
+    if arguments.task is None:
+        arguments.task = "regression" if data.are_scores(rows) else "classification"
+    regression = arguments.task == "regression"
+    labels = None if regression else data.labels_of(rows, path, columns.label)
     if arguments.eval_data is None:
         train, held_out = data.split_rows(rows, arguments.eval_fraction or 0.2, arguments.seed)
     else:
@@ -53,7 +138,11 @@ def read_task(arguments: argparse.Namespace) -> Task:
         _warn_of_common_rows(train, held_out)
     train = data.sample_rows(train, arguments.max_train, arguments.seed)
     held_out = data.sample_rows(held_out, arguments.max_eval, arguments.seed)
-    data.check_labels(held_out, sorted({row.label for row in train}), "the rows to evaluate on")
+    if regression:
+        data.check_scores(train, "the rows to train on")
+        data.check_scores(held_out, "the rows to evaluate on")
+    else:
+        data.check_labels(held_out, sorted({row.label for row in train}), "the rows to evaluate on")
     return Task(model, labels, train, held_out)
 
 
@@ -72,20 +161,23 @@ def _warn_of_common_rows(train: list[data.Row], held_out: list[data.Row]) -> Non
     if common:
         print(
             f"vblora finetune: warning: --eval-data: {common:,} of its {len(held_out):,} rows are also in --data, so the "
-            "accuracy is not that of unseen rows.",
+            "score is not that of unseen rows.",
             file=sys.stderr,
         )
 
 
-def _find_model(name: str | None) -> str:
-    """The model's folder, checked, or its name on the Hugging Face Hub, which only transformers can check."""
-    if name is None:
-        return str(demo.find_model())
+def find_model(name: str) -> str:
+    """The model's folder or GGUF file, checked, or its name on the Hugging Face Hub, which only transformers can check."""
     path = Path(name)
     if path.is_dir():
         _check_model_folder(path)
+    elif path.is_file() and path.suffix == ".gguf":
+        try:
+            refuse_lfs_pointer(path)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"--model: {error}") from None
     elif path.exists():
-        raise CommandError(f"--model: {path} is a file; give the folder that save_pretrained wrote.")
+        raise CommandError(f"--model: {path} is a file; give the folder that save_pretrained wrote, or a .gguf file.")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise CommandError(f"--model: there is no folder {name!r}. Give a model's folder, or its name on the Hub.")
     return name
@@ -113,13 +205,24 @@ def _check_model_folder(folder: Path) -> None:
             raise CommandError(f"--model: {error}") from None
 
 
-def save_results(arguments: argparse.Namespace, task: Task, **results: object) -> None:
-    """Writes what the adapter's own files do not hold: the labels, the arguments and the ``results``."""
+def as_json(arguments: argparse.Namespace) -> dict[str, object]:
+    """The arguments of the command line, for a file."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    for name in ("run", "command"):
-        values.pop(name, None)
-    report = {"model": task.model, "labels": task.labels, "arguments": values, **results}
-    (arguments.output / RESULTS_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return {name: value for name, value in values.items() if name not in ("run", "command")}
+
+
+def save_results(arguments: argparse.Namespace, task: Task | LanguageTask, **results: object) -> None:
+    """Writes what the adapter's own files do not hold: the task, the arguments and the ``results``."""
+    if isinstance(task, Task):
+        about: dict[str, object] = {"labels": task.labels, "scores": task.scale}
+    else:
+        plain = task.columns.kind == "text"
+        about = {
+            "rows": task.columns.kind,
+            "chat_template": "none" if plain else task.template or arguments.chat_template,
+        }
+    report = {"task": arguments.task, "model": task.model, **about, "arguments": as_json(arguments), **results}
+    write_file(arguments.output / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
 
 
 def most_frequent(rows: list[data.Row]) -> float:

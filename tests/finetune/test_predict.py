@@ -1,0 +1,135 @@
+"""Scores, and `vblora predict`: a table in, labels or scores out."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vblora
+from tests.tables import make_rows, write_csv
+from vblora.cli import main
+from vblora.finetune import data
+from vblora.finetune.scores import pearson, spearman
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def make_scores(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """A score of about 1000 for each text: so many good words, and a fraction."""
+    rows = make_rows(count, seed)
+    return [row | {"label": str(1000.5 + 10 * (row["label"] == "fresh"))} for row in rows]
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "finetune.json").read_text())
+
+
+def test_correlations():
+    generator = np.random.default_rng(0)
+    one = generator.integers(0, 6, 50).astype(float)
+    other = one + generator.normal(size=50)
+    assert pearson(one, other) == pytest.approx(np.corrcoef(one, other)[0, 1])
+    scipy = pytest.importorskip("scipy.stats")
+    assert spearman(one, other) == pytest.approx(scipy.spearmanr(one, other).statistic)
+    assert pearson(one, np.ones(50)) == 0
+
+
+def test_numbers_with_fractions_are_scores():
+    def rows(*labels):
+        return [data.Row("", label, None, None) for label in labels]
+
+    assert data.are_scores(rows("1", "2.5", "-3e2"))
+    assert not data.are_scores(rows("1", "2", "3.0"))
+    assert not data.are_scores(rows("1.5", "good"))
+
+
+def test_scores_are_learnt_and_predicted_in_their_own_units(finetune, tiny_model, tmp_path, capsys):
+    table = write_csv(tmp_path / "scores.csv", make_scores(160))
+    options = ["--epochs", "5", "--batch-size", "4", "--precision", "float32", "--text-column", "text"]
+    scored = tmp_path / "scored"
+    assert finetune("--data", table, *options, output=scored) == 0
+    assert "scores from 1000.5 to 1010.5" in (printed := capsys.readouterr().out)
+    report = results_of(scored)
+    results = report["results"]
+    assert report["task"] == "regression" and results["metric"] == "pearson"
+    assert results["adapted"] > 0.2
+    assert f"{results['adapted']:.4f}" in printed and f"{results['metrics']['spearman']:.4f}" in printed
+    best = max(entry["eval_pearson"] for entry in report["log"] if "eval_pearson" in entry)
+    assert results["adapted"] == pytest.approx(best)
+
+    rows = make_scores(40, seed=1)
+    table = write_csv(tmp_path / "rows.csv", rows)
+    options = ["--data", table, "--adapter", scored, "--output", tmp_path / "out.jsonl", "--precision", "float32"]
+    assert main(["predict", *map(str, options)]) == 0
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in written] == [row["text"] for row in rows]
+    predicted = np.array([row["predicted"] for row in written])
+    assert 1000 < predicted.mean() < 1011
+    assert predicted == pytest.approx(by_hand(tiny_model, scored, rows, report["scores"]), abs=1e-3)
+
+
+def by_hand(base: Path, adapter: Path, rows: list[dict[str, str]], scale: dict[str, float]) -> list[float]:
+    outputs = logits(base, adapter, rows, 1)[:, 0]
+    return (outputs * scale["deviation"] + scale["mean"]).tolist()
+
+
+def logits(base: Path, adapter: Path, rows: list[dict[str, str]], outputs: int) -> torch.Tensor:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs).eval()
+    vblora.load(model, adapter)
+    with torch.no_grad():
+        return torch.cat([model(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
+
+
+def test_labels_of_several_adapters(finetune, tiny_model, tmp_path):
+    table = write_csv(tmp_path / "rows.csv", make_rows(60))
+    other = write_csv(tmp_path / "other.csv", [row | {"label": f"the {row['label']}"} for row in make_rows(60)])
+    for path, seed in ((table, "0"), (other, "1")):
+        out = tmp_path / "adapters" / path.stem
+        assert finetune("--data", path, "--no-baseline", "--seed", seed, output=out) == 0
+    rows = [row | {"which": ("rows", "other")[i % 2]} for i, row in enumerate(make_rows(9, seed=2))]
+    asked = write_csv(tmp_path / "asked.csv", rows)
+    options = ["--data", asked, "--adapter", tmp_path / "adapters", "--adapter-column", "which", "--batch-size", "2"]
+    out = tmp_path / "out.csv"
+    assert main(["predict", *map(str, options), "--output", str(out), "--precision", "float32"]) == 0
+    written = list(csv.DictReader(out.open(newline="")))
+    for name, labels in {"rows": ["fresh", "rotten"], "other": ["the fresh", "the rotten"]}.items():
+        mine = [row for row in written if row["which"] == name]
+        shares = logits(tiny_model, tmp_path / "adapters" / name, mine, 2).softmax(-1)
+        assert [row["predicted"] for row in mine] == [labels[i] for i in shares.argmax(-1).tolist()]
+        assert [float(row["probability"]) for row in mine] == pytest.approx(shares.amax(-1).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "--adapter: a classifier's head is in its adapter's folder"),
+        (["--adapter", "ADAPTER"], "--labels: .* does not tell its labels"),
+        (["--adapter", "ADAPTER", "--labels", "a,b", "--text-column", "x"], "--text-column: column 'x' is not there"),
+        (["--adapter", "ADAPTER", "--output", "rows.csv.gz"], "would be compressed"),
+    ],
+)
+def test_a_bad_argument_is_refused(tiny_model, tmp_path, capsys, options, expected):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model)}))
+    table = write_csv(tmp_path / "rows.csv", make_rows(4))
+    options = [adapter if option == "ADAPTER" else option for option in options]
+    assert main(["predict", "--data", str(table), *map(str, options)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(expected, error) and error.count("\n") == 1, error
+
+
+def test_a_label_that_is_no_score_is_refused(finetune, tmp_path, capsys):
+    rows = make_scores(20)
+    rows[3]["label"] = "nan"
+    table = write_csv(tmp_path / "rows.csv", rows)
+    assert finetune("--data", table, "--task", "regression") == 2
+    assert "have the label 'nan', but for --task regression it must be a finite number" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,72 @@
+"""``vblora predict``: a table of texts in, labels or scores out."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CommandError
+from .folders import require
+from .options import add_inference, add_output_file, at_least, names
+
+if TYPE_CHECKING:
+    from .folders import Subparsers
+
+_DESCRIPTION = """\
+Predicts labels or scores of texts with an adapter that vblora finetune has trained. The columns of the file are written
+with what is new: predicted, and for labels its probability."""
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "predict",
+        help="predict labels or scores with a classifier's adapter",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    group = parser.add_argument_group("texts")
+    group.add_argument("--data", type=Path, required=True, metavar="FILE", help="rows: .csv, .tsv or .jsonl")
+    group.add_argument("--text-column", metavar="NAME", help="the column with the text (as the adapter was trained)")
+    group.add_argument(
+        "--pair-column", metavar="NAME", help="the column with a second text (as the adapter was trained)"
+    )
+    group.add_argument(
+        "--max-length", type=at_least(4), metavar="N", help="tokens of a text to read (as the adapter was trained)"
+    )
+    group = add_inference(parser)
+    group.add_argument(
+        "--labels",
+        type=names,
+        metavar="A,B",
+        help="the labels in the order of the head's outputs, if the folder does not tell",
+    )
+    group.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="(%(default)s)")
+    add_output_file(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    require("transformers", "accelerate")
+    from ..finetune import adapters
+    from ..finetune.data import Columns
+    from ..finetune.outputs import check_output_file
+    from ..finetune.task import find_model
+
+    check_output_file(arguments.output, arguments.overwrite)
+    if not arguments.adapter:
+        raise CommandError("--adapter: a classifier's head is in its adapter's folder. Give that.")
+    folders = adapters.find_folders(arguments.adapter)
+    if len(folders) > 1 and arguments.adapter_column is None:
+        raise CommandError(
+            f"--adapter-column: there are {len(folders)} adapters. Name the column that tells each row's."
+        )
+    runs = {name: adapters.read_run(folder) for name, folder in folders.items()}
+    model = find_model(adapters.find_base(arguments.model, list(runs.values())))
+    trained = next(iter(runs.values())).report.get("arguments", {})
+    columns = Columns(
+        text=arguments.text_column or trained.get("text_column") or "text",
+        label="",
+        pair=arguments.pair_column or trained.get("pair_column"),
+    )
+    from ..finetune import predicting  # imports transformers, which is slow: only after all other checks
+
+    return predicting.run(arguments, predicting.Job(model, runs, arguments.labels, columns))
