@@ -1,6 +1,5 @@
 """`vblora finetune` from its arguments to what it leaves behind."""
 
-import argparse
 import json
 import math
 import os
@@ -46,24 +45,12 @@ def logits_of(tiny_model: Path, adapter: Path, text: str) -> torch.Tensor:
         return model(**AutoTokenizer.from_pretrained(tiny_model)(text, return_tensors="pt")).logits
 
 
-def test_learning_rates_rise_over_the_first_fiftieth_of_the_steps_and_fall():
-    from vblora.finetune.training import _optimizer
-
-    model = vblora.inject(
-        torch.nn.Sequential(torch.nn.Linear(8, 8)),
-        vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"]),
-    )
-    arguments = argparse.Namespace(
-        recipe="default", lr_bank=None, lr_logits=None, lr_head=2e-3, epochs=2, batch_size=16
-    )
-    optimizer, schedule = _optimizer(arguments, model, rows=800)  # 100 steps
-    bank = next(group for group in optimizer.param_groups if group["name"] == "bank")
-    rates = []
-    for _ in range(100):
-        rates.append(bank["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates[:4] == pytest.approx([0.0, 1.5e-3, 3e-3, 3e-3 * 97 / 98])
+def test_learning_rates_rise_over_the_first_fiftieth_of_the_steps_and_fall(finetune, table, tmp_path):
+    options = ("--max-train", "32", "--batch-size", "16", "--epochs", "50", "--no-baseline")
+    assert finetune("--data", table, *options) == 0  # 100 steps
+    rates = [entry["learning_rate"] for entry in load_results(tmp_path / "out")["log"] if "learning_rate" in entry]
+    assert len(rates) == 100
+    assert rates[:4] == pytest.approx([0.0, 1.5e-3, 3e-3, 3e-3 * 97 / 98])  # the bank's
     assert rates[-1] == pytest.approx(3e-3 / 98)
 
 
@@ -96,12 +83,10 @@ def test_trains_measures_saves_and_reloads(finetune, tiny_model, table, tmp_path
         assert f"{results[figure]:,}" in printed
 
     assert load_results(out)["labels"] == ["fresh", "rotten"]
-    assert sorted(path.name for path in out.iterdir()) == [
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "finetune.json",
-    ]
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "finetune.json"]
+    found = sorted(path.name for path in out.iterdir())
+    assert [name for name in found if not name.startswith("checkpoint-")] == files
+    assert f"checkpoint-{results['steps']}" in found  # and that of the best epoch, if it is another
     first, second = (logits_of(tiny_model, out, "the film is good") for _ in range(2))
     assert torch.equal(first, second)
 
@@ -209,7 +194,7 @@ def test_lengths_that_models_state_in_their_own_ways(tiny_model, tmp_path):
         XLNetForSequenceClassification,
     )
 
-    from vblora.finetune.training import _load_tokenizer, _max_length
+    from vblora.finetune.models import load_tokenizer, max_length
 
     config = RobertaConfig(
         vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=514
@@ -217,16 +202,16 @@ def test_lengths_that_models_state_in_their_own_ways(tiny_model, tmp_path):
     roberta = RobertaForSequenceClassification(config).eval()
     xlnet = XLNetForSequenceClassification(XLNetConfig(vocab_size=40, d_model=32, n_layer=1, n_head=2, d_inner=64))
     t5 = T5ForSequenceClassification(T5Config(vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2))
-    tokenizer = _load_tokenizer(str(save_with_tokenizer(roberta, tiny_model, tmp_path)))
-    assert _max_length(512, tokenizer, roberta) == 512
+    tokenizer = load_tokenizer(str(save_with_tokenizer(roberta, tiny_model, tmp_path)))
+    assert max_length(512, 128, tokenizer, roberta) == 512
     roberta(torch.full((1, 512), 7))
     with pytest.raises(CommandError, match="is 513, but this model reads at most 512 tokens"):
-        _max_length(513, tokenizer, roberta)
+        max_length(513, 128, tokenizer, roberta)
     with pytest.raises((IndexError, RuntimeError)):
         roberta(torch.full((1, 513), 7))
     for model in (xlnet, t5):
-        assert _max_length(3000, tokenizer, model) == 3000
-        assert _max_length(None, tokenizer, model) == 128
+        assert max_length(3000, 128, tokenizer, model) == 3000
+        assert max_length(None, 128, tokenizer, model) == 128
 
 
 @pytest.mark.parametrize("printing", [False, True], ids=["results", "table"])

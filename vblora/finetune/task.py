@@ -7,21 +7,96 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CommandError
-from ..files import byte_order_mark, refuse_lfs_pointer
-from . import data, demo
+from ..files import byte_order_mark, refuse_lfs_pointer, write_file
+from . import data, demo, texts
 
 RESULTS_FILE = "finetune.json"
+_MAX_EVAL = 500  # texts to evaluate on, if neither --max-eval nor --eval-data says so
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which transformers looks for them
 
 
 @dataclass
 class Task:
-    """The model, the classes, and the rows to train and to evaluate on."""
+    """A model, the classes, and the rows to train and to evaluate on."""
 
     model: str
     labels: list[str]
     train: list[data.Row]
     held_out: list[data.Row]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.train):,} rows to train on, {len(self.held_out):,} to evaluate on; "
+            f"labels: {', '.join(self.labels[:10])}{', ...' if len(self.labels) > 10 else ''}"
+        )
+
+
+@dataclass
+class LanguageTask:
+    """The model, and the texts to train and to evaluate on.
+
+    Attributes:
+        template: the chat template to use instead of the tokenizer's.
+    """
+
+    model: str
+    template: str | None
+    train: texts.Texts
+    held_out: texts.Texts
+
+    @property
+    def columns(self) -> texts.Columns:
+        return self.train.columns
+
+    def __str__(self) -> str:
+        return f"{len(self.train):,} rows to train on, {len(self.held_out):,} to evaluate on"
+
+
+def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
+    """Reads the texts that the arguments name.
+
+    Raises:
+        CommandError: a file or an argument is wrong.
+    """
+    model = str(demo.find_language_model()) if arguments.model is None else find_model(arguments.model)
+    template = _read_template(arguments.chat_template)
+    path, evaluate = arguments.data, arguments.eval_data
+    if path is None:
+        path, evaluate = demo.TRAINING_TEXTS, evaluate or demo.TEST_TEXTS
+    _refuse_two_splits(arguments)
+    given = {part: getattr(arguments, f"{part}_column") for part in ("text", "prompt", "completion", "messages")}
+    columns = texts.find_columns(path, "--data", given)
+    if evaluate is None:
+        limit = _MAX_EVAL if arguments.max_eval is None else arguments.max_eval
+        train, held_out = texts.split(
+            path,
+            columns,
+            fraction=arguments.eval_fraction,
+            max_train=arguments.max_train,
+            max_eval=limit,
+            seed=arguments.seed,
+        )
+    else:
+        train = texts.whole(path, columns, "--data", arguments.max_train, arguments.seed)
+        held_out = texts.whole(evaluate, columns, "--eval-data", arguments.max_eval, arguments.seed)
+    return LanguageTask(model, template, train, held_out)
+
+
+def _read_template(given: str) -> str | None:
+    """The text of a chat template's file; None for "auto" and "none"."""
+    if given in ("auto", "none"):
+        return None
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--chat-template: {given} cannot be read: {error}. Give auto, none, or a file.") from None
+
+
+def _refuse_two_splits(arguments: argparse.Namespace) -> None:
+    if arguments.eval_data is not None and arguments.eval_fraction is not None:
+        raise CommandError(
+            "--eval-fraction is the share of --data to evaluate on, but --eval-data is given too. Give one of them."
+        )
 
 
 def read_task(arguments: argparse.Namespace) -> Task:
@@ -30,16 +105,13 @@ def read_task(arguments: argparse.Namespace) -> Task:
     Raises:
         CommandError: a file or an argument is wrong.
     """
-    model = _find_model(arguments.model)
+    model = str(demo.find_model()) if arguments.model is None else find_model(arguments.model)
     path, columns, keep = arguments.data, data.Columns("text", "label"), arguments.keep_labels
     if path is None:
         path, columns, keep = demo.find_data(), demo.COLUMNS, keep or demo.LABELS
     given = {name: getattr(arguments, f"{name}_column") for name in columns._fields}
     columns = columns._replace(**{name: column for name, column in given.items() if column is not None})
-    if arguments.eval_data is not None and arguments.eval_fraction is not None:
-        raise CommandError(
-            "--eval-fraction is the share of --data to evaluate on, but --eval-data is given too. Give one of them."
-        )
+    _refuse_two_splits(arguments)
 
     rows = data.read_rows(path, columns, "--data", keep)
     labels = data.labels_of(rows, path, columns.label)
@@ -54,15 +126,18 @@ def read_task(arguments: argparse.Namespace) -> Task:
     return Task(model, labels, train, held_out)
 
 
-def _find_model(name: str | None) -> str:
-    """The model's folder, checked, or its name on the Hugging Face Hub, which only transformers can check."""
-    if name is None:
-        return str(demo.find_model())
+def find_model(name: str) -> str:
+    """The model's folder or GGUF file, checked, or its name on the Hugging Face Hub, which only transformers can check."""
     path = Path(name)
     if path.is_dir():
         _check_model_folder(path)
+    elif path.is_file() and path.suffix == ".gguf":
+        try:
+            refuse_lfs_pointer(path)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"--model: {error}") from None
     elif path.exists():
-        raise CommandError(f"--model: {path} is a file; give the folder that save_pretrained wrote.")
+        raise CommandError(f"--model: {path} is a file; give the folder that save_pretrained wrote, or a .gguf file.")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise CommandError(f"--model: there is no folder {name!r}. Give a model's folder, or its name on the Hub.")
     return name
@@ -90,13 +165,17 @@ def _check_model_folder(folder: Path) -> None:
             raise CommandError(f"--model: {error}") from None
 
 
-def save_results(arguments: argparse.Namespace, task: Task, **results: object) -> None:
-    """Writes what the adapter's own files do not hold: the labels, the arguments and the ``results``."""
+def save_results(arguments: argparse.Namespace, task: Task | LanguageTask, **results: object) -> None:
+    """Writes what the adapter's own files do not hold: the task, the arguments and the ``results``."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     for name in ("run", "command"):
         values.pop(name, None)
-    report = {"model": task.model, "labels": task.labels, "arguments": values, **results}
-    (arguments.output / RESULTS_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if isinstance(task, Task):
+        about: dict[str, object] = {"labels": task.labels}
+    else:
+        about = {"rows": task.columns.kind, "chat_template": task.template or arguments.chat_template}
+    report = {"task": arguments.task, "model": task.model, **about, "arguments": values, **results}
+    write_file(arguments.output / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
 
 
 def most_frequent(rows: list[data.Row]) -> float:

@@ -1,0 +1,172 @@
+"""`vblora finetune --task causal-lm`, on a tiny Llama."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vblora
+from tests.finetune.chats import make_chats, make_pairs, save_model, write_jsonl
+from vblora.cli import main
+
+pytest.importorskip("trl")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    return write_jsonl(tmp_path / "pairs.jsonl", make_pairs(60))
+
+
+@pytest.fixture
+def finetune(base: Path, tmp_path: Path) -> Callable[..., int]:
+    def run(*arguments: str | Path, output: str = "out") -> int:
+        fixed = ["--task", "causal-lm", "--model", base, "--output", tmp_path / output, "--precision", "float32"]
+        adapter = ["--r", "2", "--num-vectors", "16", "--vector-length", "16", "--max-new-tokens", "4"]
+        return main(["finetune", *map(str, [*fixed, *adapter, *arguments])])
+
+    return run
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "finetune.json").read_text())
+
+
+def load(base: Path, adapter: Path | None):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    return model if adapter is None else vblora.load(model, adapter)
+
+
+def held_out_loss(model, base: Path, rows: list[dict]) -> float:
+    """The mean over the tokens of all completions, one row at a time, by cross-entropy of the logits."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    losses = []
+    for row in rows:
+        asked = f"<|im_start|> user {row['prompt']} <|im_end|> <|im_start|> assistant"
+        start = len(tokenizer(asked).input_ids)
+        ids = tokenizer(f"{asked} {row['completion']} <|im_end|>", return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0]
+        losses.append(F.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+def test_trains_measures_saves_and_reloads(finetune, base, pairs, tmp_path, capsys):
+    rows = make_pairs(7, seed=1)
+    rows[0]["completion"] += " the film" * 5  # batches whose tokens differ in number
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
+    pytest.importorskip("sacrebleu")
+    options = ["--eval-data", held_out, "--epochs", "4", "--batch-size", "4", "--lr-bank", "0.1", "--bleu", "5"]
+    assert finetune("--data", pairs, *options) == 0
+    printed = capsys.readouterr()
+    saved = results_of(tmp_path / "out")
+    results = saved["results"]
+
+    assert results["loss_before"] == pytest.approx(held_out_loss(load(base, None), base, rows), rel=1e-5)
+    assert results["loss_after"] == pytest.approx(held_out_loss(load(base, tmp_path / "out"), base, rows), rel=1e-5)
+    assert results["loss_after"] < 0.9 * results["loss_before"]
+    assert results["perplexity_after"] == pytest.approx(math.exp(results["loss_after"]))
+    losses = [entry["eval_loss"] for entry in saved["log"] if "eval_loss" in entry]
+    assert results["loss_after"] == min(losses)  # the best of all epochs
+    assert "Loaded again" in printed.out and "to the bit" in printed.out
+    assert results["steps"] == 60 == len([entry for entry in saved["log"] if "loss" in entry])
+
+    widths = 2 * (2 * 64 + 2 * 48 + 3 * 96)
+    assert results["lora_bytes"] == 4 * 8 * widths
+    assert results["trainable"] == 16 * 16 + 16 * (2 * widths // 16)
+    assert results["file_bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("adapter_*"))
+    for figure in ("trainable", "stored"):
+        assert f"{results[figure]:,}" in printed.out
+    assert len(results["generations"]) == 3
+    assert {"bleu_before", "bleu_after", "tokens_per_second", "best_epoch"} <= results.keys()
+    assert saved["rows"] == "prompt" and saved["chat_template"] == "auto"
+
+
+def test_packing_has_the_same_rows_in_fewer_steps(finetune, pairs, tmp_path):
+    for output, options in {"rows": [], "packed": ["--packing", "--max-length", "64"]}.items():
+        assert finetune("--data", pairs, "--epochs", "1", "--batch-size", "2", *options, output=output) == 0
+    rows, packed = (results_of(tmp_path / output)["results"] for output in ("rows", "packed"))
+    assert packed["steps"] < rows["steps"] / 2
+    assert packed["loss_before"] == pytest.approx(rows["loss_before"], rel=1e-5)
+    assert packed["tokens"] == rows["tokens"]
+
+
+def test_chats_and_long_rows(finetune, tmp_path, capsys):
+    chats = make_chats(30)
+    chats[0]["messages"][0]["content"] = "the cat " * 30  # nothing to learn in its first 40 tokens
+    chats[1]["messages"][1]["content"] = "the cat " * 30
+    data = write_jsonl(tmp_path / "chats.jsonl", chats)
+    assert finetune("--data", data, "--epochs", "1", "--max-length", "40", "--accumulate", "2") == 0
+    error = capsys.readouterr().err
+    assert re.search(r"of \d+ rows are longer than 40 tokens and are cut off; 1 of them are left out", error)
+    results = results_of(tmp_path / "out")["results"]
+    assert results["left_out_rows"] == 1 and results["cut_rows"] == 2
+    assert results["train_rows"] + results["held_out_rows"] == 29
+    assert results["steps"] == math.ceil(math.ceil(results["train_rows"] / 8) / 2)
+
+
+def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):
+    assert finetune("--data", pairs, "--epochs", "2") == 0
+    assert re.search(
+        r"warning: 14 steps are few: .*Give --epochs 9 for 60 steps, or --batch-size 1", capsys.readouterr().err
+    )
+    assert results_of(tmp_path / "out")["results"]["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--label-column", "x"], "--label-column is for --task classification, but the task is causal-lm"),
+        (["--no-baseline"], "--no-baseline is for --task classification"),
+        (["--prompt-column", "promt"], "--prompt-column: column 'promt' is not there .*did you mean 'prompt'"),
+        (["--chat-template", "nowhere.jinja"], "--chat-template: nowhere.jinja cannot be read"),
+        (["--max-length", "100"], "--max-length: is 100, but this model reads at most 64 tokens"),
+        (["--max-length", "4"], "--max-length: none of the .* has anything to learn in its first 4 tokens"),
+        (["--target-modules", "lm_head", "--vector-length", "8"], "--target-modules: lm_head is the model's head"),
+        (["--resume"], "--resume: there is no checkpoint in"),
+        (["--patience", "0"], "argument --patience"),
+    ],
+)
+def test_a_bad_argument_is_refused(finetune, pairs, tmp_path, capsys, options, expected):
+    assert finetune("--data", pairs, *options) == 2
+    error = capsys.readouterr().err
+    assert re.search(expected, error) and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_extra_is_named(finetune, pairs, capsys, monkeypatch):
+    from vblora.cli import folders
+
+    monkeypatch.setattr(folders, "find_spec", lambda name: None if name == "trl" else object())
+    assert finetune("--data", pairs) == 2
+    assert "the package trl is not installed. Install it with: pip install 'vblora[llm]'" in capsys.readouterr().err
+
+
+def test_a_model_that_mixes_packed_rows_is_refused(base):
+    from vblora.errors import CommandError
+    from vblora.finetune.language import _refuse_if_packed_rows_mix
+
+    model = load(base, None)
+    _refuse_if_packed_rows_mix(model)
+    forward = model.model.forward
+
+    def mixing(*args, position_ids=None, **kwargs):
+        return forward(*args, **kwargs)
+
+    model.model.forward = mixing
+    with pytest.raises(CommandError, match="--packing: LlamaForCausalLM does not keep packed rows apart"):
+        _refuse_if_packed_rows_mix(model)

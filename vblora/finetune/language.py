@@ -1,0 +1,375 @@
+"""``vblora finetune --task causal-lm``: TRL's SFTTrainer, held-out loss and completions before and after."""
+
+import argparse
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+
+import vblora
+
+from ..errors import CommandError
+from ..integrations.transformers import trainer_arguments
+from ..model.parameters import ParameterCount
+from ..model.record import attached_adapter
+from . import fitting, models
+from .generation import complete
+from .report import Generation, LanguageResults, folder_bytes, lora_bytes, print_generations, print_language_table
+from .scores import bleu
+from .task import LanguageTask, save_results
+from .texts import Example, Texts
+from .tokens import IGNORED, Encoder
+
+_MAX_LENGTH = 1024
+_SHOWN = 3  # completions before and after
+_FEATURES = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))}
+)
+
+
+def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
+    """Trains and evaluates as the arguments of ``vblora finetune`` say. Returns the exit code.
+
+    Raises:
+        CommandError: the model or the adapter cannot be made, training diverges or is interrupted, or the saved adapter
+            computes something else than the trained one.
+    """
+    models.quiet()
+    datasets.disable_progress_bars()
+    set_seed(arguments.seed)
+    checkpoint = fitting.find_checkpoint(arguments)
+    tokenizer = models.load_tokenizer(task.model)
+    encoder = _encoder(arguments, tokenizer, task)
+    bfloat16 = models.computes_in_bfloat16(arguments.precision)
+    model = models.load_model(
+        AutoModelForCausalLM,
+        task.model,
+        "language model",
+        arguments.load_in,
+        dtype=torch.bfloat16 if bfloat16 else torch.float32,
+    )
+    length = models.max_length(arguments.max_length, _MAX_LENGTH, tokenizer, model)
+    if arguments.packing:
+        _refuse_if_packed_rows_mix(model)
+    models.inject(arguments, model)
+    _refuse_head(model)
+    with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:
+        train, held_out = _Rows(task.train), _Rows(task.held_out)
+        # Whole texts that are packed are cut into pieces; all else is cut off.
+        cut_train = None if arguments.packing and task.columns.kind == "text" else length
+        train_data = train.tokenize(encoder, cut_train, f"{scratch}/train")
+        held_out_data = held_out.tokenize(encoder, length, f"{scratch}/held_out")
+        for rows in (train, held_out):
+            rows.report(length)
+        trainer = _trainer(arguments, model, tokenizer, train_data, held_out_data, length)
+        few = fitting.warn_of_few_steps(arguments, len(train_data), _steps(trainer))
+        examples = _first_prompts(task.held_out, max(_SHOWN, arguments.bleu or 0))
+        generate = _Generator(arguments, encoder, examples, length)
+        fitting.say("Before training:")
+        with vblora.disabled(model):
+            before = trainer.evaluate()["eval_loss"]
+            written_before = generate(model, "Completions before")
+        count = vblora.count_parameters(model)
+        fitting.say(f"  held-out loss {before:.4f}, perplexity {math.exp(before):.2f}")
+        seconds = fitting.fit(arguments, trainer, checkpoint)
+        try:
+            after = trainer.evaluate()["eval_loss"]
+            same = _reload(arguments, trainer, held_out_data)
+            written_after = generate(trainer.model, "Completions after")
+        except KeyboardInterrupt:
+            raise CommandError(f"interrupted; the trained adapter is in {arguments.output}.", 130) from None
+    if not fitting.is_main_process():
+        return 0
+    results = _results(arguments, trainer, count, train, held_out, seconds)
+    results.loss_before, results.loss_after = before, after
+    results.perplexity_before, results.perplexity_after = math.exp(before), math.exp(after)
+    if arguments.bleu is not None:
+        references = [reference for _, reference in examples[: arguments.bleu]]
+        results.bleu_before, results.bleu_after = (
+            bleu(written[: arguments.bleu], references) for written in (written_before, written_after)
+        )
+    results.generations = [
+        Generation(_as_text(prompt), reference[0], one, other)
+        for (prompt, reference), one, other in zip(examples[:_SHOWN], written_before, written_after, strict=False)
+    ]
+    results.warnings = [few] if few else []
+    save_results(arguments, task, results=results.as_json(), log=trainer.state.log_history)
+    console = Console()
+    print_generations(results.generations, console)
+    print_language_table(results, console)
+    if not same:
+        raise CommandError(
+            f"the adapter in {arguments.output}, loaded again, gives other logits than the trained one.", 1
+        )
+    print(f"Loaded again from {arguments.output}: the same logits, to the bit.")
+    return 0
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
+    """SFTTrainer whose held-out loss is the mean over tokens. The Trainer's own is one over batches."""
+
+    _sums: Tensor | None = None  # of the negative log-likelihoods, and of the tokens
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, dict(inputs)).detach().double()
+        # A label is learnt from the token before it, so the first of a row is not.
+        count = (inputs["labels"][:, 1:] != IGNORED).sum().to(loss)
+        sums = self.accelerator.reduce(torch.stack([loss * count, count]), "sum")
+        self._sums = sums if self._sums is None else self._sums + sums
+        return loss.float(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._sums = None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._sums is not None:
+            likelihood, count = self._sums.tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = likelihood / max(count, 1)
+        return output
+
+
+@dataclass
+class _Rows:
+    """Texts and, once they are tokenised, how many of them were too long."""
+
+    texts: Texts
+    cut: int = 0
+    left_out: int = 0
+    tokens: int = 0
+    learnt: int = 0
+
+    def tokenize(self, encoder: Encoder, length: int | None, folder: str) -> datasets.Dataset:
+        """The rows as tokens, in a file that the data set reads as it is needed: they may be larger than memory."""
+        try:
+            return datasets.Dataset.from_generator(
+                lambda: self._tokens(encoder, length),
+                features=_FEATURES,
+                cache_dir=folder,
+                fingerprint="vblora",  # the folder is this run's own
+            )
+        except ValueError:  # datasets refuses to make an empty one
+            if self.left_out < len(self.texts):
+                raise
+            raise CommandError(
+                f"--max-length: none of the {self.left_out} rows of {self.texts.option} has anything to learn in its first "
+                f"{length} tokens. Raise --max-length."
+            ) from None
+
+    def _tokens(self, encoder: Encoder, length: int | None) -> Iterator[dict[str, list[int]]]:
+        for example in self.texts:
+            tokens, labels = encoder.encode(example)
+            if length is not None and len(tokens) > length:
+                self.cut += 1
+                tokens, labels = tokens[:length], labels[:length]
+            learnt = sum(label != IGNORED for label in labels[1:])
+            if not learnt:
+                self.left_out += 1
+                continue
+            self.tokens += len(tokens)
+            self.learnt += learnt
+            yield {"input_ids": tokens, "labels": labels}
+
+    def report(self, length: int) -> None:
+        """Says what was cut."""
+        total = len(self.texts)
+        if self.cut:
+            left_out = (
+                f"; {self.left_out} of them are left out, because nothing to learn remains" if self.left_out else ""
+            )
+            fitting.warn(f"{self.cut} of {total} rows are longer than {length} tokens and are cut off{left_out}.")
+
+
+def _encoder(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, task: LanguageTask) -> Encoder:
+    """How rows become tokens. Sets the tokenizer's chat template if one is given."""
+    if task.template is not None:
+        tokenizer.chat_template = task.template
+    messages = any(not isinstance(example.completion, str) for example in _first(task.train, 1))
+    if messages and tokenizer.chat_template is None:
+        raise CommandError(
+            f"--chat-template: the rows are chats, but the tokenizer of {task.model!r} has none. Give a file with one."
+        )
+    if tokenizer.eos_token_id is None:
+        raise CommandError(f"--model: the tokenizer of {task.model!r} has no token that ends a text.")
+    chat = arguments.chat_template != "none" and tokenizer.chat_template is not None
+    return Encoder(tokenizer, chat, arguments.loss)
+
+
+def _first(texts: Texts, count: int) -> list[Example]:
+    return [example for example, _ in zip(texts, range(count), strict=False)]
+
+
+def _first_prompts(texts: Texts, count: int) -> list[tuple[Any, list[str]]]:
+    """The first different prompts, each with all completions that there are for it: ``(example, references)``."""
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for example in texts:
+        if example.prompt is None:
+            break
+        key = repr(example.prompt)
+        if key not in found:
+            if len(found) == count:
+                continue
+            found[key] = (example, [])
+        found[key][1].append(_reference(example))
+    return list(found.values())
+
+
+def _reference(example: Example) -> str:
+    if isinstance(example.completion, str):
+        return example.completion
+    return next(str(m["content"]) for m in example.completion if m["role"] == "assistant")
+
+
+def _as_text(example: Example) -> str:
+    if isinstance(example.prompt, list):
+        return "\n".join(f"{message['role']}: {message['content']}" for message in example.prompt)
+    return example.prompt or ""
+
+
+class _Generator:
+    """Completes the same prompts before and after."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, encoder: Encoder, examples: list[tuple[Example, list[str]]], length: int
+    ) -> None:
+        self.arguments = arguments
+        self.tokenizer = encoder.tokenizer
+        self.prompts = [encoder.prompt(example.prompt or "", example.tools)[-length:] for example, _ in examples]
+
+    def __call__(self, model: PreTrainedModel, title: str) -> list[str]:
+        if not fitting.is_main_process():
+            return []
+        return complete(
+            model,
+            self.tokenizer,
+            self.prompts,
+            max_new_tokens=self.arguments.max_new_tokens,
+            batch_size=self.arguments.batch_size,
+            title=title,
+        )
+
+
+def _refuse_head(model: PreTrainedModel) -> None:
+    """TRL computes the loss from the head's weight, past any adapter of it."""
+    head = model.get_output_embeddings()
+    names = {name for name, module in model.named_modules() if module is head}
+    adapted = names & {target.name for target in attached_adapter(model).adapter.targets}
+    if adapted:
+        raise CommandError(
+            f"--target-modules: {adapted.pop()} is the model's head, which SFTTrainer cannot train. Leave it out."
+        )
+
+
+def _refuse_if_packed_rows_mix(model: PreTrainedModel) -> None:
+    """Refuses a model that takes packed rows for one text: their positions start anew, but not every model looks at that."""
+    model.eval()
+    ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=model.device)
+    with torch.no_grad():
+        alone = model(input_ids=ids[:, 4:], use_cache=False).logits.float()
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
+    if (alone - packed).norm() > 0.02 * alone.norm():
+        raise CommandError(f"--packing: {type(model).__name__} does not keep packed rows apart. Leave it out.")
+
+
+def _trainer(
+    arguments: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: datasets.Dataset,
+    held_out: datasets.Dataset,
+    length: int,
+) -> _Trainer:
+    settings = fitting.training_arguments(
+        SFTConfig,
+        arguments,
+        per_device_eval_batch_size=arguments.batch_size,
+        max_length=length,
+        packing=arguments.packing,
+        packing_strategy="bfd_split",
+        eval_packing=False,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        prediction_loss_only=True,
+    )
+    how = trainer_arguments(model, recipe=arguments.recipe, lr_bank=arguments.lr_bank, lr_logits=arguments.lr_logits)
+    # SFTTrainer rounds what trains on a quantised base to bfloat16, which would choose other bank vectors.
+    exact = {parameter: parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        trainer = _Trainer(
+            model, settings, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, **how
+        )
+    for parameter, values in exact.items():
+        parameter.data = values.to(parameter.device)
+    return trainer
+
+
+def _steps(trainer: _Trainer) -> int:
+    """The number of steps that the Trainer will make."""
+    loader = trainer.get_train_dataloader()
+    a_epoch = max(1, math.ceil(len(loader) / trainer.args.gradient_accumulation_steps))
+    return math.ceil(a_epoch * trainer.args.num_train_epochs)
+
+
+def _reload(arguments: argparse.Namespace, trainer: _Trainer, rows: datasets.Dataset) -> bool:
+    """Puts the saved adapter in the place of the trained one. Whether a few rows get the same logits, to the bit."""
+    if not fitting.is_main_process():
+        return True
+    model = trainer.model.eval()
+    ids = [torch.tensor([row["input_ids"]], device=model.device) for row in rows.select(range(min(4, len(rows))))]
+    with torch.no_grad():
+        trained = [model(input_ids=one).logits for one in ids]
+        vblora.eject(model)
+        vblora.load(model, arguments.output, bank=arguments.bank)
+        again = [model(input_ids=one).logits for one in ids]
+    return all(torch.equal(one, other) for one, other in zip(trained, again, strict=True))
+
+
+def _results(
+    arguments: argparse.Namespace,
+    trainer: _Trainer,
+    count: ParameterCount,
+    train: _Rows,
+    held_out: _Rows,
+    seconds: float,
+) -> LanguageResults:
+    adapter = attached_adapter(trainer.model).adapter
+    layers = [(target.in_features, target.out_features) for target in adapter.targets]
+    seen = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+    return LanguageResults(
+        train_rows=len(train.texts) - train.left_out,
+        held_out_rows=len(held_out.texts) - held_out.left_out,
+        cut_rows=train.cut + held_out.cut,
+        left_out_rows=train.left_out + held_out.left_out,
+        tokens=int(max(seen, default=0)),
+        seconds_per_step=seconds,
+        steps=trainer.state.global_step,
+        best_epoch=_best_epoch(trainer),
+        trainable=count.trainable,
+        stored=count.stored,
+        file_bytes=folder_bytes(arguments.output),
+        lora_bytes=lora_bytes(layers, 0),
+    )
+
+
+def _best_epoch(trainer: _Trainer) -> float | None:
+    losses = [
+        (entry["eval_loss"], entry["epoch"])
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry and entry["step"]
+    ]
+    return min(losses)[1] if losses else None

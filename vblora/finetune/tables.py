@@ -1,0 +1,187 @@
+"""Files of rows: CSV, TSV and JSONL, read row by row, with a message that names the line of whatever is wrong."""
+
+import bz2
+import csv
+import difflib
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+from ..errors import CommandError
+from ..files import byte_order_mark, refuse_lfs_pointer
+
+_FORMATS = (".csv", ".tsv", ".jsonl")
+_COMPRESSIONS = (".gz", ".bz2")
+MAX_DIGITS = 4300  # that Python turns into an int, in JSON and elsewhere
+
+Fields = dict[str, object]
+
+
+def read(path: Path, option: str, columns: Mapping[str, str]) -> Iterator[tuple[str, Fields]]:
+    """Where each row of a file is, for messages, and its fields.
+
+    The file is read as the rows are asked for, so it may be larger than memory.
+
+    Args:
+        path: a .csv, .tsv or .jsonl file, which may be compressed as .gz or .bz2.
+        option: the option that gave the path, for messages.
+        columns: the columns that must be there, by the option that names each.
+
+    Raises:
+        CommandError: the file cannot be read. The message names the first line that is wrong.
+    """
+    if not path.is_file():
+        raise CommandError(f"{option}: {path} is {'a folder' if path.is_dir() else 'not there'}; give a file.")
+    rows = _read_jsonl if format_of(path, option) == ".jsonl" else _read_table
+    try:
+        _check_encoding(path, option)
+        for line, fields in rows(path, columns, option):
+            yield f"{option}: {path}, line {line}", fields
+    except (OSError, EOFError, zlib.error) as error:
+        raise CommandError(f"{option}: {path} cannot be read: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{option}: {path} is not UTF-8 text: {error}. Convert it to UTF-8.") from None
+
+
+def first_row(path: Path, option: str) -> Fields:
+    """The fields of a file's first row, which tell its columns.
+
+    Raises:
+        CommandError: the file cannot be read, or has no rows.
+    """
+    for _, fields in read(path, option, {}):
+        return fields
+    raise CommandError(f"{option}: {path} has no rows.")
+
+
+def format_of(path: Path, option: str) -> str:
+    """ ".csv", ".tsv" or ".jsonl"."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in _FORMATS:
+        raise CommandError(
+            f"{option}: the format of {path.name} is unknown; "
+            f"its name must end in {', '.join(_FORMATS)}, optionally followed by .gz or .bz2."
+        )
+    return suffixes[-1]
+
+
+def value(fields: Fields, column: str, where: str) -> str:
+    """A field as text. JSON's whole numbers and booleans are allowed: they are common as labels."""
+    found = fields[column]
+    if not isinstance(found, (int, str)):
+        raise CommandError(
+            f"{where}: column {column!r} is {json.dumps(found):.100}; it must be a string or a whole number."
+        )
+    text = str(found)
+    if not text.strip():
+        raise CommandError(f"{where}: column {column!r} is empty. Fill it in, or remove the line.")
+    check_characters(text, f"{where}: column {column!r}")
+    return text
+
+
+def check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CommandError(
+            f"{where} contains {text[error.start]!r}, half of a surrogate pair, which is not a character. "
+            "Remove it, or write both halves."
+        ) from None
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names for a message: the first ten, and how many more there are."""
+    all_names = [repr(name) for name in names]
+    more = f" and {len(all_names) - 10} more" if len(all_names) > 10 else ""
+    return ", ".join(all_names[:10]) + more or "none"
+
+
+def _check_encoding(path: Path, option: str) -> None:
+    """Refuses a Git LFS pointer, and text with the byte-order mark of another encoding than UTF-8."""
+    try:
+        refuse_lfs_pointer(path)
+    except ValueError as error:
+        raise CommandError(f"{option}: {error}") from None
+    with _open(path, "latin-1") as file:  # in which each character is a byte
+        encoding = byte_order_mark(file.read(4).encode("latin-1"))
+    if encoding not in (None, "UTF-8"):
+        raise CommandError(
+            f"{option}: {path} is {encoding} text, as its byte-order mark shows, not UTF-8. Convert it to UTF-8."
+        )
+
+
+def _open(path: Path, encoding: str = "utf-8-sig") -> IO[str]:
+    # newline="": the csv module needs line ends as they are
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding=encoding, newline="")
+    if path.suffix.lower() == ".bz2":
+        return bz2.open(path, "rt", encoding=encoding, newline="")
+    return open(path, encoding=encoding, newline="")
+
+
+def _read_table(path: Path, columns: Mapping[str, str], option: str) -> Iterator[tuple[int, Fields]]:
+    csv.field_size_limit(sys.maxsize)  # the default refuses fields above 128 KiB
+    # Tab-separated values have no quoting (IANA's definition, and common data sets): a quote is part of the text.
+    tabs = format_of(path, option) == ".tsv"
+    with _open(path) as file:
+        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file, strict=True)
+        line = 1  # on which the current row begins
+        try:
+            header = next(reader, [])
+            for needed, name in columns.items():
+                if header.count(name) != 1:
+                    fault = "is there more than once" if name in header else "is not there"
+                    raise CommandError(f"{needed}: column {name!r} {fault} in {path}{_hint(name, header)}")
+            line = reader.line_num + 1
+            for fields in reader:
+                if fields and len(fields) != len(header):
+                    advice = (
+                        "Quotes have no meaning in a .tsv file."
+                        if tabs
+                        else "Quote a field that contains a comma or a line break."
+                    )
+                    raise CommandError(
+                        f"{option}: {path}, line {line}: {len(fields)} fields, but the header has {len(header)}. {advice}"
+                    )
+                # Other columns may share a name, such as the empty ones that spreadsheets add: one of them is left.
+                if fields:  # not an empty line
+                    yield line, dict(zip(header, fields, strict=True))
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise CommandError(f"{option}: {path}, line {line}: {error}.") from None
+
+
+def _read_jsonl(path: Path, columns: Mapping[str, str], option: str) -> Iterator[tuple[int, Fields]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{option}: {path}, line {number}"
+            try:
+                fields = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise CommandError(f"{where} is not valid JSON: {error}.") from None
+            except ValueError:
+                raise CommandError(
+                    f"{where} has an integer of more than {MAX_DIGITS} digits. Write it as a string."
+                ) from None
+            if not isinstance(fields, dict):
+                raise CommandError(f"{where} is not a JSON object; each line must be one.")
+            for needed, name in columns.items():
+                if name not in fields:
+                    raise CommandError(
+                        f"{needed}: column {name!r} is not there in {path}, line {number}{_hint(name, fields)}"
+                    )
+            yield number, fields
+
+
+def _hint(name: str, header: Iterable[str]) -> str:
+    header = list(header)
+    near = difflib.get_close_matches(name, header, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {quoted(header)}."

@@ -1,0 +1,108 @@
+"""Examples as tokens: the chat template, and which tokens are learnt."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import CommandError
+from .texts import Example, Message
+
+IGNORED = -100  # the label of a token that is not learnt
+
+
+@dataclass
+class Encoder:
+    """Turns examples into tokens and labels.
+
+    A prompt's tokens are the same here and in :meth:`prompt`, so the model generates from what it was trained on: prompt and
+    completion are tokenised apart.
+
+    Attributes:
+        chat: whether prompts and completions that are plain text become messages of a chat.
+        loss: what is learnt: "completions" (all that the assistant says), "last" (only its last message), or "all".
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool
+    loss: str = "completions"
+
+    def encode(self, example: Example) -> tuple[list[int], list[int]]:
+        """Tokens and labels of the whole example.
+
+        Raises:
+            CommandError: the chat template fails, or renders a conversation so that its parts cannot be told apart.
+        """
+        tokens: list[int] = []
+        labels: list[int] = []
+        for text, learnt in self._pieces(example):
+            ids = self._ids(text)
+            tokens += ids
+            labels += ids if learnt or self.loss == "all" else [IGNORED] * len(ids)
+        if isinstance(self._in_chat(example).completion, str):
+            start = self._start()
+            tokens = start + tokens + [self.tokenizer.eos_token_id]
+            labels = [IGNORED] * len(start) + labels + [self.tokenizer.eos_token_id]
+        return tokens, labels
+
+    def prompt(self, prompt: str | list[Message], tools: list[Any] | None = None) -> list[int]:
+        """The tokens after which a completion is generated."""
+        asked = self._in_chat(Example(prompt, "", tools)).prompt
+        if isinstance(asked, str):
+            return self._start() + self._ids(asked)
+        assert asked is not None
+        return self._ids(self._render(asked, tools, ask=True))
+
+    def _in_chat(self, example: Example) -> Example:
+        if not self.chat or not isinstance(example.prompt, str) or not isinstance(example.completion, str):
+            return example
+        return Example(
+            [{"role": "user", "content": example.prompt}],
+            [{"role": "assistant", "content": example.completion}],
+            example.tools,
+        )
+
+    def _pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
+        """The example's text in pieces, and whether each is learnt."""
+        example = self._in_chat(example)
+        if isinstance(example.completion, str):
+            if isinstance(example.prompt, str):
+                yield example.prompt, False
+            yield example.completion, True
+            return
+        assert isinstance(example.prompt, list)
+        messages = example.prompt + example.completion
+        whole = self._render(messages, example.tools)
+        spoken = [i for i in range(len(example.prompt), len(messages)) if messages[i]["role"] == "assistant"]
+        end = 0
+        for index in spoken[-1:] if self.loss == "last" else [] if self.loss == "all" else spoken:
+            before = self._render(messages[:index], example.tools, ask=True) if index else ""
+            after = self._render(messages[: index + 1], example.tools)
+            if not (whole.startswith(before) and whole.startswith(after) and end <= len(before) < len(after)):
+                raise CommandError(
+                    "--loss: the tokenizer's chat template renders a conversation's earlier messages in another way than its "
+                    "last, so the assistant's part cannot be told. Give --loss last, or --loss all, or another --chat-template."
+                )
+            yield whole[end : len(before)], False
+            yield whole[len(before) : len(after)], True
+            end = len(after)
+        yield whole[end:], False
+
+    def _render(self, messages: list[Message], tools: list[Any] | None, ask: bool = False) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=ask
+            )
+        except Exception as error:  # Jinja's own errors, and whatever a template raises
+            raise CommandError(f"the chat template fails on {messages!s:.100}: {error}") from None
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _start(self) -> list[int]:
+        """The token that this tokenizer begins each text with, if it does."""
+        first: list[int] = self.tokenizer("a").input_ids[:1]
+        return first if first == [self.tokenizer.bos_token_id] else []
