@@ -91,7 +91,7 @@ def test_a_sentence_transformer_is_saved(tmp_path):
     size = len(model)
     vblora.inject(model, vblora.VBLoRAConfig(target_modules=["query", "value"], num_vectors=64, vector_length=32))
     with torch.no_grad():
-        model.vblora.default.bank.vectors.normal_()
+        model.vblora.default.bank.vectors.normal_(std=0.1)  # larger updates blow rounding up
     assert len(model) == size
     expected = model.encode(["good bad"], convert_to_tensor=True)
     with pytest.raises(ValueError, match=r"vblora\.save"):

@@ -333,3 +333,13 @@ def test_training_and_serving_take_turns():
         vblora.set_adapter(model, "vblora")
         model(x).sum().backward()
     assert model.vblora["vblora"].logits.grad is not None
+
+
+def test_a_cuda_graph_does_not_capture_the_adapters_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters(llama())
+    ids = torch.randint(3, 60, (2, 5))
+    monkeypatch.setattr(vblora.streams, "capturing", lambda _device=None: True)
+    with torch.no_grad(), pytest.raises(ValueError, match="`adapter_names` is given while a CUDA graph is captured"):
+        model(ids, adapter_names=["lora", None])
+    # Inductor leaves the operator out of its CUDA graphs.
+    assert torch.Tag.cudagraph_unsafe in torch.ops.vblora.add_row_updates.default.tags

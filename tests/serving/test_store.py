@@ -95,7 +95,10 @@ def test_the_least_recently_used_leaves_its_slot(world, ids):
     stats = store.stats()
     assert stats["adapters"] == {"cold": 6, "warm": 3, "pinned": 1}
     assert (stats["misses_total"]["warm"], stats["evictions_total"]["warm"]) == (8, 5)
-    with torch.no_grad(), pytest.raises(ValueError, match="3 adapters are wanted at a time, but the store has 2 slots"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"the batch names 3 adapters, but only 2 of the store.s slots"),
+    ):
         model(input_ids=ids[:3], adapter_names=USERS[:3])
     store.unpin("user-5")
     assert_rows(world, model, USERS[:3], ids[:3])
@@ -170,7 +173,7 @@ def test_sources(world, ids, tmp_path):
             found = model(input_ids=ids, adapter_names=[name] * 8).logits
             assert relative_error(found, world.alone(same)(input_ids=ids).logits) < 1e-6
         for unknown in ("nobody", "../adapters/user-0", "", ".."):
-            with torch.no_grad(), pytest.raises(ValueError, match="has no adapter of that name"):
+            with torch.no_grad(), pytest.raises(ValueError, match="`source` has no adapter"):
                 model(input_ids=ids, adapter_names=[unknown] * 8)
         assert name in store.names()
     assert fetched == ["far"]
@@ -264,7 +267,7 @@ def test_attaching_and_detaching(world, ids):
     vblora.inject(model, vblora.LoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="has adapters, default"):
         AdapterStore(model, world.folder)
-    with pytest.raises(ValueError, match="no directory"):
+    with pytest.raises(ValueError, match="not a directory"):
         AdapterStore(world.fresh(), world.folder / "nowhere")
     for name in ("slots", "max_rank", "capacity_bytes"):
         with pytest.raises(ValueError, match=f"`{name}` is 0"):

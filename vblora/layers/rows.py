@@ -118,7 +118,8 @@ def new_key(layer: AdaptedLayer) -> Tensor:
     return torch.tensor(key)
 
 
-@torch.library.custom_op("vblora::add_row_updates", mutates_args=())
+# A CUDA graph would replay the adapters of the batch that it was captured with.
+@torch.library.custom_op("vblora::add_row_updates", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def _add_row_updates(y: Tensor, x: Tensor, key: Tensor) -> Tensor:
     added = updated(_layers[int(key)], y, x)
     return added.clone() if added is y else added

@@ -54,16 +54,16 @@ def warn_of_new_weights(model: nn.Module, covered: Collection[nn.Parameter]) -> 
 
     transformers marks the parameters that it has loaded.
     """
-    loaded, new = 0, []
-    for name, parameter in model.named_parameters():
-        if getattr(parameter, "_is_hf_initialized", False):
-            loaded += 1
-        elif parameter not in covered and parameter.is_floating_point():
-            new.append(name)
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in new))
-    if loaded <= len(new) or not new:
+    module_of: dict[nn.Parameter, str] = {}
+    for name, module in base_modules(model).items():
+        for parameter in module.parameters(recurse=False):
+            module_of.setdefault(parameter, name)
+    loaded = {parameter for parameter in module_of if getattr(parameter, "_is_hf_initialized", False)}
+    new = [p for p in module_of if p not in loaded and p not in covered and p.is_floating_point()]
+    modules = list(dict.fromkeys(module_of[parameter] for parameter in new))
+    if len(loaded) <= len(new) or not new:
         return
-    entries = ", ".join(f'"{module.removesuffix(".base_layer")}"' for module in modules)
+    entries = ", ".join(f'"{module}"' for module in modules)
     warnings.warn(
         f"{listed(modules)} got random weights when the model was loaded, because its checkpoint lacks them. The adapter neither "
         f"trains nor saves them. If they matter, train them with it: `modules_to_save=[{entries}]`"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import streams
 from ..adapters import Factors
 from ..layers import rows as layer_rows
 from ..layers.adapted import AdaptedLayer
@@ -93,8 +94,8 @@ def rows_for(record: AdaptedModel, names: Sequence[str | None], count: int | Non
 
     Raises:
         TypeError: ``names`` is not a list of names and None.
-        ValueError: the number of names differs from that of rows, a name is unknown, the model is merged or disabled, or an
-            adapter cannot run for only some rows.
+        ValueError: the number of names differs from that of rows, a name is unknown, the model is merged or disabled, an adapter
+            cannot run for only some rows, or a CUDA graph is being captured.
     """
     if not isinstance(names, (list, tuple)) or not all(name is None or isinstance(name, str) for name in names):
         raise TypeError(
@@ -103,6 +104,11 @@ def rows_for(record: AdaptedModel, names: Sequence[str | None], count: int | Non
     if not names or (count is not None and len(names) != count):
         has = "an unknown number of" if count is None else count
         raise ValueError(f"`{ARGUMENT}` has {len(names)} names, but the batch has {has} rows. Give one for each row.")
+    if streams.capturing():
+        raise ValueError(
+            f"`{ARGUMENT}` is given while a CUDA graph is captured, which would replay the adapters of this batch for "
+            "every other one. Run mixed batches without CUDA graphs."
+        )
     record.let_rows_differ()
     return record.rows(names)
 

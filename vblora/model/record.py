@@ -22,6 +22,7 @@ from .completeness import BufferSnapshot
 from .idle import warn_if_idle
 
 ADAPTERS_ATTRIBUTE = "vblora"  # the submodule of an injected model that holds its adapters
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # the attribute that DistributedDataParallel reads
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)  # functions that change a model in place return its type
 
@@ -30,15 +31,13 @@ class Adapters(nn.ModuleDict):
     """The adapters of a model, by name."""
 
 
-def _host_of(model: nn.Module) -> nn.Module:
-    """The module whose child the adapters become: the model, or the first within that is not a container.
+def _host_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """The module whose child the adapters become, with its name: the model, or the first within that is not a container.
 
     A container runs or saves its children one after the other, so it must not get another.
     """
-    modules = (
-        module for module in model.modules() if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-    )
-    return next(modules, model)
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return next((item for item in model.named_modules() if not isinstance(item[1], containers)), ("", model))
 
 
 class AttachedAdapter:
@@ -148,7 +147,8 @@ class AdaptedModel:
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.packing_layers = disable_packing(model)
         self.buffers = BufferSnapshot(model)
-        self.host = _host_of(model)  # the module whose child the adapters are
+        name, self.host = _host_of(model)  # the module whose child the adapters are
+        self._adapters_name = f"{name}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
         self.undo: list[Callable[[], None]] = []  # what else is undone as the adapters are taken out
         self.unwrapped = False  # whether the base layers are in place, to write a plain model
         self._active: tuple[AttachedAdapter, ...] = ()
@@ -239,7 +239,7 @@ class AdaptedModel:
         getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
         attached.note_trainable_names()
         self.activate([attached.name] if len(self.adapters) == 1 else self.active, added=[attached])
-        self._keep_from_ddp()
+        self._keep_from_ddp(attached)
 
     def activate(self, names: Sequence[str], added: Sequence[AttachedAdapter] = ()) -> None:
         """Makes these adapters the active ones. Only their parameters require gradients.
@@ -274,7 +274,7 @@ class AdaptedModel:
             del layer.updates[name]
             if not layer.updates:
                 self._unwrap(layer)
-        self._keep_from_ddp()
+        self._return_to_ddp(f"{self._adapters_name}.{name}.")
 
     def take_out(self) -> None:
         """Removes all adapters, hooks and wrappers from the model."""
@@ -291,7 +291,7 @@ class AdaptedModel:
         vars(self.model).pop(ADAPTERS_ATTRIBUTE, None)
         del self.model._vblora_adapted_model
         self.adapters, self._active, self.row_source = {}, (), None
-        self._keep_from_ddp()
+        self._return_to_ddp(f"{self._adapters_name}.")
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             if name in self.trainable:
@@ -301,16 +301,19 @@ class AdaptedModel:
         for name in self.names.pop(layer):
             _set_module(self.model, name, layer.base_layer)
 
-    def _keep_from_ddp(self) -> None:
-        """Keeps DDP from broadcasting the adapters' buffers in every forward: they are equal in all processes."""
-        known = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
-        own = {id(buffer) for attached in self.adapters.values() for buffer in attached.adapter.buffers()}
-        names = [name for name in known if f".{ADAPTERS_ATTRIBUTE}." not in f".{name}"]
-        names += [name for name, buffer in self.model.named_buffers() if id(buffer) in own] if own else []
+    def _keep_from_ddp(self, attached: AttachedAdapter) -> None:
+        """Keeps DDP from broadcasting an adapter's buffers in every forward: they are equal in all processes."""
+        names = [f"{self._adapters_name}.{attached.name}.{name}" for name, _ in attached.adapter.named_buffers()]
         if names:
-            vars(self.model)["_ddp_params_and_buffers_to_ignore"] = names
+            vars(self.model)[_IGNORED_BY_DDP] = [*getattr(self.model, _IGNORED_BY_DDP, ()), *names]
+
+    def _return_to_ddp(self, prefix: str) -> None:
+        """Undoes :meth:`_keep_from_ddp` for names with this prefix."""
+        names = [name for name in getattr(self.model, _IGNORED_BY_DDP, ()) if not name.startswith(prefix)]
+        if names:
+            vars(self.model)[_IGNORED_BY_DDP] = names
         else:
-            vars(self.model).pop("_ddp_params_and_buffers_to_ignore", None)
+            vars(self.model).pop(_IGNORED_BY_DDP, None)
 
 
 def adapted_models(model: nn.Module) -> list[AdaptedModel]:

@@ -57,14 +57,19 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model under all their names, as if it had no adapters."""
     modules: dict[str, nn.Module] = {}
-    hidden = "\0"
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name.startswith(hidden):
-            continue
-        if isinstance(module, (AdaptedLayer, Adapters)):
-            hidden = f"{name}."
-        if not isinstance(module, Adapters):
-            modules[name] = module.base_layer if isinstance(module, AdaptedLayer) else module
+
+    def visit(name: str, module: nn.Module) -> None:
+        if isinstance(module, Adapters):
+            return
+        if isinstance(module, AdaptedLayer):
+            modules[name] = module.base_layer
+            return
+        modules[name] = module
+        for child_name, child in module._modules.items():
+            if child is not None:
+                visit(f"{name}.{child_name}".lstrip("."), child)
+
+    visit("", model)
     return modules
 
 

@@ -1,4 +1,4 @@
-"""Thousands of adapters for one model: which of them are in memory, and which row of a batch uses which."""
+"""Serves many adapters with one model: which adapters are in memory, and which row of a batch uses which."""
 
 from .store import AdapterStore
 

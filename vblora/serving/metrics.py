@@ -1,4 +1,4 @@
-"""What a store did so far, for people and for Prometheus."""
+"""Counts and durations of a store, as numbers and in the text format of Prometheus."""
 
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from statistics import quantiles
 from time import perf_counter
 
-_LAST = 1000  # durations that percentiles are taken of
+_LAST = 1000  # percentiles are of this many durations
 
 
 class Metrics:
-    """Counts of events, and the last durations of each kind of work. Not thread-safe: its owner holds a lock."""
+    """Counts of events, and the last durations of each kind of work. Not thread-safe: the caller holds a lock."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -20,7 +20,7 @@ class Metrics:
         self._durations.setdefault(name, deque(maxlen=_LAST)).append(seconds)
 
     def percentiles(self, name: str) -> dict[str, float]:
-        """Median and 99th percentile, in seconds; zeros where nothing was timed."""
+        """The median and the 99th percentile in seconds; zeros if nothing was timed."""
         found = self._durations.get(name, ())
         if len(found) < 2:
             return dict.fromkeys(("p50", "p99"), found[0] if found else 0.0)
@@ -29,7 +29,7 @@ class Metrics:
 
 
 class Timer:
-    """Seconds that a block took, once it is over."""
+    """The duration of a block in seconds, once the block has ended."""
 
     seconds = 0.0
 
@@ -42,7 +42,7 @@ def timed() -> Iterator[Timer]:
 
 
 def prometheus(stats: dict[str, float | dict[str, float]]) -> str:
-    """The text exposition format: a gauge or counter a value, a label for each key of a nested dict."""
+    """The text exposition format: one gauge or counter per value, with a label for each key of a nested dict."""
     lines = []
     for name, value in stats.items():
         metric = f"vblora_store_{name}"

@@ -1,4 +1,4 @@
-"""Adapters in as few bytes as they can be composed from: the cold tier of a store."""
+"""Packed adapters: the cold tier of a store."""
 
 import hashlib
 import json
@@ -23,27 +23,33 @@ from ..checkpoint.vblora import VBLoRAContents
 from ..config import VBLoRAConfig
 from ..files import read_tensors
 
-# A weight that is not its sub-vector's largest is at most 1/2, in steps of 2^-17.
+# All weights of a sub-vector but its largest are at most 1/2. They are stored in steps of about 2^-17.
 _STEPS = 2**17 - 2
 _OFFSET = 2**15
 
 
 class PackedAdapter(ABC):
-    """An adapter without a model."""
+    """An adapter as a store holds it."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that it alone holds: not what it shares with others."""
+        """Its bytes, without those that it shares with other adapters."""
 
     @abstractmethod
     def factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
-        """Each layer's factors."""
+        """The factors of each layer that it adapts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedVBLoRA(PackedAdapter):
-    """``indices``: ⌈log₂ h⌉ bits each. ``weights``: int16 ``(S, k - 1)``, all but a row's largest; or float32 ``(S, k)``."""
+    """A VB-LoRA adapter.
+
+    Attributes:
+        bank: ``(h, b)``.
+        indices: uint8; ⌈log₂ h⌉ bits per index.
+        weights: int16 ``(S, k - 1)``, all but the largest weight of each row, or float32 ``(S, k)``.
+    """
 
     layout: "Layout"
     bank: Tensor
@@ -73,7 +79,7 @@ class PackedVBLoRA(PackedAdapter):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedFlat(PackedAdapter):
-    """An adapter of another method: its tensors, as they are."""
+    """An adapter of another method, with the tensors of its file."""
 
     contents: FlatContents
     own_bytes: int
@@ -88,7 +94,7 @@ class PackedFlat(PackedAdapter):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """What adapters of one model and config share. One object for all of them."""
+    """What all VB-LoRA adapters with the same config and targets share."""
 
     config: VBLoRAConfig
     targets: tuple[Target, ...]
@@ -97,13 +103,13 @@ class Layout:
 
 
 class Reader:
-    """Reads folders, and holds once what several of them share: banks, projections, layouts.
+    """Reads adapter folders, and holds what several of them share only once: banks, projections and layouts.
 
     Args:
-        targets: the layers of the model, by name.
-        banks: the vector banks that adapters name by their file's hash.
-        device: where banks are held.
-        exact: whether weights keep all their bits.
+        targets: the layers that adapters may adapt, by name.
+        banks: the vector banks that adapters refer to by the SHA-256 of their file.
+        device: the device of the banks.
+        exact: whether to keep all k weights in float32.
     """
 
     def __init__(
@@ -120,22 +126,22 @@ class Reader:
 
     @property
     def shared_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in list(self._shared.values()))  # others add to it meanwhile
+        return sum(tensor.nbytes for tensor in list(self._shared.values()))  # a copy: other threads may add to it
 
     def read(self, directory: Path) -> PackedAdapter:
-        """An adapter that fits the model.
+        """Reads an adapter.
 
         Raises:
-            FileNotFoundError, ValueError: it is not there, damaged, or does not fit; named.
+            FileNotFoundError, ValueError: the adapter is missing or damaged, or does not fit the model.
         """
         tensors, metadata = read_tensors(directory / folder.TENSORS_FILE)
         try:
             description = json.loads(metadata.get(native.METADATA, "{}"))
             key = _layout_key(description)
         except (ValueError, TypeError, KeyError, AttributeError):
-            description, key = {}, None  # what is wrong with it is told below
+            description, key = {}, None  # `folder.read` says what is wrong
         layout = None if key is None else self._layouts.get(key)
-        if layout is not None:  # all but its numbers has been checked with another adapter
+        if layout is not None:  # another adapter has passed all checks except those of numbers
             bank = self._bank_of(description, tensors, layout)
             if bank is not None:
                 return self._pack(layout, bank, tensors["indices"], tensors["weights"])
@@ -151,10 +157,10 @@ class Reader:
         return PackedFlat(contents, sum(tensor.nbytes for tensor in own.values()))
 
     def _fitting(self, contents: Contents) -> Contents:
-        """The contents, if they fit the model."""
+        """The contents with the model's targets; raises ``ValueError`` if they do not fit the model."""
         for target in contents.targets:
             if target.name not in self.targets:
-                raise ValueError(f"it adapts `{target.name}`, which is none of the store's layers (`target_modules`).")
+                raise ValueError(f"it adapts `{target.name}`, which the store's `target_modules` do not match.")
         rank: int = getattr(contents.config, "r")  # noqa: B009  # of each method's config
         if rank > self.max_rank:
             raise ValueError(f"its rank is {rank}, but the store's `max_rank` is {self.max_rank}.")
@@ -191,14 +197,13 @@ class Reader:
         is_mixture = bool(((rest >= 0) & (rest <= weights[:, :1])).all() and ((weights.sum(1) - 1).abs() < 1e-5).all())
         if is_mixture and not self.exact:
             weights = ((rest * _STEPS).round() - _OFFSET).to(torch.int16)
-        # Copied: what safetensors reads is a map of the file, which stays open, takes whole pages, and may be written over. Both
-        # into one piece of memory, which leaves fewer holes between adapters.
+        # A copy, because safetensors maps the file, which may be overwritten. One allocation for both, against fragmentation.
         held = torch.cat([weights.reshape(-1).view(torch.uint8), indices])
         weights = held[: weights.nbytes].view(weights.dtype).view(weights.shape)
         return PackedVBLoRA(layout, bank, held[weights.nbytes :], weights)
 
     def _bank_of(self, description: dict[str, Any], tensors: dict[str, Tensor], layout: Layout) -> Tensor | None:
-        """The bank of a folder, if it is one that was checked before and all else is as in a deploy form."""
+        """The bank of an adapter in its deploy form, if that bank has been checked before."""
         if tensors.keys() == {"indices", "weights"}:
             return self._of_files.get(_sha256_of_bank(description))
         if description.get("bank_file") is None and tensors.keys() == {"indices", "weights", "bank.vectors"}:
@@ -213,7 +218,7 @@ class Reader:
 
 
 def _sha256_of_bank(description: dict[str, Any]) -> str:
-    """Of the file that a folder's bank is in; empty if it has its own."""
+    """The SHA-256 of the separate bank file that an adapter refers to; empty if the adapter contains its bank."""
     file = description.get("bank_file")
     return str(file.get("sha256", "")) if isinstance(file, dict) else ""
 
@@ -230,9 +235,9 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def _layout_key(description: dict[str, Any]) -> str | None:
-    """Of a VB-LoRA adapter in its deploy form: all that adapters share. None: each of its kind is read in full."""
+    """Identifies what VB-LoRA adapters in their deploy form share; None for other adapters, which are always read in full."""
     if description.get("form") != "deploy" or description.get("method") != "vblora" or description.get("aliases"):
         return None
     shared = {name: value for name, value in description.items() if name != "bank_file"}
-    config = description["config"] | {"seed": None, "num_candidates": None}  # which do not affect the update
+    config = description["config"] | {"seed": None, "num_candidates": None}  # they do not affect the update
     return json.dumps(shared | {"config": config}, sort_keys=True)

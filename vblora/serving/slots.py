@@ -15,7 +15,7 @@ from .packed import Layout, PackedAdapter, PackedVBLoRA
 
 
 class _Place(NamedTuple):
-    """Where a layer's factors are within a slot."""
+    """Where the factors of a layer start within a slot."""
 
     A: int
     B: int
@@ -23,10 +23,10 @@ class _Place(NamedTuple):
 
 
 class Slots:
-    """An arena ``(slots, elements)``: of each layer in turn its A ``(rank, in)`` and its B ``(rank, out)``.
+    """An arena ``(slots, elements)`` that holds, for each layer in turn, A ``(rank, in)`` and B ``(rank, out)``.
 
-    That is the order of a VB-LoRA adapter's sub-vectors, so one of the slots' rank for all layers is composed into place; any
-    other is copied factor by factor, and a smaller rank filled up with zeros.
+    The sub-vectors of a VB-LoRA adapter have the same order, so an adapter of the slots' rank that adapts all layers is
+    composed in one call. Other adapters are copied factor by factor; zeros fill up smaller ranks.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Slots:
 
     @torch.no_grad()
     def fill(self, adapters: dict[int, PackedAdapter]) -> None:
-        """Composes adapters into slots; those that share a bank and a layout in one call."""
+        """Composes adapters into slots, with one call for all adapters that share a bank and a layout."""
         together: dict[tuple[Layout, int], dict[int, PackedVBLoRA]] = {}
         for slot, adapter in adapters.items():
             if isinstance(adapter, PackedVBLoRA) and self._is_in_order(adapter.layout):
@@ -67,7 +67,7 @@ class Slots:
         )
 
     def _place(self, slot: int, adapter: PackedAdapter) -> None:
-        row = torch.zeros_like(self.arena[slot])  # a slot that fails to be filled stays what it was
+        row = torch.zeros_like(self.arena[slot])  # the slot does not change if this fails
         for target, factors in adapter.factors(torch.float32):
             place = self.places[target.name]
             for start, factor in ((place.A, factors.A), (place.B, factors.B)):
@@ -75,15 +75,15 @@ class Slots:
         self.arena[slot] = row
 
     def gathered(self, slots: Sequence[int]) -> Tensor:
-        """A copy of some slots, which stays what it is when they are filled anew."""
+        """A copy of some slots, so that filling them again does not change a running batch."""
         return self.arena.index_select(0, torch.tensor(slots, dtype=torch.long, device=self.arena.device))
 
 
 class SlotRows(RowAdapters):
-    """Rows that use adapters of a store. They hold copies of their slots: whatever becomes of those, the call ends as it began.
+    """Rows that use adapters of a store.
 
     Args:
-        gathered: the slots of the rows that have an adapter, in order.
+        gathered: copies of the slots of the rows that have an adapter, in order.
     """
 
     def __init__(

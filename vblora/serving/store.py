@@ -1,4 +1,4 @@
-"""The store: adapters by name, in two tiers."""
+"""The adapter store: reads adapters on demand, keeps them packed, and composes those that run into slots."""
 
 import os
 import threading
@@ -26,34 +26,37 @@ BankPath = VectorBank | str | os.PathLike[str]
 
 
 class AdapterStore:
-    """Thousands of adapters for one model, each row of a batch with its own::
+    """Serves thousands of adapters with one model. Each row of a batch can use a different adapter::
 
         store = AdapterStore(model, "adapters/", bank="bank.safetensors")
         model.generate(**batch, adapter_names=["user-17", "user-4", None])
 
-    Adapters are read when they are first named, and held packed (cold): of VB-LoRA ⌈log₂ h⌉ bits an index, and k - 1 weights of
-    16 bits a sub-vector, beside a bank that is checked and held once. Those that run are composed into slots (warm). Both tiers
-    are bounded, and the least recently used adapter makes room.
+    The store reads an adapter when a batch first names it, and keeps it packed in the cold tier: ⌈log₂ h⌉ bits per index and
+    k - 1 weights of 16 bits per sub-vector for VB-LoRA. A bank is checked and held once for all adapters that use it. The
+    adapters of a batch are composed into slots, the warm tier. When a tier is full, the least recently used adapter leaves it.
 
-    Adapters may be of any method and in any format that :func:`vblora.load` reads, and of several ranks and layers. They run in
-    inference only. Calls may come from several threads at a time.
+    Adapters can use any method and any format that :func:`vblora.load` reads, with different ranks and layers. They run in
+    inference only. Several threads can use the store and its model at the same time.
 
     Args:
-        model: the base model. Its target layers are wrapped and all of it is frozen, until :meth:`detach`.
-        source: where adapters are: a directory with a folder for each, a mapping from names to folders, or a function that
-            returns the folder of a name, and may fetch it first. A name that it does not know is a ``KeyError`` of its.
-        bank: the vector bank, or its file, or several, that folders without a bank of their own name by its SHA-256.
-        target_modules, exclude_modules: the layers that adapters may adapt, as in :class:`vblora.LoraConfig`. An adapter may have
-            fewer.
-        max_rank: rank of a slot. A larger one is refused; a smaller one takes as much time and memory as this.
-        slots: how many adapters are warm at a time, and how many one batch may name.
-        capacity_bytes: bytes of packed adapters that are held, without what they share. Those of at least one stay.
-        exact: hold all k weights as float32. By default weights are rounded to steps of 2^-17.
-        dtype: of the slots; that of the targets' weights by default.
+        model: the base model. The store wraps its target layers and freezes all its parameters, until :meth:`detach`.
+        source: where the adapters are: a directory with one folder per adapter, a mapping from names to folders, or a function
+            that takes a name and returns its folder. The function may download the folder first; it raises ``KeyError`` for an
+            unknown name.
+        bank: the vector bank or its file, or a list of them. Adapter folders without a bank refer to one of them by the SHA-256
+            of its file.
+        target_modules, exclude_modules: the layers that adapters may adapt, as in :class:`vblora.LoraConfig`. An adapter may
+            adapt fewer.
+        max_rank: the rank r of a slot. An adapter of a larger rank is refused. One of a smaller rank takes as much time and
+            memory as one of this rank.
+        slots: the number of warm adapters, which is also how many different adapters one batch can name.
+        capacity_bytes: the most bytes that packed adapters may take, without what they share. At least one adapter stays.
+        exact: keep all k weights in float32. By default, weights are rounded to steps of 2^-17.
+        dtype: the dtype of the slots; by default that of the target layers' weights.
 
     Raises:
-        ValueError, TypeError: an argument out of range, a model that has adapters, or no layer that matches. Nothing is changed
-            then.
+        ValueError: an argument is out of range, the model has adapters, or no layer matches. Nothing is changed.
+        TypeError: a layer that matches cannot be adapted. Nothing is changed.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class AdapterStore:
             check_count(name, value)
         self._source = Path(source) if isinstance(source, (str, os.PathLike)) else source
         if isinstance(self._source, Path) and not self._source.is_dir():
-            raise ValueError(f"`source` is {str(source)!r}, which is no directory.")
+            raise ValueError(f"`source` is {str(source)!r}, which is not a directory.")
         given = [bank] if isinstance(bank, (VectorBank, str, os.PathLike)) else list(bank)
         banks = [one if isinstance(one, VectorBank) else VectorBank.from_file(one) for one in given]
         self.capacity_bytes = capacity_bytes
@@ -89,7 +92,7 @@ class AdapterStore:
         except BaseException:
             self._record.take_out()
             raise
-        # Guards all that follows. Files are read without it, under a lock of their adapter's.
+        # Guards all attributes below. Files are read without it, under the lock of their adapter.
         self._lock = threading.RLock()
         self._loading: dict[str, threading.Lock] = {}
         self._cold: OrderedDict[str, PackedAdapter] = OrderedDict()  # the most recently used last
@@ -101,7 +104,7 @@ class AdapterStore:
         self._record.row_source = self._rows
 
     def names(self) -> list[str]:
-        """The adapters that the source lists; those in memory if it is a function."""
+        """The names of the source's adapters; if the source is a function, of the adapters in memory."""
         if isinstance(self._source, Path):
             return sorted(path.parent.name for path in self._source.glob("*/adapter_config.json"))
         with self._lock:
@@ -111,7 +114,7 @@ class AdapterStore:
         """Reads adapters into the cold tier, so that no request waits for their files.
 
         Raises:
-            ValueError: one is unknown, damaged, or does not fit. The others are there.
+            ValueError: an adapter is unknown, damaged, or does not fit the model. All others are read.
         """
         faults = []
         for name in names:
@@ -120,14 +123,14 @@ class AdapterStore:
             except ValueError as error:
                 faults.append(error)
         if faults:
-            more = f" ({len(faults) - 1} more are refused, too.)" if len(faults) > 1 else ""
+            more = f" ({len(faults) - 1} more adapters are refused.)" if len(faults) > 1 else ""
             raise ValueError(f"{faults[0]}{more}") from faults[0]
 
     def pin(self, names: str | Sequence[str]) -> None:
         """Keeps adapters in their slots until they are unpinned.
 
         Raises:
-            ValueError: as :meth:`prefetch`, or no slot would be left for others. None is pinned then.
+            ValueError: as :meth:`prefetch`, or no slot would be left for other adapters. Nothing is pinned then.
         """
         wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         with self._admitted(wanted):
@@ -139,12 +142,12 @@ class AdapterStore:
             self._pinned = pinned
 
     def unpin(self, names: str | Sequence[str]) -> None:
-        """Lets adapters be evicted again."""
+        """Allows adapters to leave their slots again."""
         with self._lock:
             self._pinned -= {names} if isinstance(names, str) else set(names)
 
     def discard(self, name: str) -> None:
-        """Forgets an adapter, which is read again when it is next named. Call it once its folder has changed."""
+        """Removes an adapter from memory. The next batch that names it reads it again. Call this after its folder has changed."""
         with self._lock:
             self._pinned.discard(name)
             self._drop_cold(name)
@@ -152,12 +155,12 @@ class AdapterStore:
                 self._free.append(self._warm.pop(name))
 
     def detach(self) -> None:
-        """Takes the store out of its model, which is then as it was before."""
+        """Removes the store from its model, and restores the model."""
         if self._record.row_source is not None:
             self._record.take_out()
 
     def stats(self) -> dict[str, float | dict[str, float]]:
-        """Adapters and bytes of each tier, counts of what happened, and seconds of reading and of composing (p50, p99)."""
+        """Adapters and bytes per tier, hits, misses, evictions and refusals, and load and compose times in seconds (p50, p99)."""
         with self._lock:
             metrics, counts = self._metrics, self._metrics.counts
             return {
@@ -176,11 +179,11 @@ class AdapterStore:
             }
 
     def prometheus(self) -> str:
-        """:meth:`stats` in Prometheus' text format."""
+        """:meth:`stats` in the text format of Prometheus."""
         return prometheus(self.stats())
 
     def _rows(self, names: Sequence[str | None]) -> SlotRows:
-        """The adapters of a batch's rows, in slots by now."""
+        """The adapters of a batch's rows, after composing those that have no slot yet."""
         wanted = list(dict.fromkeys(name for name in names if name is not None))
         with self._admitted(wanted):
             gathered = self._slots.gathered([self._warm[name] for name in names if name is not None])
@@ -188,15 +191,15 @@ class AdapterStore:
 
     @contextmanager
     def _admitted(self, wanted: list[str]) -> Iterator[None]:
-        """Has all of ``wanted`` in slots, and holds the lock: within, no other thread evicts them."""
+        """A context in which all ``wanted`` adapters have slots. It holds the lock, so no other thread evicts them."""
         packed: dict[str, PackedAdapter] = {}
         while True:
             with self._lock:
                 room = len(self._slots.arena) - len(self._pinned - set(wanted))
                 if len(wanted) > room:
                     raise ValueError(
-                        f"{len(wanted)} adapters are wanted at a time, but the store has {room} slots that are not pinned. "
-                        "Give it more `slots`, or make the batch smaller."
+                        f"the batch names {len(wanted)} adapters, but only {room} of the store's slots can hold them. "
+                        "Give the store more `slots`, unpin adapters, or make the batch smaller."
                     )
                 cold = [name for name in wanted if name not in self._warm]
                 if packed.keys() >= set(cold):
@@ -225,7 +228,7 @@ class AdapterStore:
             self._warm.move_to_end(name)
 
     def _packed(self, name: str) -> PackedAdapter:
-        """An adapter of the cold tier, which reads it if need be; several that ask for one wait for one to read it."""
+        """An adapter of the cold tier. One thread reads it if it is not there; others that ask for it wait."""
         with self._lock:
             if name in self._cold:
                 self._metrics.counts["cold hits"] += 1
@@ -248,9 +251,7 @@ class AdapterStore:
             with self._lock:
                 self._metrics.note_duration("load", timer.seconds)
                 self._loading.pop(name, None)
-                self._drop_cold(
-                    name
-                )  # in the rare case that two threads have read it: it was evicted between their turns
+                self._drop_cold(name)  # another thread can have read it, if it was evicted between their turns
                 self._cold[name] = adapter
                 self._cold_bytes += adapter.nbytes
                 while self._cold_bytes > self.capacity_bytes and len(self._cold) > 1:
@@ -282,9 +283,7 @@ class AdapterStore:
         return folder
 
     def _refuse_unknown(self, name: str) -> NoReturn:
-        raise ValueError(f"`source` has no adapter of that name ({name!r}).")
+        raise ValueError(f"`source` has no adapter {name!r}.")
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a vblora.serving.AdapterStore cannot be copied or pickled, nor can its model. Call `detach` first."
-        )
+        raise TypeError("a vblora.serving.AdapterStore and its model cannot be copied or pickled. Call `detach` first.")
