@@ -7,9 +7,15 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import CommandError
-from . import convert, finetune, info, merge
+from . import convert, finetune, info, merge, train_bank
 
-_COMMANDS = (finetune, info, convert, merge)  # each has add_parser(subparsers) and run(arguments) -> exit code
+_COMMANDS = (
+    finetune,
+    train_bank,
+    info,
+    convert,
+    merge,
+)  # each has add_parser(subparsers) and run(arguments) -> exit code
 
 
 class _Parser(argparse.ArgumentParser):

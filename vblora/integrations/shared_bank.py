@@ -20,6 +20,7 @@ from .transformers import VBLoRACallback
 
 BANK_FILE = "bank.safetensors"
 
+_Rows = Dataset[Any] | Sequence[dict[str, Any]]
 _Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -60,9 +61,9 @@ class SharedBankTrainer(Trainer):  # type: ignore[misc]  # transformers is not t
         models: Mapping[str, nn.Module],
         args: TrainingArguments | None = None,
         *,
-        train_dataset: Mapping[str, Dataset[Any]],
+        train_dataset: Mapping[str, _Rows],
         data_collator: _Collate | Mapping[str, _Collate],
-        eval_dataset: Mapping[str, Dataset[Any]] | None = None,
+        eval_dataset: Mapping[str, _Rows] | None = None,
         rates: Mapping[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **trainer_arguments: Any,
