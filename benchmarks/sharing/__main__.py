@@ -7,10 +7,11 @@ Each run is a line of --output as it ends; the same command goes on where it sto
 """
 
 import argparse
+import ast
 import json
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,12 +23,14 @@ from vblora.finetune.demo import find_model
 from ..quality.training import Settings
 from . import tasks
 from .training import run, train_bank
-from .variants import VARIANTS
+from .variants import VARIANTS, Variant
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
+    changes = {name: ast.literal_eval(value) for name, _, value in (pair.partition("=") for pair in arguments.set)}
+    variants = {_label(name, arguments.set): replace(VARIANTS[name], **changes) for name in arguments.variants}
     settings = Settings(arguments.model or find_model(), arguments.epochs, bfloat16=not arguments.float32)
     rows = tasks.Rows(arguments.max_train, arguments.max_eval, 2 * arguments.max_eval)
     done = _read(arguments.output)
@@ -35,19 +38,19 @@ def main(argv: list[str] | None = None) -> int:
         (seed, task, name)
         for seed in range(arguments.seeds)
         for task in arguments.tasks
-        for name in arguments.variants
-        if _key(arguments, rows, settings, task, name, seed) not in done
+        for name, variant in variants.items()
+        if _key(arguments, rows, settings, task, variant, seed) not in done
     ]
     for seed, task_name, name in tqdm(todo, unit="run"):
         task = tasks.read(task_name, arguments.glue, arguments.e2e, rows, report=arguments.report)
-        variant = VARIANTS[name]
+        variant = variants[name]
         shared = _shared(arguments, task_name, rows, settings) if variant.bank == "shared" else None
-        key = _key(arguments, rows, settings, task_name, name, seed)
+        key = _key(arguments, rows, settings, task_name, variant, seed)
         done[key] = run(task, variant, seed, settings, shared)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         with open(arguments.output, "a", encoding="utf-8") as file:
             file.write(json.dumps({"key": json.loads(key), "name": name, "result": done[key]}) + "\n")
-    _print(arguments, rows, settings, done)
+    _print(arguments, rows, settings, variants, done)
     return 0
 
 
@@ -68,11 +71,17 @@ def _shared(
     return read_tensors(path)[0]
 
 
-def _key(arguments: argparse.Namespace, rows: tasks.Rows, settings: Settings, task: str, name: str, seed: int) -> str:
+def _label(name: str, changes: list[str]) -> str:
+    return f"{name} [{' '.join(changes)}]" if changes else name
+
+
+def _key(
+    arguments: argparse.Namespace, rows: tasks.Rows, settings: Settings, task: str, variant: Variant, seed: int
+) -> str:
     """All that a run depends on."""
     about = asdict(settings) | {"model": Path(settings.model).name, "rows": rows, "report": arguments.report}
-    about |= {"task": task, "variant": VARIANTS[name].to_dict(), "seed": seed}
-    if VARIANTS[name].bank == "shared":
+    about |= {"task": task, "variant": variant.to_dict(), "seed": seed}
+    if variant.bank == "shared":
         about["bank of"] = [other for other in tasks.others(task) if other in arguments.bank_tasks]
     return json.dumps(about, sort_keys=True)
 
@@ -84,26 +93,28 @@ def _read(path: Path) -> dict[str, dict]:
     return {json.dumps(entry["key"], sort_keys=True): entry["result"] for entry in entries}
 
 
-def _print(arguments: argparse.Namespace, rows: tasks.Rows, settings: Settings, done: dict[str, dict]) -> None:
-    """Each score with what it is behind the bank of one's own."""
-    names = arguments.variants
-    print(
-        f"| | bytes a user | {' | '.join(arguments.tasks)} | mean difference |\n|{'---|' * (len(arguments.tasks) + 3)}"
-    )
-
-    def mean(task: str, name: str) -> float:
-        runs = [done[_key(arguments, rows, settings, task, name, seed)] for seed in range(arguments.seeds)]
-        return statistics.mean(run["score"] for run in runs)
-
-    for name in names:
+def _print(
+    arguments: argparse.Namespace,
+    rows: tasks.Rows,
+    settings: Settings,
+    variants: dict[str, Variant],
+    done: dict[str, dict],
+) -> None:
+    """Each score, and in brackets what it is above the first variant's."""
+    columns = ["", "bytes a user", *arguments.tasks, "mean difference"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    first: dict[str, float] = {}
+    own = 0
+    for name, variant in variants.items():
         cells, differences = [], []
         for task in arguments.tasks:
-            score, best = mean(task, name), mean(task, names[0])
-            differences.append(score - best)
-            cells.append(f"{score:.1f}" if name == names[0] else f"{score:.1f} ({score - best:+.1f})")
-        size, own = (
-            done[_key(arguments, rows, settings, arguments.tasks[0], which, 0)]["bytes"] for which in (name, names[0])
-        )
+            runs = [done[_key(arguments, rows, settings, task, variant, seed)] for seed in range(arguments.seeds)]
+            score = statistics.mean(run["score"] for run in runs)
+            difference = score - first.setdefault(task, score)
+            differences.append(difference)
+            cells.append(f"{score:.1f} ({difference:+.1f})")
+            size = runs[0]["bytes"]
+        own = own or size
         print(f"| {name} | {size:,} ({size / own:.0%}) | {' | '.join(cells)} | {statistics.mean(differences):+.1f} |")
     print(f"\nMeans of seeds 0 to {arguments.seeds - 1}.")
 
@@ -118,6 +129,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="that shared banks are trained on, but for the one left out and its relatives")  # fmt: skip
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT",
                         help=f"the first is what the others are compared with: {', '.join(VARIANTS)}")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="changes fields of the variants, such as lr_scale=0.1",
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-train", type=int, default=1500, help="rows to train on (%(default)s)")

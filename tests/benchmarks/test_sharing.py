@@ -102,7 +102,7 @@ def test_runs_each_once_and_compares_with_the_first(tiny_model, tmp_path, monkey
     assert sharing.main(command) == 0
     assert not read and len(out.read_text().splitlines()) == 2
     score = lines[0]["result"]["score"]
-    assert f"| own | {lines[0]['result']['bytes']:,} (100%) | {score:.1f} | +0.0 |" in capsys.readouterr().out
+    assert f"| own | {lines[0]['result']['bytes']:,} (100%) | {score:.1f} (+0.0) | +0.0 |" in capsys.readouterr().out
 
 
 def test_a_shared_bank_is_trained_by_all_its_tasks_and_frozen_for_another(tiny_model):
