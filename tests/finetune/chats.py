@@ -5,7 +5,8 @@ import random
 from pathlib import Path
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-WORDS = ["the", "film", "cat", "dog", "is", "good", "bad", "warm", "dull", "says", "hello", "what", "who", "?", ".", "user", "assistant", "system"]
+WORDS = ["the", "film", "cat", "dog", "is", "good", "bad", "warm", "dull", "says", "hello", "what", "who", "?", "."]
+WORDS += ["user", "assistant", "system"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{m.role}} {{m.content}} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"

@@ -15,7 +15,7 @@ def table(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def finetune(tiny_model: Path, tmp_path: Path) -> Callable[..., int]:
+def finetune(tiny_model: Path, tmp_path: Path, one_thread: None) -> Callable[..., int]:
     """Runs ``vblora finetune`` on the tiny model into ``tmp_path/"out"``, unless told otherwise: the exit code."""
 
     def run(*arguments: str | Path, model: str | Path | None = tiny_model, output: Path | None = None) -> int:

@@ -46,7 +46,7 @@ def logits_of(tiny_model: Path, adapter: Path, text: str) -> torch.Tensor:
 
 
 def test_learning_rates_rise_over_the_first_fiftieth_of_the_steps_and_fall(finetune, table, tmp_path):
-    options = ("--max-train", "32", "--batch-size", "16", "--epochs", "50", "--no-baseline")
+    options = ("--max-train", "80", "--batch-size", "4", "--epochs", "5", "--no-baseline")
     assert finetune("--data", table, *options) == 0  # 100 steps
     rates = [entry["learning_rate"] for entry in load_results(tmp_path / "out")["log"] if "learning_rate" in entry]
     assert len(rates) == 100
@@ -229,7 +229,9 @@ def test_a_console_that_cannot_print_the_path(printing, table, tiny_model, tmp_p
     else:
         command += ["finetune", "--data", table, "--model", tiny_model, "--output", out, "--epochs", "1"]
         command += ["--num-vectors", "16", "--vector-length", "16", "--no-baseline"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"}, capture_output=True)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONIOENCODING": "ascii:strict", "OMP_NUM_THREADS": "1"}, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     assert rb"caf\xe9[/b]" in b"".join(done.stdout.split())  # a title may be wrapped
     assert (out / "adapter_model.safetensors").is_file()
@@ -394,7 +396,7 @@ def test_no_command_is_one_line_too(capsys):
 def test_diverging_is_said_and_leaves_nothing(finetune, table, tmp_path, capsys, monkeypatch):
     from vblora.finetune import training
 
-    def diverge(self):
+    def diverge(self, **_):
         next(p for p in self.model.parameters() if p.requires_grad).data.fill_(math.nan)
 
     monkeypatch.setattr(training._Trainer, "train", diverge)

@@ -2,16 +2,22 @@
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import vblora
 from tests.finetune.chats import make_chats, make_pairs, save_model, write_jsonl
+from tests.small_models import relative_error
 from vblora.cli import main
 
 pytest.importorskip("trl")
@@ -117,6 +123,103 @@ def test_chats_and_long_rows(finetune, tmp_path, capsys):
     assert results["left_out_rows"] == 1 and results["cut_rows"] == 2
     assert results["train_rows"] + results["held_out_rows"] == 29
     assert results["steps"] == math.ceil(math.ceil(results["train_rows"] / 8) / 2)
+
+
+def tensors(folder: Path) -> dict:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
+    finetune, base, pairs, tmp_path, capsys, monkeypatch
+):
+    from vblora.finetune import fitting
+
+    options = ["--data", pairs, "--epochs", "2", "--batch-size", "4", "--lr-bank", "0.05"]
+    assert finetune(*options, output="whole") == 0
+    on_step_end = fitting._Progress.on_step_end
+
+    def interrupt(self, args, state, control, **more):
+        on_step_end(self, args, state, control, **more)
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(fitting._Progress, "on_step_end", interrupt)
+    assert finetune(*options) == 130
+    assert "interrupted after step 5 of 26" in (error := capsys.readouterr().err)
+    assert "the same command with --resume goes on from step 5" in error
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "out" / "checkpoint-5"))
+    load(base, tmp_path / "out")
+    monkeypatch.undo()
+
+    assert finetune(*options, "--resume", "--r", "3") == 2
+    assert "--resume: the checkpoint was trained with --r 2, but it is 3 now" in capsys.readouterr().err
+    assert finetune(*options) == 2  # the folder is not empty
+    assert finetune(*options, "--resume") == 0
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
+    one, other = (results_of(tmp_path / name)["results"] for name in ("out", "whole"))
+    assert one["loss_after"] == other["loss_after"] and one["steps"] == other["steps"] == 26
+
+    assert finetune(*options, "--overwrite", "--epochs", "1") == 0
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-13"]
+
+
+def test_the_best_epoch_is_kept_and_training_stops_early(finetune, pairs, tmp_path, monkeypatch):
+    from vblora.finetune import language
+
+    evaluate = language._Trainer.evaluation_loop
+    losses = iter([9.0, 3.0, 2.0, 4.0, 5.0, 1.0])  # the first is before training
+
+    def pretended(self, *args, **kwargs):
+        output = evaluate(self, *args, **kwargs)
+        output.metrics["eval_loss"] = next(losses)
+        return output
+
+    monkeypatch.setattr(language._Trainer, "evaluation_loop", pretended)
+    assert finetune("--data", pairs, "--epochs", "9", "--patience", "2") == 0
+    results = results_of(tmp_path / "out")["results"]
+    assert results["steps"] == 4 * 7 and results["best_epoch"] == 2 and results["loss_after"] == 2.0
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "out" / "checkpoint-14"))
+    assert (tmp_path / "out" / "checkpoint-28").is_dir()  # to go on from
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(finetune, base, tmp_path):
+    # In which order processes see rows is accelerate's affair, so all are the same.
+    same = write_jsonl(tmp_path / "same.jsonl", make_pairs(1) * 48)
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", make_pairs(8, seed=1))
+    options = ["--data", same, "--eval-data", held_out, "--epochs", "1", "--lr-bank", "0.05"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "vblora.finetune",
+    ]
+    fixed = ["--task", "causal-lm", "--model", base, "--output", tmp_path / "two", "--precision", "float32"]
+    # torchrun takes --r for one of its own options, cut short
+    adapter = ["--rank", "2", "--num-vectors", "16", "--vector-length", "16", "--max-new-tokens", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    started = subprocess.Popen(
+        [str(word) for word in [*command, *fixed, *adapter, *options, "--batch-size", "4", "--gradient-checkpointing"]],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert finetune(*options, "--batch-size", "8", output="one") == 0
+    printed = started.communicate(timeout=300)[0]
+    assert started.returncode == 0, printed
+    assert printed.count("Held-out rows and size") == printed.count("rows to train on") == 1
+    one, two = (results_of(tmp_path / name)["results"] for name in ("one", "two"))
+    assert one["steps"] == two["steps"]
+    assert two["loss_before"] == pytest.approx(one["loss_before"], rel=1e-5)
+    assert two["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
+    vectors = [tensors(tmp_path / name)["bank.vectors"] for name in ("one", "two")]
+    assert relative_error(vectors[1], vectors[0]) < 1e-3
 
 
 def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):

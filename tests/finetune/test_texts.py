@@ -77,8 +77,8 @@ def test_rows_with_one_prompt_are_on_one_side(tmp_path):
     some, few = split(max_train=30, max_eval=20)
     assert len(some) == 30 and len(few) == 20
     assert {row.completion for row in some} <= {row.completion for row in train}
-    with pytest.raises(CommandError, match="--eval-fraction: 0.3 of 4 rows with 1 different prompts"):
-        path = write_jsonl(tmp_path / "one.jsonl", make_pairs(1) * 4)
+    path = write_jsonl(tmp_path / "one.jsonl", make_pairs(1) * 4)
+    with pytest.raises(CommandError, match=r"--eval-fraction: 0.3 of 4 rows with 1 different prompts"):
         texts.split(path, columns, fraction=0.3, max_train=None, max_eval=None, seed=0)
 
 
@@ -130,5 +130,5 @@ def test_a_template_that_changes_earlier_messages_is_refused():
     with pytest.raises(CommandError, match="Give --loss last, or --loss all"):
         encoder.encode(CHAT)
     encoder.tokenizer.chat_template = "{{ raise_exception('no system') }}"
-    with pytest.raises(CommandError, match="the chat template fails on .*no system"):
+    with pytest.raises(CommandError, match=r"the chat template fails on .*no system"):
         encoder.encode(CHAT)

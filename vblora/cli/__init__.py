@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import CommandError
-from . import convert, finetune, info, merge, train_bank
+from . import convert, finetune, generate, info, merge, train_bank
 
 _COMMANDS = (
     finetune,
+    generate,
     train_bank,
     info,
     convert,

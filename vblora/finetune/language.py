@@ -81,9 +81,11 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
             written_before = generate(model, "Completions before")
         count = vblora.count_parameters(model)
         fitting.say(f"  held-out loss {before:.4f}, perplexity {math.exp(before):.2f}")
-        seconds = fitting.fit(arguments, trainer, checkpoint)
+        seconds = fitting.fit(arguments, task, trainer, checkpoint)
         try:
-            after = trainer.evaluate()["eval_loss"]
+            # of the best epoch, which is loaded
+            best = trainer.state.best_metric
+            after = trainer.evaluate()["eval_loss"] if best is None else best
             same = _reload(arguments, trainer, held_out_data)
             written_after = generate(trainer.model, "Completions after")
         except KeyboardInterrupt:

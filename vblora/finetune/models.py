@@ -122,6 +122,7 @@ def inject(
             pad=arguments.pad,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             modules_to_save=modules_to_save,
+            seed=arguments.seed,
         )
         if arguments.vector_length is not None:
             config.vector_length = arguments.vector_length

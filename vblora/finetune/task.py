@@ -59,7 +59,7 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
         CommandError: a file or an argument is wrong.
     """
     model = str(demo.find_language_model()) if arguments.model is None else find_model(arguments.model)
-    template = _read_template(arguments.chat_template)
+    template = read_template(arguments.chat_template)
     path, evaluate = arguments.data, arguments.eval_data
     if path is None:
         path, evaluate = demo.TRAINING_TEXTS, evaluate or demo.TEST_TEXTS
@@ -82,7 +82,7 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
     return LanguageTask(model, template, train, held_out)
 
 
-def _read_template(given: str) -> str | None:
+def read_template(given: str) -> str | None:
     """The text of a chat template's file; None for "auto" and "none"."""
     if given in ("auto", "none"):
         return None

@@ -135,6 +135,31 @@ def read_examples(path: Path, columns: Columns, option: str) -> Iterator[Example
             )
 
 
+def read_prompt(fields: tables.Fields, column: str | None, where: str) -> tuple[str | list[Message], list[Any] | None]:
+    """The prompt of a row, and the tools that it may name: a text, or a chat without what the assistant says last.
+
+    Args:
+        column: the prompt's; None is the first of "prompt", "messages" and "text" that there is.
+
+    Raises:
+        CommandError: the row has no such column, or it is not a prompt.
+    """
+    name = column or next((name for name in ("prompt", "messages", "text") if name in fields), None)
+    if name is None or name not in fields:
+        wanted = "`prompt`, `messages` or `text`" if name is None else repr(name)
+        raise CommandError(
+            f"{where}: there is no column {wanted}, only {tables.quoted(fields)}. Name the prompt's by --prompt-column."
+        )
+    if name != "messages" and not isinstance(fields[name], list):
+        return tables.value(fields, name, where), None
+    messages = _messages(fields, name, where)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise CommandError(f"{where}: column {name!r} has only a message of the assistant, so there is no prompt.")
+    return messages, _tools(fields, where)
+
+
 def split(
     path: Path, columns: Columns, *, fraction: float | None, max_train: int | None, max_eval: int | None, seed: int
 ) -> tuple[Texts, Texts]:

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
         lr_other=arguments.lr_head,
     )
     trainer = _Trainer(model, settings, collate, train, held_out, compute_metrics=_accuracy, **how)
-    seconds = fitting.fit(arguments, trainer, checkpoint)
+    seconds = fitting.fit(arguments, task, trainer, checkpoint)
     if not fitting.is_main_process():
         return 0
     try:

@@ -1,0 +1,133 @@
+"""`vblora generate`: prompts in, completions out."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import vblora
+from tests.finetune.chats import TEMPLATE, make_tokenizer, save_model, write_jsonl
+from vblora.cli import main
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+PROMPTS = ["what is good cat ?", "who", "what is the bad film ?", "hello"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"))
+
+
+def load(base: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory) -> Path:
+    """A folder of two adapters that change what the model says."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, (name, rank) in enumerate({"one": 2, "two": 3}.items()):
+        config = vblora.VBLoRAConfig(r=rank, num_vectors=16, vector_length=16, target_modules="all-linear", seed=seed)
+        torch.manual_seed(seed)
+        model = vblora.inject(load(base), config)
+        with torch.no_grad():
+            model.vblora.default.bank.vectors.normal_()
+        vblora.save(model, folder / name)
+    return folder
+
+
+def completion(base: Path, adapter: Path | None, prompt: str, chat: bool = True) -> str:
+    """By the plain model, one prompt at a time."""
+    tokenizer = make_tokenizer()
+    model = load(base)
+    if adapter is not None:
+        vblora.load(model, adapter)
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if chat else prompt
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids))
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def generate(base, *arguments) -> int:
+    fixed = ["--model", base, "--max-new-tokens", "6", "--precision", "float32", "--batch-size", "3"]
+    return main(["generate", *map(str, [*fixed, *arguments])])
+
+
+def test_prompts_as_arguments(base, adapters, capsys):
+    options = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    for adapter in (None, adapters / "one"):
+        assert generate(base, *options, *([] if adapter is None else ["--adapter", adapter])) == 0
+        assert capsys.readouterr().out.splitlines() == [completion(base, adapter, prompt) for prompt in PROMPTS]
+    assert generate(base, *options, "--chat-template", "none") == 0
+    assert capsys.readouterr().out.splitlines() == [completion(base, None, prompt, chat=False) for prompt in PROMPTS]
+
+
+def test_a_table_whose_rows_have_adapters_of_their_own(base, adapters, tmp_path):
+    names = ["one", "two", "", "two"]
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "ask", "who"], *zip(range(4), PROMPTS, names, strict=True)])
+    out = tmp_path / "out.csv"
+    options = ["--adapter", adapters, "--adapter-column", "who", "--prompt-column", "ask", "--output", out]
+    assert generate(base, "--data", path, *options) == 0
+    rows = list(csv.DictReader(out.open(newline="")))
+    assert [row["id"] for row in rows] == ["0", "1", "2", "3"]
+    expected = [completion(base, adapters / name if name else None, p) for name, p in zip(names, PROMPTS, strict=True)]
+    assert [row["generated"] for row in rows] == expected
+    assert len({completion(base, adapters / name, PROMPTS[0]) for name in ("one", "two")}) == 2
+
+
+def test_an_adapter_knows_its_base_and_its_template(base, adapters, tmp_path, capsys):
+    adapter = adapters / "two"
+    (adapter / "finetune.json").write_text(json.dumps({"model": str(base), "chat_template": "none"}))
+    try:
+        options = ["--adapter", adapter, "--prompt", "who", "--max-new-tokens", "6", "--precision", "float32"]
+        assert main(["generate", *map(str, options)]) == 0
+        assert capsys.readouterr().out.strip() == completion(base, adapter, "who", chat=False)
+        template = tmp_path / "template.jinja"
+        template.write_text(TEMPLATE)
+        assert main(["generate", *map(str, options), "--chat-template", str(template)]) == 0
+        assert capsys.readouterr().out.strip() == completion(base, adapter, "who")
+    finally:
+        (adapter / "finetune.json").unlink()
+
+
+def test_chats_continue_before_what_the_assistant_says_last(base, tmp_path):
+    chat = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "hello ."}]
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}, {"messages": chat[:1]}])
+    assert generate(base, "--data", path, "--output", tmp_path / "out.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["generated"] for row in rows] == [completion(base, None, "who")] * 2
+    assert rows[0]["messages"] == chat
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "--prompt or --data: give one of them"),
+        (["--prompt", "a", "--data", "x"], "--prompt or --data: give one of them"),
+        (["--prompt", "a", "--adapter", "."], "--adapter: . is no folder of an adapter"),
+        (["--prompt", "a", "--adapter", "ADAPTERS"], "--adapter-column: there are 2 adapters"),
+        (["--prompt", "a", "--output", "x.txt"], "--output: the format of x.txt is unknown"),
+        (["--prompt", "a", "--num-beams", "2", "--temperature", "1"], "--num-beams searches and --temperature draws"),
+        (["--data", "ROWS", "--prompt-column", "x"], "line 1: there is no column 'x', only 'prompt', 'who'"),
+        (
+            ["--data", "ROWS", "--adapter", "ADAPTERS", "--adapter-column", "who"],
+            "there is no adapter 'three'; --adapter gives 'one', 'two'",
+        ),
+        (["--prompt", "a", "--top-p", "0"], "argument --top-p"),
+    ],
+)  # fmt: skip
+def test_a_bad_argument_is_refused(base, adapters, tmp_path, capsys, options, expected):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "who": "three"}])
+    options = [{"ADAPTERS": adapters, "ROWS": rows}.get(option, option) for option in options]
+    assert generate(base, *options) == 2
+    error = capsys.readouterr().err
+    assert re.search(re.escape(expected), error) and error.count("\n") == 1, error
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

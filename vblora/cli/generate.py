@@ -1,0 +1,83 @@
+"""``vblora generate``: prompts in, completions out."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CommandError
+from .folders import require
+from .options import add_inference, add_load_in, add_output_file, at_least, number, seed
+
+if TYPE_CHECKING:
+    from .folders import Subparsers
+
+_DESCRIPTION = """\
+Completes prompts with a language model and an adapter. Prompts are given as --prompt, or are rows of a file, whose columns are
+written with one more: generated. With --adapter-column each row uses an adapter of its own, in batches of any mix."""
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="complete prompts with a language model and its adapter",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    group.add_argument("--data", type=Path, metavar="FILE", help="rows with prompts: .csv, .tsv or .jsonl")
+    group.add_argument(
+        "--prompt-column",
+        metavar="NAME",
+        help="the column with the prompt: a text, or a chat (prompt, messages or text)",
+    )
+    add_load_in(add_inference(parser))
+    group = parser.add_argument_group("how to generate")
+    group.add_argument(
+        "--chat-template", metavar="auto|none|FILE",
+        help="auto makes a prompt that is plain text a chat if the tokenizer has a template (as the adapter was trained)",
+    )  # fmt: skip
+    group.add_argument("--max-new-tokens", type=at_least(1), default=128, metavar="N", help="(%(default)s)")
+    group.add_argument("--num-beams", type=at_least(1), default=1, metavar="N", help="beam search (%(default)s)")
+    group.add_argument(
+        "--temperature", type=number(float, "0 or above", lambda x: 0 <= x < float("inf")), default=0.0, metavar="X",
+        help="0 takes the most likely token, above 0 draws (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), default=1.0, metavar="X",
+        help="draw from the most likely tokens that have this probability together (%(default)s)",
+    )  # fmt: skip
+    group.add_argument("--batch-size", type=at_least(1), default=8, metavar="N", help="(%(default)s)")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of what is drawn (%(default)s)")
+    add_output_file(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    require("transformers", "accelerate")
+    if (arguments.prompt is None) == (arguments.data is None):
+        raise CommandError("--prompt or --data: give one of them.")
+    if arguments.adapter_column is not None and (arguments.data is None or not arguments.adapter):
+        raise CommandError("--adapter-column is a column of --data, and its adapters are in --adapter. Give both.")
+    if arguments.num_beams > 1 and arguments.temperature > 0:
+        raise CommandError("--num-beams searches and --temperature draws. Give one of them.")
+    from ..finetune import adapters
+    from ..finetune.outputs import check_output_file
+    from ..finetune.task import find_model, read_template
+
+    check_output_file(arguments.output, arguments.overwrite)
+    folders = adapters.find_folders(arguments.adapter)
+    if len(folders) > 1 and arguments.adapter_column is None:
+        raise CommandError(
+            f"--adapter-column: there are {len(folders)} adapters. Name the column that tells each row's."
+        )
+    runs = [adapters.read_run(folder) for folder in folders.values()]
+    model = find_model(adapters.find_base(arguments.model, runs))
+    template = arguments.chat_template
+    if template is None:
+        template = next((run.report["chat_template"] for run in runs if "chat_template" in run.report), "auto")
+    else:
+        template = read_template(template) or template
+    from ..finetune import generating  # imports transformers, which is slow: only after all other checks
+
+    return generating.run(arguments, generating.Job(model, folders, runs, template))

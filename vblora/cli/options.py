@@ -1,0 +1,76 @@
+"""What several commands take: checked numbers and names, and how a model is loaded."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+
+def number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"is {text!r}, but must be {allowed}")
+        return value
+
+    return parse
+
+
+def at_least(minimum: int) -> Callable[[str], float]:
+    return number(int, f"a whole number, at least {minimum}", lambda value: value >= minimum)
+
+
+seed = number(int, "a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
+
+
+def names(text: str) -> list[str]:
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"is {text!r}, but must be names with commas between them")
+    return found
+
+
+def add_precision(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="dtype that layers compute in; auto is bfloat16 on hardware that is fast at it",
+    )
+    group.add_argument(
+        "--bf16", action="store_const", const="bfloat16", dest="precision", help="the same as --precision bfloat16"
+    )
+
+
+def add_load_in(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--load-in", choices=["4bit", "8bit"], help="quantise a language model as it is loaded, by bitsandbytes"
+    )
+
+
+def add_inference(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """The options of ``generate`` and ``predict``. Returns the group of those about the model."""
+    group = parser.add_argument_group("model and adapters")
+    group.add_argument("--model", metavar="PATH_OR_NAME", help="the base model (the one that the adapter names)")
+    group.add_argument(
+        "--adapter", type=Path, action="append", default=[], metavar="DIR",
+        help="folder of an adapter, or a folder of such folders; may be given several times (none: the base model)",
+    )  # fmt: skip
+    group.add_argument(
+        "--adapter-column",
+        metavar="NAME",
+        help="the column with the name of each row's adapter, its folder's; empty: none",
+    )
+    group.add_argument("--bank", type=Path, metavar="FILE", help="the vector bank, if adapters were saved without it")
+    add_precision(group)
+    return group
+
+
+def add_output_file(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output", type=Path, metavar="FILE", help="a .csv, .tsv or .jsonl file (standard output, as JSON lines)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="write over the file if it is there")

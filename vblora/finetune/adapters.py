@@ -1,0 +1,90 @@
+"""Adapters to generate or predict with: their folders, and what ``vblora finetune`` wrote beside them."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import CONFIG_FILE
+from ..errors import CommandError
+from .task import RESULTS_FILE
+
+
+@dataclass
+class AdapterRun:
+    """An adapter's folder, and what is known of how it was trained.
+
+    Attributes:
+        config: of ``adapter_config.json``.
+        report: of ``finetune.json``; empty for an adapter that ``vblora finetune`` has not trained.
+    """
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_model(self) -> str | None:
+        return self.report.get("model") or self.config.get("base_model_name_or_path")
+
+    @property
+    def rank(self) -> int:
+        rank = self.config.get("r", 1)
+        return rank if isinstance(rank, int) else 1
+
+
+def read_run(folder: Path) -> AdapterRun:
+    """What is known of an adapter.
+
+    Raises:
+        CommandError: it is no adapter's folder.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise CommandError(f"--adapter: {folder} has no {CONFIG_FILE}. Give the folder of an adapter.")
+    found = []
+    for name in (CONFIG_FILE, RESULTS_FILE):
+        path = folder / name
+        try:
+            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise CommandError(f"--adapter: {path} cannot be read: {error}.") from None
+        if not isinstance(values, dict):
+            raise CommandError(f"--adapter: {path} is not a JSON object.")
+        found.append(values)
+    return AdapterRun(folder, *found)
+
+
+def find_folders(given: list[Path]) -> dict[str, Path]:
+    """The folders of adapters by name, which is the folder's. A folder of adapters counts as all of them.
+
+    Raises:
+        CommandError: a folder holds no adapter, or two have one name.
+    """
+    folders: dict[str, Path] = {}
+    for one in given:
+        inner = sorted(file.parent for file in one.glob(f"*/{CONFIG_FILE}"))
+        found = [one] if (one / CONFIG_FILE).is_file() or not inner else inner
+        for folder in found:
+            if not (folder / CONFIG_FILE).is_file():
+                raise CommandError(f"--adapter: {folder} is no folder of an adapter, or of adapters.")
+            name = folder.resolve().name
+            if name in folders:
+                raise CommandError(f"--adapter: two adapters are called {name!r}: {folders[name]} and {folder}.")
+            folders[name] = folder
+    return folders
+
+
+def find_base(given: str | None, runs: list[AdapterRun]) -> str:
+    """The base model: the one that is given, or that the adapters name.
+
+    Raises:
+        CommandError: they name none, or several.
+    """
+    if given is not None:
+        return given
+    names = {run.base_model for run in runs if run.base_model is not None}
+    if len(names) != 1:
+        raise CommandError(
+            f"--model: the adapters name {len(names) or 'no'} base models. Give the one to use as --model."
+        )
+    return names.pop()

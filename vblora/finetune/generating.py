@@ -1,0 +1,151 @@
+"""The program behind ``vblora generate``."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+import vblora
+
+from ..errors import CommandError
+from ..serving import AdapterStore
+from . import models, tables
+from .adapters import AdapterRun
+from .generation import complete
+from .outputs import Writer
+from .texts import Message, read_prompt
+from .tokens import Encoder
+
+OUTPUT_COLUMN = "generated"
+_CHUNK = 16  # batches that are sorted by length together
+
+
+@dataclass
+class Job:
+    """What to complete, and with what.
+
+    Attributes:
+        folders: the adapters by name.
+        runs: what is known of those that are read at once: of all, or with a column of names of the first.
+    """
+
+    model: str
+    folders: dict[str, Path]
+    runs: list[AdapterRun]
+    template: str | None
+
+
+@dataclass
+class _Row:
+    fields: tables.Fields
+    prompt: str | list[Message]
+    tools: list[Any] | None
+    adapter: str | None
+
+
+def run(arguments: argparse.Namespace, job: Job) -> int:
+    """Completes prompts as the arguments of ``vblora generate`` say. Returns the exit code.
+
+    Raises:
+        CommandError: the model or an adapter cannot be loaded, or a row is wrong.
+    """
+    models.quiet()
+    set_seed(arguments.seed)
+    rows = _rows(arguments, job)
+    first = next(rows)  # a wrong file is refused before the model is loaded
+    tokenizer = models.load_tokenizer(job.model)
+    if job.template not in (None, "auto", "none"):
+        tokenizer.chat_template = job.template
+    bfloat16 = models.computes_in_bfloat16(arguments.precision)
+    model = models.load_model(
+        AutoModelForCausalLM,
+        job.model,
+        "language model",
+        arguments.load_in,
+        dtype=torch.bfloat16 if bfloat16 else torch.float32,
+    )
+    if torch.accelerator.is_available() and arguments.load_in is None:
+        model.to(torch.accelerator.current_accelerator())
+    _attach(arguments, job, model)
+    encoder = Encoder(tokenizer, chat=job.template != "none" and tokenizer.chat_template is not None)
+    with Writer(arguments.output) as writer:
+        chunk = [first, *islice(rows, _CHUNK * arguments.batch_size - 1)]
+        while chunk:
+            for row, text in zip(chunk, _complete(arguments, encoder, model, chunk), strict=True):
+                if arguments.prompt and arguments.output is None:
+                    print(text, flush=True)
+                else:
+                    writer.row(row.fields | {OUTPUT_COLUMN: text})
+            chunk = list(islice(rows, _CHUNK * arguments.batch_size))
+    return 0
+
+
+def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[_Row]:
+    only = next(iter(job.folders)) if len(job.folders) == 1 and arguments.adapter_column is None else None
+    for prompt in arguments.prompt or []:
+        yield _Row({"prompt": prompt}, prompt, None, only)
+    if arguments.data is None:
+        return
+    columns = {} if arguments.adapter_column is None else {"--adapter-column": arguments.adapter_column}
+    empty = True
+    for where, fields in tables.read(arguments.data, "--data", columns):
+        empty = False
+        if OUTPUT_COLUMN in fields:
+            raise CommandError(f"{where}: there is a column {OUTPUT_COLUMN!r} already. Rename it.")
+        prompt, tools = read_prompt(fields, arguments.prompt_column, where)
+        adapter = only
+        if arguments.adapter_column is not None:
+            named = fields[arguments.adapter_column]
+            adapter = str(named) if named not in (None, "") else None
+            if adapter is not None and adapter not in job.folders:
+                raise CommandError(
+                    f"{where}: there is no adapter {adapter!r}; --adapter gives {tables.quoted(sorted(job.folders))}."
+                )
+        yield _Row(fields, prompt, tools, adapter)
+    if empty:
+        raise CommandError(f"--data: {arguments.data} has no rows.")
+
+
+def _attach(arguments: argparse.Namespace, job: Job, model: PreTrainedModel) -> None:
+    try:
+        if arguments.adapter_column is not None:
+            rank = max(run.rank for run in job.runs)
+            AdapterStore(
+                model,
+                job.folders,
+                bank=[] if arguments.bank is None else arguments.bank,
+                max_rank=rank,
+                slots=max(16, arguments.batch_size),
+            )
+        else:
+            for folder in job.folders.values():
+                vblora.load(model, folder, bank=arguments.bank)
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"--adapter: {error}") from None
+
+
+def _complete(arguments: argparse.Namespace, encoder: Encoder, model: PreTrainedModel, rows: list[_Row]) -> list[str]:
+    tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
+    try:
+        return complete(
+            model,
+            tokenizer,
+            [encoder.prompt(row.prompt, row.tools) for row in rows],
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+            num_beams=arguments.num_beams,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            adapter_names=None if arguments.adapter_column is None else [row.adapter for row in rows],
+            title="Completions" if sys.stderr.isatty() else None,
+        )
+    except ValueError as error:  # an adapter that the store refuses
+        if arguments.adapter_column is None:
+            raise
+        raise CommandError(f"--adapter: {error}") from None

@@ -1,0 +1,70 @@
+"""Rows out: a .csv, .tsv or .jsonl file that appears when it is complete, or JSON lines on the standard output."""
+
+import csv
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from ..errors import CommandError
+from ..files import atomic_replacement
+from .tables import Fields, format_of
+
+
+def check_output_file(path: Path | None, overwrite: bool) -> None:
+    """Refuses a file that cannot be written, before anything slow.
+
+    Raises:
+        CommandError: its format is unknown, it is there already, or its folder is not.
+    """
+    if path is None:
+        return
+    format_of(path, "--output")
+    if path.suffix.lower() in (".gz", ".bz2"):
+        raise CommandError(f"--output: {path} would be compressed, which is not supported. Leave out {path.suffix}.")
+    if path.exists() and not (overwrite and path.is_file()):
+        raise CommandError(f"--output: {path} is there already. Give another name, or --overwrite.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise CommandError(f"--output: the folder {path.absolute().parent} cannot be written to.")
+
+
+class Writer:
+    """Writes rows in the format of the file's name. All rows have the columns of the first."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._stack = ExitStack()
+        self._file: IO[str] = sys.stdout
+        self._table: csv.DictWriter[str] | None = None
+
+    def __enter__(self) -> "Writer":
+        if self.path is not None:
+            temporary = self._stack.enter_context(atomic_replacement(self.path))
+            self._file = self._stack.enter_context(open(temporary, "x", encoding="utf-8", newline=""))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def row(self, fields: Fields) -> None:
+        form = ".jsonl" if self.path is None else format_of(self.path, "--output")
+        if form == ".jsonl":
+            self._file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+            return
+        if self._table is None:
+            # Tab-separated values have no quoting, so tabs and line breaks cannot be written
+            style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None} if form == ".tsv" else {}
+            self._table = csv.DictWriter(self._file, list(fields), lineterminator="\n", **style)  # type: ignore[arg-type]
+            self._table.writeheader()
+        if form == ".tsv":
+            fields = {
+                name: " ".join(value.split()) if isinstance(value, str) else value for name, value in fields.items()
+            }
+        self._table.writerow(
+            {name: json.dumps(value) if isinstance(value, (dict, list)) else value for name, value in fields.items()}
+        )
