@@ -94,7 +94,6 @@ def test_models_share_the_encoders_memory(tables, tiny_model):
     shared = [p.data_ptr() == frozen[name] for name, p in two.named_parameters() if name in frozen]
     assert sum(shared) > 30 and sum(shared) >= len(shared) - 2  # all but the head that the adapter's stands for
     assert one.vblora.default.bank is two.vblora.default.bank
-    assert torch.count_nonzero(one.vblora.default.logits != two.vblora.default.logits)
 
 
 def test_bad_input_is_refused_in_a_line_and_leaves_nothing(train_bank, tables, tmp_path, capsys):
