@@ -14,11 +14,11 @@ from .files import read_tensors, write_tensors
 
 
 class BankFile(NamedTuple):
-    """The file that a bank was loaded from."""
+    """The file that a bank was loaded from or saved to."""
 
     name: str
     sha256: str  # of the file
-    content: str  # SHA-256 of the vectors as loaded
+    content: str  # SHA-256 of the vectors as loaded or saved
 
 
 class VectorBank(nn.Module):
@@ -34,8 +34,8 @@ class VectorBank(nn.Module):
 
     Attributes:
         vectors: ``(h, b)`` parameter.
-        file: the file that the bank was loaded from, or None. While the bank equals its file, an adapter is saved with the
-            file's hash in place of the bank.
+        file: the file that the bank was loaded from or last saved to, or None. While the bank equals its file, an adapter is
+            saved with the file's hash in place of the bank.
 
     Raises:
         TypeError: a size is not an integer.
@@ -87,6 +87,8 @@ class VectorBank(nn.Module):
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> str:
         """Saves the bank to a file that several adapters can share; load it with :meth:`from_file`.
 
+        An adapter that is saved afterwards names this file instead of holding the bank, unless that was rounded or has changed.
+
         Args:
             path: safetensors file, written atomically.
             dtype: round to float32, bfloat16, float16 or int8 (with one scale per vector). None saves the exact values.
@@ -98,8 +100,12 @@ class VectorBank(nn.Module):
             ValueError: another dtype, or the bank is not finite in it.
         """
         path = Path(path)
-        write_tensors(path, encode_vectors(gather_to_cpu(self.vectors), dtype))
-        return _sha256(path.read_bytes())
+        tensors = encode_vectors(gather_to_cpu(self.vectors), dtype)
+        write_tensors(path, tensors)
+        sha256 = _sha256(path.read_bytes())
+        if torch.equal(decode_vectors(tensors), gather_to_cpu(self.vectors)) and self.vectors.dtype == torch.float32:
+            self.file = BankFile(path.name, sha256, self._content())
+        return sha256
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> "VectorBank":
@@ -121,7 +127,7 @@ class VectorBank(nn.Module):
         return bank
 
     def unchanged(self) -> bool:
-        """Whether the bank equals the file that it was loaded from."""
+        """Whether the bank equals the file that it was loaded from or last saved to."""
         return self.file is not None and self._content() == self.file.content
 
     def _content(self) -> str:

@@ -356,6 +356,38 @@ def test_adapters_share_a_bank_file(tmp_path):
     vblora.load(trainable, tmp_path / "resume0")  # over it: the bank is there
 
 
+def test_an_adapter_saved_after_its_bank_names_the_file_until_the_bank_changes(tmp_path):
+    model = trained()
+    bank = model.vblora.default.bank
+
+    def has_a_bank_of_its_own():
+        vblora.save(model, tmp_path / "a")
+        stored = safetensors.torch.load_file(tmp_path / "a" / folder.TENSORS_FILE)
+        return "bank.vectors" in stored
+
+    bank.save(tmp_path / "rounded.safetensors", torch.int8)
+    assert has_a_bank_of_its_own()
+    bank.save(tmp_path / "bank.safetensors")
+    assert not has_a_bank_of_its_own()
+    other = loaded(tmp_path / "a", bank=tmp_path / "bank.safetensors")
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+    with torch.no_grad():
+        bank.vectors[0, 0] += 1
+    assert has_a_bank_of_its_own()
+
+
+def test_an_adapter_loaded_over_one_of_another_bank_file_brings_its_bank(tmp_path):
+    for seed in (0, 5):
+        model = trained(seed=seed)
+        model.vblora.default.bank.save(tmp_path / f"bank{seed}.safetensors")
+        vblora.save(model, tmp_path / f"a{seed}")
+    present = loaded(tmp_path / "a0", bank=tmp_path / "bank0.safetensors")
+    vblora.load(present, tmp_path / "a5", bank=tmp_path / "bank5.safetensors")
+    fresh = loaded(tmp_path / "a5", bank=tmp_path / "bank5.safetensors")
+    assert torch.equal(present.vblora.default.bank.vectors, model.vblora.default.bank.vectors)
+    assert torch.equal(present(IDS).logits, fresh(IDS).logits)
+
+
 def bases():
     made = []
     for seed in (1, 2):

@@ -175,8 +175,11 @@ class VBLoRAContents(Contents):
                 theirs.copy_(shard_like(ours, theirs))
         if isinstance(self.rows, Trained):
             adapter.seed = self.rows.seed
-        if not adapter.bank.unchanged():
-            adapter.bank.vectors.copy_(shard_like(self.bank, adapter.bank.vectors))
+        vectors = adapter.bank.vectors
+        if not torch.equal(
+            gather_to_cpu(vectors), self.bank.to(vectors.dtype)
+        ):  # other adapters of an equal one keep their caches
+            vectors.copy_(shard_like(self.bank, vectors))
 
     # Factors
 

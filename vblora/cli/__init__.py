@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import CommandError
-from . import convert, finetune, generate, info, merge, plot, predict
+from . import convert, finetune, generate, info, merge, plot, predict, train_bank
 
 _COMMANDS = (
     finetune,
     predict,
     generate,
+    train_bank,
     info,
     plot,
     convert,

@@ -125,8 +125,19 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="PATH_OR_NAME", help="a folder, a name on the Hugging Face Hub, or a .gguf file"
     )
     add_load_in(group)
-    group.add_argument("--r", "--rank", type=at_least(1), default=4, metavar="N", help="rank (%(default)s)")
     group.add_argument("--num-vectors", type=at_least(1), metavar="N", help="vectors in the bank (90; causal-lm: 1024)")
+    group.add_argument(
+        "--bank",
+        type=Path,
+        metavar="FILE",
+        help="take the bank and its size from this file and freeze it; only the logits are trained",
+    )
+    add_adapter(group)
+
+
+def add_adapter(group: argparse._ArgumentGroup) -> None:
+    """What an adapter is, whatever bank it has."""
+    group.add_argument("--r", "--rank", type=at_least(1), default=4, metavar="N", help="rank (%(default)s)")
     group.add_argument(
         "--vector-length",
         type=at_least(1),
@@ -151,12 +162,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         default=128,
         metavar="N",
         help="bank vectors that a sub-vector may choose from while training, or all (%(default)s)",
-    )
-    group.add_argument(
-        "--bank",
-        type=Path,
-        metavar="FILE",
-        help="take the bank from this file and freeze it; only the logits are trained",
     )
     group.add_argument(
         "--target-modules",
@@ -186,6 +191,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a text to read; the rest is cut off (128; causal-lm: 1024; or the model's limit)",
     )
+    add_recipe(group)
+
+
+def add_recipe(group: argparse._ArgumentGroup) -> None:
+    """Learning rates, the seed and the precision."""
     positive = number(float, "above 0 and at most 100", lambda x: 0 < x <= 100)
     group.add_argument(
         "--recipe", choices=list(RECIPES), default="default",
@@ -286,6 +296,8 @@ def _settle(arguments: argparse.Namespace) -> None:
     own = _OPTIONS[task]
     for name in {name for options in _OPTIONS.values() for name in options}:
         value = getattr(arguments, name)
+        if name == "num_vectors" and arguments.bank is not None:
+            continue  # the bank tells
         if name in own and value is None:
             setattr(arguments, name, own[name])
         elif name not in own and value is not None:

@@ -93,17 +93,30 @@ def _position_limits(model: PreTrainedModel) -> list[int]:
     return limits
 
 
-def inject(arguments: argparse.Namespace, model: PreTrainedModel, modules_to_save: list[str] | None = None) -> None:
+def inject(
+    arguments: argparse.Namespace,
+    model: PreTrainedModel,
+    modules_to_save: list[str] | None = None,
+    bank: vblora.VectorBank | None = None,
+) -> None:
     """Gives the model the adapter that the arguments describe.
+
+    Args:
+        bank: a bank that trains with other adapters; that of ``--bank`` is frozen.
 
     Raises:
         CommandError: it does not fit the model.
     """
     targets = arguments.target_modules
+    if arguments.bank is not None:
+        try:
+            bank = vblora.VectorBank.from_file(arguments.bank)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"--bank: {error}") from None
     try:
         config = vblora.VBLoRAConfig(
             r=arguments.r,
-            num_vectors=arguments.num_vectors,
+            num_vectors=arguments.num_vectors if bank is None or arguments.num_vectors else bank.num_vectors,
             topk=arguments.topk,
             num_candidates=arguments.num_candidates,
             pad=arguments.pad,
@@ -113,12 +126,12 @@ def inject(arguments: argparse.Namespace, model: PreTrainedModel, modules_to_sav
         )
         if arguments.vector_length is not None:
             config.vector_length = arguments.vector_length
+        elif bank is not None:
+            config.vector_length = bank.vector_length
         else:
             layers = tuple(target_of(names[0], layer) for layer, names in find_targets(model, config).items())
             config.vector_length = default_length(layers, config.pad)
-        vblora.inject(model, config, bank=arguments.bank, freeze_bank=arguments.bank is not None)
-    except FileNotFoundError as error:
-        raise CommandError(f"--bank: {error}") from None
+        vblora.inject(model, config, bank=bank, freeze_bank=arguments.bank is not None)
     except (TypeError, ValueError) as error:
         raise CommandError(f"the adapter does not fit {type(model).__name__}: {error}") from None
 

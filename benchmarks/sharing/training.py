@@ -1,0 +1,140 @@
+"""One run: an adapter on one task, or a bank on several."""
+
+import math
+import random
+import time
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+
+from vblora.bank import VectorBank, decode_vectors, encode_vectors
+from vblora.model.learning_rates import WARM_UP
+
+from ..quality.tasks import Task
+from ..quality.training import Settings, _Batches, _loss, _predict
+from .adapter import TriedAdapter, adapt
+from .variants import Variant
+
+State = dict[
+    str, Tensor
+]  # a bank, and the logits that it was trained with and their candidates, if they are not all vectors
+
+
+def run(task: Task, variant: Variant, seed: int, settings: Settings, shared: State | None = None) -> dict[str, Any]:
+    """Trains one adapter and scores it on ``task.dev``."""
+    tokenizer = _begin(seed, settings)
+    own = variant.bank == "own"
+    bank = _bank(variant, seed, shared)
+    model = _model(task, settings)
+    start = shared if variant.start else None
+    groups = adapt(model, variant, seed, bank, train_bank=own, start=start)
+    groups += [{"params": [bank.vectors], "lr": variant.lr_bank}] if own else []
+    begin = time.perf_counter()
+    losses = _train([(task, model)], groups, seed, settings, tokenizer)
+    seconds = time.perf_counter() - begin
+    adapter = model.vblora["default"]
+    if variant.int8:
+        bank.vectors.data = decode_vectors(encode_vectors(bank.vectors.data, torch.int8))
+        adapter.invalidate()
+    score = task.score(_predict(model, _Batches(task.dev, tokenizer, settings), settings))
+    return {
+        "score": score,
+        "metric": task.metric,
+        "bytes": user_bytes(adapter, variant),
+        "seconds": seconds,
+        "losses": losses,
+    }
+
+
+def train_bank(tasks: list[Task], variant: Variant, seed: int, settings: Settings) -> tuple[State, dict[str, Any]]:
+    """Trains a bank and one adapter, with a head for each task, in batches that alternate."""
+    tokenizer = _begin(seed, settings)
+    bank = _bank(variant, seed, None)
+    pairs: list[tuple[Task, nn.Module]] = []
+    groups = [{"params": [bank.vectors], "lr": variant.lr_bank}]
+    for task in tasks:
+        model = _model(task, settings)
+        own = adapt(model, variant, seed, bank, train_bank=True, start=None)
+        if pairs:
+            model.vblora["default"].logits = pairs[0][1].vblora["default"].logits
+            own = own[-1:]  # the head
+        groups += own
+        pairs.append((task, model))
+    losses = _train(pairs, groups, seed, settings, tokenizer)
+    adapter = pairs[0][1].vblora["default"]
+    state = {"bank": bank.vectors.detach(), "logits": adapter.logits.detach()}
+    if adapter.candidates is not None:
+        state["candidates"] = adapter.candidates
+    scores = {t.name: t.score(_predict(model, _Batches(t.dev, tokenizer, settings), settings)) for t, model in pairs}
+    return state, {"scores": scores, "losses": losses}
+
+
+def user_bytes(adapter: TriedAdapter, variant: Variant) -> int:
+    """What a user stores besides the head and, unless it is their own, the bank: the tensors of a deploy form."""
+    deployed = adapter.deployed()
+    bits = max(1, (adapter.bank.num_vectors - 1).bit_length())
+    size = math.ceil(deployed.indices.numel() * bits / 8) + deployed.weights.numel() * 4
+    if variant.bank == "own":
+        h, b = adapter.bank.vectors.shape
+        size += h * (b + 4) if variant.int8 else h * b * 4
+    return size + sum(part.numel() * 4 for part in adapter.delta or ())
+
+
+def _begin(seed: int, settings: Settings) -> Any:
+    transformers.utils.logging.set_verbosity_error()  # that the head is new is no news
+    transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(seed)
+    return AutoTokenizer.from_pretrained(settings.model)
+
+
+def _bank(variant: Variant, seed: int, shared: State | None) -> VectorBank:
+    if variant.bank == "shared":
+        assert shared is not None
+        bank = VectorBank(*shared["bank"].shape)
+        bank.vectors.data.copy_(shared["bank"])
+        return bank
+    bank = VectorBank(variant.num_vectors, variant.vector_length)
+    generator = torch.Generator().manual_seed(1000 + (seed if variant.bank == "own" else 0))
+    uniform = torch.rand(bank.vectors.shape, generator=generator)
+    bank.vectors.data = (2 * uniform - 1) * variant.bound
+    return bank
+
+
+def _model(task: Task, settings: Settings) -> nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(
+        settings.model, num_labels=len(task.labels) or 1, dtype=torch.float32
+    )
+
+
+def _train(
+    pairs: list[tuple[Task, nn.Module]], groups: list[dict], seed: int, settings: Settings, tokenizer: Any
+) -> list[list[float]]:
+    """Trains all models with one optimizer. Returns each task's loss, as means of 25 steps."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    batches = [_Batches(task.train, tokenizer, settings) for task, _ in pairs]
+    steps = settings.epochs * sum(math.ceil(len(task.train) / settings.batch_size) for task, _ in pairs)
+    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
+    losses: list[list[Tensor]] = [[] for _ in pairs]
+    for _, model in pairs:
+        model.train()
+    for epoch in range(settings.epochs):
+        of_task = [list(part.shuffled(random.Random(f"{seed} {epoch}"))) for part in batches]
+        order = [index for index, part in enumerate(of_task) for _ in part]
+        random.Random(f"order {seed} {epoch}").shuffle(order)
+        iterators = [iter(part) for part in of_task]
+        for index in order:
+            batch, labels = next(iterators[index])
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
+                logits = pairs[index][1](**batch).logits.float()
+            loss = _loss(logits, labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses[index].append(loss.detach())
+    return [[round(float(part.mean()), 4) for part in torch.stack(of_task).split(25)] for of_task in losses]

@@ -1,0 +1,124 @@
+"""`vblora train-bank` from its arguments to what it leaves behind."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vblora
+from tests.tables import make_rows, write_csv
+from vblora.cli import main
+from vblora.cli import train_bank as command
+from vblora.finetune.task import Task
+
+
+@pytest.fixture
+def train_bank(tiny_model: Path, tmp_path: Path) -> Callable[..., int]:
+    """Runs ``vblora train-bank`` on the tiny model into ``tmp_path/"out"``: the exit code."""
+
+    def run(*arguments: str | Path) -> int:
+        sizes = ["--num-vectors", "16", "--vector-length", "16", "--r", "2", "--precision", "float32"]
+        return main(
+            ["train-bank", "--model", str(tiny_model), "--output", str(tmp_path / "out"), *sizes, *map(str, arguments)]
+        )
+
+    return run
+
+
+def read_tasks(*arguments: str | Path):
+    """The tasks that ``vblora train-bank`` reads, and its arguments."""
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    read = parser.parse_args(["train-bank", "--output", "x", "--r", "2", *map(str, arguments)])
+    return read, command._read_tasks(read)
+
+
+def accuracy_of(tiny_model: Path, adapter: Path, task: Task) -> float:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model).eval()
+    vblora.load(model, adapter, bank=adapter.parent / "bank.safetensors")
+    with torch.no_grad():
+        logits = [model(**tokenizer(row.text, return_tensors="pt")).logits for row in task.held_out]
+    right = [task.labels[one.argmax()] == row.label for one, row in zip(logits, task.held_out, strict=True)]
+    return sum(right) / len(right)
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> list[str]:
+    films = write_csv(tmp_path / "films.csv", make_rows(120))
+    opposite = {"fresh": "old", "rotten": "new"}
+    ages = [{"words": row["text"], "age": opposite[row["label"]]} for row in make_rows(60, seed=1)]
+    return ["--data", f"films={films}", "--data", f"ages={write_csv(tmp_path / 'ages.csv', ages)}",
+            "--text-column", "ages=words", "--label-column", "ages=age"]  # fmt: skip
+
+
+def test_trains_one_bank_and_an_adapter_for_each_table(train_bank, tables, tiny_model, tmp_path, capsys):
+    assert train_bank(*tables, "--epochs", "4", "--batch-size", "8") == 0
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["ages", "bank.safetensors", "films", "train-bank.json"]
+    report = json.loads((out / "train-bank.json").read_text())
+    assert report["labels"] == {"films": ["fresh", "rotten"], "ages": ["new", "old"]}
+    assert report["bank_bytes"] == (out / "bank.safetensors").stat().st_size
+    printed = capsys.readouterr().out
+    _, tasks = read_tasks(*tables, "--model", tiny_model)
+    for name, rows in (("films", 120), ("ages", 60)):
+        result = report["results"][name]
+        # A text that is on both sides is not held out.
+        assert rows - 20 < result["train_rows"] + result["held_out_rows"] <= rows
+        assert result["accuracy"] == pytest.approx(accuracy_of(tiny_model, out / name, tasks[name]))
+        assert name in printed
+        stored = load_file(out / name / "adapter_model.safetensors")
+        assert not [tensor for tensor in stored if tensor.startswith("bank")]
+        sizes = [(out / name / file).stat().st_size for file in ("adapter_model.safetensors", "adapter_config.json")]
+        assert sum(sizes) == result["adapter_bytes"]
+
+    command = ["finetune", "--model", tiny_model, "--data", tmp_path / "films.csv", "--bank", out / "bank.safetensors"]
+    command += ["--r", "2", "--epochs", "1", "--output", tmp_path / "another"]
+    assert main([*map(str, command)]) == 0  # takes the bank's size from its file
+    stored = load_file(tmp_path / "another" / "adapter_model.safetensors")
+    assert not [tensor for tensor in stored if tensor.startswith("bank")]
+
+
+def test_models_share_the_encoders_memory(tables, tiny_model):
+    from vblora.finetune import models, shared_bank
+
+    arguments, tasks = read_tasks(*tables, "--model", tiny_model)
+    one, two = shared_bank._models(arguments, tasks, models.load_tokenizer(str(tiny_model))).values()
+    frozen = {name: p.data_ptr() for name, p in one.named_parameters() if not p.requires_grad}
+    shared = [p.data_ptr() == frozen[name] for name, p in two.named_parameters() if name in frozen]
+    assert sum(shared) > 30 and sum(shared) >= len(shared) - 2  # all but the head that the adapter's stands for
+    assert one.vblora.default.bank is two.vblora.default.bank
+
+
+def test_bad_input_is_refused_in_a_line_and_leaves_nothing(train_bank, tables, tmp_path, capsys):
+    def refused(*arguments: str) -> str:
+        assert train_bank(*arguments) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("vblora train-bank: error: ") and message.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        return message
+
+    films = tables[1]
+    assert "there is one table, but a shared bank takes at least two" in refused("--data", films)
+    assert "'films' names both" in refused("--data", films, "--data", films)
+    assert "must be NAME=FILE" in refused("--data", films.partition("=")[2])
+    assert "must be NAME=FILE" in refused("--data", f"../{films}")
+    assert "--pair-column: 'x' is no table; --data names 'films', 'ages'" in refused(*tables, "--pair-column", "x=y")
+    assert "'words' and 'text' are both for 'ages'" in refused(*tables, "--text-column", "ages=text")
+    assert "column 'txt' is not there" in refused(*tables, "--text-column", "txt")
+    assert "the adapter does not fit" in refused(*tables, "--vector-length", "7")
+
+
+def test_adapters_are_those_of_the_seed(train_bank, tables, tmp_path):
+    banks = []
+    for seed in ("0", "0", "1"):
+        few = ["--max-train", "16", "--max-eval", "4", "--epochs", "1", "--overwrite"]
+        assert train_bank(*tables, "--seed", seed, *few) == 0
+        banks.append(vblora.VectorBank.from_file(tmp_path / "out" / "bank.safetensors").vectors)
+    assert torch.equal(banks[0], banks[1]) and not torch.equal(banks[0], banks[2])
