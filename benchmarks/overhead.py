@@ -32,6 +32,17 @@ FROZEN, OURS, LORA, PEER = "frozen model", "vblora", "vblora LoRA", "PEFT LoRA"
 GOALS = {"1 × 32, fp32": 1.13, "4 × 128, fp32": 1.10, "1 × 32, fp32, re-entrant checkpointing": 1.13}
 
 
+def timed(function: Callable[[], object]) -> Callable[[], dict[str, float]]:
+    """A function that runs ``function`` and returns the seconds that it took, and the seconds of processor time."""
+
+    def run() -> dict[str, float]:
+        start, processor = time.perf_counter(), time.process_time()
+        function()
+        return {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
+
+    return run
+
+
 class Training:
     """A model with an adapter, or without."""
 
@@ -40,9 +51,7 @@ class Training:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True) if self.trained else None
 
-    def step(self, ids: torch.Tensor, dtype: torch.dtype | None) -> dict[str, float]:
-        """Seconds, and processor seconds, of forward, backward and AdamW's step."""
-        start, processor = time.perf_counter(), time.process_time()
+    def step(self, ids: torch.Tensor, dtype: torch.dtype | None) -> None:
         inputs = {"input_ids": ids}
         if self.optimizer is None:
             inputs = {"inputs_embeds": self.model.get_input_embeddings()(ids).requires_grad_()}
@@ -52,7 +61,6 @@ class Training:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
 
     def peak(self, ids: torch.Tensor, dtype: torch.dtype | None) -> int:
         """Bytes of parameters and optimizer state, and the peak of a step."""
@@ -97,8 +105,9 @@ def parts_of(times: Times, part: str) -> Times:
     return Times({name.removesuffix(f", {part}"): seconds for name, seconds in found.items()})
 
 
-def step_row(case: str, seconds: Times, processor: Times | None = None) -> Row:
+def step_row(case: str, groups: dict[str, Times]) -> Row:
     """Ours beside the others, the share of PEFT LoRA's overhead that ours does not have, and whether the goal is met."""
+    seconds, processor = groups[case], groups[f"{case}, processor"]
     ratios = {name: seconds.ratio(name, FROZEN) for name in seconds.seconds if name != FROZEN}
     ours, peer = ratios[OURS].middle, ratios[PEER].middle
     figure = ", ".join(
@@ -106,9 +115,8 @@ def step_row(case: str, seconds: Times, processor: Times | None = None) -> Row:
     )
     if peer > 1:
         figure += f"; {(peer - ours) / (peer - 1):.0%} of the gap closed"
-    if processor is not None:
-        parts = [f"{name} {processor.ratio(name, FROZEN).middle:.2f}" for name in (OURS, LORA, PEER)]
-        figure += f"; processor time: {', '.join(parts)}"
+    parts = [f"{name} {processor.ratio(name, FROZEN).middle:.2f}" for name in (OURS, LORA, PEER)]
+    figure += f"; processor time: {', '.join(parts)}"
     most = min(GOALS[case], peer) if case in GOALS else 1 + (peer - 1) / 2
     return Row(f"{case}: vblora / frozen model", figure, f"≤ {most:.2f} ×", ours <= most)
 
@@ -148,14 +156,13 @@ def training(
         with ExitStack() as stack:
             for side in made.values():
                 stack.enter_context(side.checkpointing(use_reentrant))
-            work = {name: partial(side.step, ids, dtype) for name, side in made.items()}
+            work = {name: timed(partial(side.step, ids, dtype)) for name, side in made.items()}
             seconds = settings.seconds(1e-9 if rounds else 12 if shape[0] == 1 else 25)
             times = in_turn(work, seconds, least=rounds or 7, most=rounds or 60, warm_up=2)
             peaks = {name: side.peak(ids, dtype) for name, side in made.items()}
-        split = {part: parts_of(times, part) for part in ("seconds", "processor")}
-        groups[case] = split["seconds"]
-        groups[f"{case}, processor"] = split["processor"]
-        rows += shown(step_row(case, split["seconds"], split["processor"]), memory_row(case, peaks))
+        groups[case] = parts_of(times, "seconds")
+        groups[f"{case}, processor"] = parts_of(times, "processor")
+        rows += shown(step_row(case, groups), memory_row(case, peaks))
     return rows, groups
 
 
@@ -173,10 +180,11 @@ def inference(
             case = f"{name}, {dtype_name}"
             if not fnmatch(case, wanted):
                 continue
-            work = {name: getattr(side, method) for name, side in sides.items()}
+            work = {name: timed(getattr(side, method)) for name, side in sides.items()}
             times = in_turn(work, settings.seconds(1e-9 if rounds else 10), least=rounds or 11, most=rounds or 300)
-            groups[case] = times
-            rows += shown(step_row(case, times))
+            groups[case] = parts_of(times, "seconds")
+            groups[f"{case}, processor"] = parts_of(times, "processor")
+            rows += shown(step_row(case, groups))
     return rows, groups
 
 

@@ -286,3 +286,15 @@ def test_selective_checkpointing_keeps_outputs_as_they_were():
 def test_a_copy_of_the_layer():
     layer, x = vb_linear(), torch.randn(4, IN)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_on_any_number_of_threads(dtype):
+    layer, (A, B, *_) = nn.Linear(576, 192, dtype=dtype).requires_grad_(False), (torch.randn(4, n) for n in (576, 192))
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in (torch.randn(256, 576), A, B)]
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = fused.linear(layer, leaves[0], Factors(*leaves[1:]))
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert all(map(torch.equal, *results))

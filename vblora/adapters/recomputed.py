@@ -7,7 +7,7 @@ whole bank and add it up. Here it adds what its own rows contribute to the gradi
 import functools
 import itertools
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,44 +21,35 @@ class Mixtures:
 
     Args:
         parts: the sub-vectors of each factor: A and B of the first layer, of the second, ...
+        sizes: the number of rows of each factor.
         columns: ``(S, k)``, the selected columns of the logits.
         weights: ``(S, k)``.
-        bank: the vectors that were mixed, which may be scaled.
-        sizes: the number of rows of each factor.
-        logits, vectors: the parameters that all this depends on.
+        candidates: the bank vector of each column, or None.
+        logits, vectors: the parameters.
+        scale: the bank that was mixed is ``vectors * scale``.
     """
 
     def __init__(
         self,
         parts: tuple[Tensor, ...],
+        sizes: list[int],
         columns: Tensor,
         weights: Tensor,
         candidates: Tensor | None,
-        bank: Tensor,
-        sizes: list[int],
         logits: Tensor,
         vectors: Tensor,
+        scale: float,
     ) -> None:
-        columns = columns.long()
-        selected = columns if candidates is None else candidates.gather(1, columns).long()
-        of_layers = [of_A + of_B for of_A, of_B in zip(sizes[::2], sizes[1::2], strict=True)]
+        self.starts = [0, *itertools.accumulate(sizes)]
+        self.columns = columns.long()
+        self.selected = self.columns if candidates is None else candidates.gather(1, self.columns).long()
+        self.weights, self.logits, self.vectors, self.scale = weights.detach(), logits, vectors, scale
         self._parts = [part.detach() for part in parts]
-        self._layers = [
-            _Layer(start, rows_of_A, *tensors)
-            for start, rows_of_A, *tensors in zip(
-                itertools.accumulate(of_layers, initial=0),
-                sizes[::2],
-                columns.split(of_layers),
-                selected.view(-1).split([size * columns.shape[1] for size in of_layers]),
-                weights.detach().split(of_layers),
-                strict=False,
-            )
-        ]
-        self.bank, self._logits, self._vectors = bank.detach(), logits, vectors
+        self._factors: tuple[Tensor, ...] | None = None
         self._state = self._current_state()
 
     def _current_state(self) -> tuple[int, ...]:
-        return self._logits._version, self._vectors._version, optimizer_steps()
+        return self.logits._version, self.vectors._version, optimizer_steps()
 
     @property
     def are_current(self) -> bool:
@@ -67,76 +58,67 @@ class Mixtures:
 
     def are_of(self, dtype: torch.dtype, logits: Tensor | None, vectors: Tensor) -> bool:
         """Whether these parameters would compose the same factors again."""
-        same = logits is self._logits and vectors is self._vectors and self._parts[0].dtype == dtype
+        same = logits is self.logits and vectors is self.vectors and self._parts[0].dtype == dtype
         return same and self.are_current
 
-    def factors(self, index: int, bank: Tensor) -> tuple[Tensor, ...]:
-        """A and B of a layer. Their gradients go to the logits and to ``bank``."""
-        A, B = self._parts[2 * index : 2 * index + 2]
-        factors: tuple[Tensor, Tensor] = _Recomputed.apply(  # type: ignore[no-untyped-call]
-            self._logits, bank, A, B, self, self._layers[index]
-        )
-        return factors
-
-
-class _Layer(NamedTuple):
-    """The rows of one layer."""
-
-    start: int
-    rows_of_A: int
-    columns: Tensor  # (rows, k)
-    vectors: Tensor  # (rows * k,)
-    weights: Tensor  # (rows, k)
+    def factors(self, index: int) -> tuple[Tensor, ...]:
+        """A and B of a layer. Their gradients go to the parameters."""
+        if self._factors is None:
+            self._factors = _Recomputed.apply(self.logits, self.vectors, self, *self._parts)  # type: ignore[no-untyped-call]
+        return self._factors[2 * index : 2 * index + 2]
 
 
 class _Recomputed(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, bank: Tensor, A: Tensor, B: Tensor, mixtures: Mixtures, layer: _Layer
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.mixtures, ctx.layer, ctx.shape = mixtures, layer, logits.shape
-        return A, B
+    """Gives the factors of all layers a history. It saves no tensors, so that each recomputation can run its backward."""
 
     @staticmethod
-    def backward(ctx: Any, grad_A: Tensor | None, grad_B: Tensor | None) -> tuple[Tensor | None, ...]:
-        start, rows_of_A, columns, vectors, weights = ctx.layer
-        given = [(begin, grad) for begin, grad in ((0, grad_A), (rows_of_A, grad_B)) if grad is not None]
+    def forward(ctx: Any, logits: Tensor, vectors: Tensor, mixtures: Mixtures, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.mixtures = mixtures
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        mixtures: Mixtures = ctx.mixtures
+        given = [index for index, grad in enumerate(grads) if grad is not None]
+        nothing = (None,) * (3 + len(grads))
         if not given:
-            return (None,) * 6
-        if not ctx.mixtures.are_current:
+            return nothing
+        if not mixtures.are_current:
             raise RuntimeError(
                 "the adapter's parameters were modified between a layer's recomputation and its backward. Run backward before "
                 "the optimizer steps."
             )
-        begins, parts = zip(*given, strict=True)
-        need_logits, need_bank = ctx.needs_input_grad[:2]
-        bank: Tensor = ctx.mixtures.bank
+        start, end = mixtures.starts[given[0]], mixtures.starts[given[-1] + 1]  # all rows between have zeros
+        columns, weights = mixtures.columns[start:end], mixtures.weights[start:end]
+        selected = mixtures.selected[start:end].flatten()
+        bank = mixtures.vectors.detach().index_select(0, selected)
+        need_logits, need_vectors = ctx.needs_input_grad[:2]
+        numbers, entries = _numbered(*columns.shape)
         # As if the selected vectors were the whole bank, and the selected logits a row's only ones.
-        selected, entries = _numbered(*columns.shape)
         below = (
             nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
         )  # saves a call into Python
         with below:
             of_logits, of_vectors = torch.ops.vblora.admixture_backward_parts(
-                parts,
-                begins,
-                selected,
+                [grads[index] for index in given],
+                [mixtures.starts[index] - start for index in given],
+                numbers,
                 weights,
-                bank.index_select(0, vectors),
+                bank if mixtures.scale == 1 else bank * mixtures.scale,
                 entries,
                 columns.shape[1],
                 need_logits,
-                need_bank,
+                need_vectors,
             )
-        grad_logits = grad_bank = None
+        grad_logits = grad_vectors = None
         if need_logits:
-            total, grad_logits = accumulated_gradient(ctx.next_functions[0][0], ctx.shape, of_logits)
-            total.narrow(0, start, len(columns)).scatter_add_(1, columns, of_logits.to(total.dtype))
-        if need_bank:
-            total, grad_bank = accumulated_gradient(ctx.next_functions[1][0], bank.shape, of_vectors)
-            total.index_add_(0, vectors, of_vectors.to(total.dtype))
-        return grad_logits, grad_bank, *(None,) * 4
+            total, grad_logits = accumulated_gradient(ctx.next_functions[0][0], mixtures.logits.shape, of_logits)
+            total[start:end].scatter_add_(1, columns, of_logits.to(total.dtype))
+        if need_vectors:
+            total, grad_vectors = accumulated_gradient(ctx.next_functions[1][0], mixtures.vectors.shape, of_vectors)
+            total.index_add_(0, selected, of_vectors.to(total.dtype), alpha=mixtures.scale)
+        return grad_logits, grad_vectors, *nothing[2:]
 
 
 @functools.lru_cache(maxsize=64)

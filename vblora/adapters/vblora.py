@@ -293,7 +293,9 @@ class VBLoRAAdapter(Adapter):
                 sources = self.logits, self.bank.vectors
                 kept = training and self._recomputes and not torch.compiler.is_compiling()
                 if kept and all(source.is_cpu and is_plain(source) for source in sources):
-                    self._mixtures = Mixtures(parts, columns, weights, candidates, bank, rows, *sources)
+                    self._mixtures = Mixtures(
+                        parts, rows, columns, weights, candidates, *sources, math.sqrt(self.scaling)
+                    )
         return as_factors(parts, targets)
 
     def factors_of(self, index: int, dtype: torch.dtype) -> Factors:
@@ -303,8 +305,7 @@ class VBLoRAAdapter(Adapter):
         mixtures, vectors = self._mixtures, self.bank.vectors
         if mixtures is None or not mixtures.are_of(dtype, self.logits, vectors):
             return super().factors_of(index, dtype)
-        parts = mixtures.factors(index, scaled(vectors, self.scaling))
-        return as_factors(parts, self.targets[index : index + 1])[0]
+        return as_factors(mixtures.factors(index), self.targets[index : index + 1])[0]
 
     def invalidate(self) -> None:
         super().invalidate()
