@@ -2,13 +2,12 @@
 
 import argparse
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from ..model.learning_rates import RECIPES
-from .folders import check_output, require
+from .folders import check_output, removed_if_empty, require
 from .options import add_load_in, add_precision, at_least, names, number, seed
 
 if TYPE_CHECKING:
@@ -251,13 +250,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    existed = arguments.output.exists()
-    try:
+    with removed_if_empty(arguments.output):
         return _run(arguments)
-    finally:
-        if not existed:  # the Trainer makes its folder at once; what fails before anything is written leaves none
-            with suppress(OSError):
-                arguments.output.rmdir()
 
 
 def _run(arguments: argparse.Namespace) -> int:

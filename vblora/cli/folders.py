@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -95,6 +97,18 @@ def _read_config(path: Path) -> "JsonObject":
         return read_object(path)
     except (OSError, ValueError):
         return {}
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Removes a new folder that is empty in the end: a Trainer makes its folder at once, and may fail before it writes."""
+    existed = folder.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def check_output(argument: str, folder: Path, *, overwrite: bool = False, instead: str = "") -> None:

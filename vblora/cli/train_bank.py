@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from .finetune import add_adapter, add_recipe
-from .folders import check_output, require
+from .folders import check_output, removed_if_empty, require
 from .options import at_least, number
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{name}: {task}", flush=True)
     from ..finetune import shared_bank  # imports transformers, which is slow: only after all other checks
 
-    return shared_bank.run(arguments, tasks)
+    with removed_if_empty(arguments.output):
+        return shared_bank.run(arguments, tasks)
 
 
 def _read_tasks(arguments: argparse.Namespace) -> "Mapping[str, Task]":

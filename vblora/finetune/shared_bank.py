@@ -28,8 +28,9 @@ from ..integrations.shared_bank import BANK_FILE, SharedBankTrainer
 from ..model.learning_rates import WARM_UP
 from . import fitting, models, training
 from .baseline import Example
+from .heads import Head, find_head
 from .report import folder_bytes
-from .task import Task, most_frequent
+from .task import Task, as_json, most_frequent
 
 RESULTS_FILE = "train-bank.json"
 
@@ -58,9 +59,10 @@ def run(arguments: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
     held_out: dict[str, list[Example]] = {}
     for name, model in by_name.items():
         task = tasks[name]
-        length = models.max_length(arguments.max_length, training._MAX_LENGTH, tokenizer, model)
-        train[name] = training._tokenize(task.train, task.labels, tokenizer, model, length)
-        held_out[name] = training._tokenize(task.held_out, task.labels, tokenizer, model, length)
+        length = models.max_length(arguments.max_length, training.MAX_LENGTH, tokenizer, model)
+        train[name], held_out[name] = (
+            training.examples(rows, _head(task), tokenizer, model, length) for rows in (task.train, task.held_out)
+        )
     steps = arguments.epochs * sum(math.ceil(len(rows) / arguments.batch_size) for rows in train.values())
     settings = _settings(arguments, steps)
     collate = DataCollatorWithPadding(tokenizer)
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
     _train(arguments, trainer)
     results = {}
     for name, task in tasks.items():
-        fresh = training._load_model(task, tokenizer)
+        fresh = training.load_model(task.model, _head(task), tokenizer)
         vblora.load(fresh, arguments.output / name, bank=arguments.output / BANK_FILE)
         predicted = Trainer(fresh, settings, collate).predict(held_out[name])
         logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
@@ -90,6 +92,10 @@ def run(arguments: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
     return 0
 
 
+def _head(task: Task) -> Head:
+    return find_head(task.labels, task.scale)
+
+
 def _models(
     arguments: argparse.Namespace, tasks: Mapping[str, Task], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, PreTrainedModel]:
@@ -98,12 +104,12 @@ def _models(
     bank: VectorBank | None = None
     first: dict[str, nn.Parameter] = {}
     for name, task in tasks.items():
-        model = training._load_model(task, tokenizer)
+        model = training.load_model(task.model, _head(task), tokenizer)
         first = first or dict(model.named_parameters())
         for key, parameter in model.base_model.named_parameters(prefix=model.base_model_prefix):
             if torch.equal(parameter, first[key]):
                 parameter.data = first[key].data
-        models.inject(arguments, model, modules_to_save=training._head(model), bank=bank)
+        models.inject(arguments, model, modules_to_save=training.head_modules(model), bank=bank)
         bank = model.vblora.default.bank
         by_name[name] = model
     return by_name
@@ -139,8 +145,6 @@ def _train(arguments: argparse.Namespace, trainer: SharedBankTrainer) -> None:
         interrupted = True
         # ends the progress bar's line
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-    finally:
-        fitting.remove_if_empty(arguments.output)
     fitting.check_finite(trainer)
     try:
         trainer.save_model(arguments.output)
@@ -159,7 +163,7 @@ def _report(arguments: argparse.Namespace, tasks: Mapping[str, Task], results: M
     report = {
         "model": next(iter(tasks.values())).model,
         "labels": {name: task.labels for name, task in tasks.items()},
-        "arguments": fitting.as_json(arguments),
+        "arguments": as_json(arguments),
         "bank_bytes": bank.stat().st_size,
         "results": {name: result._asdict() for name, result in results.items()},
     }

@@ -50,14 +50,8 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     head = find_head(task.labels, task.scale)
     model = load_model(task.model, head, tokenizer)
     max_length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, model)
-    models.inject(arguments, model, modules_to_save=_head(model))
-    train, held_out = (
-        [
-            row | {"labels": head.target(labelled)}
-            for row, labelled in zip(tokenize(rows, tokenizer, model, max_length), rows, strict=True)
-        ]
-        for rows in (task.train, task.held_out)
-    )
+    models.inject(arguments, model, modules_to_save=head_modules(model))
+    train, held_out = (examples(rows, head, tokenizer, model, max_length) for rows in (task.train, task.held_out))
     held_out.sort(key=lambda row: len(row["input_ids"]))  # less padding
     collate = DataCollatorWithPadding(tokenizer)
     rows_of_a_step = arguments.batch_size * arguments.accumulate * fitting.processes()
@@ -85,7 +79,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
             fresh.to(settings.device)
             frozen = frozen_score(
                 fresh,
-                _head(fresh),
+                head_modules(fresh),
                 train,
                 held_out,
                 collate,
@@ -185,7 +179,7 @@ def load_model(name: str, head: Head, tokenizer: PreTrainedTokenizerBase) -> Pre
     return model
 
 
-def _head(model: PreTrainedModel) -> list[str]:
+def head_modules(model: PreTrainedModel) -> list[str]:
     """The names of the modules that turn the encoder's output into classes: all but the encoder."""
     encoder = model.base_model
     head = [name for name, child in model.named_children() if child is not encoder and list(child.parameters())]
@@ -205,6 +199,14 @@ def tokenize(
     accepted = inspect.signature(model.forward).parameters  # some tokenizers return more than the model accepts
     names = [name for name in encoded if name in accepted]
     return [{name: encoded[name][i] for name in names} for i in range(len(rows))]
+
+
+def examples(
+    rows: list[Row], head: Head, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
+) -> list[Example]:
+    """The model's inputs and what its head is to learn, for each row."""
+    inputs = tokenize(rows, tokenizer, model, max_length)
+    return [of_row | {"labels": head.target(row)} for of_row, row in zip(inputs, rows, strict=True)]
 
 
 def _training_arguments(arguments: argparse.Namespace, head: Head, steps: int) -> TrainingArguments:
