@@ -104,7 +104,7 @@ def admixture(rows: int, columns: int = COLUMNS, k: int = K, hard: bool = False,
         candidates[3::4, 1::5] = VECTORS
         bank[:, ::7] = np.clip(bank[:, ::7], -3, 3) * np.float32(1e38)
         bank[:, 3::11] *= np.float32(1e-40)
-        bank[::2, 5] = np.nan
+        bank[::2, 5] = bank[1::2, 8] = np.nan  # the second and the first of two that are rounded together
     problem = Admixture(
         type=F32, candidate_type=I32 if wide else I16, out_type=BF16,
         logits=memory.put("logits", logits), bank=memory.put("bank", bank),
