@@ -321,7 +321,7 @@ def test_a_file_of_another_encoding_is_refused(finetune, tmp_path, capsys):
     ("arguments", "expected"),
     [
         (["--epochs", "0"], "argument --epochs: is '0', but must be a whole number, at least 1"),
-        (["--r", "four"], "argument --r: is 'four'"),
+        (["--r", "four"], "argument --r/--rank: is 'four'"),
         (["--lr-bank", "nan"], "argument --lr-bank: is 'nan', but must be above 0 and at most 100"),
         (["--eval-fraction", "1"], "argument --eval-fraction: is '1', but must be above 0 and below 1"),
         (["--seed", "-1"], "argument --seed"),
@@ -453,7 +453,7 @@ def test_an_interrupt_after_training_loses_nothing(finetune, tiny_model, table, 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "frozen_accuracy", interrupt)
+    monkeypatch.setattr(training, "frozen_score", interrupt)
     assert finetune("--data", table) == 130
     assert "interrupted; the trained adapter is in" in capsys.readouterr().err
     assert logits_of(tiny_model, tmp_path / "out", "a film").isfinite().all()
