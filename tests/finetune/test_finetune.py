@@ -227,7 +227,7 @@ def test_lengths_that_models_state_in_their_own_ways(tiny_model, tmp_path):
 @pytest.mark.parametrize("printing", [False, True], ids=["results", "table"])
 def test_a_console_that_cannot_print_the_path(printing, table, tiny_model, tmp_path):
     """The work is done, so the exit code is 0. The path is also no markup of rich's."""
-    out = tmp_path / os.fsdecode("caf\u00e9".encode() + b"\xff [/b]")  # nor is the path valid UTF-8
+    out = tmp_path / "caf\u00e9 [/b]"
     command = [sys.executable, "-m", "vblora.cli"]
     if printing:
         model = vblora.inject(
@@ -243,8 +243,15 @@ def test_a_console_that_cannot_print_the_path(printing, table, tiny_model, tmp_p
         command, env={**os.environ, "PYTHONIOENCODING": "ascii:strict", "OMP_NUM_THREADS": "1"}, capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    assert rb"caf\xe9\udcff[/b]" in b"".join(done.stdout.split())  # a title may be wrapped
+    assert rb"caf\xe9[/b]" in b"".join(done.stdout.split())  # a title may be wrapped
     assert (out / "adapter_model.safetensors").is_file()
+
+
+def test_an_output_that_is_not_utf8_is_refused(table, tmp_path, capsys):
+    out = tmp_path / os.fsdecode(b"caf\xff")
+    assert main(["finetune", "--data", str(table), "--output", str(out)]) == 2
+    assert "is not valid UTF-8" in one_line(capsys)
+    assert not out.exists()
 
 
 def test_writes_over_an_old_adapter_when_told_to(finetune, table, tmp_path, capsys):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from ..model.learning_rates import RECIPES
-from .folders import check_output, removed_if_empty, require
+from .folders import check_output, refuse_undecodable, removed_if_empty, require
 from .options import add_load_in, add_precision, at_least, names, number, seed
 
 if TYPE_CHECKING:
@@ -260,6 +260,7 @@ def _run(arguments: argparse.Namespace) -> int:
     require("transformers", "accelerate", "rich")
     if language:
         require("trl", "datasets", extra="llm")
+    refuse_undecodable("--output", arguments.output)
     check_output(
         "--output", arguments.output, overwrite=arguments.overwrite or arguments.resume, instead=", or --overwrite"
     )

@@ -99,6 +99,18 @@ def _read_config(path: Path) -> "JsonObject":
         return {}
 
 
+def refuse_undecodable(argument: str, folder: Path) -> None:
+    """Refuses a path that is not valid UTF-8, which transformers' checkpoints cannot be written to.
+
+    Raises:
+        CommandError: it is not.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise CommandError(f"{argument}: the path {str(folder)!r} is not valid UTF-8. Give another one.") from None
+
+
 @contextmanager
 def removed_if_empty(folder: Path) -> Iterator[None]:
     """Removes a new folder that is empty in the end: a Trainer makes its folder at once, and may fail before it writes."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from .finetune import add_adapter, add_recipe
-from .folders import check_output, removed_if_empty, require
+from .folders import check_output, refuse_undecodable, removed_if_empty, require
 from .options import at_least, number
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("transformers", "accelerate", "rich")
+    refuse_undecodable("--output", arguments.output)
     check_output("--output", arguments.output, overwrite=arguments.overwrite, instead=", or --overwrite")
     tasks = _read_tasks(arguments)
     for name, task in tasks.items():
