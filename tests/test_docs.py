@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import vblora
-from tests.small_models import llama
+from tests.small_models import bert, llama
 from vblora.finetune import demo
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -149,6 +149,16 @@ def diffusion() -> dict[str, Any]:
     return dict(zip(("pipeline", "other"), pipelines, strict=True))
 
 
+def shared_bank() -> dict[str, Any]:
+    from datasets import Dataset
+
+    sizes = {"num_labels": 2, "hidden_size": 64, "num_attention_heads": 4}
+    models = {name: bert(**sizes) for name in ("reviews", "topics")}
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": label} for label in (0, 1)])
+    given = {"models": models, "fresh": bert(**sizes), "collate": transformers.default_data_collator}
+    return given | {"reviews": rows, "topics": rows}
+
+
 def several() -> dict[str, Any]:
     vblora.save(vblora.inject(llama(), config()), "my-adapter")
     return {"model": llama(), "config": config(), "other_config": config(r=2)}
@@ -185,6 +195,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "methods.md": four_methods,
     "peft.md": peft_model,
     "serving.md": serving,
+    "sharing-a-bank.md": shared_bank,
 }
 
 
