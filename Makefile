@@ -2,7 +2,7 @@
 # make suite    run the tests and print their coverage; PYTEST="-k admixture -x" passes options to pytest
 # make lint     check style and types            make format   fix the style
 # make demo     fine-tune a real model           make clean    remove everything that these commands made
-# make demo-llm   fine-tune a language model, in under eight minutes on 2 idle cores
+# make demo-llm   fine-tune a language model, on the CPU
 # make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md" updates the README's table
 # make quality GLUE=DIR   compare how well the methods learn, shortened; QUALITY="--seeds 3" runs it in full
 # make gpu-check   measure and test on one GPU, offline, in ten minutes; GPU_CHECK="--phases facts times", see docs/gpu.md
