@@ -95,10 +95,10 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
         assert b"Root-Is-Purelib: false" in archive.read(f"{info}/WHEEL")
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     binary = "vblora/libvblora.so"
-    expected = files("vblora/**/*.py", "vblora/py.typed") | {binary}
+    expected = files("vblora/**/*.py", "vblora/py.typed", "vblora/finetune/e2e/*") | {binary}
     assert {name for name in names if not name.startswith(info)} == expected
     assert "vblora = vblora.cli:main" in entry_points
-    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.11", "Requires-Dist: torch>=2.11"):
+    for line in ("License-Expression: Apache-2.0 AND CC-BY-SA-4.0", "Requires-Python: >=3.11", "Requires-Dist: torch>=2.11"):
         assert line in metadata.splitlines()
 
 
