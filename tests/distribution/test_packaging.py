@@ -98,7 +98,11 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     expected = files("vblora/**/*.py", "vblora/py.typed", "vblora/finetune/e2e/*") | {binary}
     assert {name for name in names if not name.startswith(info)} == expected
     assert "vblora = vblora.cli:main" in entry_points
-    for line in ("License-Expression: Apache-2.0 AND CC-BY-SA-4.0", "Requires-Python: >=3.11", "Requires-Dist: torch>=2.11"):
+    for line in (
+        "License-Expression: Apache-2.0 AND CC-BY-SA-4.0",
+        "Requires-Python: >=3.11",
+        "Requires-Dist: torch>=2.11",
+    ):
         assert line in metadata.splitlines()
 
 
