@@ -122,6 +122,24 @@ def test_a_checkpoint_is_an_adapters_folder_without_base_weights(tmp_path):
     assert torch.equal(fresh(**inputs).logits, trainer.model.eval()(**inputs).logits)
 
 
+def test_a_trainer_that_casts_what_trains_does_not_round_the_adapter(tmp_path):
+    """SFTTrainer does that on a quantised base, before the Trainer's own initialization."""
+
+    class Casting(Trainer):
+        def __init__(self, model, *args, **given):
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+            super().__init__(model, *args, **given)
+
+    model = injected()
+    before = [parameter.detach().clone() for parameter in model.vblora.default.parameters()]
+    Casting(model, settings(tmp_path), train_dataset=rows(), **trainer_arguments(model))
+    for parameter, values in zip(model.vblora.default.parameters(), before, strict=True):
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, values)
+
+
 def test_the_model_saves_itself_again_once_it_is_ejected(tmp_path):
     trainer = trainer_of(injected(), tmp_path / "run", max_steps=1, save_steps=1)
     trainer.train()

@@ -319,16 +319,9 @@ def _trainer(
         prediction_loss_only=True,
     )
     how = trainer_arguments(model, recipe=arguments.recipe, lr_bank=arguments.lr_bank, lr_logits=arguments.lr_logits)
-    # SFTTrainer rounds what trains on a quantised base to bfloat16, which would choose other bank vectors.
-    exact = {parameter: parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        trainer = _Trainer(
-            model, settings, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, **how
-        )
-    for parameter, values in exact.items():
-        parameter.data = values.to(parameter.device)
-    return trainer
+        return _Trainer(model, settings, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, **how)
 
 
 def _steps(trainer: _Trainer) -> int:

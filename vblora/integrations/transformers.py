@@ -87,8 +87,10 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._warned = False
+        self._exact: dict[nn.Parameter, Tensor] = {}
         if model is not None:
             _attach(model)
+            self._exact = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
 
     def on_init_end(
         self,
@@ -99,6 +101,11 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         optimizer: Optimizer | None = None,
         **_: Any,
     ) -> None:
+        # SFTTrainer casts what trains on a quantised base to bfloat16. Rounded logits select other bank vectors.
+        for parameter, values in self._exact.items():
+            if parameter.dtype != values.dtype:
+                parameter.data = values.to(parameter.device)
+        self._exact = {}
         if model is None or not adapted_models(model):  # `model_init` makes it later
             return
         _attach(model)
