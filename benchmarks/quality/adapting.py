@@ -29,12 +29,6 @@ def exhausted(model: nn.Module) -> int:
     return sum(int(a.exhausted.sum()) for a in adapters if a.exhausted is not None)
 
 
-def bfloat16_is_fast() -> bool:
-    """Whether the processor multiplies in bfloat16; where it does not, autocast is many times slower than float32."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def mean_losses(losses: list[torch.Tensor]) -> list[float]:
     """The mean of each ``STEPS_A_LOSS`` steps."""
     return [round(float(part.mean()), 4) for part in torch.stack(losses).split(STEPS_A_LOSS)] if losses else []

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vblora.finetune.demo import find_model
+from vblora.finetune.models import computes_in_bfloat16
 
 from .. import models
 from . import language_models, training
-from .adapting import bfloat16_is_fast
 from .methods import LANGUAGE_RECIPES, LANGUAGE_SPACES, RECIPES, SPACES, Recipe, Space
 from .tasks import Task, read_tasks
 from .texts import TextTask, make_chats, read_e2e
@@ -31,10 +31,6 @@ class Suite(NamedTuple):
     steps_of: Callable[[Any, Any], int]
 
 
-def _precision(arguments: argparse.Namespace) -> bool:
-    return arguments.precision == "bfloat16" or (arguments.precision == "auto" and bfloat16_is_fast())
-
-
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The options that were given, by name: the others have the defaults of what they are passed to."""
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
@@ -46,7 +42,7 @@ def _read_glue(arguments: argparse.Namespace) -> list[AnyTask]:
 
 def _encoder_settings(arguments: argparse.Namespace) -> training.Settings:
     given = _given(arguments, "epochs", "batch_size")
-    return training.Settings(arguments.model or find_model(), _precision(arguments), **given)
+    return training.Settings(arguments.model or find_model(), computes_in_bfloat16(arguments.precision), **given)
 
 
 def _read_e2e(arguments: argparse.Namespace) -> list[AnyTask]:
@@ -62,7 +58,9 @@ def _language_settings(arguments: argparse.Namespace) -> language_models.Setting
     given = _given(arguments, "steps", "batch_size", "beams")
     if "beams" in given:
         given["beams"] = tuple(given["beams"])
-    return language_models.Settings(arguments.model or models.smollm2_file(), _precision(arguments), **given)
+    return language_models.Settings(
+        arguments.model or models.smollm2_file(), computes_in_bfloat16(arguments.precision), **given
+    )
 
 
 _ENCODERS = Suite(

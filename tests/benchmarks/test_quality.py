@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import suites
@@ -232,7 +233,7 @@ def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("suite", ["glue", "chat"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_processor_decides_the_precision(suite, fast, tiny_model, monkeypatch):
-    monkeypatch.setattr(suites, "bfloat16_is_fast", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
     for given, expected in (("auto", fast), ("bfloat16", True), ("float32", False)):
         options = [*(["--data", "x"] if suite == "glue" else []), "--model", str(tiny_model), "--precision", given]
         monkeypatch.setattr("sys.argv", ["quality", "--suite", suite, *options])
