@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from vblora.files import read_tensors, write_tensors
 from vblora.finetune.demo import find_model
+from vblora.finetune.models import computes_in_bfloat16
 
 from ..quality.training import Settings
 from . import tasks
@@ -31,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     changes = {name: ast.literal_eval(value) for name, _, value in (pair.partition("=") for pair in arguments.set)}
     variants = {_label(name, arguments.set): replace(VARIANTS[name], **changes) for name in arguments.variants}
-    settings = Settings(arguments.model or find_model(), arguments.epochs, bfloat16=not arguments.float32)
+    settings = Settings(
+        arguments.model or find_model(), computes_in_bfloat16(arguments.precision), epochs=arguments.epochs
+    )
     rows = tasks.Rows(arguments.max_train, arguments.max_eval, 2 * arguments.max_eval)
     done = _read(arguments.output)
     todo = [
@@ -145,7 +148,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--report", action="store_true", help="score on the development and test sets: once, at the end"
     )
-    parser.add_argument("--float32", action="store_true", help="instead of bfloat16 autocast")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="what layers compute in; auto: bfloat16 where the processor is fast at it",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("build/sharing/runs.jsonl"))
     return parser.parse_args(argv)

@@ -91,7 +91,19 @@ def test_runs_each_once_and_compares_with_the_first(tiny_model, tmp_path, monkey
     monkeypatch.setattr(tasks, "read", read_small)
     monkeypatch.setattr(sharing, "VARIANTS", small)
     out = tmp_path / "runs.jsonl"
-    command = ["--glue", "x", "--e2e", "x", "--model", tiny_model, "--tasks", "SST-2", "--float32", "--report"]
+    command = [
+        "--glue",
+        "x",
+        "--e2e",
+        "x",
+        "--model",
+        tiny_model,
+        "--tasks",
+        "SST-2",
+        "--precision",
+        "float32",
+        "--report",
+    ]
     command = [*map(str, command), "--output", str(out), "--epochs", "1", "--variants", "own", "shared"]
     assert sharing.main(command) == 0
     assert read == [("SST-2", True), ("SST-2", True), ("MRPC", False), ("STS-B", False), ("E2E", False)]
@@ -108,7 +120,7 @@ def test_runs_each_once_and_compares_with_the_first(tiny_model, tmp_path, monkey
 def test_a_shared_bank_is_trained_by_all_its_tasks_and_frozen_for_another(tiny_model):
     examples = [Example((row["text"],), int(row["label"] == "fresh")) for row in make_rows(40)]
     some = [Task(name, examples[:32], examples[32:], ["0", "1"]) for name in ("a", "b")]
-    settings = training.Settings(tiny_model, 1, bfloat16=False)
+    settings = training.Settings(tiny_model, bfloat16=False, epochs=1)
     state, about = training.train_bank(some, Variant(**SMALL), 0, settings)
     assert about["scores"].keys() == {"a", "b"} and len(about["losses"]) == 2
     by_one, _ = training.train_bank(some[:1], Variant(**SMALL), 0, settings)
