@@ -158,6 +158,18 @@ def test_a_resized_vocabulary_comes_along_in_any_model(make, name, tmp_path):
     assert not loaded.get_submodule(name).weight.requires_grad
 
 
+def test_a_folder_without_a_config_says_nothing_of_a_vocabulary(tmp_path):
+    """As that of a GGUF file: transformers reads the class's defaults from it."""
+    model = base_model()
+    model.config._name_or_path = str(tmp_path)
+    assert type(model.config).from_pretrained(tmp_path).vocab_size != model.config.vocab_size
+    vblora.inject(model, CONFIGS["vblora"](target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", vblora.VBLoRAWarning)
+        vblora.save(model, tmp_path / "adapter")
+    assert not [name for name in names_in(tmp_path / "adapter") if "embed_tokens" in name]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("form", ["resume", "lora"])
 def test_we_save_a_resized_vocabulary_too(form, tied, tmp_path):

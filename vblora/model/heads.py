@@ -84,7 +84,10 @@ def is_resized(model: nn.Module) -> bool:
     if not name or not hasattr(config, "get_text_config"):
         return False
     try:
-        saved = type(config).from_pretrained(name, local_files_only=True)
+        written, _ = type(config).get_config_dict(name, local_files_only=True)
+        if not written:  # no config.json, as in the folder of a GGUF file
+            return False
+        saved = type(config).from_dict(written)
         sizes = [own.get_text_config().vocab_size for own in (config, saved)]
     except (OSError, ValueError, AttributeError):
         return False
