@@ -62,8 +62,8 @@ class VBLoRACallback(Callback):  # type: ignore[misc]  # lightning may not be in
                 f"{type(pl_module).__name__} has no adapter: call vblora.inject(self.model, config) in its __init__."
             )
         for optimizer in trainer.optimizers:
-            optimizer.register_state_dict_post_hook(partial(_pack, pl_module))
-            optimizer.register_load_state_dict_pre_hook(partial(_unpack, pl_module))
+            optimizer.register_state_dict_post_hook(partial(pack_state, pl_module))
+            optimizer.register_load_state_dict_pre_hook(partial(unpack_state, pl_module))
 
 
 def _load(module: LightningModule, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -75,11 +75,3 @@ def _load(module: LightningModule, checkpoint: Mapping[str, Any], strict: bool =
             "Inject the model with the config that it was saved with."
         )
     module.load_state_dict(found, strict=False)
-
-
-def _pack(module: LightningModule, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return pack_state(module, optimizer, state_dict)
-
-
-def _unpack(module: LightningModule, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return unpack_state(module, optimizer, state_dict)

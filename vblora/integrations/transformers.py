@@ -110,8 +110,8 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             return
         _attach(model)
         if optimizer is not None:
-            optimizer.register_state_dict_post_hook(partial(_pack, model))
-            optimizer.register_load_state_dict_pre_hook(partial(_unpack, model))
+            optimizer.register_state_dict_post_hook(partial(pack_state, model))
+            optimizer.register_load_state_dict_pre_hook(partial(unpack_state, model))
 
     def on_train_begin(
         self,
@@ -234,11 +234,3 @@ def _load_state_dict(model: Any, state_dict: dict[str, Tensor], *args: Any, **kw
     contents.check()
     write_over(target, contents, None)
     return _IncompatibleKeys([], [])
-
-
-def _pack(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return pack_state(model, optimizer, state_dict)
-
-
-def _unpack(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return unpack_state(model, optimizer, state_dict)
