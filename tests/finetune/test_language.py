@@ -160,11 +160,18 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
 
     assert finetune(*options, "--resume", "--r", "3") == 2
     assert "--resume: the checkpoint was trained with --r 2, but it is 3 now" in capsys.readouterr().err
+    rows = Path(pairs).read_bytes()
+    Path(pairs).write_bytes(rows + rows.splitlines(keepends=True)[-1])
+    assert finetune(*options, "--resume") == 2
+    assert f"--resume: --data {pairs} has changed since the checkpoint." in capsys.readouterr().err
+    Path(pairs).write_bytes(rows)
     assert finetune(*options) == 2  # the folder is not empty
     assert finetune(*options, "--resume") == 0
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
     one, other = (results_of(tmp_path / name)["results"] for name in ("out", "whole"))
     assert one["loss_after"] == other["loss_after"] and one["steps"] == other["steps"] == 26
+
+    assert "library_name: vblora" in (tmp_path / "out" / "README.md").read_text()  # and not TRL's card
 
     assert finetune(*options, "--overwrite", "--epochs", "1") == 0
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-13"]

@@ -1,6 +1,7 @@
 """What all tasks do with a Trainer: its settings, checkpoints, Ctrl-C, resuming, and the warning of too few steps."""
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -45,6 +46,7 @@ ARGUMENTS_FILE = "finetune.json"  # in each checkpoint: what it was trained with
 _MAY_CHANGE = frozenset(
     {"epochs", "patience", "output", "overwrite", "resume", "baseline", "bleu", "run", "command", "max_new_tokens"}
 )
+_FILES = ("data", "eval_data", "bank")
 # On 300 rows the default recipe was 10 points below the frozen encoder after 10 steps, and 8 above it after 60.
 _FEW_STEPS = 60
 _FEW_EPOCHS = 20  # of the paper's rates
@@ -129,8 +131,13 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     """The checkpoint to resume from: the last one in the output folder; None without --resume.
 
     Raises:
-        CommandError: there is none, or it was trained with other arguments.
+        CommandError: there is none, or it was trained with other arguments or files.
     """
+    digests = arguments.sha256 = {
+        f"--{name.replace('_', '-')}": _sha256(path)
+        for name in _FILES
+        if (path := getattr(arguments, name, None)) is not None
+    }
     if not arguments.resume:
         for folder in arguments.output.glob("checkpoint-*"):
             if not (folder / ARGUMENTS_FILE).is_file():
@@ -144,7 +151,13 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     except (OSError, ValueError) as error:
         raise CommandError(f"--resume: {found} is not a checkpoint of vblora finetune: {error}.") from None
     now = as_json(arguments)
-    for name in now:
+    for option, digest in digests.items():
+        if before.get("sha256", {}).get(option) not in (None, digest):
+            raise CommandError(
+                f"--resume: {option} {getattr(arguments, option[2:].replace('-', '_'))} has changed since the checkpoint. "
+                "Give the file of the run that is to go on, or leave out --resume."
+            )
+    for name in now.keys() - {"sha256"}:
         if name not in _MAY_CHANGE and now[name] != before.get(name):
             option = f"--{name.replace('_', '-')}"
             raise CommandError(
@@ -152,6 +165,11 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
                 "Give the arguments of the run that is to go on, or leave out --resume."
             )
     return str(found)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Trainer, checkpoint: str | None) -> float:

@@ -124,6 +124,9 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
 
     _sums: Tensor | None = None  # of the negative log-likelihoods, and of the tokens
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: TRL's card knows neither the base model nor the adapter. ``vblora.save`` writes ours."""
+
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None, None]:
