@@ -8,7 +8,9 @@ import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -184,14 +186,13 @@ class Adapter(nn.Module, ABC):
       as ``model.bert``, which composes for its own layers only. A layer that runs outside an outermost forward, because
       activation checkpointing recomputes it or you call it directly, composes only its own rows, if the method does not have
       them yet.
-    * Without gradients, the factors are cached until a parameter changes: its version counter moves, an optimizer steps, the
-      module is cast, moved or switched between training and evaluation, or a state dict is loaded. If you write to a parameter
-      through ``.data``, call :meth:`invalidate`. Another stream waits for the one that composed the factors.
+    * Without gradients, the same, except within ``generate()`` (:func:`keeping_factors`): one call composes once for all its
+      tokens, and again if a parameter's version counter moves or an optimizer steps. Nothing is kept from one call to the next,
+      because some writes to a parameter show nowhere: those through ``.data``, and those of ``torch.distributed``. Another
+      stream waits for the one that composed the factors.
     * While compiling or exporting, always, so that composition is part of the graph.
     * While a CUDA graph is captured, always, so that each replay composes from the current parameters. A replay moves no version
-      counter. So an adapter that was captured never caches again; after any captured optimizer step, no adapter does. Then each
-      outermost forward composes, even each token of ``generate()``. If you capture other writes to the parameters, such as a
-      moving average, call :meth:`invalidate` after each replay.
+      counter. So after an adapter was captured, or any optimizer step was, each token of ``generate()`` composes.
     """
 
     def __new__(cls, *_args: object, **_kwargs: object) -> Self:
@@ -207,7 +208,6 @@ class Adapter(nn.Module, ABC):
         self.compute_dtype: torch.dtype | None = (
             None  # of the layers, cached by AttachedAdapter until something is cast
         )
-        self._cached: _CachedFactors | None = None
         self._captured = False
         self.traced = False  # whether some layer was compiled: its slot's `was_called` then says nothing
         # Slots of the layers whose weight this forward accessed without calling them, and whether it used the values.
@@ -269,8 +269,9 @@ class Adapter(nn.Module, ABC):
         return self.slots if span is None else self.slots[span.start : span.stop]
 
     def invalidate(self) -> None:
-        """Drops the cached factors. Call it after you write to a parameter through ``.data``."""
-        self._cached = None
+        """Drops all factors that are kept."""
+        if (kept := _kept.get()) is not None:
+            kept.pop(self, None)
         self.end_forward()
 
     def factors_of(self, index: int, dtype: torch.dtype) -> Factors:
@@ -284,24 +285,24 @@ class Adapter(nn.Module, ABC):
             return True
         if streams.capturing(next(self.parameters()).device):
             self._captured = True
-        if self._captured or _step_was_captured:
-            self._cached = None
+        if _kept.get() is None or self._captured or _step_was_captured:
             return True
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def all_factors(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
-        """The factors of all layers, or of those in ``span``. They come from the cache if no parameter needs a gradient."""
-        if self._needs_composition():
+        """The factors of all layers, or of those in ``span``."""
+        kept = None if self._needs_composition() else _kept.get()
+        if kept is None:
             return self._compose(dtype, span)
-        cached = self._cached  # read once: another thread may replace it
-        if cached is None or not cached.is_current(dtype, self._sources()):
+        found_in = kept.get(self)
+        if found_in is None or not found_in.is_current(dtype, self._sources()):
             sources = self._sources()
             if not all(is_plain(source) for source in sources):
                 return self._compose(dtype, span)
             # Not in inference mode, whose tensors cannot be used later where gradients are recorded.
             with torch.inference_mode(False), torch.no_grad():
-                cached = self._cached = _CachedFactors(dtype, sources, self.compose(dtype))
-        found = cached.factors()
+                found_in = kept[self] = _KeptFactors(dtype, sources, self.compose(dtype))
+        found = found_in.factors()
         return found if span is None else found[span.start : span.stop]
 
     def _sources(self) -> list[Tensor]:
@@ -319,10 +320,6 @@ class Adapter(nn.Module, ABC):
         name = type(self).__name__
         return name if self.active is None else f"{name}[{'active' if self.active else 'inactive'}]"
 
-    def train(self, mode: bool = True) -> Self:
-        self._cached = None  # code that averages or swaps weights through `.data` usually switches the mode, too
-        return super().train(mode)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.compute_dtype = None
         self.invalidate()
@@ -333,10 +330,24 @@ class Adapter(nn.Module, ABC):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cached": None, "_captured": False}  # no CUDA graph refers to the copy
+        return self.__dict__ | {"_captured": False}  # no CUDA graph refers to the copy
 
 
-class _CachedFactors:
+# What the call of `generate` that runs in this thread and asynchronous task keeps.
+_kept: "ContextVar[dict[Adapter, _KeptFactors] | None]" = ContextVar("vblora_kept_factors", default=None)
+
+
+@contextmanager
+def keeping_factors() -> Iterator[None]:
+    """A context whose forwards without gradients compose an adapter once and use its factors again, while it does not change."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+class _KeptFactors:
     """Factors, with the tensors that they were composed from and the versions of those tensors at the time."""
 
     def __init__(self, dtype: torch.dtype, sources: list[Tensor], factors: list[Factors]) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .. import streams
 from ..adapters import Factors
+from ..adapters.base import keeping_factors
 from ..layers import rows as layer_rows
 from ..layers.adapted import AdaptedLayer
 from ..layers.rows import RowAdapters, Stacked
@@ -137,7 +138,7 @@ def attached_rows(record: AdaptedModel, names: Sequence[str | None]) -> Attached
 
 
 def install_generate(record: AdaptedModel) -> None:
-    """Makes the model's ``generate``, if it has one, accept ``adapter_names``."""
+    """Makes the model's ``generate``, if it has one, accept ``adapter_names`` and compose once."""
     if callable(getattr(type(record.model), "generate", None)) and "generate" not in vars(record.model):
         # A partial, not a closure, so that copies and pickles of the model refer to their own record.
         vars(record.model)["generate"] = partial(_generate, record)
@@ -152,12 +153,13 @@ def remove_generate(model: nn.Module) -> None:
 def _generate(
     record: AdaptedModel, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
 ) -> Any:
-    """The model's own ``generate``, with an adapter for each row of its batch."""
+    """The model's own ``generate``. It composes the factors once, and takes an adapter for each row of its batch."""
     model = record.model
     own_generate = getattr(type(model), "generate", None)
     assert own_generate is not None  # install_generate checked
     if adapter_names is None:
-        return own_generate(model, *args, **kwargs)
+        with keeping_factors():
+            return own_generate(model, *args, **kwargs)
     configs = [
         kwargs,
         _values_of(kwargs.get("generation_config")),
