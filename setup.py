@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,6 +86,28 @@ def run(*command: str) -> None:
         raise ExecError(f"{Path(command[0]).name} failed (exit code {status}); see the output above")
 
 
+def index_readme(text: str, source: str | None, version: str) -> str:
+    """The README for a package index, on which relative links lead nowhere.
+
+    With an address of the sources (``Source`` in pyproject.toml's ``[project.urls]``), they become links to the files of this
+    version's tag. Without one, only their texts are left.
+    """
+
+    def absolute(link: re.Match[str]) -> str:
+        image, words, target = link.groups()
+        if source is None:
+            return words
+        return f"{image}[{words}]({source.rstrip('/')}/{'raw' if image else 'blob'}/v{version}/{target})"
+
+    return re.sub(r"(!?)\[([^]]+)\]\((?!https?://|#)([^)]+)\)", absolute, text)
+
+
+def long_description() -> str:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return index_readme(readme, project["urls"].get("Source"), project["version"])
+
+
 class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         """A library without Python's C API, which has no suffix for a version of Python."""
@@ -121,6 +144,8 @@ class AnyPython(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
+        long_description=long_description(),
+        long_description_content_type="text/markdown",
         ext_modules=[Extension("vblora.libvblora", sources=[])],
         cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPython},
     )

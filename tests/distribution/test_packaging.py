@@ -102,8 +102,10 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
         "License-Expression: Apache-2.0 AND CC-BY-SA-4.0",
         "Requires-Python: >=3.11",
         "Requires-Dist: torch>=2.11",
+        "Description-Content-Type: text/markdown",
     ):
         assert line in metadata.splitlines()
+    assert re.findall(r"\]\((?!https?://|#)", metadata) == []  # a link that leads nowhere on a package index
 
 
 def test_the_binary_needs_libtorch_cpu_and_the_system_alone(site):

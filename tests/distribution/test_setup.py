@@ -16,6 +16,21 @@ def script():
     return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py"), run_name="setup"))
 
 
+README = "![Score](docs/a.png) [guide](docs/a.md#x) · [paper](https://arxiv.org/abs/1) · [below](#limits)"
+
+
+def test_the_readme_of_a_package_index_links_to_the_tag(script):
+    tag = "https://forge.example/vblora/{}/v1.2.0/docs/a"
+    assert script.index_readme(README, "https://forge.example/vblora/", "1.2.0") == (
+        README.replace("docs/a.png", tag.format("raw") + ".png").replace("docs/a.md", tag.format("blob") + ".md")
+    )
+
+
+def test_the_readme_of_a_package_index_has_no_relative_link_without_an_address(script):
+    expected = "Score guide · [paper](https://arxiv.org/abs/1) · [below](#limits)"
+    assert script.index_readme(README, None, "1.2.0") == expected
+
+
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.1+cu130", "3.0.0a0+git1234"])
 def test_torch_is_accepted(script, monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
