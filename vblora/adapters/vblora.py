@@ -354,7 +354,11 @@ class VBLoRAAdapter(Adapter):
 
     def extra_repr(self) -> str:
         candidates = "" if self.candidates is None else f", num_candidates={self.candidates.shape[1]}"
-        return f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}, targets={len(self.targets)}"
+        scales = "" if self.scales is None else ", train_scales=True"
+        return (
+            f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}{scales}, "
+            f"targets={len(self.targets)}"
+        )
 
 
 def _bank_for(
