@@ -10,6 +10,8 @@ from torch import Tensor
 import vblora
 from tests.small_models import Net, bert, relative_error
 from vblora.adapters.vblora import VBLoRAAdapter
+from vblora.checkpoint import folder, native
+from vblora.files import read_tensors, write_tensors
 from vblora.serving import AdapterStore
 
 IDS = torch.arange(3, 17).view(2, 7)
@@ -114,9 +116,6 @@ def test_both_forms_bring_back_every_bit(form, choice, dtype, tmp_path):
 
 
 def test_a_file_without_scales_or_with_bad_ones_is_refused(tmp_path):
-    from vblora.checkpoint import folder, native
-    from vblora.files import read_tensors, write_tensors
-
     base, model = trained()
     vblora.save(model, tmp_path)
     path = tmp_path / folder.TENSORS_FILE
@@ -175,15 +174,35 @@ def test_switching_merging_and_rows_of_a_batch():
     torch.testing.assert_close(mixed, torch.stack([expected["default"][0], expected["second"][1]]))
 
 
-def test_a_store_serves_it(tmp_path):
-    base, model = trained(make=Net, target_modules=["up", "down"])
+@pytest.mark.parametrize("topk", [1, 2, 3])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_store_serves_it(exact, topk, tmp_path):
+    base, model = trained(make=Net, target_modules=["up", "down"], topk=topk)
+    with torch.no_grad():
+        model.vblora.default.scales[3:7] = 0  # whose weights are all 0
     vblora.save(model, tmp_path / "one", form="deploy")
     x = torch.randn(3, 16)
     expected = model(x)
-    store = AdapterStore(base, tmp_path, target_modules=["up", "down"], max_rank=2)
+    store = AdapterStore(base, tmp_path, target_modules=["up", "down"], max_rank=2, exact=exact)
+    with torch.no_grad():
+        torch.testing.assert_close(base(x, adapter_names=["one"] * 3), expected, rtol=1e-4, atol=1e-4)
+    rows = model.vblora.default.num_subvectors
+    indices = -(-rows * topk * 5 // 8)  # 24 vectors: 5 bits
+    assert store.stats()["bytes"]["cold"] == indices + rows * (4 * topk if exact else 4 + 2 * (topk - 1))
+
+
+def test_a_store_serves_weights_that_no_factor_of_a_softmax_gives(tmp_path):
+    base, model = trained(make=Net, target_modules=["up", "down"])
+    vblora.save(model, tmp_path / "one", form="deploy")
+    tensors, metadata = read_tensors(tmp_path / "one" / folder.TENSORS_FILE)
+    weights = tensors["weights"].clone()
+    weights[0], weights[1] = torch.tensor([0.5, -0.5]), torch.tensor([3.0, -1.0])
+    write_tensors(tmp_path / "one" / folder.TENSORS_FILE, tensors | {"weights": weights}, metadata)
+    x = torch.randn(3, 16)
+    expected = vblora.load(copy.deepcopy(base), tmp_path / "one")(x)
+    AdapterStore(base, tmp_path, target_modules=["up", "down"], max_rank=2)
     with torch.no_grad():
         torch.testing.assert_close(base(x, adapter_names=["one"] * 3), expected)
-    del store
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
