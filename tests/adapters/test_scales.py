@@ -191,12 +191,13 @@ def test_a_store_serves_it(exact, topk, tmp_path):
     assert store.stats()["bytes"]["cold"] == indices + rows * (4 * topk if exact else 4 + 2 * (topk - 1))
 
 
-def test_a_store_serves_weights_that_no_factor_of_a_softmax_gives(tmp_path):
+@pytest.mark.parametrize("row", [[0.5, -0.5], [3.0, -1.0]])
+def test_a_store_serves_weights_that_no_factor_of_a_softmax_gives(row, tmp_path):
     base, model = trained(make=Net, target_modules=["up", "down"])
     vblora.save(model, tmp_path / "one", form="deploy")
     tensors, metadata = read_tensors(tmp_path / "one" / folder.TENSORS_FILE)
     weights = tensors["weights"].clone()
-    weights[0], weights[1] = torch.tensor([0.5, -0.5]), torch.tensor([3.0, -1.0])
+    weights[0] = torch.tensor(row)
     write_tensors(tmp_path / "one" / folder.TENSORS_FILE, tensors | {"weights": weights}, metadata)
     x = torch.randn(3, 16)
     expected = vblora.load(copy.deepcopy(base), tmp_path / "one")(x)
