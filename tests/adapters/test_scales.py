@@ -11,7 +11,10 @@ import vblora
 from tests.small_models import Net, bert, relative_error
 from vblora.adapters.vblora import VBLoRAAdapter
 from vblora.checkpoint import folder, native
+from vblora.checkpoint.save_load import contents_of
 from vblora.files import read_tensors, write_tensors
+from vblora.finetune.bank_use import bank_use
+from vblora.model.record import attached_adapter
 from vblora.serving import AdapterStore
 
 IDS = torch.arange(3, 17).view(2, 7)
@@ -155,6 +158,16 @@ def test_a_deploy_form_trains_again_with_its_k_vectors(tmp_path):
     torch.testing.assert_close(loaded.vblora.default.scales, model.vblora.default.scales)
     loaded(IDS).logits.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in loaded.vblora.default.parameters())
+
+
+def test_pictures_show_the_mixtures_without_their_factors():
+    _, model = trained()
+    with_scales = bank_use(contents_of(attached_adapter(model)))
+    with torch.no_grad():
+        model.vblora.default.scales.fill_(1.0)
+    without = bank_use(contents_of(attached_adapter(model)))
+    assert with_scales.counts == without.counts and with_scales.depths == without.depths
+    assert with_scales.entropies == pytest.approx(without.entropies, abs=1e-5)
 
 
 def test_switching_merging_and_rows_of_a_batch():
