@@ -13,7 +13,9 @@ def test_names_and_defaults_are_pefts():
     ours = {field.name: field.default for field in dataclasses.fields(vblora.VBLoRAConfig)}
     theirs = peft.VBLoRAConfig()
     beyond = {name: ours.pop(name) for name in BEYOND_PEFT}
-    assert beyond == {"num_candidates": 128, "seed": None, "init": "paper", "pad": False, "scaling": 1.0}
+    assert beyond == {
+        "num_candidates": 128, "seed": None, "init": "paper", "pad": False, "scaling": 1.0, "train_scales": False,
+    }  # fmt: skip
     for name, default in ours.items():
         assert getattr(theirs, name) == default, name
     left_out = set(vars(theirs)) - set(ours) - PEFT_METADATA
@@ -28,6 +30,7 @@ def test_names_and_defaults_are_pefts():
         ({"topk": True}, TypeError, "`topk` is True"),
         ({"topk": 9, "num_vectors": 8}, ValueError, "`topk` is 9.*8"),
         ({"init": "zero"}, ValueError, "`init` is 'zero'"),
+        ({"train_scales": 1}, TypeError, "`train_scales` is 1"),
         ({"pad": "no"}, TypeError, "`pad` is 'no'"),
         ({"scaling": 0}, ValueError, "`scaling` is 0.0"),
         ({"scaling": float("inf")}, ValueError, "`scaling` is inf"),

@@ -25,6 +25,7 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
 CONTAINER = "a container"  # in place of `reentrant`: the model is an nn.Sequential
+SCALES = "scales"  # in place of `num_candidates`: there are 4, and sub-vectors have factors
 
 
 def base(reentrant=None):
@@ -39,6 +40,8 @@ def base(reentrant=None):
 
 
 def injected(reentrant=None, **choice):
+    if choice.get("num_candidates") == SCALES:
+        choice |= {"num_candidates": 4, "train_scales": True}
     return vblora.inject(base(reentrant), vblora.VBLoRAConfig(**CONFIG | choice))
 
 
@@ -162,7 +165,7 @@ def check(folder, returned, reentrant, num_candidates):
     torch.testing.assert_close(train(fresh, theirs, more), train(model, optimizer, more), **ROUNDING)
 
 
-DDP = [(None, 4), (None, None), (False, 4), (True, 4)]
+DDP = [(None, 4), (None, None), (False, 4), (True, 4), (True, SCALES)]
 FSDP = [
     ("layers", None, 4),
     ("root", None, 4),
@@ -171,6 +174,7 @@ FSDP = [
     ("layers", False, 4),
     ("adapter", False, 4),
     ("layers", None, None),
+    ("adapter", None, SCALES),
     ("replicated", None, 4),
     ("root", CONTAINER, 4),
     ("layers", CONTAINER, 4),
@@ -202,7 +206,7 @@ def test_ddp(case, together):
     returned = [ours[number] for ours in returned]
     check(folder / str(number), returned, *case)
     assert [buffers for *_, buffers in returned] == [[], []]
-    assert returned[0][2] > 0 or case[-1] is None
+    assert returned[0][2] > 0 or case[-1] != 4
 
 
 @pytest.mark.slow

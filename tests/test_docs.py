@@ -155,7 +155,8 @@ def shared_bank() -> dict[str, Any]:
     sizes = {"num_labels": 2, "hidden_size": 64, "num_attention_heads": 4}
     models = {name: bert(**sizes) for name in ("reviews", "topics")}
     rows = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": label} for label in (0, 1)])
-    given = {"models": models, "fresh": bert(**sizes), "collate": transformers.default_data_collator}
+    given = {"models": models, "fresh": bert(**sizes), "model": bert(**sizes)}
+    given |= {"collate": transformers.default_data_collator}
     return given | {"reviews": rows, "topics": rows}
 
 

@@ -137,8 +137,27 @@ def _no_second_backward(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError("vblora::admixture cannot be differentiated twice; call backward without create_graph.")
 
 
-def _no_compose_backward(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise RuntimeError("vblora::compose is for inference and has no gradient; train with vblora::admixture.")
+def _save_for_compose_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    bank, indices, weights, _ = inputs
+    ctx.save_for_backward(bank, indices, weights)
+
+
+def _compose_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    bank, indices, weights = ctx.saved_tensors
+    need_bank, _, need_weights = ctx.needs_input_grad[:3]
+    grad_bank = grad_weights = None
+    indices = indices.long()
+    inside = (indices >= 0) & (indices < len(bank))  # others contribute nothing
+    if need_bank:  # as if the k vectors of a row were its only candidates
+        columns = torch.arange(indices.shape[1], dtype=torch.int32, device=indices.device).expand_as(indices)
+        candidates = torch.where(inside, indices, -1).int()
+        _, grad_bank = torch.ops.vblora.admixture_backward(
+            grad, None, columns, weights, bank, candidates, indices.shape[1], False, True
+        )
+    if need_weights:
+        vectors = bank[torch.where(inside, indices, 0)].to(weights.dtype)
+        grad_weights = torch.bmm(vectors, grad.to(weights.dtype)[:, :, None]).squeeze(2) * inside
+    return grad_bank, None, grad_weights, None
 
 
 class _InParts(torch.autograd.Function):
@@ -207,11 +226,35 @@ def admixture_in_parts(
             exhausted.logical_or_(newly_exhausted)
         return tuple(parts), indices, weights
     subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
+    _note_exhausted(exhausted, logits, indices)
+    return in_parts(subvectors, sizes, ranks), indices, weights
+
+
+def scaled_admixture(
+    logits: Tensor,
+    bank: Tensor,
+    candidates: Tensor | None,
+    exhausted: Tensor | None,
+    scales: Tensor,
+    k: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The sub-vectors ``(S, b)``, each times its element of ``scales`` ``(S,)``. Sets ``exhausted`` as above.
+
+    The factor goes into the weights, as a deploy form stores them, so both give the same bits.
+    """
+    # This call is for the weights. One column of the bank makes it cheap.
+    _, columns, weights = torch.ops.vblora.admixture(logits, bank.detach()[:, :1], candidates, k)
+    _note_exhausted(exhausted, logits, columns)
+    indices = columns if candidates is None else candidates.gather(1, columns.long())
+    return torch.ops.vblora.compose(bank, indices, weights * scales[:, None], out_dtype)
+
+
+def _note_exhausted(exhausted: Tensor | None, logits: Tensor, columns: Tensor) -> None:
     if exhausted is not None:
         logits = logits.detach()
-        selected = logits.gather(1, indices[:, -1:].long())
+        selected = logits.gather(1, columns[:, -1:].long())
         exhausted.logical_or_((selected <= logits[:, -1:]).squeeze(1))
-    return in_parts(subvectors, sizes, ranks), indices, weights
 
 
 def in_parts(subvectors: Tensor, sizes: list[int], ranks: int) -> tuple[Tensor, ...]:
@@ -224,4 +267,4 @@ def in_parts(subvectors: Tensor, sizes: list[int], ranks: int) -> tuple[Tensor, 
 torch.library.register_autograd("vblora::admixture", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd("vblora::admixture_backward", _no_second_backward)
 torch.library.register_autograd("vblora::admixture_backward_parts", _no_second_backward)
-torch.library.register_autograd("vblora::compose", _no_compose_backward)
+torch.library.register_autograd("vblora::compose", _compose_backward, setup_context=_save_for_compose_backward)

@@ -133,7 +133,7 @@ def compose(bank: Tensor, indices: Tensor, weights: Tensor, out_dtype: torch.dty
         out_dtype: float32, float64, bfloat16 or float16; None for the bank's dtype.
 
     Returns:
-        subvectors: (S, b), summed like those of `admixture`. The operator is for inference and has no gradient.
+        subvectors: (S, b), summed like those of `admixture`.
 
     Raises:
         ValueError: a shape, a dtype or a device is invalid.

@@ -137,7 +137,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="changes fields of the variants, such as lr_scale=0.1",
+        help="changes fields of the variants, such as lr_scales=0.1",
     )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)

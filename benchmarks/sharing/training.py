@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 from vblora.bank import VectorBank, decode_vectors, encode_vectors
+from vblora.checkpoint.save_load import contents_of
 from vblora.model.learning_rates import WARM_UP
+from vblora.model.record import attached_adapter
 
 from ..quality.tasks import Task
 from ..quality.training import Settings, _Batches, _loss, _predict
-from .adapter import TriedAdapter, adapt
+from .adapter import adapt
 from .variants import Variant
 
 State = dict[
@@ -30,8 +32,7 @@ def run(task: Task, variant: Variant, seed: int, settings: Settings, shared: Sta
     bank = _bank(variant, seed, shared)
     model = _model(task, settings)
     start = shared if variant.start else None
-    groups = adapt(model, variant, seed, bank, train_bank=own, start=start)
-    groups += [{"params": [bank.vectors], "lr": variant.lr_bank}] if own else []
+    groups = [*adapt(model, variant, seed, bank, train_bank=own, start=start).values()]
     begin = time.perf_counter()
     losses = _train([(task, model)], groups, seed, settings, tokenizer)
     seconds = time.perf_counter() - begin
@@ -42,7 +43,7 @@ def run(task: Task, variant: Variant, seed: int, settings: Settings, shared: Sta
     return {
         "score": score,
         "metric": task.metric,
-        "bytes": user_bytes(adapter, variant),
+        "bytes": user_bytes(model, variant),
         "seconds": seconds,
         "losses": losses,
     }
@@ -53,14 +54,14 @@ def train_bank(tasks: list[Task], variant: Variant, seed: int, settings: Setting
     tokenizer = _begin(seed, settings)
     bank = _bank(variant, seed, None)
     pairs: list[tuple[Task, nn.Module]] = []
-    groups = [{"params": [bank.vectors], "lr": variant.lr_bank}]
+    groups: list[dict] = []
     for task in tasks:
         model = _model(task, settings)
         own = adapt(model, variant, seed, bank, train_bank=True, start=None)
         if pairs:
             model.vblora["default"].logits = pairs[0][1].vblora["default"].logits
-            own = own[-1:]  # the head
-        groups += own
+            own = {"other": own["other"]}  # the head
+        groups += own.values()
         pairs.append((task, model))
     losses = _train(pairs, groups, seed, settings, tokenizer)
     adapter = pairs[0][1].vblora["default"]
@@ -71,15 +72,12 @@ def train_bank(tasks: list[Task], variant: Variant, seed: int, settings: Setting
     return state, {"scores": scores, "losses": losses}
 
 
-def user_bytes(adapter: TriedAdapter, variant: Variant) -> int:
+def user_bytes(model: nn.Module, variant: Variant) -> int:
     """What a user stores besides the head and, unless it is their own, the bank: the tensors of a deploy form."""
-    deployed = adapter.deployed()
-    bits = max(1, (adapter.bank.num_vectors - 1).bit_length())
-    size = math.ceil(deployed.indices.numel() * bits / 8) + deployed.weights.numel() * 4
-    if variant.bank == "own":
-        h, b = adapter.bank.vectors.shape
-        size += h * (b + 4) if variant.int8 else h * b * 4
-    return size + sum(part.numel() * 4 for part in adapter.delta or ())
+    contents = contents_of(attached_adapter(model))
+    tensors = contents.encode("deploy", torch.int8 if variant.int8 else None, None)
+    own = [t for name, t in tensors.items() if variant.bank == "own" or not name.startswith("bank.")]
+    return sum(tensor.nbytes for tensor in own)
 
 
 def _begin(seed: int, settings: Settings) -> Any:

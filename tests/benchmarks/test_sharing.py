@@ -1,7 +1,6 @@
-"""`python -m benchmarks.sharing`: what it trains, what it leaves out, and that factors of sub-vectors need no new file format."""
+"""`python -m benchmarks.sharing`: what it trains and what it leaves out."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +13,9 @@ from benchmarks.sharing.adapter import adapt
 from benchmarks.sharing.variants import Variant
 from tests.small_models import bert
 from tests.tables import make_rows
-from vblora.checkpoint import folder
-from vblora.checkpoint.save_load import contents_of
-from vblora.model.record import attached_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"r": 2, "num_vectors": 16, "vector_length": 16}
-IDS = torch.arange(3, 17).view(2, 7)
 
 
 def test_e2e_pairs_differ_in_one_value_where_the_label_says_so(tmp_path):
@@ -46,36 +41,16 @@ def test_a_bank_is_not_trained_on_the_task_or_its_relatives():
     assert set(tasks.others("MRPC")) == {"SST-2", "STS-B", "E2E", "Rotten Tomatoes"}
 
 
-def test_a_factor_starts_without_an_update_and_goes_into_the_deploy_form(tmp_path):
-    torch.manual_seed(0)
-    model, base = bert().eval(), bert().eval()
-    base.load_state_dict(model.state_dict())
-    groups = adapt(
-        model, Variant("random", scale=True, **SMALL), 0, vblora.VectorBank(16, 16, 1.0), train_bank=False, start=None
-    )
-    assert torch.equal(model(IDS).logits, base(IDS).logits)  # every B is 0
-    with torch.no_grad():
-        for group in groups[:2]:
-            group["params"][0].add_(torch.randn_like(group["params"][0]))
-    adapter = model.vblora["default"]
-    contents = replace(contents_of(attached_adapter(model)), rows=adapter.deployed())
-    folder.write(contents, tmp_path / "a", form="deploy")
-    loaded = vblora.load(base, tmp_path / "a")
-    assert (loaded.vblora.default.weights < 0).any()
-    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
-
-
 def test_what_a_user_stores():
     sizes = {}
     for name, variant in {
-        "own": Variant(**SMALL), "int8": Variant(int8=True, **SMALL), "shared": Variant("random", scale=True, **SMALL),
-        "delta": Variant("random", delta=2, **SMALL),
+        "own": Variant(**SMALL), "int8": Variant(int8=True, **SMALL), "shared": Variant("random", train_scales=True, **SMALL),
     }.items():  # fmt: skip
         model = bert()
         adapt(model, variant, 0, vblora.VectorBank(16, 16), train_bank=variant.bank == "own", start=None)
-        sizes[name] = training.user_bytes(model.vblora["default"], variant)
+        sizes[name] = training.user_bytes(model, variant)
     mixtures = model.vblora["default"].num_subvectors * 2 * (4 + 0.5)  # k weights, k indices of 4 bits
-    assert sizes == {"own": mixtures + 1024, "int8": mixtures + 256 + 64, "shared": mixtures, "delta": mixtures + 256}
+    assert sizes == {"own": mixtures + 1024, "int8": mixtures + 256 + 64, "shared": mixtures}
 
 
 def test_runs_each_once_and_compares_with_the_first(tiny_model, tmp_path, monkeypatch, capsys):
@@ -86,7 +61,7 @@ def test_runs_each_once_and_compares_with_the_first(tiny_model, tmp_path, monkey
         read.append((name, report))
         return Task(name, examples[:32], examples[32:], ["0", "1"])
 
-    small = {"own": Variant(**SMALL), "shared": Variant("shared", scale=True, start=True, **SMALL)}
+    small = {"own": Variant(**SMALL), "shared": Variant("shared", train_scales=True, start=True, **SMALL)}
     monkeypatch.setattr(tasks, "read", read_small)
     monkeypatch.setattr(sharing, "VARIANTS", small)
     out = tmp_path / "runs.jsonl"
@@ -126,5 +101,5 @@ def test_a_shared_bank_is_trained_by_all_its_tasks_and_frozen_for_another(tiny_m
     for name in ("bank", "logits"):
         assert not torch.equal(state[name], by_one[name])
     before = state["bank"].clone()
-    training.run(some[0], Variant("shared", scale=True, **SMALL), 0, settings, state)
+    training.run(some[0], Variant("shared", train_scales=True, **SMALL), 0, settings, state)
     assert torch.equal(state["bank"], before)

@@ -141,6 +141,9 @@ def test_a_bank_of_another_task_is_used_as_it_is(finetune, tiny_model, table, tm
     assert bank.read_bytes() == before
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert not [name for name in stored if name.startswith("bank")]
+    assert stored["scales"].lt(0).any()  # which train with a frozen bank
+    assert finetune("--data", table, "--bank", bank, "--no-baseline", "--no-train-scales", output=tmp_path / "n") == 0
+    assert "scales" not in load_file(tmp_path / "n" / "adapter_model.safetensors")
     capsys.readouterr()
     assert finetune("--data", table, "--bank", tmp_path / "nowhere", output=tmp_path / "b") != 0
     assert "--bank: " in capsys.readouterr().err

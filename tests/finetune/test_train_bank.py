@@ -59,7 +59,7 @@ def tables(tmp_path: Path) -> list[str]:
 
 
 def test_trains_one_bank_and_an_adapter_for_each_table(train_bank, tables, tiny_model, tmp_path, capsys):
-    assert train_bank(*tables, "--epochs", "4", "--batch-size", "8") == 0
+    assert train_bank(*tables, "--epochs", "4", "--batch-size", "8", "--train-scales") == 0
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["ages", "bank.safetensors", "films", "train-bank.json"]
     report = json.loads((out / "train-bank.json").read_text())
@@ -75,6 +75,7 @@ def test_trains_one_bank_and_an_adapter_for_each_table(train_bank, tables, tiny_
         assert name in printed
         stored = load_file(out / name / "adapter_model.safetensors")
         assert not [tensor for tensor in stored if tensor.startswith("bank")]
+        assert stored["scales"].lt(0).any()
         sizes = [(out / name / file).stat().st_size for file in ("adapter_model.safetensors", "adapter_config.json")]
         assert sum(sizes) == result["adapter_bytes"]
 

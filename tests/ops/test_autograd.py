@@ -195,15 +195,49 @@ def test_differentiating_twice_is_refused(backend, wanted, generator):
         grad.square().sum().backward()
 
 
-def test_compose_has_no_gradient(backend, generator):
-    bank = torch.randn(5, 3, generator=generator).to(backend.device).requires_grad_()
-    weights = torch.rand(4, 2, generator=generator).to(backend.device).requires_grad_()
-    indices = torch.randint(5, (4, 2), generator=generator).to(backend.device)
+@pytest.mark.parametrize("index_dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_gradcheck_of_compose(backend, index_dtype, generator):
+    bank = torch.randn(5, 3, generator=generator, dtype=torch.float64).to(backend.device).requires_grad_()
+    weights = torch.randn(4, 2, generator=generator, dtype=torch.float64).to(backend.device).requires_grad_()
+    indices = torch.randint(5, (4, 2), generator=generator).to(backend.device, index_dtype)
+    indices[0], indices[1, 0] = 3, 200  # one vector twice, and none
     for left, right in ((bank, weights), (bank, weights.detach()), (bank.detach(), weights)):
-        subvectors = backend.ops.compose(left, indices, right)
-        with pytest.raises(RuntimeError, match=r"(?s)compose.*inference.*admixture"):
-            subvectors.sum().backward()
+        assert torch.autograd.gradcheck(
+            lambda *tensors: backend.ops.compose(tensors[0], indices, tensors[1]), (left, right)
+        )
     assert not backend.ops.compose(bank.detach(), indices, weights.detach()).requires_grad
+
+
+def test_an_index_beyond_32_bits_gets_no_gradient(backend):
+    bank = torch.ones(3, 2, device=backend.device, requires_grad=True)
+    weights = torch.ones(1, 2, device=backend.device, requires_grad=True)
+    backend.ops.compose(bank, torch.tensor([[2**32 + 1, 2]], device=backend.device), weights).sum().backward()
+    assert bank.grad.tolist() == [[0, 0], [0, 0], [1, 1]] and weights.grad.tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("candidates", [None, torch.int16])
+def test_gradcheck_of_scaled_sub_vectors(backend, candidates, generator):
+    vectors = candidates and 9
+    case = Case(torch.float64, rows=5, columns=7, length=3, k=2, candidates=candidates, vectors=vectors)
+    inputs = make_inputs(case, generator, backend.device)
+    steps = torch.rand(case.rows, case.columns, generator=generator).argsort(1).to(inputs.logits)
+    scales = torch.tensor([1.0, 0.0, -2.0, 0.5, 3.0], dtype=torch.float64, device=backend.device).requires_grad_()
+
+    def mix(logits, bank, scales):
+        return ops.scaled_admixture(logits, bank, inputs.candidates, None, scales, case.k, torch.float64)
+
+    leaves = (0.3 * steps).requires_grad_(), inputs.bank.requires_grad_(), scales
+    assert torch.autograd.gradcheck(mix, leaves)
+    unscaled = backend.ops.admixture(inputs.logits, inputs.bank, inputs.candidates, case.k)[0]
+    torch.testing.assert_close(mix(inputs.logits, inputs.bank, scales), scales[:, None] * unscaled)
+
+
+def test_scaled_sub_vectors_exhaust_like_others(backend):
+    logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 1.0]], device=backend.device)
+    bank = torch.ones(3, 2, device=backend.device)
+    exhausted = torch.tensor([False, False], device=backend.device)
+    ops.scaled_admixture(logits, bank, None, exhausted, torch.ones(2, device=backend.device), 2, torch.float32)
+    assert exhausted.tolist() == [False, True]
 
 
 @pytest.mark.backends("cpu")

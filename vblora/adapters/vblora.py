@@ -14,6 +14,7 @@ from .. import ops
 from ..bank import VectorBank
 from ..checks import check_count, check_positive
 from ..config import VBLoRAConfig
+from ..config.vblora import check_start
 from ..distributed import gather, processes
 from ..errors import VBLoRAWarning
 from .base import Adapter, Factors, Target, is_plain
@@ -31,18 +32,18 @@ class Trained(NamedTuple):
         candidates: ``(S, M)``, the bank vector of each logit; None if M is h and the columns are all bank vectors in order.
         exhausted: ``(S,)``, the rows that have used up their candidates; None without candidates or without a seed.
         seed: the seed that drew the initial logits, or None if it is unknown.
+        scales: ``(S,)``, the factor of each sub-vector; None for ones.
     """
 
     logits: Tensor
     candidates: Tensor | None = None
     exhausted: Tensor | None = None
     seed: int | None = None
+    scales: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Trained":
         """The same rows with ``function`` applied to each tensor."""
-        candidates = None if self.candidates is None else function(self.candidates)
-        exhausted = None if self.exhausted is None else function(self.exhausted)
-        return Trained(function(self.logits), candidates, exhausted, self.seed)
+        return Trained._make(function(part) if isinstance(part, Tensor) else part for part in self)
 
 
 class Deployed(NamedTuple):
@@ -50,7 +51,7 @@ class Deployed(NamedTuple):
 
     Attributes:
         indices: ``(S, k)``, the bank vectors.
-        weights: ``(S, k)``.
+        weights: ``(S, k)``. With factors of the sub-vectors, their products, which may be negative and need not sum to 1.
     """
 
     indices: Tensor
@@ -82,6 +83,7 @@ class VBLoRAAdapter(Adapter):
         init: ``"paper"``, or ``"noop"``, whose first update is exactly 0 while bank and logits still get gradients. ``"noop"``
             needs a bank of pairs (``VectorBank(..., pairs=True)``); each row of B starts with one pair at equal weights.
         scaling: factor of the update, 1 in the paper. Its square root multiplies the bank.
+        train_scales: also train a factor of each sub-vector, which starts at 1 for A and 0 for B.
         pad: allow targets whose widths ``b`` does not divide.
         seed: of the initial logits, which are the same on every device. None draws one from torch's generator.
         rows: rows from a file, instead of a draw.
@@ -89,6 +91,7 @@ class VBLoRAAdapter(Adapter):
 
     Attributes:
         logits: parameter ``(S, M)``; None in a deployed adapter.
+        scales: parameter ``(S,)``, the factor of each sub-vector; None without ``train_scales`` and in a deployed adapter.
         indices, weights: buffers ``(S, k)`` of a deployed adapter, otherwise None.
         candidates: buffer ``(S, M)``, the bank vector of each logit; None if M = h and the columns are the bank in order.
         exhausted: buffer ``(S,)``, the rows that may differ from dense training; None if M = h.
@@ -100,6 +103,7 @@ class VBLoRAAdapter(Adapter):
     """
 
     logits: nn.Parameter | None
+    scales: nn.Parameter | None
     candidates: Tensor | None
     exhausted: Tensor | None
     indices: Tensor | None
@@ -116,6 +120,7 @@ class VBLoRAAdapter(Adapter):
         init_logits_std: float = 0.1,
         init: str = "paper",
         scaling: float = 1.0,
+        train_scales: bool = False,
         pad: bool = False,
         seed: int | None = None,
         rows: Trained | Deployed | None = None,
@@ -132,6 +137,7 @@ class VBLoRAAdapter(Adapter):
         if num_candidates is not None and num_candidates < topk:
             raise ValueError(f"`num_candidates` is {num_candidates}, but must be at least `topk`, {topk}.")
         check_widths(self.targets, bank.vector_length, pad)
+        check_start(init, train_scales)
         self.r = r
         self.topk = topk
         self.init_logits_std = init_logits_std
@@ -156,10 +162,14 @@ class VBLoRAAdapter(Adapter):
                 device=bank.vectors.device if device is None else device,
                 dtype=bank.vectors.dtype if dtype is None else dtype,
             )
+            if train_scales:
+                rows = rows._replace(scales=initial_scales(self._rows, rows.logits))
         trained = rows if isinstance(rows, Trained) else None
         deployed = rows if isinstance(rows, Deployed) else None
         self.seed = trained and trained.seed
         self.register_parameter("logits", trained and nn.Parameter(trained.logits))
+        scales = trained and trained.scales
+        self.register_parameter("scales", None if scales is None else nn.Parameter(scales))
         self.register_buffer("candidates", trained and trained.candidates)
         self.register_buffer("exhausted", trained and trained.exhausted)
         self.register_buffer("indices", deployed and deployed.indices)
@@ -196,6 +206,7 @@ class VBLoRAAdapter(Adapter):
             init_logits_std=config.init_logits_std,
             init=config.init,
             scaling=config.scaling,
+            train_scales=config.train_scales,
             pad=config.pad,
             seed=config.seed,
             rows=rows,
@@ -207,7 +218,7 @@ class VBLoRAAdapter(Adapter):
 
     @classmethod
     def warn_if_untrainable(cls, config: VBLoRAConfig) -> None:
-        if config.topk == 1:
+        if config.topk == 1 and not config.train_scales:
             warnings.warn(
                 "`topk` is 1: the weight of a single bank vector is always 1, so the logits get no gradient and never train. "
                 "Each sub-vector keeps its initial bank vector. Set `topk` to 2 so that training can choose.",
@@ -226,7 +237,7 @@ class VBLoRAAdapter(Adapter):
         if self.logits is None:
             assert self.indices is not None and self.weights is not None  # one of the two forms
             return Deployed(self.indices, self.weights)
-        return Trained(self.logits, self.candidates, self.exhausted, self.seed)
+        return Trained(self.logits, self.candidates, self.exhausted, self.seed, self.scales)
 
     @torch.no_grad()
     def initial(self, num_candidates: int | None = None) -> Trained:
@@ -254,13 +265,15 @@ class VBLoRAAdapter(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the logits again from their seed. The bank stays as it is, since other adapters may share it."""
+        """Draws the logits again from their seed, and resets the scales. The bank stays as it is: other adapters may share it."""
         initial = self.initial()
         for current, value in ((self.logits, initial.logits), (self.candidates, initial.candidates)):
             if current is not None and value is not None:
                 current.copy_(value)
         if self.exhausted is not None:
             self.exhausted.zero_()
+        if self.scales is not None:
+            self.scales.copy_(initial_scales(self._rows, self.scales))
 
     def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
         rows, targets = self._rows, self.targets
@@ -285,6 +298,10 @@ class VBLoRAAdapter(Adapter):
             training = logits.requires_grad and torch.is_grad_enabled()
             exhausted = part(self.exhausted) if training and self.exhausted is not None else None
             candidates = None if self.candidates is None else part(self.candidates)
+            if self.scales is not None:
+                scales = part(gather(self.scales))
+                subvectors = ops.scaled_admixture(logits, bank, candidates, exhausted, scales, self.topk, dtype)
+                return as_factors(ops.in_parts(subvectors, rows, self.r), targets)
             parts, columns, weights = ops.admixture_in_parts(
                 logits, bank, candidates, exhausted, self.topk, dtype, rows, self.r
             )
@@ -315,7 +332,9 @@ class VBLoRAAdapter(Adapter):
         return super().__getstate__() | {"_mixtures": None}
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"bank": [self.bank.vectors], "logits": [] if self.logits is None else [self.logits]}
+        own = {"logits": self.logits, "scales": self.scales}
+        groups = {name: [] if parameter is None else [parameter] for name, parameter in own.items()}
+        return {"bank": [self.bank.vectors], **groups}
 
     def stored_tensors(self) -> list[Tensor]:
         return [self.bank.vectors]
@@ -335,7 +354,11 @@ class VBLoRAAdapter(Adapter):
 
     def extra_repr(self) -> str:
         candidates = "" if self.candidates is None else f", num_candidates={self.candidates.shape[1]}"
-        return f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}, targets={len(self.targets)}"
+        scales = "" if self.scales is None else ", train_scales=True"
+        return (
+            f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}{scales}, "
+            f"targets={len(self.targets)}"
+        )
 
 
 def _bank_for(
@@ -385,8 +408,7 @@ def draw_rows(
 
     logits, candidates = draw(num_vectors, num_candidates)
     if init == "noop":
-        counts = torch.tensor(sizes, device=device)
-        of_b = torch.repeat_interleave(torch.arange(len(sizes), device=device) % 2 == 1, counts, output_size=rows)
+        of_b = rows_of_b(sizes, device)
         of_pairs, pairs = draw(num_vectors // 2, None if num_candidates is None else num_candidates // 2)
         logits = torch.where(of_b[:, None], of_pairs.repeat_interleave(2, 1), logits)
         if candidates is not None and pairs is not None:
@@ -395,6 +417,17 @@ def draw_rows(
             candidates = torch.where(of_b[:, None], vectors, candidates)
     exhausted = None if candidates is None else torch.zeros(rows, device=device, dtype=torch.bool)
     return Trained(logits, candidates, exhausted, seed)
+
+
+def rows_of_b(sizes: list[int], device: torch.device | str | None = None) -> Tensor:
+    """Of each row, whether it is one of B."""
+    counts = torch.tensor(sizes, device=device)
+    return torch.repeat_interleave(torch.arange(len(sizes), device=device) % 2 == 1, counts, output_size=sum(sizes))
+
+
+def initial_scales(sizes: list[int], like: Tensor) -> Tensor:
+    """1 for the rows of A and 0 for those of B, with the dtype and on the device of ``like``."""
+    return 1 - rows_of_b(sizes, like.device).to(like.dtype)
 
 
 def scaled(bank: Tensor, scaling: float) -> Tensor:

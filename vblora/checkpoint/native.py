@@ -5,7 +5,8 @@ form          tensors of a VB-LoRA, in addition to the bank's (``bank.vectors``,
 ============  =========================================================================================
 ``deploy``    ``indices`` (bits, packed) and ``weights`` ``(S, k)``
 ``resume``    ``logits.lengths`` ``(S,)`` and ``logits.values``: the part of each row that training changed, the seed draws the
-              rest; or ``logits`` ``(S, M)`` and ``candidates`` where the seed is unknown. ``exhausted`` (bits, packed)
+              rest; or ``logits`` ``(S, M)`` and ``candidates`` where the seed is unknown. ``exhausted`` (bits, packed), and
+              ``scales`` ``(S,)`` with ``train_scales``; ``deploy`` has them in its weights
 ============  =========================================================================================
 
 For the other methods both forms hold the adapter's parameters by their names in it, and VeRA's projections ``A`` and ``B``

@@ -46,16 +46,24 @@ class VBLoRAContents(Contents):
     def as_trainable(self) -> "VBLoRAContents":
         """Deployed contents become trainable with the k vectors of each row as its only candidates.
 
+        If the config trains scales, that of a row is the sum of its weights.
+
         Raises:
             ValueError: the weights of a row are not a softmax.
         """
         if isinstance(self.rows, Trained):
             return self
-        if not are_mixtures(self.rows.weights):
+        weights, scales = self.rows.weights, None
+        if self.config.train_scales:
+            scales = weights.sum(1)
+            shares = weights / scales[:, None]
+            weights = torch.where(weights.any(1)[:, None], shares, 1 / self.config.topk)
+            scales = scales.to(self.bank.dtype)
+        if not are_mixtures(weights):
             raise ValueError(
                 "some of its weights are negative or do not sum to 1, so no logits have them. Do not train it."
             )
-        rows = Trained(self.rows.weights.log().to(self.bank.dtype), self.rows.indices)
+        rows = Trained(weights.log().to(self.bank.dtype), self.rows.indices, scales=scales)
         return replace(self, rows=rows, config=replace(self.config, num_candidates=self.config.topk, seed=None))
 
     def summary(self) -> str:
@@ -138,6 +146,13 @@ class VBLoRAContents(Contents):
             _check_range("candidates", rows.candidates, config.num_vectors)
         if rows.exhausted is not None:
             check_tensor("exhausted", rows.exhausted, (size,), floating=False)
+        if rows.scales is not None:
+            check_tensor("scales", rows.scales, (size,), floating=True)
+            check_finite("scales", rows.scales)
+            if rows.scales.dtype != self.bank.dtype:
+                raise ValueError(
+                    f"`scales` is {rows.scales.dtype}, but must be {self.bank.dtype}, as `bank.vectors` is."
+                )
 
     def check_sizes(self, other: "VBLoRAContents") -> None:
         for name, ours, theirs in zip(type(other.rows)._fields, self.rows, other.rows, strict=False):
@@ -154,7 +169,7 @@ class VBLoRAContents(Contents):
         moved = torch.cat([of_target[place] for place in order])
         rows = self.rows.map(lambda tensor: tensor[moved])
         if isinstance(rows, Trained):  # the seed draws rows in the old order, and `exhausted` needs a seed
-            rows = Trained(rows.logits, rows.candidates)
+            rows = Trained(rows.logits, rows.candidates, scales=rows.scales)
         return replace(self, targets=targets, rows=rows, config=replace(self.config, seed=None))
 
     def adapter(self, device: torch.device | str | None = None, bank: VectorBank | None = None) -> VBLoRAAdapter:
@@ -196,6 +211,8 @@ class VBLoRAContents(Contents):
         if not weights.isfinite().all():
             row = int((~weights.isfinite()).any(1).nonzero()[0])
             raise ValueError(f"row {row} of `logits` has nothing finite among its k largest, so its weights are NaN.")
+        if self.rows.scales is not None:
+            weights = weights * self.rows.scales[:, None]
         indices = columns if candidates is None else candidates.gather(1, columns.long())
         return Deployed(indices.to(candidate_dtype(self.config.num_vectors)), weights)
 
@@ -238,6 +255,8 @@ class VBLoRAContents(Contents):
             tensors["logits.lengths"], tensors["logits.values"] = pack_prefixes(values, initial.logits)
         if rows.exhausted is not None:
             tensors["exhausted"] = pack_bits(rows.exhausted, 1)
+        if rows.scales is not None:
+            tensors["scales"] = rows.scales
         return tensors
 
     @classmethod
@@ -274,17 +293,17 @@ class VBLoRAContents(Contents):
         exhausted = None
         if "exhausted" in tensors:
             exhausted = unpack_bits(tensors.pop("exhausted"), 1, self.num_rows).bool()
+        scales = take(tensors, "scales") if self.config.train_scales else None
         if seed is None:
-            return Trained(take(tensors, "logits"), tensors.pop("candidates", None), exhausted)
+            return Trained(take(tensors, "logits"), tensors.pop("candidates", None), exhausted, scales=scales)
         lengths, values = take(tensors, "logits.lengths"), take(tensors, "logits.values")
         check_tensor("logits.lengths", lengths, (self.num_rows,), floating=False)  # before so many rows are drawn
         initial, candidates = self.initial(seed)
         logits = unpack_prefixes(lengths, values, initial.logits)
         if self.has_candidates:
-            return Trained(
-                logits, initial.candidates, initial.exhausted if exhausted is None else exhausted, initial.seed
-            )
-        return Trained(torch.empty_like(logits).scatter_(1, candidates, logits), seed=seed)
+            exhausted = initial.exhausted if exhausted is None else exhausted
+            return initial._replace(logits=logits, exhausted=exhausted, scales=scales)
+        return Trained(torch.empty_like(logits).scatter_(1, candidates, logits), seed=seed, scales=scales)
 
     def _decode_deployed(self, tensors: dict[str, Tensor]) -> Deployed:
         config, packed, weights = self.config, take(tensors, "indices"), take(tensors, "weights")

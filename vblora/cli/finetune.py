@@ -129,7 +129,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--bank",
         type=Path,
         metavar="FILE",
-        help="take the bank and its size from this file and freeze it; only the logits are trained",
+        help="take the bank and its size from this file and freeze it; --train-scales then is the default",
     )
     add_adapter(group)
 
@@ -161,6 +161,11 @@ def add_adapter(group: argparse._ArgumentGroup) -> None:
         default=128,
         metavar="N",
         help="bank vectors that a sub-vector may choose from while training, or all (%(default)s)",
+    )
+    group.add_argument(
+        "--train-scales",
+        action=argparse.BooleanOptionalAction,
+        help="also train a factor of each sub-vector, which a frozen bank needs (only with --bank)",
     )
     group.add_argument(
         "--target-modules",
@@ -205,6 +210,9 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--lr-logits", type=positive, metavar="X", help="learning rate of the logits, instead of the recipe's"
+    )
+    group.add_argument(
+        "--lr-scales", type=positive, default=0.2, metavar="X", help="learning rate of --train-scales (%(default)s)"
     )
     group.add_argument("--lr-head", type=positive, metavar="X", help="learning rate of a classifier's head (5e-3)")
     group.add_argument(

@@ -19,6 +19,7 @@ _PARTS = {
     "weights": r"weights|.*_topk_weights",
     "logits": r"logits|logits\..*|.*\.vblora_logits_[AB]",
     "candidates": r"candidates|exhausted",
+    "scales": r"scales",
     "projections": r"[AB]|base_model\.vera_[AB]",
     "vectors": r"[deuv]|.*\.vera_lambda_[bd]",
     "factors": r"factors|.*\.lora_([AB]\.weight|embedding_[AB])",

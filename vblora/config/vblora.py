@@ -8,7 +8,7 @@ from .default_targets import FOR_VBLORA
 from .peft_fields import accepts_peft_fields
 
 # Fields that PEFT's VBLoRAConfig lacks.
-BEYOND_PEFT = frozenset({"init", "num_candidates", "pad", "scaling", "seed"})
+BEYOND_PEFT = frozenset({"init", "num_candidates", "pad", "scaling", "seed", "train_scales"})
 
 
 @accepts_peft_fields()
@@ -30,6 +30,9 @@ class VBLoRAConfig(AdapterConfig):
             still get gradients: the bank starts as pairs ``v, -v``, and each sub-vector of B mixes both of a pair equally.
             ``"noop"`` requires ``topk=2``.
         scaling: factor that multiplies every update; 1 in the paper.
+        train_scales: also train a factor of each sub-vector, which may be negative. It starts at 1 for A and at 0 for B, so the
+            first forward equals the base model's exactly. Use it with a frozen bank, whose vectors cannot grow. In the deploy
+            form the factors are part of the weights and take no space. PEFT's formats cannot store them.
         pad: allow any ``vector_length``. Each rank then uses enough sub-vectors to cover the layer's width, and the excess of
             the last one is cut off. No effect if ``vector_length`` divides every width; otherwise PEFT's format cannot store
             the adapter.
@@ -58,6 +61,7 @@ class VBLoRAConfig(AdapterConfig):
     init_logits_std: float = 0.1
     init: str = "paper"
     scaling: float = 1.0
+    train_scales: bool = False
     pad: bool = False
     num_candidates: int | None = 128
     seed: int | None = None
@@ -79,8 +83,18 @@ class VBLoRAConfig(AdapterConfig):
         if self.seed is not None:
             self._check_seed("seed")
         self._check_positive("init_vector_bank_bound", "scaling")
-        self._check_flags("pad", "save_only_topk_weights")
+        self._check_flags("pad", "save_only_topk_weights", "train_scales")
         if not self.init_logits_std >= 0:
             raise ValueError(f"`init_logits_std` is {self.init_logits_std}, but must be at least 0.")
         if self.init not in ("paper", "noop"):
             raise ValueError(f'`init` is {self.init!r}; allowed are "paper" and "noop".')
+        check_start(self.init, self.train_scales)
+
+
+def check_start(init: str, train_scales: bool) -> None:
+    """Refuses two reasons for the first update to be 0: together they make every gradient 0."""
+    if init == "noop" and train_scales:
+        raise ValueError(
+            '`init` is "noop" and `train_scales` is True. Each makes the first update 0, and together nothing would train. '
+            "Choose one."
+        )

@@ -84,6 +84,11 @@ def _settings(kind: type[TrainingArguments], arguments: argparse.Namespace, **op
     )
 
 
+def rates(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The learning rates of the adapter, as :func:`vblora.parameter_groups` takes them."""
+    return {name: getattr(arguments, name) for name in ("recipe", "lr_bank", "lr_logits", "lr_scales")}
+
+
 def is_main_process() -> bool:
     """Whether this process prints and writes; of several that ``accelerate`` or ``torchrun`` started, the first does."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -247,7 +252,7 @@ def check_finite(trainer: Trainer) -> None:
     if all(parameter.isfinite().all() for parameter in trainer.model.parameters() if parameter.requires_grad):
         return
     raise CommandError(
-        "training diverged: a parameter is no longer finite. Lower --lr-bank, --lr-logits, --lr-head.", 1
+        "training diverged: a parameter is no longer finite. Lower --lr-bank, --lr-logits, --lr-scales, --lr-head.", 1
     )
 
 

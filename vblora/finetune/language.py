@@ -321,7 +321,7 @@ def _trainer(
         logging_steps=max(1, len(train) * arguments.epochs // (arguments.batch_size * arguments.accumulate) // 500),
         prediction_loss_only=True,
     )
-    how = trainer_arguments(model, recipe=arguments.recipe, lr_bank=arguments.lr_bank, lr_logits=arguments.lr_logits)
+    how = trainer_arguments(model, **fitting.rates(arguments))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return _Trainer(model, settings, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, **how)

@@ -119,6 +119,7 @@ def inject(
             num_vectors=arguments.num_vectors if bank is None or arguments.num_vectors else bank.num_vectors,
             topk=arguments.topk,
             num_candidates=arguments.num_candidates,
+            train_scales=arguments.bank is not None if arguments.train_scales is None else arguments.train_scales,
             pad=arguments.pad,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             modules_to_save=modules_to_save,

@@ -66,13 +66,12 @@ def run(arguments: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
     steps = arguments.epochs * sum(math.ceil(len(rows) / arguments.batch_size) for rows in train.values())
     settings = _settings(arguments, steps)
     collate = DataCollatorWithPadding(tokenizer)
-    rates = {"recipe": arguments.recipe, "lr_bank": arguments.lr_bank, "lr_logits": arguments.lr_logits}
     trainer = SharedBankTrainer(
         by_name,
         settings,
         train_dataset=train,
         data_collator=collate,
-        rates=rates | {"lr_other": arguments.lr_head},
+        rates=fitting.rates(arguments) | {"lr_other": arguments.lr_head},
     )
     _train(arguments, trainer)
     results = {}

@@ -58,13 +58,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     steps = arguments.epochs * math.ceil(len(train) / rows_of_a_step)
     settings = _training_arguments(arguments, head, steps)
     few = fitting.warn_of_few_steps(arguments, len(train), steps)
-    how = trainer_arguments(
-        model,
-        recipe=arguments.recipe,
-        lr_bank=arguments.lr_bank,
-        lr_logits=arguments.lr_logits,
-        lr_other=arguments.lr_head,
-    )
+    how = trainer_arguments(model, **fitting.rates(arguments), lr_other=arguments.lr_head)
 
     def metrics(evaluation: EvalPrediction) -> dict[str, float]:
         return head.measure(evaluation.predictions, evaluation.label_ids)

@@ -31,6 +31,7 @@ class VBLinear(AdaptedLayer):
         dropout: probability of dropping an element of the update's input in training.
         init_logits_std: standard deviation of the initial logits, which are normal.
         init, scaling: the initial values, and the factor of the update (:class:`VBLoRAConfig`).
+        train_scales: also train a factor of each sub-vector (:class:`VBLoRAConfig`).
         pad: allow any ``vector_length`` (:class:`VBLoRAConfig`).
         seed: of the initial logits. None draws one from torch's generator.
         device, dtype: of a new ``nn.Linear``. Adapter parameters are float32 on the layer's device.
@@ -65,6 +66,7 @@ class VBLinear(AdaptedLayer):
         init_logits_std: float = 0.1,
         init: str = "paper",
         scaling: float = 1.0,
+        train_scales: bool = False,
         pad: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = None,
@@ -107,6 +109,7 @@ class VBLinear(AdaptedLayer):
             init_logits_std=init_logits_std,
             init=init,
             scaling=scaling,
+            train_scales=train_scales,
             pad=pad,
             seed=seed,
         )

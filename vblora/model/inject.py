@@ -62,8 +62,8 @@ def inject(
         adapter_name: the name with which you activate, merge, save and delete the adapter.
         bank: VB-LoRA only: a bank to share with other adapters, or the path of its file (:meth:`VectorBank.save`), instead of a
             new bank. Its size must be that of the config.
-        freeze_bank: VB-LoRA only: train the logits but not the bank. An adapter whose bank is unchanged since it was read from a
-            file is saved without it.
+        freeze_bank: VB-LoRA only: do not train the bank; with ``train_scales=True`` in the config, the adapter learns more. An
+            adapter whose bank is unchanged since it was read from a file is saved without it.
 
     Cast the base model before you inject, not after: then the adapter stays float32. Casting logits changes which bank vectors
     they select, so a later cast to half precision warns.

@@ -20,6 +20,7 @@ def parameter_groups(
     recipe: str = "default",
     lr_bank: float | None = None,
     lr_logits: float | None = None,
+    lr_scales: float = 0.2,
     lr_factors: float = 7e-4,
     lr_vectors: float = 2e-2,
     lr_other: float = 2e-3,
@@ -34,12 +35,13 @@ def parameter_groups(
         recipe: learning rates for VB-LoRA: ``"default"``, for a few epochs, or ``"paper"``, from the paper's appendix B, for 20
             to 80 epochs.
         lr_bank, lr_logits: learning rates of VB-LoRA's vector bank and logits, instead of the recipe's.
+        lr_scales: learning rate of the factors that ``train_scales`` adds.
         lr_factors: learning rate of LoRA's factors and of Tied-LoRA's shared pair.
         lr_vectors: learning rate of VeRA's and Tied-LoRA's vectors.
         lr_other: learning rate of all other trainable parameters, such as biases and ``modules_to_save``.
 
     Returns:
-        The groups ``bank``, ``logits``, ``factors``, ``vectors`` and ``other``, without empty ones.
+        The groups ``bank``, ``logits``, ``scales``, ``factors``, ``vectors`` and ``other``, without empty ones.
 
     Raises:
         ValueError: the recipe is unknown, the adapters are disabled, the model has no active adapter or a merged one, or no
@@ -47,7 +49,7 @@ def parameter_groups(
     """
     if recipe not in RECIPES:
         raise ValueError(f"`recipe` is {recipe!r}; allowed are {', '.join(map(repr, RECIPES))}.")
-    rates = RECIPES[recipe] | {"factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
+    rates = RECIPES[recipe] | {"scales": lr_scales, "factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
     given = {"bank": lr_bank, "logits": lr_logits}
     rates |= {name: rate for name, rate in given.items() if rate is not None}
     reshard(model)

@@ -61,12 +61,14 @@ class PackedVBLoRA(PackedAdapter):
         bank: ``(h, b)``.
         indices: uint8; ⌈log₂ h⌉ bits per index.
         weights: int16 ``(S, k - 1)``, all but the largest weight of each row, or float32 ``(S, k)``.
+        scales: float32 ``(S, 1)``, the sum of each row's weights, if int16 weights do not sum to 1.
     """
 
     layout: "Layout"
     bank: Tensor
     indices: Tensor
     weights: Tensor
+    scales: Tensor | None
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -78,7 +80,7 @@ class PackedVBLoRA(PackedAdapter):
 
     @property
     def nbytes(self) -> int:
-        return self.indices.nbytes + self.weights.nbytes
+        return self.indices.nbytes + self.weights.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def deployed(self) -> Deployed:
         layout = self.layout
@@ -87,7 +89,8 @@ class PackedVBLoRA(PackedAdapter):
         if self.weights.is_floating_point():
             return Deployed(indices, self.weights)
         rest = (self.weights.float() + _OFFSET) / _STEPS
-        return Deployed(indices, torch.cat([1 - rest.sum(1, keepdim=True), rest], 1))
+        weights = torch.cat([1 - rest.sum(1, keepdim=True), rest], 1)
+        return Deployed(indices, weights if self.scales is None else weights * self.scales)
 
     def factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
         config, targets = self.layout.config, self.layout.targets
@@ -238,14 +241,25 @@ class Reader:
             largest = int(unpack_bits(indices, layout.bits, count * topk).max())
             if largest >= layout.config.num_vectors:
                 raise ValueError(f"`indices` holds {largest}, but the bank has {layout.config.num_vectors} vectors.")
-        rest = weights[:, 1:]
-        is_mixture = bool(((rest >= 0) & (rest <= weights[:, :1])).all() and ((weights.sum(1) - 1).abs() < 1e-5).all())
-        if is_mixture and not self.exact:
+        scales = weights.sum(1, keepdim=True)
+        lost = weights.any(1) & (scales[:, 0] == 0)  # of both signs: no factor brings them back
+        rest = torch.where(scales == 0, 0.0, weights / scales)[:, 1:]
+        if ((scales - 1).abs() < 1e-5).all():
+            rest, scales = weights[:, 1:], scales[:0]
+        if self.exact or lost.any() or not ((rest >= 0) & (rest <= 0.5)).all():
+            scales = scales[:0]
+        else:
             weights = ((rest * _STEPS).round() - _OFFSET).to(torch.int16)
-        # One allocation for both, against fragmentation.
-        held = torch.cat([weights.reshape(-1).view(torch.uint8), indices])
-        weights = held[: weights.nbytes].view(weights.dtype).view(weights.shape)
-        return PackedVBLoRA(layout, bank, held[weights.nbytes :], weights)
+        # One allocation for all, against fragmentation.
+        parts = [part.reshape(-1).view(torch.uint8) for part in (scales, weights, indices)]
+        own = torch.cat(parts).split([len(part) for part in parts])
+        return PackedVBLoRA(
+            layout,
+            bank,
+            indices=own[2],
+            weights=own[1].view(weights.dtype).view(weights.shape),
+            scales=own[0].view(torch.float32).view(scales.shape) if len(scales) else None,
+        )
 
     def _bank_of(self, description: dict[str, Any], tensors: dict[str, Tensor], layout: Layout) -> Tensor | None:
         """The bank of an adapter in its deploy form, if that bank has been checked before."""

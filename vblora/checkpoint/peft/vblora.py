@@ -71,6 +71,11 @@ def encode_topk(contents: Contents, base_model: str | None = None) -> tuple[Json
 def _check_layers(contents: VBLoRAContents, form: str) -> None:
     config = contents.config
     refuse_other_kinds(contents, form, "VB-LoRA")
+    if config.train_scales:
+        raise ValueError(
+            f'`form` is "{form}", but the adapter has a factor for each sub-vector (`train_scales`), which PEFT\'s VB-LoRA does '
+            'not support; form="lora" holds the same update.'
+        )
     for target in uneven(contents.targets, config.vector_length):
         raise ValueError(
             f'`form` is "{form}", but layer `{target.name}` ({target.in_features} -> {target.out_features}) has sub-vectors that '
