@@ -36,7 +36,6 @@ def run(task: Task, variant: Variant, seed: int, settings: Settings, shared: Sta
     begin = time.perf_counter()
     losses = _train([(task, model)], groups, seed, settings, tokenizer)
     seconds = time.perf_counter() - begin
-    adapter = model.vblora["default"]
     if variant.int8:
         bank.vectors.data = decode_vectors(encode_vectors(bank.vectors.data, torch.int8))
     score = task.score(_predict(model, _Batches(task.dev, tokenizer, settings), settings))
