@@ -1,4 +1,4 @@
-"""The warning of an optimizer whose learning rates are far below the recipe's."""
+"""The recipes of learning rates, and the warning of an optimizer whose rates are far below them."""
 
 import copy
 import pickle
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import vblora
+from tests.small_models import Net, bert, llama
+from vblora.model.learning_rates import RECIPES
 
 CONFIG = vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"])
 
@@ -37,7 +39,7 @@ def test_an_optimizer_of_its_own_rates_is_warned_of_once(made):
     model = made(injected())
     (message,) = messages_of_steps(model, torch.optim.AdamW(trainable(model), lr=5e-5))
     assert "AdamW trains" in message and "the logits at 5e-05" in message and "the bank at 5e-05" in message
-    assert "the logits at 0.5" in message and "the bank at 0.003" in message and "parameter_groups(model)" in message
+    assert "the logits at 0.15 to 0.5" in message and "the bank at 0.003 to" in message and "parameter_groups(model)" in message
 
 
 def test_only_what_is_too_low_is_named():
@@ -54,10 +56,21 @@ def test_a_layer_made_by_hand_is_watched_too():
     assert len(messages_of_steps(layer, torch.optim.AdamW(trainable(layer), lr=1e-5))) == 1
 
 
-@pytest.mark.parametrize("recipe", ["default", "paper"])
+@pytest.mark.parametrize("recipe", ["auto", *RECIPES])
 def test_the_recipes_are_not_warned_of(recipe):
     model = injected()
     assert not messages_of_steps(model, torch.optim.AdamW(vblora.parameter_groups(model, recipe=recipe)))
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe"),
+    [(llama, "language"), (lambda: nn.ModuleDict({"inner": llama()}), "language"), (bert, "default"), (Net, "default")],
+    ids=["language model", "within another", "encoder", "own model"],
+)
+def test_the_recipe_is_that_of_what_the_model_is(make, recipe):
+    config = vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules="all-linear")
+    groups = vblora.parameter_groups(vblora.inject(make(), config))
+    assert {group["name"]: group["lr"] for group in groups}.items() >= RECIPES[recipe].items()
 
 
 def test_a_schedule_counts_by_its_peak():

@@ -202,8 +202,9 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
     """Learning rates, the seed and the precision."""
     positive = number(float, "above 0 and at most 100", lambda x: 0 < x <= 100)
     group.add_argument(
-        "--recipe", choices=list(RECIPES), default="default",
-        help="learning rates of the bank and of the logits: default for a few epochs, paper for many (%(default)s)",
+        "--recipe", choices=["auto", *RECIPES], default="auto",
+        help="learning rates of the bank and of the logits: language for causal-lm and default for the other tasks, which "
+        "auto chooses; paper for many epochs (%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--lr-bank", type=positive, metavar="X", help="learning rate of the bank, instead of the recipe's"

@@ -11,9 +11,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..adapters.base import living_adapters
 from ..errors import VBLoRAWarning
 
-# Learning rates for VB-LoRA's two groups. docs/training.md explains the default.
+# Learning rates for VB-LoRA's two groups. docs/training.md and docs/quality.md explain the first two.
 RECIPES = {
     "default": {"bank": 3e-3, "logits": 0.5},
+    "language": {"bank": 1.2e-2, "logits": 0.15},
     "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix B: for 20 to 80 epochs
 }
 WARM_UP = 0.02  # share of the steps that warm up; with more, a task that starts on a plateau stays there
@@ -22,6 +23,14 @@ WARM_UP = 0.02  # share of the steps that warm up; with more, a task that starts
 _TOO_LOW = 0.2
 
 _checked: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+
+def recipe_for(model: nn.Module) -> str:
+    """The recipe for what the model is: ``"language"`` if it, or a part of it, generates text, else ``"default"``."""
+    generates = any(
+        module.can_generate() for module in model.modules() if callable(getattr(module, "can_generate", None))
+    )
+    return "language" if generates else "default"
 
 
 def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: dict[str, object]) -> None:
@@ -55,7 +64,11 @@ def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: 
                 low[name] = rate
     if low:
         found = " and ".join(f"the {name} at {rate:.2g}" for name, rate in low.items())
-        wanted = " and ".join(f"the {name} at {RECIPES['default'][name]:.2g}" for name in low)
+        usual = RECIPES["default"], RECIPES["language"]
+        wanted = " and ".join(
+            f"the {name} at {min(rates[name] for rates in usual):.2g} to {max(rates[name] for rates in usual):.2g}"
+            for name in low
+        )
         warnings.warn(
             f"{type(optimizer).__name__} trains {found}, far below the recipe's learning rates ({wanted}): the adapter will "
             "hardly learn. Build the optimizer from vblora.parameter_groups(model); for transformers' Trainer, "

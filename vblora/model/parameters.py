@@ -10,14 +10,14 @@ from ..distributed import reshard
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer
 from .idle import frozen, refuse_merged
-from .learning_rates import RECIPES
+from .learning_rates import RECIPES, recipe_for
 from .record import AttachedAdapter, adapted_models, refuse_if_disabled
 
 
 def parameter_groups(
     model: nn.Module,
     *,
-    recipe: str = "default",
+    recipe: str = "auto",
     lr_bank: float | None = None,
     lr_logits: float | None = None,
     lr_scales: float = 0.2,
@@ -32,8 +32,9 @@ def parameter_groups(
 
     Args:
         model: an injected model, or a module with :class:`VBLinear` layers.
-        recipe: learning rates for VB-LoRA: ``"default"``, for a few epochs, or ``"paper"``, from the paper's appendix B, for 20
-            to 80 epochs.
+        recipe: learning rates for VB-LoRA: ``"language"`` for models that generate text and ``"default"`` for all others, both
+            for a few epochs; ``"auto"`` chooses one of these two; ``"paper"``, from the paper's appendix B, is for 20 to 80
+            epochs.
         lr_bank, lr_logits: learning rates of VB-LoRA's vector bank and logits, instead of the recipe's.
         lr_scales: learning rate of the factors that ``train_scales`` adds.
         lr_factors: learning rate of LoRA's factors and of Tied-LoRA's shared pair.
@@ -47,9 +48,9 @@ def parameter_groups(
         ValueError: the recipe is unknown, the adapters are disabled, the model has no active adapter or a merged one, or no
             parameter trains.
     """
-    if recipe not in RECIPES:
-        raise ValueError(f"`recipe` is {recipe!r}; allowed are {', '.join(map(repr, RECIPES))}.")
-    rates = RECIPES[recipe] | {"scales": lr_scales, "factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
+    if recipe not in ("auto", *RECIPES):
+        raise ValueError(f"`recipe` is {recipe!r}; allowed are 'auto', {', '.join(map(repr, RECIPES))}.")
+    rates = RECIPES[recipe_for(model) if recipe == "auto" else recipe] | {"scales": lr_scales, "factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
     given = {"bank": lr_bank, "logits": lr_logits}
     rates |= {name: rate for name, rate in given.items() if rate is not None}
     reshard(model)
