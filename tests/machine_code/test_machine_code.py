@@ -21,7 +21,7 @@ def test_compiles_for_every_architecture_without_warnings(unit):
     assert toolkit.compile_kernels(unit).warnings == ()
     instances = {arch: {k.instance for k in kernels(unit) if k.arch == arch} for arch in toolkit.architectures()}
     assert len(set(map(frozenset, instances.values()))) == 1
-    assert all(len(found) >= 8 for found in instances.values())
+    assert all(len(found) >= 4 for found in instances.values())
 
 
 @UNITS
