@@ -12,7 +12,7 @@ void add_updates(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor
   const CurrentStream stream(y);
   UpdateCall call = prepare_update(y, x, A, B, adapters);
   if (checked()) check_values(call);
-  launch_update(call.problem, stream);
+  launch_updates(call.problem, stream);
   call.write_back();
 }
 

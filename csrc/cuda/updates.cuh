@@ -41,7 +41,7 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) update_kernel(const 
   }
 }
 
-inline void launch_update(const Update& problem, cudaStream_t stream) {
+inline void launch_updates(const Update& problem, cudaStream_t stream) {
   const int64_t positions = problem.rows * problem.positions;
   if (positions == 0 || problem.out == 0 || problem.rank == 0) return;
   const unsigned grid = grid_size(positions, 1, "positions");

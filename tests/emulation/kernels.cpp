@@ -17,7 +17,7 @@ void draw(const vblora::Draw& problem) { vblora::cuda::launch_draw(problem, null
 
 void draw_uniform(const vblora::UniformDraw& problem) { vblora::cuda::launch_uniform_draw(problem, nullptr); }
 
-void add_updates(const vblora::Update& problem) { vblora::cuda::launch_update(problem, nullptr); }
+void add_updates(const vblora::Update& problem) { vblora::cuda::launch_updates(problem, nullptr); }
 
 void admixture_backward(const vblora::AdmixtureBackward& problem, void* workspace) {
   vblora::cuda::launch_admixture_backward(problem, workspace, nullptr);

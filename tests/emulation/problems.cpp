@@ -157,8 +157,8 @@ struct Problems {
   }
   // adapters: how many there are; every third row has none, and one an index that is out of range. one=1: one for all.
   void add_updates() {
-    const int64_t positions = options.number("positions", 1), in = options.number("in", 64),
-                  out = options.number("out", 64), rank = options.number("rank", 4);
+    const int64_t positions = options.number("positions", 1), in = options.number("inputs", 64),
+                  out = options.number("outputs", 64), rank = options.number("rank", 4);
     const bool one = options.number("one", 0);
     const int64_t count = one ? 1 : options.number("adapters", 3);
     std::vector<double> before(static_cast<size_t>(rows * positions * out));
