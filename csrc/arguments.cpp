@@ -46,9 +46,20 @@ std::string shape_name(const Tensor& tensor) {
   return text + (tensor.dim() == 1 ? ",)" : ")");
 }
 
+void Arguments::on_device(const char* name, const Tensor& tensor) const {
+  if (tensor.device() == device_) return;  // the message takes longer than the check
+  check(false, "`", name, "` is on ", device_name(tensor.device()), ", but must be on ", device_name(device_),
+        ", the device of `", name_, "`.");
+}
+
+void Arguments::like(const char* name, const Tensor& tensor, const Tensor& other, const char* other_name) const {
+  on_device(name, tensor);
+  if (tensor.scalar_type() == other.scalar_type()) return;
+  dtype(name, tensor.scalar_type(), other.scalar_type(), std::string("the dtype of `") + other_name + "`");
+}
+
 void Arguments::matrix(const char* name, const Tensor& tensor) const {
-  check(tensor.device() == device_, "`", name, "` is on ", device_name(tensor.device()), ", but must be on ",
-        device_name(device_), ", the device of `", name_, "`.");
+  on_device(name, tensor);
   check(tensor.dim() == 2, "`", name, "` has shape ", shape_name(tensor), ", but must have 2 dimensions.");
 }
 

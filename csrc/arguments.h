@@ -40,6 +40,9 @@ class Arguments {
     throw std::runtime_error(message.str());  // torch passes the message on unchanged
   }
 
+  void on_device(const char* name, const Tensor& tensor) const;
+  // On the same device as, and with the dtype of, another argument.
+  void like(const char* name, const Tensor& tensor, const Tensor& other, const char* other_name) const;
   void matrix(const char* name, const Tensor& tensor) const;
   // `source` says where the required shape or dtype comes from.
   void shape(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, const char* source) const;

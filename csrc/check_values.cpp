@@ -70,6 +70,16 @@ void check_values(const CompositionCall& call) {
   check_indices(arguments, "indices", call.indices, call.problem.vectors);
 }
 
+void check_values(const UpdateCall& call) {
+  if (!call.adapters) return;
+  const Arguments arguments("add_updates_", "adapters", *call.adapters);
+  const Tensor host = on_cpu(*call.adapters);
+  const int64_t* values = static_cast<const int64_t*>(host.const_data_ptr());
+  for (int64_t i = 0; i < host.numel(); ++i)
+    arguments.check(values[i] >= -1 && values[i] < call.problem.count, "`adapters` holds ", values[i], " at row ", i,
+                    "; allowed are 0 to ", call.problem.count - 1, ", and -1 for a row without an adapter.");
+}
+
 void check_values(const AdmixtureBackwardCall& call) {
   const Arguments arguments("admixture_backward", "indices", call.indices);
   if (call.grad_subvectors) check_numbers(arguments, "grad_subvectors", *call.grad_subvectors);

@@ -246,6 +246,81 @@ void copy_back(Tensor to, const Tensor& from) {
 
 }  // namespace
 
+namespace {
+
+// Whether each of the matrices in the last two dimensions is contiguous.
+bool has_dense_matrices(const Tensor& tensor) {
+  const int64_t columns = tensor.size(tensor.dim() - 1);
+  return tensor.stride(tensor.dim() - 1) == 1 && tensor.stride(tensor.dim() - 2) == columns;
+}
+
+}  // namespace
+
+UpdateCall prepare_update(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B,
+                          const std::optional<Tensor>& adapters) {
+  const Arguments arguments("add_updates_", "y", y);
+  const Type type = arguments.floating("y", y.scalar_type());
+  const int64_t dim = y.dim(), factor_dim = adapters ? 3 : 2;
+  arguments.check(dim >= 1, "`y` has no dimensions, but must have at least 1.");
+  arguments.like("x", x, y, "y");
+  int64_t all = 1;
+  bool fits = x.dim() == dim;
+  for (int64_t d = 0; d + 1 < dim; ++d) {
+    all *= y.size(d);
+    fits = fits && x.size(d) == y.size(d);
+  }
+  if (!fits)  // without this, each call would write the shapes of its message
+    arguments.check(false, "`x` has shape ", shape_name(x), ", but must have the shape of `y`, ", shape_name(y),
+                    ", except in the last dimension.");
+  arguments.like("A", A, y, "y");
+  arguments.like("B", B, y, "y");
+  const int64_t in = x.size(dim - 1), out = y.size(dim - 1);
+  if (A.dim() != factor_dim || A.size(factor_dim - 1) != in)
+    arguments.check(false, "`A` has shape ", shape_name(A), ", but must have ", adapters ? "(adapters, " : "(",
+                    "rank, ", in, "), ", adapters ? "with" : "without", " `adapters`.");
+  const int64_t rank = A.size(factor_dim - 2), count = adapters ? A.size(0) : 1;
+  if (B.dim() != factor_dim || B.size(factor_dim - 1) != out || B.size(factor_dim - 2) != rank ||
+      (adapters && B.size(0) != count))
+    arguments.check(false, "`B` has shape ", shape_name(B), ", but must have the shape of `A`, ", shape_name(A),
+                    ", with a last dimension of ", out, ".");
+  constexpr int64_t most = 4096;  // they fit in a GPU's shared memory
+  arguments.check(rank <= most, "`A` has rank ", rank, ", but must have at most ", most, ".");
+  int64_t rows = 1;
+  if (adapters) {
+    arguments.on_device("adapters", *adapters);
+    arguments.dtype("adapters", adapters->scalar_type(), ScalarType::Long, "an index for each row");
+    if (adapters->dim() != 1)
+      arguments.check(false, "`adapters` has shape ", shape_name(*adapters), ", but must have 1 dimension.");
+    rows = adapters->size(0);
+    arguments.check(rows == 0 ? all == 0 : all % rows == 0, "`adapters` has ", rows, " rows, which must divide the ",
+                    all, " positions of `y`.");
+  }
+
+  const auto dense = [](const Tensor& tensor) { return tensor.is_contiguous() ? tensor : make_contiguous(tensor); };
+  const auto matrices = [](const Tensor& tensor) {
+    return has_dense_matrices(tensor) ? tensor : make_contiguous(tensor);
+  };
+  UpdateCall call{{}, dense(y), dense(x), matrices(A), matrices(B), std::nullopt, y};
+  if (adapters) call.adapters = dense(*adapters);
+  call.problem = {.type = type,
+                  .y = call.y.mutable_data_ptr(),
+                  .x = call.x.const_data_ptr(),
+                  .A = call.A.const_data_ptr(),
+                  .B = call.B.const_data_ptr(),
+                  .adapters = static_cast<const int64_t*>(data(call.adapters)),
+                  .rows = rows,
+                  .positions = rows == 0 ? 0 : all / rows,
+                  .in = in,
+                  .out = out,
+                  .rank = rank,
+                  .count = count,
+                  .A_stride = adapters ? call.A.stride(0) : 0,
+                  .B_stride = adapters ? call.B.stride(0) : 0};
+  return call;
+}
+
+void UpdateCall::write_back() { copy_back(given_y, y); }
+
 DrawCall prepare_draw(const Tensor& logits, const std::optional<Tensor>& candidates, int64_t num_vectors, int64_t seed,
                       double std) {
   const Arguments arguments("draw_logits_", "logits", logits);

@@ -62,6 +62,17 @@ AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>
                                                        const std::optional<Tensor>& candidates, int64_t num_candidates,
                                                        bool need_logits, bool need_bank);
 
+struct UpdateCall {
+  Update problem;
+  Tensor y, x, A, B;  // y is what the problem writes: the caller's tensor, or a temporary if that is not contiguous
+  std::optional<Tensor> adapters;
+  Tensor given_y;
+
+  void write_back();  // copies a temporary to the caller's tensor
+};
+UpdateCall prepare_update(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B,
+                          const std::optional<Tensor>& adapters);
+
 struct DrawCall {
   Draw problem;
   Tensor logits;  // what the problem writes: the caller's tensors, or temporaries if those are not contiguous
@@ -88,5 +99,6 @@ bool checked();
 void check_values(const AdmixtureCall& call);
 void check_values(const CompositionCall& call);
 void check_values(const AdmixtureBackwardCall& call);
+void check_values(const UpdateCall& call);
 
 }  // namespace vblora

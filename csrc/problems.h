@@ -53,6 +53,17 @@ struct AdmixtureBackward {
   int64_t rows, columns, vectors, length, k;
 };
 
+// Adds low-rank updates to a layer's output, in place: y += (x A^T) B, with the factors of each row's adapter.
+struct Update {
+  Type type;                // of y, x, A and B
+  void* y;                  // (rows, positions, out)
+  const void* x;            // (rows, positions, in)
+  const void* A;            // (adapters, rank, in); A_stride elements from one adapter to the next
+  const void* B;            // (adapters, rank, out); B_stride likewise
+  const int64_t* adapters;  // (rows), or null: all rows have adapter 0. A row of none in range keeps its bits.
+  int64_t rows, positions, in, out, rank, count, A_stride, B_stride;  // count: of adapters
+};
+
 // Initial logits (random.h): all numbers of a row, or the largest ones and their columns.
 struct Draw {
   Type type;            // of logits

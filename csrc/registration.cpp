@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY(vblora, m) {
       " Tensor? candidates, SymInt num_candidates, bool need_logits, bool need_bank)"
       " -> (Tensor grad_logits, Tensor grad_bank)");
   m.def("compose(Tensor bank, Tensor indices, Tensor weights, ScalarType? out_dtype=None) -> Tensor");
+  m.def("add_updates_(Tensor(a!) y, Tensor x, Tensor A, Tensor B, Tensor? adapters=None) -> ()");
   m.def("draw_logits_(Tensor(a!) logits, Tensor(b!)? candidates, SymInt num_vectors, int seed, float std) -> ()");
   m.def("draw_uniform_(Tensor(a!) values, int seed, int stream, float bound) -> ()");
 }

@@ -15,6 +15,8 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CANDIDATE_DTYPES = (torch.int16, torch.int32)
 INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
+MOST_RANKS = 4096  # of an update: they fit in a GPU's shared memory
+
 Require = Callable[[bool, Callable[[], str]], None]  # torch._check, or a function like it that raises another error
 
 
@@ -35,11 +37,14 @@ class _Arguments:
     def check(self, holds: bool, message: Callable[[], str]) -> None:
         self.require(holds, lambda: f"vblora::{self.operator}: {message()}")
 
-    def matrix(self, name: str, tensor: Tensor) -> None:
+    def on_device(self, name: str, tensor: Tensor) -> None:
         self.check(
             tensor.device == self.device,
             lambda: f"`{name}` is on {tensor.device}, but must be on {self.device}, the device of `{self.name}`.",
         )
+
+    def matrix(self, name: str, tensor: Tensor) -> None:
+        self.on_device(name, tensor)
         self.check(tensor.dim() == 2, lambda: f"`{name}` has shape {tuple(tensor.shape)}, but must have 2 dimensions.")
 
     def shape(self, name: str, tensor: Tensor, rows: int, columns: int, source: str) -> None:
@@ -177,6 +182,54 @@ def check_compose(
     arguments.one_of("indices", indices.dtype, INDEX_DTYPES)
     arguments.weights(weights, indices, bank)
     arguments.one_of("out_dtype", out_dtype or bank.dtype, FLOAT_DTYPES)
+
+
+def check_add_updates(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, adapters: Tensor | None = None, *, require: Require = torch._check
+) -> None:
+    arguments = _Arguments("add_updates_", "y", y, require)
+    arguments.one_of("y", y.dtype, FLOAT_DTYPES)
+    arguments.check(y.dim() >= 1, lambda: "`y` has no dimensions, but must have at least 1.")
+
+    def shaped(name: str, tensor: Tensor, sizes: Sequence[int], wanted: Callable[[], str]) -> None:
+        for holds in (tensor.dim() == len(sizes), *(a == b for a, b in zip(tensor.shape, sizes, strict=False))):
+            arguments.check(holds, lambda: f"`{name}` has shape {tuple(tensor.shape)}, but must have {wanted()}.")
+
+    for name, tensor in (("x", x), ("A", A), ("B", B)):
+        arguments.on_device(name, tensor)
+        arguments.dtype(name, tensor.dtype, y.dtype, "the dtype of `y`")
+        if name == "x":
+            sizes = (*y.shape[:-1], *x.shape[-1:])
+            shaped("x", x, sizes, lambda: f"the shape of `y`, {tuple(y.shape)}, except in the last dimension")
+    leading = ("rank",) if adapters is None else ("adapters", "rank")
+    with_ = "without" if adapters is None else "with"
+    columns = x.shape[-1]
+    shaped(
+        "A",
+        A,
+        (*A.shape[: len(leading)], columns),
+        lambda: f"({', '.join(leading)}, {columns}), {with_} `adapters`",
+    )
+    out = y.shape[-1]
+    shaped(
+        "B",
+        B,
+        (*A.shape[:-1], out),
+        lambda: f"the shape of `A`, {tuple(A.shape)}, with a last dimension of {out}",
+    )
+    rank = A.shape[-2]
+    arguments.check(rank <= MOST_RANKS, lambda: f"`A` has rank {rank}, but must have at most {MOST_RANKS}.")
+    if adapters is not None:
+        arguments.on_device("adapters", adapters)
+        arguments.dtype("adapters", adapters.dtype, torch.int64, "an index for each row")
+        arguments.check(
+            adapters.dim() == 1, lambda: f"`adapters` has shape {tuple(adapters.shape)}, but must have 1 dimension."
+        )
+        rows, positions = adapters.shape[0], math.prod(y.shape[:-1])
+        arguments.check(
+            positions == 0 if rows == 0 else positions % rows == 0,
+            lambda: f"`adapters` has {rows} rows, which must divide the {positions} positions of `y`.",
+        )
 
 
 def check_draw_logits(

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import native  # noqa: F401  # registers the operators and their kernels
 from .arguments import (
     accumulation_dtype,
+    check_add_updates,
     check_admixture,
     check_admixture_backward,
     check_admixture_parts,
@@ -90,6 +91,10 @@ def _compose(bank: Tensor, indices: Tensor, weights: Tensor, out_dtype: torch.dt
     return bank.new_empty((indices.shape[0], bank.shape[1]), dtype=out_dtype or bank.dtype)
 
 
+def _add_updates(y: Tensor, x: Tensor, A: Tensor, B: Tensor, adapters: Tensor | None = None) -> None:
+    check_add_updates(y, x, A, B, adapters)
+
+
 def _draw_logits(logits: Tensor, candidates: Tensor | None, num_vectors: int, seed: int, std: float) -> None:
     check_draw_logits(logits, candidates, num_vectors, std)
 
@@ -104,6 +109,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "admixture_backward": _admixture_backward,
     "admixture_backward_parts": _admixture_backward_parts,
     "compose": _compose,
+    "add_updates_": _add_updates,
     "draw_logits_": _draw_logits,
     "draw_uniform_": _draw_uniform,
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .arguments import (
     accumulation_dtype,
+    check_add_updates,
     check_admixture,
     check_admixture_backward,
     check_compose,
@@ -140,6 +141,36 @@ def compose(bank: Tensor, indices: Tensor, weights: Tensor, out_dtype: torch.dty
     """
     check_compose(bank, indices, weights, out_dtype, require=_require)
     return _mix(bank, indices.long(), weights).to(out_dtype or bank.dtype)
+
+
+def add_updates_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, adapters: Tensor | None = None) -> None:
+    """Adds low-rank updates to a layer's output in place, `y += (x A^T) B`, with the factors of each row's adapter.
+
+    For inference: nothing is recorded for autograd.
+
+    Args:
+        y: (..., out), float32, float64, bfloat16 or float16. Each element is summed in float32 (float64 for float64) and rounded
+            once.
+        x: (..., in), the shape of `y` but for the last dimension. It must not share memory with `y`.
+        A, B: (adapters, rank, in) and (adapters, rank, out), rank <= 4096. Without `adapters`: (rank, in) and (rank, out), the
+            factors of all rows.
+        adapters: (n,), int64: the adapter of each row. The positions of `y`, all its dimensions but the last, are n rows one
+            after the other. A row whose index is outside 0..adapters-1 keeps its bits; -1 is meant for that.
+
+    Raises:
+        ValueError: a shape, a dtype or a device is invalid.
+    """
+    check_add_updates(y, x, A, B, adapters, require=_require)
+    dtype = accumulation_dtype(y.dtype)
+    if adapters is None:
+        A, B, adapters = A[None], B[None], torch.zeros(1, dtype=torch.int64)
+    of_row = (len(adapters), math.prod(y.shape[:-1]) // max(len(adapters), 1))
+    rows, inputs = y.reshape(*of_row, y.shape[-1]).clone(), x.reshape(*of_row, x.shape[-1])
+    for row, adapter in enumerate(adapters.tolist()):
+        if 0 <= adapter < len(A):
+            hidden = inputs[row].to(dtype) @ A[adapter].to(dtype).T
+            rows[row] = rows[row].to(dtype) + hidden @ B[adapter].to(dtype)
+    y.copy_(rows.view(y.shape))
 
 
 def draw_logits_(logits: Tensor, candidates: Tensor | None, num_vectors: int, seed: int, std: float) -> None:

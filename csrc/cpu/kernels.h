@@ -34,6 +34,8 @@ struct Kernels {
   // Adds the contribution of rows [begin, end) to a part's gradient; call it in ascending order of rows.
   void (*backward_bank)(const AdmixtureBackward&, const Entries&, const BankPart&, int64_t begin, int64_t end);
   void (*finish_bank)(const AdmixtureBackward&, const BankPart&);
+  // Positions [begin, end) of all rows. scratch: rank doubles.
+  void (*add_updates)(const Update&, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end) of the problem. scratch: 2 * draw_keys(columns) integers.
   void (*draw)(const Draw&, int64_t begin, int64_t end, uint64_t* scratch);
   void (*draw_uniform)(const UniformDraw&, int64_t begin, int64_t end);

@@ -65,7 +65,7 @@ def build(target: str, root: Path = ROOT) -> Path:
 def load_operators(root: Path = ROOT) -> ctypes.CDLL:
     """Make ``torch.ops.vblora_emulated`` (once in a process: torch keeps the first registration)."""
     library = build("vblora_emulated", root)
-    for name in ("admixture", "admixture_backward", "compose", "draw_logits_", "draw_uniform_"):
+    for name in ("admixture", "admixture_backward", "compose", "add_updates_", "draw_logits_", "draw_uniform_"):
         # Schemas, and what tensors without data are told, are the same for all backends.
         operator = getattr(torch.ops.vblora, name)
         torch.library.define(f"vblora_emulated::{name}", str(operator.default._schema).removeprefix(f"vblora::{name}"))

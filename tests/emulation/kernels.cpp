@@ -4,6 +4,7 @@
 #include "cuda/admixture_backward.cuh"
 #include "cuda/compose.cuh"
 #include "cuda/draw.cuh"
+#include "cuda/updates.cuh"
 #include "scatter.cuh"
 
 namespace vblora_emulation {
@@ -15,6 +16,8 @@ void compose(const vblora::Composition& problem) { vblora::cuda::launch_compose(
 void draw(const vblora::Draw& problem) { vblora::cuda::launch_draw(problem, nullptr); }
 
 void draw_uniform(const vblora::UniformDraw& problem) { vblora::cuda::launch_uniform_draw(problem, nullptr); }
+
+void add_updates(const vblora::Update& problem) { vblora::cuda::launch_updates(problem, nullptr); }
 
 void admixture_backward(const vblora::AdmixtureBackward& problem, void* workspace) {
   vblora::cuda::launch_admixture_backward(problem, workspace, nullptr);

@@ -11,6 +11,7 @@ void draw(const vblora::Draw& problem);
 void draw_uniform(const vblora::UniformDraw& problem);
 void admixture(const vblora::Admixture& problem);
 void compose(const vblora::Composition& problem);
+void add_updates(const vblora::Update& problem);
 void admixture_backward(const vblora::AdmixtureBackward& problem, void* workspace);
 // grad_bank alone, of candidates in int16 and gradients in bfloat16 (scatter.cuh).
 void scatter(const vblora::AdmixtureBackward& problem);

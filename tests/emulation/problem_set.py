@@ -62,6 +62,12 @@ PROBLEMS += [
     for name in ("grad_subvectors", "bank")
 ]
 PROBLEMS += [
+    *(f"add_updates rows=7 positions=2 inputs=100 outputs=300 rank=3 type={type}" for type in TYPES),
+    "add_updates rows=5 inputs=1 outputs=1 rank=1 adapters=1",
+    "add_updates rows=4 positions=3 inputs=31 outputs=513 rank=17 one=1 type=bf16",
+    *(f"add_updates rows=4 shifted={name}" for name in ("y", "x", "A", "B")),
+]
+PROBLEMS += [
     *(f"draw rows=3 columns={columns} type={type}" for columns in (1, 257, 2048) for type in TYPES),
     *(f"draw_uniform rows=3 columns={columns} type={type}" for columns in (1, 257, 2048) for type in TYPES),
     "draw_uniform rows=3 columns=256 shifted=values",

@@ -155,6 +155,41 @@ struct Problems {
                                  .k = k};
     run([&] { vblora_emulation::compose(problem); });
   }
+  // adapters: how many there are; every third row has none, and one an index that is out of range. one=1: one for all.
+  void add_updates() {
+    const int64_t positions = options.number("positions", 1), in = options.number("inputs", 64),
+                  out = options.number("outputs", 64), rank = options.number("rank", 4);
+    const bool one = options.number("one", 0);
+    const int64_t count = one ? 1 : options.number("adapters", 3);
+    std::vector<double> before(static_cast<size_t>(rows * positions * out));
+    void* y = output("y", type, rows * positions * out);
+    for (size_t i = 0; i < before.size(); ++i) set(before.data(), type, static_cast<int64_t>(i), 0.5);
+    vblora_emulation::upload(y, before.data(), before.size() * bytes_of(type));
+    vblora_emulation::trace::host_write(y, before.size() * bytes_of(type));
+    int64_t row = 0;
+    const Update problem = {
+        .type = type,
+        .y = y,
+        .x = numbers("x", type, rows * positions * in),
+        .A = numbers("A", type, count * rank * in),
+        .B = numbers("B", type, count * rank * out),
+        .adapters = one ? nullptr
+                        : static_cast<const int64_t*>(
+                              input("adapters", Type::i64, rows,
+                                    [&] {
+                                      ++row;
+                                      return static_cast<double>(row % 3 == 0 ? -1 : row == 4 ? count : row % count);
+                                    })),
+        .rows = rows,
+        .positions = positions,
+        .in = in,
+        .out = out,
+        .rank = rank,
+        .count = count,
+        .A_stride = rank * in,
+        .B_stride = rank * out};
+    run([&] { vblora_emulation::add_updates(problem); });
+  }
   void draw() {
     const Draw problem = {
         .type = type,
@@ -225,6 +260,7 @@ void solve(std::istream& words) {
   Problems problems{options};
   if (op == "admixture") problems.admixture();
   else if (op == "compose") problems.compose();
+  else if (op == "add_updates") problems.add_updates();
   else if (op == "draw") problems.draw();
   else if (op == "draw_uniform") problems.draw_uniform();
   else if (op == "admixture_backward") problems.admixture_backward(false);

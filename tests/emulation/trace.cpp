@@ -261,6 +261,7 @@ void host_write(void* address, size_t bytes) {
   }
   const size_t offset = begin - buffer->begin;
   for (size_t i = offset; i < offset + bytes; ++i) ++buffer->writes[i];
+  if (current_launch() < 0) return;  // what a kernel is to change
   state.uses[{static_cast<size_t>(current_launch()), static_cast<size_t>(buffer - state.buffers.data())}].written =
       bytes;
 }

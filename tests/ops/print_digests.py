@@ -32,6 +32,12 @@ def main(seed: int) -> None:
         some = torch.randint(len(inputs.bank), (case.rows, case.k), generator=generator)
         composed = torch.ops.vblora.compose(inputs.bank, some, inputs.grad_weights, case.out_dtype)
         results = {"inputs": given, "forward": forward, "backward": backward, "compose": (composed,)}
+        updated = torch.randn(case.rows, 67, generator=generator).to(case.dtype)
+        factors = [torch.randn(2, case.k, size, generator=generator).to(case.dtype) for size in (case.length, 67)]
+        x = torch.randn(case.rows, case.length, generator=generator).to(case.dtype)
+        adapters = torch.randint(-1, 2, (case.rows,), generator=generator)
+        torch.ops.vblora.add_updates_(updated, x, *factors, adapters)
+        results["add_updates_"] = (updated,)
         drawn = [torch.empty_like(inputs.logits)]
         torch.ops.vblora.draw_logits_(drawn[0], None, case.columns, seed, 0.02)
         if inputs.candidates is not None:

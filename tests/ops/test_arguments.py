@@ -30,6 +30,10 @@ def good_arguments(operator: str, device: torch.device) -> dict[str, Any]:
     if operator == "draw_logits_":
         logits = zeros(ROWS, COLUMNS)
         return {"logits": logits, "candidates": candidates, "num_vectors": 20, "seed": -(2**63), "std": 1.0}
+    if operator == "add_updates_":
+        tensors = {"y": zeros(ROWS, 3, LENGTH), "x": zeros(ROWS, 3, COLUMNS)}
+        tensors |= {"A": zeros(VECTORS, K, COLUMNS), "B": zeros(VECTORS, K, LENGTH)}
+        return tensors | {"adapters": zeros(ROWS, dtype=torch.int64)}
     if operator == "draw_uniform_":
         return {"values": zeros(ROWS, COLUMNS), "seed": -(2**63), "stream": 2**32 - 1, "bound": 1.0}
     return {
@@ -49,6 +53,7 @@ TENSORS = {
     "admixture": ("logits", "bank", "candidates"),
     "admixture_backward": ("grad_subvectors", "grad_weights", "indices", "weights", "bank", "candidates"),
     "compose": ("bank", "indices", "weights"),
+    "add_updates_": ("y", "x", "A", "B", "adapters"),
     "draw_logits_": ("logits", "candidates"),
     "draw_uniform_": ("values",),
 }
@@ -58,6 +63,7 @@ FIRST = {
     "admixture": "logits",
     "admixture_backward": "indices",
     "compose": "bank",
+    "add_updates_": "y",
     "draw_logits_": "logits",
     "draw_uniform_": "values",
 }
@@ -80,6 +86,9 @@ LIKE_WEIGHTS = "but must have (6, 2), the shape of `weights`."
 LIKE_SUBVECTORS = "but must have (6, 5), the rows of `indices`, the columns of `bank`."
 LIKE_CANDIDATES = "but must have (6, 9), the rows of `indices`, `num_candidates`."
 BACKWARD, DRAW, UNIFORM = "admixture_backward", "draw_logits_", "draw_uniform_"
+UPDATES = "add_updates_"
+LIKE_Y = "but must have the shape of `y`, (6, 3, 5), except in the last dimension."
+LIKE_A = "but must have the shape of `A`, (4, 2, 9), with a last dimension of 5."
 
 MESSAGES = [
     # operator, changes (a dtype, a function of the good value, or another value), message
@@ -137,6 +146,26 @@ MESSAGES = [
       for dtype in (torch.float32, torch.int8, torch.bool)),
     *((operator, {"out_dtype": dtype}, f"`out_dtype` is {dtype}; {FLOATS}") for operator in ("admixture", "compose")
       for dtype in (torch.int32, torch.complex64, torch.bool, torch.float8_e4m3fn)),
+    *((UPDATES, {"y": dtype}, f"`y` is {dtype}; {FLOATS}") for dtype in (torch.int32, torch.complex64)),
+    (UPDATES, {"y": lambda y: y[0, 0, 0]}, "`y` has no dimensions, but must have at least 1."),
+    *((UPDATES, {name: torch.bfloat16}, f"`{name}` is torch.bfloat16, but must be torch.float32, the dtype of `y`.")
+      for name in ("x", "A", "B")),
+    (UPDATES, {"x": lambda x: x[:, :2]}, f"`x` has shape (6, 2, 9), {LIKE_Y}"),
+    (UPDATES, {"x": lambda x: x[:, 0]}, f"`x` has shape (6, 9), {LIKE_Y}"),
+    (UPDATES, {"A": lambda A: A[:, :, :3]}, "`A` has shape (4, 2, 3), but must have (adapters, rank, 9), with `adapters`."),
+    (UPDATES, {"A": lambda A: A[0]}, "`A` has shape (2, 9), but must have (adapters, rank, 9), with `adapters`."),
+    (UPDATES, {"adapters": None}, "`A` has shape (4, 2, 9), but must have (rank, 9), without `adapters`."),
+    (UPDATES, {"B": lambda B: B[:3]}, f"`B` has shape (3, 2, 5), {LIKE_A}"),
+    (UPDATES, {"B": lambda B: B[:, :1]}, f"`B` has shape (4, 1, 5), {LIKE_A}"),
+    (UPDATES, {"B": lambda B: B[:, :, :4]}, f"`B` has shape (4, 2, 4), {LIKE_A}"),
+    (UPDATES, {"A": lambda A: A[:, :1].expand(4, 4097, 9), "B": lambda B: B[:, :1].expand(4, 4097, 5)},
+     "`A` has rank 4097, but must have at most 4096."),
+    (UPDATES, {"adapters": torch.int32}, "`adapters` is torch.int32, but must be torch.int64, an index for each row."),
+    (UPDATES, {"adapters": lambda adapters: adapters[:, None]}, "`adapters` has shape (6, 1), but must have 1 dimension."),
+    (UPDATES, {"adapters": lambda adapters: adapters[:5]},
+     "`adapters` has 5 rows, which must divide the 18 positions of `y`."),
+    (UPDATES, {"adapters": lambda adapters: adapters[:0]},
+     "`adapters` has 0 rows, which must divide the 18 positions of `y`."),
     *((DRAW, {"logits": dtype}, f"`logits` is {dtype}; {FLOATS}") for dtype in (torch.int32, torch.complex64)),
     (DRAW, {"candidates": lambda x: x[:, :8]}, f"`candidates` has shape (6, 8), {LIKE_LOGITS}"),
     (DRAW, {"candidates": torch.t}, f"`candidates` has shape (9, 6), {LIKE_LOGITS}"),
@@ -158,7 +187,7 @@ MESSAGES = [
 
 # Each tensor with another number of dimensions.
 for operator, names in TENSORS.items():
-    for name in names:
+    for name in names if operator != UPDATES else ():
         rows, columns = good_arguments(operator, torch.device("meta"))[name].shape
         MESSAGES += [
             (operator, {name: lambda x: x[0]}, f"`{name}` has shape ({columns},), but must have 2 dimensions."),

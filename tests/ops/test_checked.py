@@ -92,6 +92,20 @@ def test_nan_of_each_dtype_is_found(backend, monkeypatch, dtype, generator):
         backend.ops.admixture(inputs.logits, inputs.bank, None, 2)
 
 
+def test_adapters_of_rows_are_looked_at(backend, monkeypatch):
+    y, x, A, B = (torch.zeros(shape, device=backend.device) for shape in ((4, 5), (4, 3), (2, 1, 3), (2, 1, 5)))
+    for value, allowed in ((-1, True), (1, True), (2, False), (-2, False)):
+        adapters = torch.tensor([0, 0, value, 0], device=backend.device)
+        monkeypatch.delenv("VBLORA_CHECKED", raising=False)
+        backend.ops.add_updates_(y, x, A, B, adapters)
+        monkeypatch.setenv("VBLORA_CHECKED", "1")
+        if allowed:
+            backend.ops.add_updates_(y, x, A, B, adapters)
+            continue
+        with pytest.raises(RuntimeError, match=rf"add_updates_: `adapters` holds {value} at row 2; allowed are 0 to 1"):
+            backend.ops.add_updates_(y, x, A, B, adapters)
+
+
 @pytest.mark.backends("cpu")
 def test_parts_of_any_shape_are_looked_at(monkeypatch):
     monkeypatch.setenv("VBLORA_CHECKED", "1")

@@ -92,6 +92,18 @@ def test_opcheck_compose(backend, case, index_dtype, generator):
     torch.library.opcheck(backend.ops.compose, arguments)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_add_updates(backend, dtype, generator):
+    y, x, A, B = (
+        torch.randn(shape, generator=generator).to(dtype).to(backend.device)
+        for shape in ((3, 2, 5), (3, 2, 7), (4, 2, 7), (4, 2, 5))
+    )
+    adapters = torch.tensor([3, -1, 0], device=backend.device)
+    torch.library.opcheck(backend.ops.add_updates_, (y, x, A, B, adapters))
+    torch.library.opcheck(backend.ops.add_updates_, (y, x, A[0], B[0]))
+    torch.library.opcheck(backend.ops.add_updates_, (y.transpose(0, 1).contiguous().transpose(0, 1), x, A, B, adapters))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_meta_tensors_have_the_results_shapes(backend, case, generator):
     inputs, arguments = admixture_arguments(case, generator, backend.device)

@@ -308,9 +308,31 @@ def test_a_batch_outlives_its_slots(world, ids):
     def evict(*_) -> None:
         store._rows(["user-1"])
 
-    model.model.layers[0].register_forward_hook(evict)
+    handle = model.model.layers[0].register_forward_hook(evict)
     assert_rows(world, model, ["user-0"] * 8, ids)
+    assert list(store._warm) == ["user-0"]  # what came meanwhile had a slot of its own
+    handle.remove()
+    assert_rows(world, model, ["user-1"] * 8, ids)
     assert list(store._warm) == ["user-1"]
+
+
+@torch.no_grad()
+def test_batches_that_use_all_slots_do_not_hold_up_others(world, ids):
+    store, model = store_of(world, slots=3)
+    running = store._rows(["user-0", "user-1", "user-2"])
+    expected = running.slots.arena.clone()
+    for names in (["user-3"] * 8, ["user-0", "user-4", None, "user-5"] * 2):
+        assert_rows(world, model, names, ids)
+    store.discard("user-1")  # its slot is free, but not to be filled
+    store.pin("user-3")
+    assert_rows(world, model, ["user-3"] * 8, ids)
+    assert torch.equal(store._slots.arena, expected)
+    assert list(store._warm) == ["user-0", "user-2"] or list(store._warm) == ["user-2", "user-0"]
+    del running
+    assert_rows(world, model, ["user-3", "user-4"] * 4, ids)
+    assert_rows(world, model, ["user-5", "user-1"] * 4, ids)
+    assert "user-3" in store._warm  # pinned
+    assert len(store._warm) == 3
 
 
 def test_prometheus(world, ids):

@@ -111,7 +111,10 @@ class ForwardFactors(NamedTuple):
     @property
     def is_current(self) -> bool:
         """Whether the caller runs within that forward. Do not call it while compiling."""
-        return self.context == _context(self.factors.A.device)
+        A, context = self.factors.A, self.context
+        if A.is_cpu and context is not None:  # every layer asks
+            return context.thread == threading.get_ident() and context.steps == _optimizer_steps
+        return context == _context(A.device)
 
 
 class Slot:
@@ -136,6 +139,15 @@ class Slot:
             self.was_called = True
         current = self.current
         return self.adapter.factors_of(self.index, dtype) if current is None else current.factors
+
+    @property
+    def ready_factors(self) -> Factors | None:
+        """The factors of the forward in progress, if there is one. Not while compiling."""
+        current = self.forward_factors
+        if current is None or not current.is_current:
+            return None
+        self.was_called = True
+        return current.factors
 
     @property
     def current(self) -> ForwardFactors | None:

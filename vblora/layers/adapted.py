@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Slot
-from . import fused, rows
-from .kinds import compute_dtype, kind_of
+from . import fused, rows, updates
+from .kinds import Linear, compute_dtype, kind_of
 from .reads import Watched
 from .weights import Rounding, format_of, is_packed, rounding, swap_tensor
 
@@ -54,7 +54,11 @@ class Update(NamedTuple):
     dropout: float  # probability of dropping an element of the update's input
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+def _has_hooks(own: dict[str, Any]) -> bool:
+    """Whether a module with these attributes has hooks that see its call."""
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 class AdaptedLayer(nn.Module):
@@ -154,26 +158,54 @@ class AdaptedLayer(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         # A layer that adds nothing, for example a merged one, skips Module.__call__, which takes a tenth of a small layer's time.
-        # Hooks and a replaced `forward` (accelerate's) still see this layer called.
+        # So does one in inference. Hooks and a replaced `forward` (accelerate's) still see this layer called.
         own = self.__dict__
-        if own["applied"] or own["rows_differ"] or "forward" in own or any(map(own.__getitem__, _HOOKS)):
+        if "forward" in own or _has_hooks(own):
             return super().__call__(*args, **kwargs)
-        return own["_modules"]["base_layer"](*args, **kwargs)
+        if not (own["applied"] or own["rows_differ"]):
+            return own["_modules"]["base_layer"](*args, **kwargs)
+        if not args or self._compiled_call_impl is not None or not updates.is_plain():
+            return super().__call__(*args, **kwargs)
+        base = own["_modules"]["base_layer"]
+        y, in_place = base(*args, **kwargs), not _has_hooks(base.__dict__)
+        if own["rows_differ"]:
+            return rows.updated(self, y, args[0], in_place=in_place)
+        return self.add_applied(y, args[0], in_place=in_place)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.rows_differ or args or kwargs or not x.is_floating_point():
-            y = self.base_layer(x, *args, **kwargs)
+            y = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
             return rows.updated(self, y, x) if self.rows_differ else self.add_applied(y, x)
         y = None
         for update in self.applied.values():
             y = self._add(update, y, x)
         return self.base_layer(x) if y is None else y
 
-    def add_applied(self, y: Tensor, x: Tensor) -> Tensor:
-        """Adds the updates of the applied adapters to the base layer's output ``y``."""
+    def add_applied(self, y: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
+        """Adds the updates of the applied adapters to the base layer's output ``y``.
+
+        Args:
+            in_place: whether nobody else has ``y``, and :func:`updates.is_plain`.
+        """
         for update in self.applied.values():
-            y = self._add(update, y, x)
+            if not (in_place and self._added_in_place(update, y, x)):
+                y = self._add(update, y, x)
         return y
+
+    def _added_in_place(self, update: Update, y: Tensor, x: Tensor) -> bool:
+        """Adds an update to ``y`` in place if one operator can do it and is faster than several of torch."""
+        factors = update.slot.ready_factors
+        if (
+            factors is None
+            or factors.d is not None
+            or factors.e is not None
+            or not issubclass(self.kind, Linear)
+            or (update.dropout and self.training)
+            or not updates.can_add(y, x, factors.A, few=True)
+        ):
+            return False
+        updates.added(y, x, factors.A, factors.B, None, in_place=True)
+        return True
 
     def _add(self, update: Update, y: Tensor | None, x: Tensor) -> Tensor:
         """Adds an update to the base layer's output ``y``, which is yet to be computed if it is None."""

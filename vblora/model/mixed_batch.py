@@ -42,10 +42,12 @@ class AttachedRows(RowAdapters):
         if not folded:
             return None
         rank = max(factors.A.shape[0] for factors in folded.values())
-        padded = {name: (_of_rank(rank, factors.A), _of_rank(rank, factors.B)) for name, factors in folded.items()}
-        places = [(row, padded[name]) for row, name in enumerate(self.names) if name in padded]
-        rows = None if len(places) == len(self.names) else torch.tensor([row for row, _ in places])
-        return Stacked(torch.stack([A for _, (A, _) in places]), torch.stack([B for _, (_, B) in places]), rows)
+        A, B = (
+            torch.stack([_of_rank(rank, factor) for factor in pair])
+            for pair in zip(*(factors[:2] for factors in folded.values()), strict=True)
+        )
+        index: dict[str | None, int] = {name: number for number, name in enumerate(folded)}
+        return Stacked.of(A, B, [index.get(name, -1) for name in self.names])
 
 
 def _of_rank(rank: int, factor: Tensor) -> Tensor:

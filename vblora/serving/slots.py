@@ -1,7 +1,8 @@
 """Composed adapters in slots of a fixed size: the warm tier of a store."""
 
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..adapters import Factors, Target
 from ..adapters.vblora import scaled
 from ..layers.adapted import AdaptedLayer
-from ..layers.rows import RowAdapters, Stacked
+from ..layers.rows import RowAdapters, Stacked, index_tensors
 from .packed import Layout, PackedAdapter, PackedVBLoRA
 
 
@@ -74,43 +75,48 @@ class Slots:
                 row[start : start + factor.numel()] = factor.reshape(-1)
         self.arena[slot] = row
 
-    def gathered(self, slots: Sequence[int]) -> Tensor:
-        """A copy of some slots, so that filling them again does not change a running batch."""
-        return self.arena.index_select(0, torch.tensor(slots, dtype=torch.long, device=self.arena.device))
+    def copy_of(self, slots: Sequence[int | None]) -> "Slots":
+        """Slots of their own with the same contents; None is an empty one."""
+        copied = copy.copy(self)
+        copied.arena = torch.zeros(len(slots), self.arena.shape[1], device=self.arena.device, dtype=self.arena.dtype)
+        for place, slot in enumerate(slots):
+            if slot is not None:
+                copied.arena[place] = self.arena[slot]
+        return copied
 
 
 class SlotRows(RowAdapters):
     """Rows that use adapters of a store.
 
     Args:
-        gathered: copies of the slots of the rows that have an adapter, in order.
+        slots: where the adapters are. Those of ``used`` do not change while these rows exist.
+        used: the slot of each adapter by its name.
     """
 
     def __init__(
-        self, names: Sequence[str | None], layers: dict[AdaptedLayer, list[str]], slots: Slots, gathered: Tensor
+        self,
+        names: Sequence[str | None],
+        layers: dict[AdaptedLayer, list[str]],
+        slots: Slots,
+        used: Mapping[str, int],
     ) -> None:
         super().__init__(names, layers)
-        self._slots = slots
-        self._gathered = gathered
-        self._adapted = [row for row, name in enumerate(names) if name is not None]
-        self._rows = None if len(self._adapted) == len(names) else torch.tensor(self._adapted, device=gathered.device)
-        self._stacked: dict[AdaptedLayer, Stacked] = {}
+        self.slots = slots
+        self.used = dict(used)
+        indices = [-1 if name is None else used[name] for name in names]
+        self._indices = index_tensors(indices, slots.arena.device)
 
     def factors(self, layer: AdaptedLayer, name: str) -> Factors | None:
-        stacked = self.stacked(layer)
-        row = self._adapted.index(self.names.index(name))
-        return None if stacked is None else Factors(stacked.A[row], stacked.B[row])
+        A, B = self._factors_of_all(layer)
+        return Factors(A[self.used[name]], B[self.used[name]])
 
     def stacked(self, layer: AdaptedLayer) -> Stacked | None:
-        if not self._adapted:
-            return None
-        if layer not in self._stacked:
-            A, B, target = self._slots.places[self.layers[layer][0]]
-            self._stacked[layer] = Stacked(
-                self._view(A, target.in_features), self._view(B, target.out_features), self._rows
-            )
-        return self._stacked[layer]
+        return Stacked(*self._factors_of_all(layer), *self._indices) if self.used else None
+
+    def _factors_of_all(self, layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
+        A, B, target = self.slots.places[self.layers[layer][0]]
+        return self._view(A, target.in_features), self._view(B, target.out_features)
 
     def _view(self, start: int, width: int) -> Tensor:
-        rank = self._slots.rank
-        return self._gathered.narrow(1, start, rank * width).unflatten(1, (rank, width))
+        rank = self.slots.rank
+        return self.slots.arena.narrow(1, start, rank * width).unflatten(1, (rank, width))

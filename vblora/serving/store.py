@@ -2,6 +2,7 @@
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ class AdapterStore:
         self._warm: OrderedDict[str, int] = OrderedDict()  # slots
         self._free = list(range(slots))
         self._pinned: set[str] = set()
+        self._running: weakref.WeakSet[SlotRows] = weakref.WeakSet()  # their slots must not change
         self._metrics = Metrics()
         self._record.row_source = self._rows
 
@@ -128,7 +130,8 @@ class AdapterStore:
             raise ValueError(f"{faults[0]}{more}") from faults[0]
 
     def pin(self, names: str | Sequence[str]) -> None:
-        """Keeps adapters in their slots until they are unpinned.
+        """Keeps adapters in their slots until they are unpinned. If running batches use all slots, an adapter gets its slot with
+        the next batch that names it.
 
         Raises:
             ValueError: as :meth:`prefetch`, or no slot would be left for other adapters. Nothing is pinned then.
@@ -186,13 +189,15 @@ class AdapterStore:
     def _rows(self, names: Sequence[str | None]) -> SlotRows:
         """The adapters of a batch's rows, after composing those that have no slot yet."""
         wanted = list(dict.fromkeys(name for name in names if name is not None))
-        with self._admitted(wanted):
-            gathered = self._slots.gathered([self._warm[name] for name in names if name is not None])
-        return SlotRows(names, self._record.names, self._slots, gathered)
+        with self._admitted(wanted) as (slots, used):
+            rows = SlotRows(names, self._record.names, slots, used)
+            self._running.add(rows)
+            return rows
 
     @contextmanager
-    def _admitted(self, wanted: list[str]) -> Iterator[None]:
-        """A context in which all ``wanted`` adapters have slots. It holds the lock, so no other thread evicts them."""
+    def _admitted(self, wanted: list[str]) -> Iterator[tuple[Slots, dict[str, int]]]:
+        """A context in which all ``wanted`` adapters have slots: which, by name. It holds the lock, so no other thread evicts
+        them."""
         packed: dict[str, PackedAdapter] = {}
         while True:
             with self._lock:
@@ -204,29 +209,58 @@ class AdapterStore:
                     )
                 cold = [name for name in wanted if name not in self._warm]
                 if packed.keys() >= set(cold):
-                    self._fill_slots(wanted, {name: packed[name] for name in cold})
-                    yield
+                    yield self._fill_slots(wanted, {name: packed[name] for name in cold})
                     return
             for name in cold:  # without the lock: files are read
                 packed[name] = self._packed(name)
 
-    def _fill_slots(self, wanted: list[str], cold: dict[str, PackedAdapter]) -> None:
+    def _fill_slots(self, wanted: list[str], cold: dict[str, PackedAdapter]) -> tuple[Slots, dict[str, int]]:
+        """Composes the ``cold`` ones of the ``wanted`` adapters, in slots of the store if running batches leave enough."""
         counts = self._metrics.counts
         counts["warm hits"] += len(wanted) - len(cold)
         counts["warm misses"] += len(cold)
-        while len(self._free) < len(cold):
-            name = next(name for name in self._warm if name not in self._pinned and name not in wanted)
-            self._free.append(self._warm.pop(name))
-            counts["warm evictions"] += 1
-        if cold:
-            slots = dict(zip(cold, self._free, strict=False))
-            with timed() as timer:
-                self._slots.fill({slots[name]: adapter for name, adapter in cold.items()})
-            self._metrics.note_duration("compose", timer.seconds / len(cold))
-            self._free = self._free[len(cold) :]
-            self._warm |= slots
+        if not self._make_room(wanted, len(cold)):
+            slots = self._slots.copy_of([self._warm.get(name) for name in wanted])
+            places = {name: place for place, name in enumerate(wanted)}
+            self._compose(slots, {places[name]: adapter for name, adapter in cold.items()})
+            return slots, places
+        fresh = dict(zip(cold, self._unused(), strict=False))
+        self._compose(self._slots, {fresh[name]: adapter for name, adapter in cold.items()})
+        self._free = [slot for slot in self._free if slot not in fresh.values()]
+        self._warm |= fresh
         for name in wanted:
             self._warm.move_to_end(name)
+        return self._slots, {name: self._warm[name] for name in wanted}
+
+    def _make_room(self, wanted: list[str], count: int) -> bool:
+        """Has the least recently used adapters leave until ``count`` slots are free. False: running batches use too many."""
+        missing = count - len(self._unused())
+        running = self._in_use()
+        evictable = [
+            name
+            for name, slot in self._warm.items()
+            if name not in self._pinned and name not in wanted and slot not in running
+        ]
+        if missing > len(evictable):
+            return False
+        for name in evictable[: max(missing, 0)]:
+            self._free.append(self._warm.pop(name))
+            self._metrics.counts["warm evictions"] += 1
+        return True
+
+    def _unused(self) -> list[int]:
+        running = self._in_use()
+        return [slot for slot in self._free if slot not in running]
+
+    def _in_use(self) -> set[int]:
+        """The slots of batches that run."""
+        return {slot for rows in self._running if rows.slots is self._slots for slot in rows.used.values()}
+
+    def _compose(self, slots: Slots, adapters: dict[int, PackedAdapter]) -> None:
+        if adapters:
+            with timed() as timer:
+                slots.fill(adapters)
+            self._metrics.note_duration("compose", timer.seconds / len(adapters))
 
     def _packed(self, name: str) -> PackedAdapter:
         """An adapter of the cold tier. One thread reads it if it is not there; others that ask for it wait."""
