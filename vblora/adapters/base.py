@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .. import streams
+from .. import ops, streams
 from ..errors import VBLoRAWarning
 
 
@@ -187,7 +187,7 @@ class Adapter(nn.Module, ABC):
     * Without gradients, the factors are cached until a parameter changes: its version counter moves, an optimizer steps, the
       module is cast, moved or switched between training and evaluation, or a state dict is loaded. If you write to a parameter
       through ``.data``, call :meth:`invalidate`. Another stream waits for the one that composed the factors.
-    * While compiling or exporting, always, so that composition is part of the graph.
+    * While compiling, exporting or tracing, and within a transform of ``torch.func``, always: composition is part of the graph.
     * While a CUDA graph is captured, always, so that each replay composes from the current parameters. A replay moves no version
       counter. So an adapter that was captured never caches again; after any captured optimizer step, no adapter does. Then each
       outermost forward composes, even each token of ``generate()``. If you capture other writes to the parameters, such as a
@@ -280,7 +280,7 @@ class Adapter(nn.Module, ABC):
         return self.all_factors(dtype)[index]
 
     def _needs_composition(self) -> bool:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or ops.is_recorded():
             return True
         if streams.capturing(next(self.parameters()).device):
             self._captured = True
@@ -308,7 +308,7 @@ class Adapter(nn.Module, ABC):
         return [*self.parameters(), *self.buffers()]
 
     def _compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or ops.is_recorded():  # torch.func allows no hooks on saved tensors
             return self.compose(dtype, span)
         # Activation checkpointing and offloading track the tensors that a layer saves. A recomputed layer composes its factors
         # elsewhere, so these hooks keep them from counting or moving the tensors saved here.
