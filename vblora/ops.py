@@ -10,7 +10,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import native  # noqa: F401  # registers the operators and their kernels
+from . import (
+    native,  # noqa: F401  # registers the operators and their kernels
+    reference,
+)
 from .arguments import (
     accumulation_dtype,
     check_add_updates,
@@ -206,6 +209,16 @@ class _InParts(torch.autograd.Function):
         return grad_logits if need_logits else None, grad_bank if need_bank else None, *(None,) * 5
 
 
+def is_recorded() -> bool:
+    """Whether a transform of ``torch.func`` or ``torch.jit.trace`` follows what runs.
+
+    Then write to no tensor from outside, and call the same operators with and without gradients: a trace is checked without.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+
+
 def admixture_in_parts(
     logits: Tensor,
     bank: Tensor,
@@ -222,8 +235,14 @@ def admixture_in_parts(
     Sets ``exhausted`` ``(S,)`` to True for rows whose k-th selected logit is not above their last one.
 
     In eager mode on the CPU, backward never concatenates the parts' gradients, which saves writing and reading 40 MB for
-    Llama-2-7B's 448 factors. On other devices, and in graphs, this is ``admixture`` followed by a split.
+    Llama-2-7B's 448 factors. On other devices, and in graphs, this is ``admixture`` followed by a split. Within a transform of
+    ``torch.func``, which the operator has no rules for, it is the plain PyTorch reference.
     """
+    if is_recorded():
+        transformed = torch._C._are_functorch_transforms_active()
+        admixture = reference.admixture if transformed else torch.ops.vblora.admixture
+        subvectors, indices, weights = admixture(logits, bank, candidates, k, out_dtype)
+        return in_parts(subvectors, sizes, ranks), indices, weights
     if logits.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         newly_exhausted, indices, weights, *parts = _InParts.apply(  # type: ignore[no-untyped-call]
             logits, bank, candidates, k, out_dtype, sizes, ranks
@@ -249,6 +268,9 @@ def scaled_admixture(
 
     The factor goes into the weights, as a deploy form stores them, so both give the same bits.
     """
+    if is_recorded() and torch._C._are_functorch_transforms_active():  # as above
+        subvectors, _, _ = reference.admixture(logits, bank, candidates, k)
+        return (subvectors * scales[:, None]).to(out_dtype)
     # This call is for the weights. One column of the bank makes it cheap.
     _, columns, weights = torch.ops.vblora.admixture(logits, bank.detach()[:, :1], candidates, k)
     _note_exhausted(exhausted, logits, columns)

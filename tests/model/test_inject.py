@@ -1,6 +1,7 @@
 """Injects and ejects adapters, merges and disables them, and checks what trains."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -539,3 +540,28 @@ def test_a_layer_on_another_device_gets_its_factors_moved():
 def test_one_vector_a_sub_vector_is_warned_of():
     with pytest.warns(UserWarning, match="`topk` is 1.*never train.*keeps its initial bank vector.*Set `topk` to 2"):
         vblora.inject(bert(), vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, topk=1))
+
+
+def test_every_name_that_a_module_cannot_have_is_refused():
+    net = Net(blocks=1)
+    before, taken = snapshot(net), set(dir(nn.ModuleDict()))
+    assert {"_modules", "_forward_hooks", "training", "keys", "__class__"} <= taken
+    for name in {*taken, "", "a.b"}:
+        with pytest.raises(ValueError, match="cannot name a module"):
+            vblora.inject(net, NET_CONFIG, adapter_name=name)
+    assert_unchanged(net, before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_base_layer_that_torch_quantises_afterwards_is_refused_by_name():
+    quantise = functools.partial(torch.ao.quantization.quantize_dynamic, qconfig_spec={nn.Linear}, dtype=torch.qint8)
+    net, x = vblora.inject(Net(blocks=1), NET_CONFIG).cpu().eval(), torch.randn(3, 16, device="cpu")
+    quantised = quantise(net)
+    for use in (lambda: quantised(x), lambda: vblora.merge(quantised)):
+        with pytest.raises(
+            TypeError, match=r"put a torch\.ao\.\S*quantized\.dynamic\.\S*Linear in the place .*vblora\.merge"
+        ):
+            use()
+    expected = net(x)
+    plain = quantise(vblora.eject(vblora.merge(net, release=True)))
+    assert relative_error(plain(x), expected) < 0.1  # what the message says

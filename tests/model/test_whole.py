@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedModel
 
 import vblora
 from tests.small_models import bert, gpt2, llama, relative_error
@@ -46,6 +46,36 @@ def test_a_merged_model_is_written_as_a_plain_one(make, release, tmp_path):
     again, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and set(again.state_dict()) == plain_names
     torch.testing.assert_close(again.eval()(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("form", ["resume", "peft"])
+def test_a_merged_model_is_not_written_beside_an_adapter(form, tmp_path):
+    model = injected(llama)
+    vblora.save(model, tmp_path, form=form)
+    files = sorted(tmp_path.iterdir())
+    vblora.merge(model)
+    for give in (lambda: model.save_pretrained(tmp_path), lambda: model.save_pretrained(save_directory=str(tmp_path))):
+        with pytest.raises(
+            ValueError, match=r"`save_directory` holds an adapter: .*adapter_config\.json.*another folder"
+        ):
+            give()
+    assert sorted(tmp_path.iterdir()) == files
+    model.save_pretrained(tmp_path / "merged")
+    found = LlamaForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
+    torch.testing.assert_close(found, model(IDS).logits)
+
+
+def test_an_adapter_beside_a_model_is_warned_of(tmp_path, recwarn):
+    llama().save_pretrained(tmp_path / "base")
+    model = injected(llama)
+    with pytest.warns(vblora.VBLoRAWarning, match="holds a model beside the adapter.*folder of its own") as caught:
+        vblora.save(model, tmp_path / "base")
+    assert caught[0].filename == __file__
+    recwarn.clear()
+    for _ in range(2):
+        vblora.save(model, tmp_path / "own")
+        (tmp_path / "own" / "config.json").write_text("{}")
+    assert not recwarn.list
 
 
 def test_a_state_dict_that_is_given_gets_the_base_names(tmp_path):

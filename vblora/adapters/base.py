@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .. import streams
+from .. import ops, streams
 from ..errors import VBLoRAWarning
 
 
@@ -202,7 +202,7 @@ class Adapter(nn.Module, ABC):
       tokens, and again if a parameter's version counter moves or an optimizer steps. Nothing is kept from one call to the next,
       because some writes to a parameter show nowhere: those through ``.data``, and those of ``torch.distributed``. Another
       stream waits for the one that composed the factors.
-    * While compiling or exporting, always, so that composition is part of the graph.
+    * While compiling, exporting or tracing, and within a transform of ``torch.func``, always: composition is part of the graph.
     * While a CUDA graph is captured, always, so that each replay composes from the current parameters. A replay moves no version
       counter. So after an adapter was captured, or any optimizer step was, each token of ``generate()`` composes.
     """
@@ -293,7 +293,7 @@ class Adapter(nn.Module, ABC):
         return self.all_factors(dtype)[index]
 
     def _needs_composition(self) -> bool:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or ops.is_recorded():
             return True
         if streams.capturing(next(self.parameters()).device):
             self._captured = True
@@ -321,7 +321,7 @@ class Adapter(nn.Module, ABC):
         return [*self.parameters(), *self.buffers()]
 
     def _compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or ops.is_recorded():  # torch.func allows no hooks on saved tensors
             return self.compose(dtype, span)
         # Activation checkpointing and offloading track the tensors that a layer saves. A recomputed layer composes its factors
         # elsewhere, so these hooks keep them from counting or moving the tensors saved here.

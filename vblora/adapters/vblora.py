@@ -295,7 +295,7 @@ class VBLoRAAdapter(Adapter):
             # A row is exhausted once its k-th selected logit is no larger than its last candidate's: from then on, dense training
             # might have selected a bank vector that is no candidate. Weight decay scales all logits, the last one included, so
             # the comparison stays valid.
-            training = logits.requires_grad and torch.is_grad_enabled()
+            training = logits.requires_grad and torch.is_grad_enabled() and not ops.is_recorded()
             exhausted = part(self.exhausted) if training and self.exhausted is not None else None
             candidates = None if self.candidates is None else part(self.candidates)
             if self.scales is not None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .. import ops, streams  # noqa: F401  (ops registers torch.ops.vblora)
+from .. import ops, streams
 from ..config import VeraConfig
 from .base import Target, is_plain
 from .shared import SharedPairAdapter
@@ -92,7 +92,7 @@ class VeRAAdapter(SharedPairAdapter):
         sources = self.A, self.B
         if self.A.dtype == dtype or torch.compiler.is_compiling() or not all(map(is_plain, sources)):
             return super().pair(dtype)
-        if streams.capturing(self.A.device):
+        if streams.capturing(self.A.device) or ops.is_recorded():
             return super().pair(dtype)
         key = dtype, streams.current(self.A.device), *((source.data_ptr(), source._version) for source in sources)
         cast = self._cast  # read once: another thread may replace it

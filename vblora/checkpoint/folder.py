@@ -60,6 +60,7 @@ def write(
         metadata = {"format": "pt"}  # as PEFT writes it
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    _warn_of_model(folder)
     write_tensors(folder / TENSORS_FILE, tensors, metadata)
     write_file(folder / CONFIG_FILE, json.dumps(description, indent=2).encode() + b"\n")
     if not (folder / "README.md").exists():
@@ -151,6 +152,17 @@ def _check_files(path: Path) -> None:
     if inner:  # PEFT writes an adapter that is not called "default" into a sub-folder
         raise FileNotFoundError(
             f"{path} is missing. There are adapters in its sub-folders {', '.join(inner)}: pass one of those."
+        )
+
+
+def _warn_of_model(folder: Path) -> None:
+    weights = [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]
+    if weights and (folder / "config.json").exists():
+        warnings.warn(
+            f"{folder} holds a model beside the adapter. From now on, from_pretrained would try to add the adapter to that "
+            "model. Save the adapter into a folder of its own.",
+            VBLoRAWarning,
+            stacklevel=4,
         )
 
 

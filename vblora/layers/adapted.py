@@ -127,8 +127,19 @@ class AdaptedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight. Model code that reads it in a forward leaves out the update, which this notes."""
+        """The base layer's weight. Model code that reads it in a forward leaves out the update, which this notes.
+
+        Raises:
+            TypeError: a module without a weight tensor has replaced the base layer.
+        """
         weight = cast(Tensor, self.base_layer.weight)
+        if callable(weight):  # as torch.ao's quantised modules have it
+            base = type(self.base_layer)
+            raise TypeError(
+                f"after vblora.inject, something such as torch.ao.quantization put a {base.__module__}.{base.__qualname__} in "
+                "the place of an adapted layer's base layer. Call vblora.merge(model, release=True) and vblora.eject(model) "
+                "before you quantise the model; or quantise the base model with bitsandbytes or torchao before you inject."
+            )
         slots = self._note_touch()
         if not slots:
             return weight

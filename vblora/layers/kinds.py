@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from .. import ops
 from ..adapters.base import Factors, Target
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -29,7 +30,8 @@ def add_product(y: Tensor, hidden: Tensor, factors: Factors) -> Tensor:
         return y + (update if e is None else update * e).to(y.device, y.dtype)
     if e is not None:
         return torch.addcmul(y, hidden @ B, e)
-    if y.dim() == 3 and y.shape[0] == 1 and not torch.is_grad_enabled():  # decoding one token: saves three calls
+    if not ops.is_recorded() and y.dim() == 3 and y.shape[0] == 1 and not torch.is_grad_enabled():
+        # Decoding one token: saves three calls.
         return torch.baddbmm(y, hidden, B[None])
     # One pass over `y` less than a product followed by a sum.
     return torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), B).view(y.shape)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import VBLoRAWarning
 from ..layers.reads import listed
+from .peft_guard import refuse_peft_layers
 
 if TYPE_CHECKING:
     from .record import AdaptedModel, AttachedAdapter
@@ -52,7 +53,8 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
     """Refuses to save an adapter whose layers or modules the model has lost, and warns of what trained but is not part of it.
 
     Raises:
-        ValueError: a layer or a module that the adapter trains was replaced in the model. The message names it.
+        ValueError: a layer or a module that the adapter trains was replaced in the model, or PEFT has adapted the model, too. The
+            message names it.
     """
     names = {module: name for name, module in record.model.named_modules()}
     lost = [record.names[layer][0] for layer in attached.layers if layer not in names]
@@ -62,6 +64,7 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
             f"the model no longer contains {listed(list(dict.fromkeys(lost)))} that adapter {attached.name!r} trains: something "
             "replaced it after vblora.inject, such as resize_token_embeddings. Change the model first, then inject."
         )
+    refuse_peft_layers(record.model)
     _refuse_new_ties(record, attached)
     own = {id(p) for adapter in record.adapters.values() for p in adapter.parameters.values()}
     others = [

@@ -18,6 +18,7 @@ from ..layers.weights import format_name, is_quantised, passes_gradients
 from .diffusers_guard import guard_diffusers
 from .heads import warn_of_new_weights, with_task_head
 from .parts import find_parts
+from .peft_guard import guard_from_peft, refuse_peft_layers
 from .record import (
     ADAPTERS_ATTRIBUTE,
     AdaptedModel,
@@ -72,8 +73,9 @@ def inject(
         The same model.
 
     Raises:
-        ValueError: the model already has an adapter of that name, is merged or is disabled; no layer matches; ``vector_length``
-            does not divide a width (without ``pad``); or ``bank`` has another size, or ``config`` is of another method.
+        ValueError: the model already has an adapter of that name, holds one of PEFT's, is merged or is disabled; no layer
+            matches; ``vector_length`` does not divide a width (without ``pad``); or ``bank`` has another size, or ``config``
+            is of another method.
         TypeError: a matching layer cannot be adapted or passes no gradient to its input, a quantised weight would train, or the
             model cannot be called.
         FileNotFoundError: the file of the bank does not exist.
@@ -170,6 +172,7 @@ class Plan:
             record = AdaptedModel.install(model)
             guard_saving(record)
             guard_diffusers(record)
+            guard_from_peft()
         extra = {name: TensorSwap(*place) for name, place in self.extra_tensors.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
         attached = AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, extra)
@@ -193,6 +196,7 @@ def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedMode
     targets = tuple(target_of(names[0], layer) for layer, names in found.items())
     record = AdaptedModel.install(model)
     guard_saving(record)
+    guard_from_peft()
     for layer, names in found.items():
         record.wrap(layer, names)
     record.hook_parts(find_parts(model, record.layers))  # to refuse `adapter_names` there
@@ -203,7 +207,7 @@ def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedMode
 def _check_name(name: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"`adapter_name` is {name!r}, but must be a string.")
-    if not name or "." in name or hasattr(Adapters, name) or name == "training":
+    if not name or "." in name or hasattr(Adapters(), name):  # of an instance, which has more attributes than the class
         raise ValueError(
             f"`adapter_name` is {name!r}, which cannot name a module. Give a string that is not empty, has no '.', and is not "
             "an attribute of nn.ModuleDict such as 'keys' or 'training'."
@@ -211,6 +215,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_model(model: nn.Module, record: AdaptedModel | None, adapter_name: str) -> None:
+    refuse_peft_layers(model)
     own = {} if record is None else record.names
     if any(isinstance(module, AdaptedLayer) and module not in own for module in model.modules()):
         raise ValueError(

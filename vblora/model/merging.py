@@ -50,12 +50,12 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
                 f"the model's code reads the weight of layer `{name}` itself, which leaves out the update. Merging would add it, "
                 "so nothing was merged. Exclude that layer with `exclude_modules`."
             )
+        if not can_merge_into(layer.weight):
+            raise TypeError(f"layer `{name}` has a weight of {format_name(layer.weight)}, which cannot be merged into.")
         if "weight" not in layer.base_layer._parameters:
             raise TypeError(
                 f"the weight of layer `{name}` is parametrized: it is computed from other tensors and cannot be replaced."
             )
-        if not can_merge_into(layer.weight):
-            raise TypeError(f"layer `{name}` has a weight of {format_name(layer.weight)}, which cannot be merged into.")
         weight = layer.merged_weight(chosen[layer])
         if not weight.isfinite().all():
             raise ValueError(

@@ -1,9 +1,11 @@
 """Writing whole models: a merged one as a plain model, the trained tensors of any; an injected one is refused."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,8 +66,8 @@ def save_whole(record: AdaptedModel, module: Any, *args: Any, **kwargs: Any) -> 
     """``module.save_pretrained`` as its class has it, with the base model's names.
 
     Raises:
-        ValueError: an active adapter is not merged, the adapters are disabled, or tied weights that merging has parted would
-            be tied again by whoever loads the model.
+        ValueError: an active adapter is not merged, the adapters are disabled, the folder holds an adapter, or tied weights that
+            merging has parted would be tied again by whoever loads the model.
     """
     records = [] if record.unwrapped else [record]
     return _save(records, module, getattr(type(module), _METHOD), *args, **kwargs)
@@ -82,12 +84,23 @@ def _save(records: list[AdaptedModel], module: Any, write: Callable[..., Any], /
                 "**vblora.integrations.transformers.trainer_arguments(model)."
             )
         _refuse_parted_ties(record, module)
+    if records:
+        _refuse_adapter_folder(*args[:1], **kwargs)
     if records and kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = _with_base_names(module, kwargs["state_dict"])
     with ExitStack() as stack:
         for record in records:
             stack.enter_context(unwrapped(record))
         return write(module, *args, **kwargs)
+
+
+def _refuse_adapter_folder(save_directory: str | os.PathLike[str], **_: object) -> None:
+    file = Path(save_directory) / "adapter_config.json"
+    if file.exists():
+        raise ValueError(
+            f"`save_directory` holds an adapter: {file}. Whoever loads a model from that folder, such as from_pretrained, would "
+            "try to add that adapter to the merged weights. Write the merged model into another folder."
+        )
 
 
 @contextmanager
