@@ -1,7 +1,6 @@
 """``vblora finetune``: fine-tune a classifier, a regressor or a language model on a file of rows."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -265,17 +264,18 @@ def _run(arguments: argparse.Namespace) -> int:
         "--output", arguments.output, overwrite=arguments.overwrite or arguments.resume, instead=", or --overwrite"
     )
     from ..finetune import task as tasks
+    from ..finetune.notices import say
     from ..finetune.scores import check_bleu
 
     if language:
         check_bleu(arguments.bleu)
         texts = tasks.read_language_task(arguments)
-        _print_once(str(texts))
+        say(str(texts))
         from ..finetune import language as program  # imports TRL, which is slow: only after all other checks
 
         return program.run(arguments, texts)
     task = tasks.read_task(arguments)
-    _print_once(str(task))
+    say(str(task))
     from ..finetune import training  # imports transformers
 
     return training.run(arguments, task)
@@ -299,11 +299,6 @@ def _settle(arguments: argparse.Namespace) -> None:
             option = "--no-baseline" if name == "baseline" else f"--{name.replace('_', '-')}"
             tasks = " and ".join(other for other, options in _OPTIONS.items() if name in options)
             raise CommandError(f"{option} is for --task {tasks}, but the task is {task}. Leave it out.")
-
-
-def _print_once(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes
-        print(message, flush=True)
 
 
 def _candidates(text: str) -> int | None:

@@ -30,7 +30,8 @@ def add_parser(subparsers: "Subparsers") -> None:
     group.add_argument(
         "--prompt-column",
         metavar="NAME",
-        help="the column with the prompt: a text, or a chat (prompt, messages or text)",
+        help="the column with the prompt: a text, or a chat (prompt, messages or text); a chat that ends with the assistant is "
+        "completed from before the assistant's first message",
     )
     add_load_in(add_inference(parser))
     group = parser.add_argument_group("how to generate")

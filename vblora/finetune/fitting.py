@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -39,6 +38,7 @@ from ..model.learning_rates import WARM_UP
 from . import pictures
 from .bank_use import bank_use
 from .models import computes_in_bfloat16
+from .notices import is_main_process, print_warning, say
 from .task import LanguageTask, Task, as_json, save_results
 
 ARGUMENTS_FILE = "finetune.json"  # in each checkpoint: what it was trained with
@@ -84,24 +84,9 @@ def _settings(kind: type[TrainingArguments], arguments: argparse.Namespace, **op
     )
 
 
-def is_main_process() -> bool:
-    """Whether this process prints and writes; of several that ``accelerate`` or ``torchrun`` started, the first does."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def processes() -> int:
     """How many processes ``accelerate`` or ``torchrun`` started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(message: str) -> None:
-    if is_main_process():
-        print(message, flush=True)
-
-
-def print_warning(message: str) -> None:
-    if is_main_process():
-        print(f"vblora finetune: warning: {message}", file=sys.stderr, flush=True)
 
 
 def warn_of_few_steps(arguments: argparse.Namespace, rows: int, steps: int) -> str | None:

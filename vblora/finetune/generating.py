@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -18,8 +17,9 @@ from ..serving import AdapterStore
 from . import models, tables
 from .adapters import AdapterRun
 from .generation import complete
+from .notices import print_warning
 from .outputs import Writer
-from .texts import Message, read_prompt
+from .texts import Prompt, read_prompt
 from .tokens import Encoder
 
 OUTPUT_COLUMN = "generated"
@@ -44,8 +44,7 @@ class Job:
 @dataclass
 class _Row:
     fields: tables.Fields
-    prompt: str | list[Message]
-    tools: list[Any] | None
+    prompt: Prompt
     adapter: str | None
 
 
@@ -89,16 +88,23 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
 def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[_Row]:
     only = next(iter(job.folders)) if len(job.folders) == 1 and arguments.adapter_column is None else None
     for prompt in arguments.prompt or []:
-        yield _Row({"prompt": prompt}, prompt, None, only)
+        yield _Row({"prompt": prompt}, Prompt(prompt), only)
     if arguments.data is None:
         return
     columns = {} if arguments.adapter_column is None else {"--adapter-column": arguments.adapter_column}
-    empty = True
+    empty, told = True, False
     for where, fields in tables.read(arguments.data, "--data", columns):
         empty = False
         if OUTPUT_COLUMN in fields:
             raise CommandError(f"{where}: there is a column {OUTPUT_COLUMN!r} already. Rename it.")
-        prompt, tools = read_prompt(fields, arguments.prompt_column, where)
+        prompt = read_prompt(fields, arguments.prompt_column, where)
+        if prompt.shortened and not told:
+            told = True
+            print_warning(
+                f"{where}: the chat ends with the assistant, so it is completed from before the assistant's first message, "
+                "and the rest is left out; so are other such rows. To complete a chat further, end it with the user.",
+                "generate",
+            )
         adapter = only
         if arguments.adapter_column is not None:
             named = fields[arguments.adapter_column]
@@ -107,7 +113,7 @@ def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[_Row]:
                 raise CommandError(
                     f"{where}: there is no adapter {adapter!r}; --adapter gives {tables.quoted(sorted(job.folders))}."
                 )
-        yield _Row(fields, prompt, tools, adapter)
+        yield _Row(fields, prompt, adapter)
     if empty:
         raise CommandError(f"--data: {arguments.data} has no rows.")
 
@@ -136,7 +142,7 @@ def _complete(arguments: argparse.Namespace, encoder: Encoder, model: PreTrained
         return complete(
             model,
             tokenizer,
-            [encoder.prompt(row.prompt, row.tools) for row in rows],
+            [encoder.prompt(row.prompt.asked, row.prompt.tools) for row in rows],
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
             num_beams=arguments.num_beams,

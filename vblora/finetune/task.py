@@ -3,7 +3,6 @@
 import argparse
 import json
 import statistics
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from ..errors import CommandError
 from ..files import byte_order_mark, refuse_lfs_pointer, write_file
 from . import data, demo, texts
+from .notices import print_warning
 
 RESULTS_FILE = "finetune.json"
 _MAX_EVAL = 500  # texts to evaluate on, if neither --max-eval nor --eval-data says so
@@ -159,10 +159,8 @@ def _warn_of_common_rows(train: list[data.Row], held_out: list[data.Row]) -> Non
     seen = {(row.text, row.pair) for row in train}
     common = sum((row.text, row.pair) in seen for row in held_out)
     if common:
-        print(
-            f"vblora finetune: warning: --eval-data: {common:,} of its {len(held_out):,} rows are also in --data, so the "
-            "score is not that of unseen rows.",
-            file=sys.stderr,
+        print_warning(
+            f"--eval-data: {common:,} of its {len(held_out):,} rows are also in --data, so the score is not that of unseen rows."
         )
 
 

@@ -30,6 +30,7 @@ from . import fitting, models
 from .baseline import Example, frozen_score
 from .data import Row
 from .heads import Head, find_head
+from .notices import is_main_process
 from .report import Results, folder_bytes, lora_bytes, print_table
 from .task import Task, most_frequent, save_results
 
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
         again = _Trainer(fresh, settings, collate, None, held_out).predict(held_out, metric_key_prefix="eval")
     except KeyboardInterrupt:
         raise CommandError(f"interrupted; the trained adapter is in {arguments.output}.", 130) from None
-    if not fitting.is_main_process():
+    if not is_main_process():
         return 0
     results = _results(arguments, task, head, trainer, after, frozen, seconds)
     results.warnings = [few] if few else []
