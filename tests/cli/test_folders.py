@@ -96,9 +96,7 @@ def test_converts_an_adapter_with_a_bank_of_its_own_file(tmp_path, capsys):
     config = vblora.VBLoRAConfig(**SIZES)
     model = vblora.inject(copy.deepcopy(base), config, bank=tmp_path / "bank.safetensors", freeze_bank=True)
     vblora.save(model, tmp_path / "src")
-    assert "Give its file as --bank." in fails(
-        capsys, "convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy"
-    )
+    assert "as --bank." in fails(capsys, "convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy")
     bank = ("--bank", tmp_path / "bank.safetensors")
     assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy", *bank) == 0
     assert "bank.vectors" not in safetensors.torch.load_file(tmp_path / "dst" / "adapter_model.safetensors")

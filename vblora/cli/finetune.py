@@ -127,8 +127,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bank",
         type=Path,
-        metavar="FILE",
-        help="take the bank and its size from this file and freeze it; only the logits are trained",
+        metavar="FILE_OR_FOLDER",
+        help="take the bank and its size from this file, or from the folder of an adapter, and freeze it; only the logits are "
+        "trained",
     )
     add_adapter(group)
 
@@ -264,9 +265,11 @@ def _run(arguments: argparse.Namespace) -> int:
         "--output", arguments.output, overwrite=arguments.overwrite or arguments.resume, instead=", or --overwrite"
     )
     from ..finetune import task as tasks
+    from ..finetune.injection import check_adapter
     from ..finetune.notices import say
     from ..finetune.scores import check_bleu
 
+    check_adapter(arguments)
     if language:
         check_bleu(arguments.bleu)
         texts = tasks.read_language_task(arguments)

@@ -63,7 +63,10 @@ def add_inference(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
         metavar="NAME",
         help="the column with the name of each row's adapter, its folder's; empty: none",
     )
-    group.add_argument("--bank", type=Path, metavar="FILE", help="the vector bank, if adapters were saved without it")
+    group.add_argument(
+        "--bank", type=Path, metavar="FILE_OR_FOLDER",
+        help="the vector bank, if adapters were saved without it: its file, or the folder of the adapter that holds it",
+    )  # fmt: skip
     add_precision(group)
     return group
 

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import vblora
 
-from ..checkpoint.folder import read
+from ..checkpoint.folder import TENSORS_FILE, read
 from ..checkpoint.vblora import VBLoRAContents
 from ..errors import CommandError
 from ..files import write_file
@@ -153,7 +153,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open(path / TENSORS_FILE if path.is_dir() else path, "rb") as file:  # --bank may be an adapter's folder
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

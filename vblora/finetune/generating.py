@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import vblora
 
-from ..errors import CommandError
+from ..errors import CommandError, in_options
 from ..serving import AdapterStore
 from . import models, tables
 from .adapters import AdapterRun
@@ -133,7 +133,7 @@ def _attach(arguments: argparse.Namespace, job: Job, model: PreTrainedModel) -> 
             for folder in job.folders.values():
                 vblora.load(model, folder, bank=arguments.bank)
     except (OSError, ValueError, TypeError) as error:
-        raise CommandError(f"--adapter: {error}") from None
+        raise CommandError(f"--adapter: {in_options(error, 'bank')}") from None
 
 
 def _complete(arguments: argparse.Namespace, encoder: Encoder, model: PreTrainedModel, rows: list[_Row]) -> list[str]:
@@ -154,4 +154,4 @@ def _complete(arguments: argparse.Namespace, encoder: Encoder, model: PreTrained
     except ValueError as error:  # an adapter that the store refuses
         if arguments.adapter_column is None:
             raise
-        raise CommandError(f"--adapter: {error}") from None
+        raise CommandError(f"--adapter: {in_options(error, 'bank')}") from None

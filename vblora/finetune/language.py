@@ -22,7 +22,7 @@ from ..errors import CommandError
 from ..integrations.transformers import trainer_arguments
 from ..model.parameters import ParameterCount
 from ..model.record import attached_adapter
-from . import fitting, models
+from . import fitting, injection, models
 from .generation import complete
 from .notices import is_main_process, print_warning, say
 from .report import Generation, LanguageResults, folder_bytes, lora_bytes, print_generations, print_language_table
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
     length = models.max_length(arguments.max_length, _MAX_LENGTH, tokenizer, model)
     if arguments.packing:
         _refuse_if_packed_rows_mix(model)
-    models.inject(arguments, model)
+    injection.inject(arguments, model)
     _refuse_head(model)
     with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:
         train, held_out = _Rows(task.train), _Rows(task.held_out)
