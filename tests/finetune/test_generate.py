@@ -127,12 +127,20 @@ def test_a_chat_that_ends_with_the_assistant_is_completed_as_in_training(base, t
             "there is no adapter 'three'; --adapter gives 'one', 'two'",
         ),
         (["--prompt", "a", "--top-p", "0"], "argument --top-p"),
+        (["--prompt", "a", "--top-p", "0.5"], "--top-p has no effect, because --temperature 0 does not draw"),
+        (["--prompt", "a", "--prompt-column", "b"], "--prompt-column has no effect"),
+        (["--prompt", "a", "--bank", "b"], "--bank has no effect"),
+        (["--prompt", "a", "--overwrite"], "--overwrite has no effect"),
+        (["--prompt", "a", "--max-new-tokens", "64"], "--max-new-tokens: is 64, but this model takes at most 64 tokens"),
+        (["--prompt", "a " * 55], "--prompt 'a a a"),
+        (["--data", "LONG"], "line 2: the prompt has 65 tokens, but the model takes 58 at most"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_refused(base, adapters, tmp_path, capsys, options, expected):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "who": "three"}])
-    options = [{"ADAPTERS": adapters, "ROWS": rows}.get(option, option) for option in options]
+    long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a"}, {"prompt": "a " * 60}])
+    options = [{"ADAPTERS": adapters, "ROWS": rows, "LONG": long}.get(option, option) for option in options]
     assert generate(base, *options) == 2
     error = capsys.readouterr().err
     assert re.search(re.escape(expected), error) and error.count("\n") == 1, error
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "long.jsonl"}

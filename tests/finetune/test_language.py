@@ -282,6 +282,10 @@ def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):
         (["--target-modules", "lm_head", "--vector-length", "8"], "--target-modules: lm_head is the model's head"),
         (["--resume"], "--resume: there is no checkpoint in"),
         (["--patience", "0"], "argument --patience"),
+        (["--max-new-tokens", "64"], "--max-new-tokens: is 64, but this model takes at most 64 tokens"),
+        (["--bank", "x", "--lr-bank", "0.1"], "--lr-bank has no effect, because --bank is frozen"),
+        (["--resume", "--overwrite"], "--overwrite has no effect"),
+        (["--text-column", "prompt", "--loss", "last"], "--loss last has no effect, because the rows are plain texts"),
     ],
 )
 def test_a_bad_argument_is_refused(finetune, pairs, tmp_path, capsys, options, expected):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..errors import CommandError
 from ..model.learning_rates import RECIPES
 from .folders import check_output, refuse_undecodable, removed_if_empty, require
-from .options import add_load_in, add_precision, at_least, names, number, seed
+from .options import add_load_in, add_precision, at_least, names, number, refuse_idle, seed
 
 if TYPE_CHECKING:
     from .folders import Subparsers
@@ -290,6 +290,11 @@ def _settle(arguments: argparse.Namespace) -> None:
     Raises:
         CommandError: an option does not belong to the task.
     """
+    refuse_idle("--lr-bank", bool(arguments.bank and arguments.lr_bank), "--bank is frozen")
+    refuse_idle("--overwrite", arguments.overwrite and arguments.resume, "--resume goes on in --output")
+    refuse_idle(
+        "--group-column", bool(arguments.group_column and arguments.eval_data), "--eval-data tells what is held out"
+    )
     task = arguments.task or "classification"  # regression, which labels may turn out to be, has no other options
     own = _OPTIONS[task]
     for name in {name for options in _OPTIONS.values() for name in options}:

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import CommandError
+
 
 def number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
     def parse(text: str) -> float:
@@ -30,6 +32,16 @@ def names(text: str) -> list[str]:
     if not all(found):
         raise argparse.ArgumentTypeError(f"is {text!r}, but must be names with commas between them")
     return found
+
+
+def refuse_idle(option: str, given: bool, reason: str) -> None:
+    """Refuses an option that would have no effect.
+
+    Args:
+        reason: why not, with "because" before it.
+    """
+    if given:
+        raise CommandError(f"{option} has no effect, because {reason}. Leave it out.")
 
 
 def add_precision(group: "argparse._ArgumentGroup") -> None:

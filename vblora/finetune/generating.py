@@ -43,6 +43,7 @@ class Job:
 
 @dataclass
 class _Row:
+    where: str
     fields: tables.Fields
     prompt: Prompt
     adapter: str | None
@@ -73,6 +74,9 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
         model.to(torch.accelerator.current_accelerator())
     _attach(arguments, job, model)
     encoder = Encoder(tokenizer, chat=job.template != "none" and tokenizer.chat_template is not None)
+    room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
+    for row in _rows(arguments, job, quiet=True):  # all that is wrong is refused before anything is generated
+        _check_length(row, encoder, room)
     with Writer(arguments.output) as writer:
         chunk = [first, *islice(rows, _CHUNK * arguments.batch_size - 1)]
         while chunk:
@@ -85,14 +89,28 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
     return 0
 
 
-def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[_Row]:
+def _check_length(row: _Row, encoder: Encoder, room: int) -> None:
+    length = len(encoder.prompt(row.prompt.asked, row.prompt.tools))
+    if length > room:
+        raise CommandError(
+            f"{row.where}: the prompt has {length} tokens, but the model takes {room} at most if --max-new-tokens follow. "
+            "Shorten the prompt, or lower --max-new-tokens."
+        )
+
+
+def _rows(arguments: argparse.Namespace, job: Job, quiet: bool = False) -> Iterator[_Row]:
+    """The rows to complete, checked.
+
+    Args:
+        quiet: without the notice that chats are shortened.
+    """
     only = next(iter(job.folders)) if len(job.folders) == 1 and arguments.adapter_column is None else None
     for prompt in arguments.prompt or []:
-        yield _Row({"prompt": prompt}, Prompt(prompt), only)
+        yield _Row(f"--prompt {prompt!r:.50}", {"prompt": prompt}, Prompt(prompt), only)
     if arguments.data is None:
         return
     columns = {} if arguments.adapter_column is None else {"--adapter-column": arguments.adapter_column}
-    empty, told = True, False
+    empty, told = True, quiet
     for where, fields in tables.read(arguments.data, "--data", columns):
         empty = False
         if OUTPUT_COLUMN in fields:
@@ -113,7 +131,7 @@ def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[_Row]:
                 raise CommandError(
                     f"{where}: there is no adapter {adapter!r}; --adapter gives {tables.quoted(sorted(job.folders))}."
                 )
-        yield _Row(fields, prompt, adapter)
+        yield _Row(where, fields, prompt, adapter)
     if empty:
         raise CommandError(f"--data: {arguments.data} has no rows.")
 
@@ -147,7 +165,7 @@ def _complete(arguments: argparse.Namespace, encoder: Encoder, model: PreTrained
             batch_size=arguments.batch_size,
             num_beams=arguments.num_beams,
             temperature=arguments.temperature,
-            top_p=arguments.top_p,
+            top_p=1.0 if arguments.top_p is None else arguments.top_p,
             adapter_names=None if arguments.adapter_column is None else [row.adapter for row in rows],
             title="Completions" if sys.stderr.isatty() else None,
         )

@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
     )
     length = models.max_length(arguments.max_length, _MAX_LENGTH, tokenizer, model)
+    room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
     if arguments.packing:
         _refuse_if_packed_rows_mix(model)
     injection.inject(arguments, model)
@@ -76,7 +77,9 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
         trainer = _trainer(arguments, model, tokenizer, train_data, held_out_data, length)
         few = fitting.warn_of_few_steps(arguments, len(train_data), _steps(trainer))
         examples = _first_prompts(task.held_out, max(_SHOWN, arguments.bleu or 0))
-        generate = _Generator(arguments, replace(encoder, chat=False) if plain else encoder, examples, length)
+        generate = _Generator(
+            arguments, replace(encoder, chat=False) if plain else encoder, examples, min(length, room)
+        )
         say("Before training:")
         with vblora.disabled(model):
             before = trainer.evaluate()["eval_loss"]
@@ -257,11 +260,11 @@ class _Generator:
     """Completes the same prompts before and after."""
 
     def __init__(
-        self, arguments: argparse.Namespace, encoder: Encoder, examples: list[tuple[Example, list[str]]], length: int
+        self, arguments: argparse.Namespace, encoder: Encoder, examples: list[tuple[Example, list[str]]], room: int
     ) -> None:
         self.arguments = arguments
         self.tokenizer = encoder.tokenizer
-        self.prompts = [encoder.prompt(example.prompt or "", example.tools)[-length:] for example, _ in examples]
+        self.prompts = [encoder.prompt(example.prompt or "", example.tools)[-room:] for example, _ in examples]
 
     def __call__(self, model: PreTrainedModel, title: str) -> list[str]:
         if not is_main_process():

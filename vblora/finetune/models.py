@@ -69,10 +69,29 @@ def _gguf(model: str) -> dict[str, str]:
 
 def max_length(wanted: int | None, default: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
     """The number of tokens to read of a text."""
-    limit = min([tokenizer.model_max_length, *_position_limits(model)])
+    limit = _limit(tokenizer, model)
     if wanted is not None and wanted > limit:
         raise CommandError(f"--max-length: is {wanted}, but this model reads at most {limit} tokens.")
     return wanted or min(default, limit)
+
+
+def room_for_prompt(new_tokens: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """The longest prompt, in tokens, after which the model can still write ``new_tokens``.
+
+    Raises:
+        CommandError: there is no such prompt.
+    """
+    limit = _limit(tokenizer, model)
+    if new_tokens >= limit:
+        raise CommandError(
+            f"--max-new-tokens: is {new_tokens}, but this model takes at most {limit} tokens, the prompt included."
+        )
+    return limit - new_tokens
+
+
+def _limit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """How many tokens a text may have."""
+    return min([tokenizer.model_max_length, *_position_limits(model)])
 
 
 def _position_limits(model: PreTrainedModel) -> list[int]:

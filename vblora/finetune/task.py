@@ -77,6 +77,8 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
     _refuse_two_splits(arguments)
     given = {part: getattr(arguments, f"{part}_column") for part in ("text", "prompt", "completion", "messages")}
     columns = texts.find_columns(path, "--data", given)
+    if columns.kind == "text":
+        _refuse_for_plain_texts(arguments, template)
     if evaluate is None:
         limit = _MAX_EVAL if arguments.max_eval is None else arguments.max_eval
         train, held_out = texts.split(
@@ -91,6 +93,14 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
         train = texts.whole(path, columns, "--data", arguments.max_train, arguments.seed)
         held_out = texts.whole(evaluate, columns, "--eval-data", arguments.max_eval, arguments.seed)
     return LanguageTask(model, template, train, held_out)
+
+
+def _refuse_for_plain_texts(arguments: argparse.Namespace, template: str | None) -> None:
+    for option, given in (("--chat-template", template is not None), ("--loss last", arguments.loss == "last")):
+        if given:
+            raise CommandError(
+                f"{option} has no effect, because the rows are plain texts, which are learnt whole. Leave it out."
+            )
 
 
 def read_template(given: str) -> str | None:
