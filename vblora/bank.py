@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checks import check_count, check_positive
 from .distributed import gather_to_cpu
-from .files import read_tensors, write_tensors
+from .files import read_tensors, to_bytes, write_tensors
 
 
 class BankFile(NamedTuple):
@@ -109,21 +109,34 @@ class VectorBank(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> "VectorBank":
-        """Loads a bank that :meth:`save` wrote, as float32.
+        """Loads a bank that :meth:`save` wrote, or the bank of an adapter that holds its own, as float32.
+
+        Args:
+            path: the bank's file; or the folder of an adapter that :func:`vblora.save` or PEFT wrote, or the tensors' file in
+                it. The bank of such a folder counts as the file that :meth:`save` would write for it: other adapters can share
+                it while the folder's adapter stays as it is.
 
         Raises:
             FileNotFoundError: the file does not exist.
             ValueError: the file is damaged or does not hold a bank.
         """
         path = Path(path)
-        tensors, _ = read_tensors(path)
+        folder = path if path.is_dir() else path.parent if path.name == _ADAPTER_FILE else None
+        if path.is_dir() and not (path / _ADAPTER_FILE).is_file():
+            raise FileNotFoundError(
+                f"{path} is a folder without {_ADAPTER_FILE}. Give a bank's file, or the folder of an adapter."
+            )
+        tensors, _ = read_tensors(path if folder is None else folder / _ADAPTER_FILE)
+        if folder is not None:
+            tensors = _bank_of_adapter(folder, tensors)
         try:
             vectors = decode_vectors(tensors)
         except ValueError as error:
             raise ValueError(f"{path} does not hold a vector bank: {error}") from None
         bank = cls(*vectors.shape, device="meta")
         bank.vectors = nn.Parameter(vectors.float().to(device))
-        bank.file = BankFile(path.name, _sha256(path.read_bytes()), bank._content())
+        data = path.read_bytes() if folder is None else to_bytes(tensors)
+        bank.file = BankFile((folder or path).absolute().name, _sha256(data), bank._content())
         return bank
 
     def unchanged(self) -> bool:
@@ -191,6 +204,23 @@ def decode_vectors(tensors: dict[str, Tensor]) -> Tensor:
     return vectors
 
 
+def _bank_of_adapter(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the bank's own file, of those in an adapter's folder."""
+    if _PEFT_BANK in tensors:
+        return {"vectors": tensors[_PEFT_BANK]}
+    found = {name.removeprefix(_OWN_BANK): tensor for name, tensor in tensors.items() if name.startswith(_OWN_BANK)}
+    if not found:
+        raise ValueError(
+            f"the adapter in {folder} has no vector bank of its own. If it shares one, give that bank's file; other methods "
+            "than VB-LoRA have none."
+        )
+    return found
+
+
+# The bank in the folder of an adapter, vblora's and PEFT's
+_ADAPTER_FILE = "adapter_model.safetensors"
+_OWN_BANK = "bank."
+_PEFT_BANK = "base_model.vblora_vector_bank"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,5 +1,7 @@
 """The error that ends a command, and the category of all warnings."""
 
+import re
+
 
 class CommandError(Exception):
     """A one-line message for the user, and an exit code: 2 for invalid input, 1 for a later failure, 130 after Ctrl-C."""
@@ -7,6 +9,19 @@ class CommandError(Exception):
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(" ".join(message.split()))
         self.code = code
+
+
+def in_options(error: Exception, *names: str) -> str:
+    """The message of an error of the Python API, in the words of the command line.
+
+    Args:
+        names: arguments of Python that are options of the command.
+    """
+    message = str(error).replace("pad=True", "--pad")
+    message = re.sub(rf"`({'|'.join(names)})`", lambda name: f"--{name[1].replace('_', '-')}", message)
+    return message.replace(
+        "Pass that as --bank.", "Give its file, or the folder of the adapter that holds it, as --bank."
+    )
 
 
 class VBLoRAWarning(UserWarning):

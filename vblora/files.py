@@ -68,10 +68,14 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file. Equal content gives equal bytes if ``metadata`` has at most one key."""
+    return to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically. Equal content gives equal bytes if ``metadata`` has at most one key."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_file(path, to_safetensors(tensors, metadata))
+    """Writes a safetensors file atomically."""
+    write_file(path, to_bytes(tensors, metadata))
 
 
 @contextmanager

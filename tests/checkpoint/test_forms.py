@@ -44,6 +44,39 @@ def loaded(path, **how):
     return vblora.load(bert().eval(), path, **how)
 
 
+# A shared bank
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("resume", None), ("deploy", torch.int8), ("peft", None), ("lora", None)])
+def test_the_bank_of_an_adapter_is_a_bank_for_others(tmp_path, form, dtype):
+    first = trained()
+    vblora.save(first, tmp_path / "first", form=form, bank_dtype=dtype)
+    if form == "lora":
+        with pytest.raises(ValueError, match="first has no vector bank of its own"):
+            vblora.VectorBank.from_file(tmp_path / "first")
+        return
+    bank = vblora.VectorBank.from_file(tmp_path / "first")
+    sha256 = first.vblora.default.bank.save(tmp_path / "bank.safetensors", dtype)
+    assert bank.file.sha256 == sha256 and bank.file.name == "first"
+    assert torch.equal(bank.vectors, vblora.VectorBank.from_file(tmp_path / "bank.safetensors").vectors)
+    inside = vblora.VectorBank.from_file(tmp_path / "first" / "adapter_model.safetensors")
+    assert inside.file == bank.file and torch.equal(inside.vectors, bank.vectors)
+
+    second = trained(seed_of_logits=1, bank=tmp_path / "first")
+    vblora.save(second, tmp_path / "second")
+    assert not any("bank" in name for name in safetensors.torch.load_file(tmp_path / "second" / folder.TENSORS_FILE))
+    for given in (tmp_path / "first", tmp_path / "bank.safetensors"):
+        assert torch.equal(loaded(tmp_path / "second", bank=given)(IDS).logits, second(IDS).logits)
+    with pytest.raises(ValueError, match="second has no vector bank of its own"):
+        vblora.VectorBank.from_file(tmp_path / "second")
+    with pytest.raises(FileNotFoundError, match="is a folder without adapter_model"):
+        vblora.VectorBank.from_file(tmp_path)
+
+    vblora.save(trained(seed=2), tmp_path / "first", form="resume")
+    with pytest.raises(ValueError, match="but `bank` is first, SHA-256"):
+        loaded(tmp_path / "second", bank=tmp_path / "first")
+
+
 # Packing
 
 

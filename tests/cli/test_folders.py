@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 import vblora
+from tests.finetune.chats import save_gguf
 from tests.small_models import bert, gpt2, llama, relative_error
 from vblora.checkpoint.folder import METHOD_NAMES
 from vblora.cli import main
@@ -96,9 +97,7 @@ def test_converts_an_adapter_with_a_bank_of_its_own_file(tmp_path, capsys):
     config = vblora.VBLoRAConfig(**SIZES)
     model = vblora.inject(copy.deepcopy(base), config, bank=tmp_path / "bank.safetensors", freeze_bank=True)
     vblora.save(model, tmp_path / "src")
-    assert "Give its file as --bank." in fails(
-        capsys, "convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy"
-    )
+    assert "as --bank." in fails(capsys, "convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy")
     bank = ("--bank", tmp_path / "bank.safetensors")
     assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy", *bank) == 0
     assert "bank.vectors" not in safetensors.torch.load_file(tmp_path / "dst" / "adapter_model.safetensors")
@@ -474,3 +473,32 @@ def test_a_merge_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch, capsy
     assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 1
     assert "cannot be written: disk full" in capsys.readouterr().err
     assert files(tmp_path) == before and sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_merges_into_a_gguf_file(tmp_path, capsys):
+    pytest.importorskip("gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = save_gguf(tmp_path / "base.gguf")
+    load = {"pretrained_model_name_or_path": tmp_path, "gguf_file": base.name, "dtype": torch.float32}
+    _, model = trained(lambda: AutoModelForCausalLM.from_pretrained(**load), target_modules="all-linear")
+    vblora.save(model, tmp_path / "adapter")
+    assert run("merge", base, tmp_path / "adapter", tmp_path / "out") == 0
+    assert "7 weights updated" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = IDS % 28
+    with torch.no_grad():
+        assert relative_error(merged(ids).logits, model.eval()(ids).logits) < 1e-5
+        with vblora.disabled(model):
+            assert relative_error(merged(ids).logits, model(ids).logits) > 1e-3
+    tokenizers = (
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path, gguf_file=base.name),
+    )
+    assert len({str(tokenizer("abc?").input_ids) for tokenizer in tokenizers}) == 1
+    (tmp_path / "b").mkdir()
+    vblora.save(trained(bert)[1], tmp_path / "other")
+    before = sorted(tmp_path.iterdir())
+    assert run("merge", base, tmp_path / "other", tmp_path / "b") == 2
+    assert "ADAPTER does not fit BASE" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before and not list((tmp_path / "b").iterdir())

@@ -148,7 +148,7 @@ def test_a_bank_of_another_task_is_used_as_it_is(finetune, tiny_model, table, tm
     assert finetune("--data", table, "--bank", tmp_path / "nowhere", output=tmp_path / "b") != 0
     assert "--bank: " in capsys.readouterr().err
     assert finetune("--data", table, "--bank", bank, "--num-vectors", "8", output=tmp_path / "c") != 0
-    assert "`bank` has 16 vectors" in capsys.readouterr().err
+    assert "has 16 vectors of length 16, but --num-vectors" in capsys.readouterr().err
 
 
 def test_pairs_a_second_file_and_another_model(finetune, tiny_model, tmp_path):
@@ -337,8 +337,8 @@ def test_a_file_of_another_encoding_is_refused(finetune, tmp_path, capsys):
         (["--seed", "-1"], "argument --seed"),
         (["--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
-        (["--vector-length", "7"], "`vector_length` is 7, but must divide"),
-        (["--topk", "17"], "`topk` is 17, but must be at most `num_vectors`, 16"),
+        (["--vector-length", "7"], "--vector-length is 7, but must divide"),
+        (["--topk", "17"], "--topk is 17, but must be at most --num-vectors, 16"),
         (["--target-modules", "qurey"], "which matches no layer of this model. Nearest names: query"),
         (["--max-length", "100"], "--max-length: is 100, but this model reads at most 64 tokens"),
         (["--keep-labels", "fresh,stale"], "--keep-labels: 'stale' is not a label in .*labels are 'fresh', 'rotten'"),

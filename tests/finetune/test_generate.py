@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vblora
-from tests.finetune.chats import TEMPLATE, make_tokenizer, save_model, write_jsonl
+from tests.finetune.chats import TEMPLATE, make_chats, make_tokenizer, save_model, write_jsonl
 from vblora.cli import main
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -98,13 +98,18 @@ def test_an_adapter_knows_its_base_and_its_template(base, adapters, tmp_path, ca
         (adapter / "finetune.json").unlink()
 
 
-def test_chats_continue_before_what_the_assistant_says_last(base, tmp_path):
-    chat = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "hello ."}]
-    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}, {"messages": chat[:1]}])
+def test_a_chat_that_ends_with_the_assistant_is_completed_as_in_training(base, tmp_path, capsys):
+    chat = make_chats(1)[0]["messages"]  # user, assistant, user, assistant
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}, {"messages": chat[:1]}, {"messages": chat[:2]}])
     assert generate(base, "--data", path, "--output", tmp_path / "out.jsonl") == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["generated"] for row in rows] == [completion(base, None, "who")] * 2
+    assert [row["generated"] for row in rows] == [completion(base, None, chat[0]["content"])] * 3
     assert rows[0]["messages"] == chat
+    told = capsys.readouterr().err
+    assert told.count("the chat ends with the assistant") == 1 and "line 1" in told
+    path = write_jsonl(tmp_path / "asked.jsonl", [{"messages": chat[:3]}])
+    assert generate(base, "--data", path, "--output", tmp_path / "asked.csv") == 0
+    assert "the chat ends" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -122,12 +127,20 @@ def test_chats_continue_before_what_the_assistant_says_last(base, tmp_path):
             "there is no adapter 'three'; --adapter gives 'one', 'two'",
         ),
         (["--prompt", "a", "--top-p", "0"], "argument --top-p"),
+        (["--prompt", "a", "--top-p", "0.5"], "--top-p has no effect, because --temperature 0 does not draw"),
+        (["--prompt", "a", "--prompt-column", "b"], "--prompt-column has no effect"),
+        (["--prompt", "a", "--bank", "b"], "--bank has no effect"),
+        (["--prompt", "a", "--overwrite"], "--overwrite has no effect"),
+        (["--prompt", "a", "--max-new-tokens", "64"], "--max-new-tokens: is 64, but this model takes at most 64 tokens"),
+        (["--prompt", "a " * 55], "--prompt 'a a a"),
+        (["--data", "LONG"], "line 2: the prompt has 65 tokens, but the model takes 58 at most"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_refused(base, adapters, tmp_path, capsys, options, expected):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "who": "three"}])
-    options = [{"ADAPTERS": adapters, "ROWS": rows}.get(option, option) for option in options]
+    long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a"}, {"prompt": "a " * 60}])
+    options = [{"ADAPTERS": adapters, "ROWS": rows, "LONG": long}.get(option, option) for option in options]
     assert generate(base, *options) == 2
     error = capsys.readouterr().err
     assert re.search(re.escape(expected), error) and error.count("\n") == 1, error
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "long.jsonl"}

@@ -282,6 +282,10 @@ def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):
         (["--target-modules", "lm_head", "--vector-length", "8"], "--target-modules: lm_head is the model's head"),
         (["--resume"], "--resume: there is no checkpoint in"),
         (["--patience", "0"], "argument --patience"),
+        (["--max-new-tokens", "64"], "--max-new-tokens: is 64, but this model takes at most 64 tokens"),
+        (["--bank", "x", "--lr-bank", "0.1"], "--lr-bank has no effect, because --bank is frozen"),
+        (["--resume", "--overwrite"], "--overwrite has no effect"),
+        (["--text-column", "prompt", "--loss", "last"], "--loss last has no effect, because the rows are plain texts"),
     ],
 )
 def test_a_bad_argument_is_refused(finetune, pairs, tmp_path, capsys, options, expected):
@@ -313,3 +317,30 @@ def test_a_model_that_mixes_packed_rows_is_refused(base):
     model.model.forward = mixing
     with pytest.raises(CommandError, match="--packing: LlamaForCausalLM does not keep packed rows apart"):
         _refuse_if_packed_rows_mix(model)
+
+
+def test_a_second_adapter_shares_the_bank_of_the_first(finetune, base, pairs, tmp_path, capsys):
+    config = vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=16, target_modules="all-linear")
+    vblora.save(vblora.inject(load(base, None), config), first := tmp_path / "first")
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    short = ["--max-train", "8", "--max-eval", "4"]
+    for wrong, expected in (
+        (["--topk", "20"], "--topk is 20, but must be at most --num-vectors, 16"),
+        (
+            ["--vector-length", "8"],
+            "has 16 vectors of length 16, but --num-vectors or --vector-length is another number",
+        ),
+        (["--bank", tmp_path], "is a folder without adapter_model.safetensors"),
+        (["--output", first, "--overwrite"], "--output: is also --bank"),
+    ):
+        assert finetune("--data", pairs, "--bank", first, *wrong) == 2
+        printed = capsys.readouterr()
+        assert expected in printed.err and not printed.out, printed
+    assert finetune("--data", pairs, "--bank", first, *short, "--epochs", "1") == 0
+    assert before == {path.name: path.read_bytes() for path in first.iterdir()}
+    assert not any("bank" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    prompt = ["--prompt", "who", "--max-new-tokens", "4", "--adapter", tmp_path / "out"]
+    capsys.readouterr()
+    assert main(["generate", *map(str, prompt)]) == 2
+    assert "the folder of the adapter that holds it, as --bank" in capsys.readouterr().err
+    assert main(["generate", *map(str, prompt), "--bank", str(first)]) == 0

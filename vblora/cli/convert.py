@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CommandError
+from ..errors import CommandError, in_options
 from .folders import AdapterFolder, add_bank, check_output, read_adapter
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             about=adapter.about,
         )
     except ValueError as error:
-        raise CommandError(f"--form: {error}") from None
+        raise CommandError(f"--form: {in_options(error, 'bank_dtype', 'form')}") from None
     except OSError as error:
         raise CommandError(f"DST: {arguments.dst} cannot be written: {error}.", 1) from None
     size = sum((arguments.dst / name).stat().st_size for name in (CONFIG_FILE, TENSORS_FILE))
@@ -96,8 +96,7 @@ def _read(arguments: argparse.Namespace) -> AdapterFolder:
     try:
         contents = official.read(src, arguments.topk)
     except (OSError, ValueError) as error:
-        message = str(error).replace("Give that as `topk`.", "Give it as --topk.")
-        raise CommandError(f"SRC: {message}") from None
+        raise CommandError(f"SRC: {in_options(error, 'topk')}") from None
     return AdapterFolder(contents, None, None, {})
 
 

@@ -1,14 +1,13 @@
 """``vblora finetune``: fine-tune a classifier, a regressor or a language model on a file of rows."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from ..model.learning_rates import RECIPES
 from .folders import check_output, refuse_undecodable, removed_if_empty, require
-from .options import add_load_in, add_precision, at_least, names, number, seed
+from .options import add_load_in, add_precision, at_least, names, number, refuse_idle, seed
 
 if TYPE_CHECKING:
     from .folders import Subparsers
@@ -128,8 +127,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bank",
         type=Path,
-        metavar="FILE",
-        help="take the bank and its size from this file and freeze it; --train-scales then is the default",
+        metavar="FILE_OR_FOLDER",
+        help="take the bank and its size from this file, or from the folder of an adapter, and freeze it; --train-scales then is "
+        "the default",
     )
     add_adapter(group)
 
@@ -274,17 +274,20 @@ def _run(arguments: argparse.Namespace) -> int:
         "--output", arguments.output, overwrite=arguments.overwrite or arguments.resume, instead=", or --overwrite"
     )
     from ..finetune import task as tasks
+    from ..finetune.injection import check_adapter
+    from ..finetune.notices import say
     from ..finetune.scores import check_bleu
 
+    check_adapter(arguments)
     if language:
         check_bleu(arguments.bleu)
         texts = tasks.read_language_task(arguments)
-        _print_once(str(texts))
+        say(str(texts))
         from ..finetune import language as program  # imports TRL, which is slow: only after all other checks
 
         return program.run(arguments, texts)
     task = tasks.read_task(arguments)
-    _print_once(str(task))
+    say(str(task))
     from ..finetune import training  # imports transformers
 
     return training.run(arguments, task)
@@ -296,6 +299,11 @@ def _settle(arguments: argparse.Namespace) -> None:
     Raises:
         CommandError: an option does not belong to the task.
     """
+    refuse_idle("--lr-bank", bool(arguments.bank and arguments.lr_bank), "--bank is frozen")
+    refuse_idle("--overwrite", arguments.overwrite and arguments.resume, "--resume goes on in --output")
+    refuse_idle(
+        "--group-column", bool(arguments.group_column and arguments.eval_data), "--eval-data tells what is held out"
+    )
     task = arguments.task or "classification"  # regression, which labels may turn out to be, has no other options
     own = _OPTIONS[task]
     for name in {name for options in _OPTIONS.values() for name in options}:
@@ -308,11 +316,6 @@ def _settle(arguments: argparse.Namespace) -> None:
             option = "--no-baseline" if name == "baseline" else f"--{name.replace('_', '-')}"
             tasks = " and ".join(other for other, options in _OPTIONS.items() if name in options)
             raise CommandError(f"{option} is for --task {tasks}, but the task is {task}. Leave it out.")
-
-
-def _print_once(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes
-        print(message, flush=True)
 
 
 def _candidates(text: str) -> int | None:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import CommandError
+from ..errors import CommandError, in_options
 
 if TYPE_CHECKING:
     from ..bank import BankFile
@@ -41,8 +41,9 @@ def add_adapter(parser: argparse.ArgumentParser, name: str) -> None:
 
 def add_bank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--bank", type=Path, metavar="FILE", help="the vector bank, if the adapter was saved without it"
-    )
+        "--bank", type=Path, metavar="FILE_OR_FOLDER",
+        help="the vector bank, if the adapter was saved without it: its file, or the folder of the adapter that holds it",
+    )  # fmt: skip
 
 
 def require(*packages: str, extra: str = "cli") -> None:
@@ -58,7 +59,7 @@ def read_adapter(argument: str, folder: Path, bank: Path | None) -> AdapterFolde
 
     Args:
         argument: what the user calls the folder, for messages.
-        bank: the bank's file, of an adapter that was saved without it.
+        bank: of an adapter that was saved without it: the bank's file, or the folder of an adapter that holds it.
 
     Raises:
         CommandError: the folder or the bank is missing or damaged.
@@ -77,8 +78,7 @@ def read_adapter(argument: str, folder: Path, bank: Path | None) -> AdapterFolde
             warnings.simplefilter("always")
             contents, shares_bank = read(folder, loaded)
     except (OSError, ValueError) as error:
-        message = str(error).replace("Pass that as `bank`.", "Give its file as --bank.")
-        raise CommandError(f"{argument}: {message}") from None
+        raise CommandError(f"{argument}: {in_options(error, 'bank')}") from None
     for warning in caught:
         print(f"{argument}: warning: {warning.message}", file=sys.stderr)
     config = _read_config(folder / CONFIG_FILE)

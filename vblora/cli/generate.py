@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from .folders import require
-from .options import add_inference, add_load_in, add_output_file, at_least, number, seed
+from .options import add_inference, add_load_in, add_output_file, at_least, number, refuse_idle, seed
 
 if TYPE_CHECKING:
     from .folders import Subparsers
@@ -30,7 +30,8 @@ def add_parser(subparsers: "Subparsers") -> None:
     group.add_argument(
         "--prompt-column",
         metavar="NAME",
-        help="the column with the prompt: a text, or a chat (prompt, messages or text)",
+        help="the column with the prompt: a text, or a chat (prompt, messages or text); a chat that ends with the assistant is "
+        "completed from before the assistant's first message",
     )
     add_load_in(add_inference(parser))
     group = parser.add_argument_group("how to generate")
@@ -45,8 +46,8 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="0 takes the most likely token, above 0 draws (%(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), default=1.0, metavar="X",
-        help="draw from the most likely tokens that have this probability together (%(default)s)",
+        "--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), metavar="X",
+        help="draw from the most likely tokens that have this probability together (1, all tokens)",
     )  # fmt: skip
     group.add_argument("--batch-size", type=at_least(1), default=8, metavar="N", help="(%(default)s)")
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="of what is drawn (%(default)s)")
@@ -61,6 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("--adapter-column is a column of --data, and its adapters are in --adapter. Give both.")
     if arguments.num_beams > 1 and arguments.temperature > 0:
         raise CommandError("--num-beams searches and --temperature draws. Give one of them.")
+    refuse_idle("--top-p", arguments.top_p is not None and not arguments.temperature, "--temperature 0 does not draw")
+    refuse_idle("--prompt-column", bool(arguments.prompt_column and arguments.prompt), "--prompt is no table")
+    refuse_idle("--bank", bool(arguments.bank and not arguments.adapter), "there is no --adapter that could need it")
     from ..finetune import adapters
     from ..finetune.outputs import check_output_file
     from ..finetune.task import find_model, read_template

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CommandError
-from .folders import add_adapter, add_bank, check_output, read_adapter
+from .folders import add_adapter, add_bank, check_output, read_adapter, require
 
 if TYPE_CHECKING:
     from .folders import Subparsers
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Merges an adapter into a base model's safetensors, one shard at a time: each target's update is added to its weight in
 float32 and rounded to the weight's dtype; trained biases and modules_to_save replace the base model's. All other files
-of the folder are copied. OUT appears only when it is complete."""
+of the folder are copied. OUT appears only when it is complete.
+
+The language model of a .gguf file is loaded, dequantised to float32 and saved as a folder of safetensors with its tokenizer."""
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -24,7 +26,9 @@ def add_parser(subparsers: "Subparsers") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("base", type=Path, metavar="BASE", help="folder of the base model, with its safetensors")
+    parser.add_argument(
+        "base", type=Path, metavar="BASE", help="folder of the base model, with its safetensors, or a .gguf file"
+    )
     add_adapter(parser, "adapter")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     add_bank(parser)
@@ -32,8 +36,12 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_output("OUT", arguments.out)
+    if arguments.base.is_file() and arguments.base.suffix == ".gguf":
+        return _merge_gguf(arguments)
     if not arguments.base.is_dir():
-        raise CommandError(f"BASE: there is no folder {arguments.base}. Give the folder that save_pretrained wrote.")
+        raise CommandError(
+            f"BASE: there is no folder {arguments.base}. Give the folder that save_pretrained wrote, or a .gguf file."
+        )
     adapter = read_adapter("ADAPTER", arguments.adapter, arguments.bank)
     from ..checkpoint.merge_files import merge_into_shards
 
@@ -51,4 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if done.left_out:
         print(f"Left out, because they hold the base model's weights: {', '.join(done.left_out)}.")
+    return 0
+
+
+def _merge_gguf(arguments: argparse.Namespace) -> int:
+    require("transformers", "accelerate", "gguf", extra="llm")
+    read_adapter("ADAPTER", arguments.adapter, arguments.bank)  # refused before the model is loaded
+    from ..finetune.merging import merge_gguf
+
+    try:
+        updated = merge_gguf(arguments.base, arguments.adapter, arguments.bank, arguments.out)
+    except OSError as error:
+        raise CommandError(f"OUT: {arguments.out} cannot be written: {error}.", 1) from None
+    print(f"{arguments.out}: {updated} weights updated, all saved as float32.")
     return 0

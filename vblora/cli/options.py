@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import CommandError
+
 
 def number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
     def parse(text: str) -> float:
@@ -30,6 +32,16 @@ def names(text: str) -> list[str]:
     if not all(found):
         raise argparse.ArgumentTypeError(f"is {text!r}, but must be names with commas between them")
     return found
+
+
+def refuse_idle(option: str, given: bool, reason: str) -> None:
+    """Refuses an option that would have no effect.
+
+    Args:
+        reason: why not, with "because" before it.
+    """
+    if given:
+        raise CommandError(f"{option} has no effect, because {reason}. Leave it out.")
 
 
 def add_precision(group: "argparse._ArgumentGroup") -> None:
@@ -63,7 +75,10 @@ def add_inference(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
         metavar="NAME",
         help="the column with the name of each row's adapter, its folder's; empty: none",
     )
-    group.add_argument("--bank", type=Path, metavar="FILE", help="the vector bank, if adapters were saved without it")
+    group.add_argument(
+        "--bank", type=Path, metavar="FILE_OR_FOLDER",
+        help="the vector bank, if adapters were saved without it: its file, or the folder of the adapter that holds it",
+    )  # fmt: skip
     add_precision(group)
     return group
 

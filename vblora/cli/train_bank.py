@@ -83,6 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
     require("transformers", "accelerate", "rich")
     refuse_undecodable("--output", arguments.output)
     check_output("--output", arguments.output, overwrite=arguments.overwrite, instead=", or --overwrite")
+    from ..finetune.injection import check_adapter
+
+    check_adapter(arguments)
     tasks = _read_tasks(arguments)
     for name, task in tasks.items():
         print(f"{name}: {task}", flush=True)

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -31,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import vblora
 
-from ..checkpoint.folder import read
+from ..checkpoint.folder import TENSORS_FILE, read
 from ..checkpoint.vblora import VBLoRAContents
 from ..errors import CommandError
 from ..files import write_file
@@ -39,6 +38,7 @@ from ..model.learning_rates import WARM_UP
 from . import pictures
 from .bank_use import bank_use
 from .models import computes_in_bfloat16
+from .notices import is_main_process, print_warning, say
 from .task import LanguageTask, Task, as_json, save_results
 
 ARGUMENTS_FILE = "finetune.json"  # in each checkpoint: what it was trained with
@@ -89,24 +89,9 @@ def rates(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("recipe", "lr_bank", "lr_logits", "lr_scales")}
 
 
-def is_main_process() -> bool:
-    """Whether this process prints and writes; of several that ``accelerate`` or ``torchrun`` started, the first does."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def processes() -> int:
     """How many processes ``accelerate`` or ``torchrun`` started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(message: str) -> None:
-    if is_main_process():
-        print(message, flush=True)
-
-
-def print_warning(message: str) -> None:
-    if is_main_process():
-        print(f"vblora finetune: warning: {message}", file=sys.stderr, flush=True)
 
 
 def warn_of_few_steps(arguments: argparse.Namespace, rows: int, steps: int) -> str | None:
@@ -173,7 +158,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open(path / TENSORS_FILE if path.is_dir() else path, "rb") as file:  # --bank may be an adapter's folder
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import vblora
 
-from ..errors import CommandError
+from ..errors import CommandError, in_options
 from ..serving import AdapterStore
 from . import models, tables
 from .adapters import AdapterRun
 from .generation import complete
+from .notices import print_warning
 from .outputs import Writer
-from .texts import Message, read_prompt
+from .texts import Prompt, read_prompt
 from .tokens import Encoder
 
 OUTPUT_COLUMN = "generated"
@@ -43,9 +43,9 @@ class Job:
 
 @dataclass
 class _Row:
+    where: str
     fields: tables.Fields
-    prompt: str | list[Message]
-    tools: list[Any] | None
+    prompt: Prompt
     adapter: str | None
 
 
@@ -74,6 +74,9 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
         model.to(torch.accelerator.current_accelerator())
     _attach(arguments, job, model)
     encoder = Encoder(tokenizer, chat=job.template != "none" and tokenizer.chat_template is not None)
+    room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
+    for row in _rows(arguments, job, quiet=True):  # all that is wrong is refused before anything is generated
+        _check_length(row, encoder, room)
     with Writer(arguments.output) as writer:
         chunk = [first, *islice(rows, _CHUNK * arguments.batch_size - 1)]
         while chunk:
@@ -86,19 +89,40 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
     return 0
 
 
-def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[_Row]:
+def _check_length(row: _Row, encoder: Encoder, room: int) -> None:
+    length = len(encoder.prompt(row.prompt.asked, row.prompt.tools))
+    if length > room:
+        raise CommandError(
+            f"{row.where}: the prompt has {length} tokens, but the model takes {room} at most if --max-new-tokens follow. "
+            "Shorten the prompt, or lower --max-new-tokens."
+        )
+
+
+def _rows(arguments: argparse.Namespace, job: Job, quiet: bool = False) -> Iterator[_Row]:
+    """The rows to complete, checked.
+
+    Args:
+        quiet: without the notice that chats are shortened.
+    """
     only = next(iter(job.folders)) if len(job.folders) == 1 and arguments.adapter_column is None else None
     for prompt in arguments.prompt or []:
-        yield _Row({"prompt": prompt}, prompt, None, only)
+        yield _Row(f"--prompt {prompt!r:.50}", {"prompt": prompt}, Prompt(prompt), only)
     if arguments.data is None:
         return
     columns = {} if arguments.adapter_column is None else {"--adapter-column": arguments.adapter_column}
-    empty = True
+    empty, told = True, quiet
     for where, fields in tables.read(arguments.data, "--data", columns):
         empty = False
         if OUTPUT_COLUMN in fields:
             raise CommandError(f"{where}: there is a column {OUTPUT_COLUMN!r} already. Rename it.")
-        prompt, tools = read_prompt(fields, arguments.prompt_column, where)
+        prompt = read_prompt(fields, arguments.prompt_column, where)
+        if prompt.shortened and not told:
+            told = True
+            print_warning(
+                f"{where}: the chat ends with the assistant, so it is completed from before the assistant's first message, "
+                "and the rest is left out; so are other such rows. To complete a chat further, end it with the user.",
+                "generate",
+            )
         adapter = only
         if arguments.adapter_column is not None:
             named = fields[arguments.adapter_column]
@@ -107,7 +131,7 @@ def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[_Row]:
                 raise CommandError(
                     f"{where}: there is no adapter {adapter!r}; --adapter gives {tables.quoted(sorted(job.folders))}."
                 )
-        yield _Row(fields, prompt, tools, adapter)
+        yield _Row(where, fields, prompt, adapter)
     if empty:
         raise CommandError(f"--data: {arguments.data} has no rows.")
 
@@ -127,7 +151,7 @@ def _attach(arguments: argparse.Namespace, job: Job, model: PreTrainedModel) -> 
             for folder in job.folders.values():
                 vblora.load(model, folder, bank=arguments.bank)
     except (OSError, ValueError, TypeError) as error:
-        raise CommandError(f"--adapter: {error}") from None
+        raise CommandError(f"--adapter: {in_options(error, 'bank')}") from None
 
 
 def _complete(arguments: argparse.Namespace, encoder: Encoder, model: PreTrainedModel, rows: list[_Row]) -> list[str]:
@@ -136,16 +160,16 @@ def _complete(arguments: argparse.Namespace, encoder: Encoder, model: PreTrained
         return complete(
             model,
             tokenizer,
-            [encoder.prompt(row.prompt, row.tools) for row in rows],
+            [encoder.prompt(row.prompt.asked, row.prompt.tools) for row in rows],
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
             num_beams=arguments.num_beams,
             temperature=arguments.temperature,
-            top_p=arguments.top_p,
+            top_p=1.0 if arguments.top_p is None else arguments.top_p,
             adapter_names=None if arguments.adapter_column is None else [row.adapter for row in rows],
             title="Completions" if sys.stderr.isatty() else None,
         )
     except ValueError as error:  # an adapter that the store refuses
         if arguments.adapter_column is None:
             raise
-        raise CommandError(f"--adapter: {error}") from None
+        raise CommandError(f"--adapter: {in_options(error, 'bank')}") from None

@@ -22,8 +22,9 @@ from ..errors import CommandError
 from ..integrations.transformers import trainer_arguments
 from ..model.parameters import ParameterCount
 from ..model.record import attached_adapter
-from . import fitting, models
+from . import fitting, injection, models
 from .generation import complete
+from .notices import is_main_process, print_warning, say
 from .report import Generation, LanguageResults, folder_bytes, lora_bytes, print_generations, print_language_table
 from .scores import bleu
 from .task import LanguageTask, save_results
@@ -59,9 +60,10 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
     )
     length = models.max_length(arguments.max_length, _MAX_LENGTH, tokenizer, model)
+    room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
     if arguments.packing:
         _refuse_if_packed_rows_mix(model)
-    models.inject(arguments, model)
+    injection.inject(arguments, model)
     _refuse_head(model)
     with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:
         train, held_out = _Rows(task.train), _Rows(task.held_out)
@@ -75,13 +77,15 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
         trainer = _trainer(arguments, model, tokenizer, train_data, held_out_data, length)
         few = fitting.warn_of_few_steps(arguments, len(train_data), _steps(trainer))
         examples = _first_prompts(task.held_out, max(_SHOWN, arguments.bleu or 0))
-        generate = _Generator(arguments, replace(encoder, chat=False) if plain else encoder, examples, length)
-        fitting.say("Before training:")
+        generate = _Generator(
+            arguments, replace(encoder, chat=False) if plain else encoder, examples, min(length, room)
+        )
+        say("Before training:")
         with vblora.disabled(model):
             before = trainer.evaluate()["eval_loss"]
             written_before = generate(model, "Completions before")
         count = vblora.count_parameters(model)
-        fitting.say(f"  held-out loss {before:.4f}, perplexity {math.exp(before):.2f}")
+        say(f"  held-out loss {before:.4f}, perplexity {math.exp(before):.2f}")
         seconds = fitting.fit(arguments, task, trainer, checkpoint)
         try:
             # of the best epoch, which is loaded
@@ -91,7 +95,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
             written_after = generate(trainer.model, "Completions after")
         except KeyboardInterrupt:
             raise CommandError(f"interrupted; the trained adapter is in {arguments.output}.", 130) from None
-    if not fitting.is_main_process():
+    if not is_main_process():
         return 0
     results = _results(arguments, trainer, count, train, held_out, seconds)
     results.loss_before, results.loss_after = before, after
@@ -196,9 +200,7 @@ class _Rows:
             left_out = (
                 f"; {self.left_out} of them are left out, because nothing to learn remains" if self.left_out else ""
             )
-            fitting.print_warning(
-                f"{self.cut} of {total} rows are longer than {length} tokens and are cut off{left_out}."
-            )
+            print_warning(f"{self.cut} of {total} rows are longer than {length} tokens and are cut off{left_out}.")
 
 
 def _encoder(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, task: LanguageTask) -> Encoder:
@@ -258,14 +260,14 @@ class _Generator:
     """Completes the same prompts before and after."""
 
     def __init__(
-        self, arguments: argparse.Namespace, encoder: Encoder, examples: list[tuple[Example, list[str]]], length: int
+        self, arguments: argparse.Namespace, encoder: Encoder, examples: list[tuple[Example, list[str]]], room: int
     ) -> None:
         self.arguments = arguments
         self.tokenizer = encoder.tokenizer
-        self.prompts = [encoder.prompt(example.prompt or "", example.tools)[-length:] for example, _ in examples]
+        self.prompts = [encoder.prompt(example.prompt or "", example.tools)[-room:] for example, _ in examples]
 
     def __call__(self, model: PreTrainedModel, title: str) -> list[str]:
-        if not fitting.is_main_process():
+        if not is_main_process():
             return []
         return complete(
             model,
@@ -336,7 +338,7 @@ def _steps(trainer: _Trainer) -> int:
 
 def _reload(arguments: argparse.Namespace, trainer: _Trainer, rows: datasets.Dataset) -> bool:
     """Puts the saved adapter in the place of the trained one. Whether a few rows get the same logits, to the bit."""
-    if not fitting.is_main_process():
+    if not is_main_process():
         return True
     model = trainer.model.eval()
     ids = [torch.tensor([row["input_ids"]], device=model.device) for row in rows.select(range(min(4, len(rows))))]

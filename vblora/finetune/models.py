@@ -1,6 +1,5 @@
-"""Models and tokenizers by folder, by name on the Hub, or from a GGUF file; and the adapter that goes into one."""
+"""Models and tokenizers by folder, by name on the Hub, or from a GGUF file."""
 
-import argparse
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,12 +9,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import vblora
-
-from ..adapters.vblora import default_length
 from ..errors import CommandError
-from ..layers.kinds import target_of
-from ..model.targets import find_targets
 
 # What configurations call the number of positions that a model can tell apart.
 _POSITION_LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len", "n_positions")
@@ -75,10 +69,29 @@ def _gguf(model: str) -> dict[str, str]:
 
 def max_length(wanted: int | None, default: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
     """The number of tokens to read of a text."""
-    limit = min([tokenizer.model_max_length, *_position_limits(model)])
+    limit = _limit(tokenizer, model)
     if wanted is not None and wanted > limit:
         raise CommandError(f"--max-length: is {wanted}, but this model reads at most {limit} tokens.")
     return wanted or min(default, limit)
+
+
+def room_for_prompt(new_tokens: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """The longest prompt, in tokens, after which the model can still write ``new_tokens``.
+
+    Raises:
+        CommandError: there is no such prompt.
+    """
+    limit = _limit(tokenizer, model)
+    if new_tokens >= limit:
+        raise CommandError(
+            f"--max-new-tokens: is {new_tokens}, but this model takes at most {limit} tokens, the prompt included."
+        )
+    return limit - new_tokens
+
+
+def _limit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """How many tokens a text may have."""
+    return min([tokenizer.model_max_length, *_position_limits(model)])
 
 
 def _position_limits(model: PreTrainedModel) -> list[int]:
@@ -91,50 +104,6 @@ def _position_limits(model: PreTrainedModel) -> list[int]:
         if name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
             limits.append(module.weight.shape[0] - module.padding_idx - 1)
     return limits
-
-
-def inject(
-    arguments: argparse.Namespace,
-    model: PreTrainedModel,
-    modules_to_save: list[str] | None = None,
-    bank: vblora.VectorBank | None = None,
-) -> None:
-    """Gives the model the adapter that the arguments describe.
-
-    Args:
-        bank: a bank that trains with other adapters; that of ``--bank`` is frozen.
-
-    Raises:
-        CommandError: it does not fit the model.
-    """
-    targets = arguments.target_modules
-    if arguments.bank is not None:
-        try:
-            bank = vblora.VectorBank.from_file(arguments.bank)
-        except (OSError, ValueError) as error:
-            raise CommandError(f"--bank: {error}") from None
-    try:
-        config = vblora.VBLoRAConfig(
-            r=arguments.r,
-            num_vectors=arguments.num_vectors if bank is None or arguments.num_vectors else bank.num_vectors,
-            topk=arguments.topk,
-            num_candidates=arguments.num_candidates,
-            train_scales=arguments.bank is not None if arguments.train_scales is None else arguments.train_scales,
-            pad=arguments.pad,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
-            modules_to_save=modules_to_save,
-            seed=arguments.seed,
-        )
-        if arguments.vector_length is not None:
-            config.vector_length = arguments.vector_length
-        elif bank is not None:
-            config.vector_length = bank.vector_length
-        else:
-            layers = tuple(target_of(names[0], layer) for layer, names in find_targets(model, config).items())
-            config.vector_length = default_length(layers, config.pad)
-        vblora.inject(model, config, bank=bank, freeze_bank=arguments.bank is not None)
-    except (TypeError, ValueError) as error:
-        raise CommandError(f"the adapter does not fit {type(model).__name__}: {error}") from None
 
 
 def computes_in_bfloat16(precision: str) -> bool:

@@ -21,6 +21,8 @@ def check_output_file(path: Path | None, overwrite: bool) -> None:
         CommandError: its format is unknown, it is there already, or its folder is not.
     """
     if path is None:
+        if overwrite:
+            raise CommandError("--overwrite has no effect, because there is no --output. Leave it out.")
         return
     format_of(path, "--output")
     if path.suffix.lower() in (".gz", ".bz2"):

@@ -11,7 +11,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 import vblora
 
-from ..errors import CommandError
+from ..errors import CommandError, in_options
 from . import models, tables
 from .adapters import AdapterRun
 from .data import Columns, Row
@@ -78,7 +78,7 @@ class _Predictor:
         try:
             vblora.load(self.model, job.runs[name].folder, bank=arguments.bank)
         except (OSError, ValueError, TypeError) as error:
-            raise CommandError(f"--adapter: {error}") from None
+            raise CommandError(f"--adapter: {in_options(error, 'bank')}") from None
         if torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
         self.model.eval()

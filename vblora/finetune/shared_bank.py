@@ -26,7 +26,7 @@ from ..errors import CommandError
 from ..files import write_file
 from ..integrations.shared_bank import BANK_FILE, SharedBankTrainer
 from ..model.learning_rates import WARM_UP
-from . import fitting, models, training
+from . import fitting, injection, models, training
 from .baseline import Example
 from .heads import Head, find_head
 from .report import folder_bytes
@@ -108,7 +108,7 @@ def _models(
         for key, parameter in model.base_model.named_parameters(prefix=model.base_model_prefix):
             if torch.equal(parameter, first[key]):
                 parameter.data = first[key].data
-        models.inject(arguments, model, modules_to_save=training.head_modules(model), bank=bank)
+        injection.inject(arguments, model, modules_to_save=training.head_modules(model), bank=bank)
         bank = model.vblora.default.bank
         by_name[name] = model
     return by_name

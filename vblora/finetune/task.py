@@ -3,7 +3,6 @@
 import argparse
 import json
 import statistics
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from ..errors import CommandError
 from ..files import byte_order_mark, refuse_lfs_pointer, write_file
 from . import data, demo, texts
+from .notices import print_warning
 
 RESULTS_FILE = "finetune.json"
 _MAX_EVAL = 500  # texts to evaluate on, if neither --max-eval nor --eval-data says so
@@ -77,6 +77,8 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
     _refuse_two_splits(arguments)
     given = {part: getattr(arguments, f"{part}_column") for part in ("text", "prompt", "completion", "messages")}
     columns = texts.find_columns(path, "--data", given)
+    if columns.kind == "text":
+        _refuse_for_plain_texts(arguments, template)
     if evaluate is None:
         limit = _MAX_EVAL if arguments.max_eval is None else arguments.max_eval
         train, held_out = texts.split(
@@ -91,6 +93,14 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
         train = texts.whole(path, columns, "--data", arguments.max_train, arguments.seed)
         held_out = texts.whole(evaluate, columns, "--eval-data", arguments.max_eval, arguments.seed)
     return LanguageTask(model, template, train, held_out)
+
+
+def _refuse_for_plain_texts(arguments: argparse.Namespace, template: str | None) -> None:
+    for option, given in (("--chat-template", template is not None), ("--loss last", arguments.loss == "last")):
+        if given:
+            raise CommandError(
+                f"{option} has no effect, because the rows are plain texts, which are learnt whole. Leave it out."
+            )
 
 
 def read_template(given: str) -> str | None:
@@ -159,10 +169,8 @@ def _warn_of_common_rows(train: list[data.Row], held_out: list[data.Row]) -> Non
     seen = {(row.text, row.pair) for row in train}
     common = sum((row.text, row.pair) in seen for row in held_out)
     if common:
-        print(
-            f"vblora finetune: warning: --eval-data: {common:,} of its {len(held_out):,} rows are also in --data, so the "
-            "score is not that of unseen rows.",
-            file=sys.stderr,
+        print_warning(
+            f"--eval-data: {common:,} of its {len(held_out):,} rows are also in --data, so the score is not that of unseen rows."
         )
 
 

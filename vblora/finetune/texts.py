@@ -116,7 +116,7 @@ def read_examples(path: Path, columns: Columns, option: str) -> Iterator[Example
             yield Example(None, tables.value(fields, names["text"], where))
         elif columns.kind == "messages":
             messages = _messages(fields, names["messages"], where)
-            first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+            first = _first_of_assistant(messages)
             if first is None:
                 raise CommandError(
                     f"{where}: column {names['messages']!r} has no message of the assistant, so there is nothing to learn."
@@ -135,8 +135,22 @@ def read_examples(path: Path, columns: Columns, option: str) -> Iterator[Example
             )
 
 
-def read_prompt(fields: tables.Fields, column: str | None, where: str) -> tuple[str | list[Message], list[Any] | None]:
-    """The prompt of a row, and the tools that it may name: a text, or a chat without what the assistant says last.
+class Prompt(NamedTuple):
+    """What to complete.
+
+    Attributes:
+        asked: a text, or the messages of a chat.
+        tools: of a chat: what its template may list.
+        shortened: whether the row's chat went on with what the assistant says, as rows to train on do.
+    """
+
+    asked: str | list[Message]
+    tools: list[Any] | None = None
+    shortened: bool = False
+
+
+def read_prompt(fields: tables.Fields, column: str | None, where: str) -> Prompt:
+    """The prompt of a row. Of a chat that ends with the assistant, it is what a row to train on has as its prompt.
 
     Args:
         column: the prompt's; None is the first of "prompt", "messages" and "text" that there is.
@@ -151,13 +165,19 @@ def read_prompt(fields: tables.Fields, column: str | None, where: str) -> tuple[
             f"{where}: there is no column {wanted}, only {tables.quoted(fields)}. Name the prompt's by --prompt-column."
         )
     if name != "messages" and not isinstance(fields[name], list):
-        return tables.value(fields, name, where), None
+        return Prompt(tables.value(fields, name, where))
     messages = _messages(fields, name, where)
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
+    shortened = messages[-1]["role"] == "assistant"
+    if shortened:
+        messages = messages[: _first_of_assistant(messages)]
     if not messages:
-        raise CommandError(f"{where}: column {name!r} has only a message of the assistant, so there is no prompt.")
-    return messages, _tools(fields, where)
+        raise CommandError(f"{where}: column {name!r} begins with a message of the assistant, so there is no prompt.")
+    return Prompt(messages, _tools(fields, where), shortened)
+
+
+def _first_of_assistant(messages: list[Message]) -> int | None:
+    """Where the prompt of a chat ends: the place of the assistant's first message, if there is one."""
+    return next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
 
 
 def split(

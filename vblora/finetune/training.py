@@ -26,10 +26,11 @@ import vblora
 from ..errors import CommandError
 from ..integrations.transformers import trainer_arguments
 from ..model.record import attached_adapter
-from . import fitting, models
+from . import fitting, injection, models
 from .baseline import Example, frozen_score
 from .data import Row
 from .heads import Head, find_head
+from .notices import is_main_process
 from .report import Results, folder_bytes, lora_bytes, print_table
 from .task import Task, most_frequent, save_results
 
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     head = find_head(task.labels, task.scale)
     model = load_model(task.model, head, tokenizer)
     max_length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, model)
-    models.inject(arguments, model, modules_to_save=head_modules(model))
+    injection.inject(arguments, model, modules_to_save=head_modules(model))
     train, held_out = (examples(rows, head, tokenizer, model, max_length) for rows in (task.train, task.held_out))
     held_out.sort(key=lambda row: len(row["input_ids"]))  # less padding
     collate = DataCollatorWithPadding(tokenizer)
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
         again = _Trainer(fresh, settings, collate, None, held_out).predict(held_out, metric_key_prefix="eval")
     except KeyboardInterrupt:
         raise CommandError(f"interrupted; the trained adapter is in {arguments.output}.", 130) from None
-    if not fitting.is_main_process():
+    if not is_main_process():
         return 0
     results = _results(arguments, task, head, trainer, after, frozen, seconds)
     results.warnings = [few] if few else []

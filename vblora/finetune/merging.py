@@ -1,0 +1,57 @@
+"""``vblora merge`` into a GGUF file: its model is loaded, dequantised to float32, merged and saved in transformers' format."""
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import vblora
+
+from ..errors import CommandError, in_options
+from ..files import sync
+from . import models
+
+
+def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path) -> int:
+    """Writes the merged language model and its tokenizer into ``out``, which appears when it is complete.
+
+    Returns:
+        The number of layers that the adapter updates.
+
+    Raises:
+        CommandError: the model cannot be loaded, or the adapter does not fit it.
+        OSError: ``out`` cannot be written.
+    """
+    models.quiet()
+    tokenizer = models.load_tokenizer(str(base))
+    model = models.load_model(AutoModelForCausalLM, str(base), "language model", dtype=torch.float32)
+    try:
+        vblora.load(model, adapter, bank=bank)
+        updated = len(model.vblora.default.targets)
+        vblora.merge(model, release=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"ADAPTER does not fit BASE: {in_options(error, 'bank')}") from None
+    vblora.eject(model)
+    _forget_gguf(model)
+    out = out.absolute()
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        os.replace(temporary, out)  # replaces an empty folder
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(out.parent)
+    return updated
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Makes transformers save the model, whose weights are plain ones now. It refuses to save what came from a GGUF file."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -1,0 +1,19 @@
+"""What the programs print besides their results. Of several processes, only the first prints."""
+
+import os
+import sys
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes; of several that ``accelerate`` or ``torchrun`` started, the first does."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(message: str) -> None:
+    if is_main_process():
+        print(message, flush=True)
+
+
+def print_warning(message: str, command: str = "finetune") -> None:
+    if is_main_process():
+        print(f"vblora {command}: warning: {message}", file=sys.stderr, flush=True)
