@@ -46,9 +46,13 @@ std::string shape_name(const Tensor& tensor) {
   return text + (tensor.dim() == 1 ? ",)" : ")");
 }
 
-void Arguments::matrix(const char* name, const Tensor& tensor) const {
+void Arguments::same_device(const char* name, const Tensor& tensor) const {
   check(tensor.device() == device_, "`", name, "` is on ", device_name(tensor.device()), ", but must be on ",
         device_name(device_), ", the device of `", name_, "`.");
+}
+
+void Arguments::matrix(const char* name, const Tensor& tensor) const {
+  same_device(name, tensor);
   check(tensor.dim() == 2, "`", name, "` has shape ", shape_name(tensor), ", but must have 2 dimensions.");
 }
 
@@ -60,6 +64,14 @@ void Arguments::shape(const char* name, const Tensor& tensor, int64_t rows, int6
 
 void Arguments::dtype(const char* name, ScalarType type, ScalarType wanted, const std::string& source) const {
   check(type == wanted, "`", name, "` is ", dtype_name(type), ", but must be ", dtype_name(wanted), ", ", source, ".");
+}
+
+void Arguments::flags(const char* name, const Tensor& tensor, int64_t rows) const {
+  same_device(name, tensor);
+  check(tensor.dim() == 1 && tensor.size(0) == rows, "`", name, "` has shape ", shape_name(tensor), ", but must have (",
+        rows, ",), the rows of `", name_, "`.");
+  dtype(name, tensor.scalar_type(), ScalarType::Bool, "since it is written");
+  check(tensor.is_contiguous(), "`", name, "` is not contiguous, but must be, since it is written.");
 }
 
 void Arguments::weights(const Tensor& weights, const Tensor& indices, const Tensor& bank) const {

@@ -35,11 +35,14 @@ class _Arguments:
     def check(self, holds: bool, message: Callable[[], str]) -> None:
         self.require(holds, lambda: f"vblora::{self.operator}: {message()}")
 
-    def matrix(self, name: str, tensor: Tensor) -> None:
+    def _same_device(self, name: str, tensor: Tensor) -> None:
         self.check(
             tensor.device == self.device,
             lambda: f"`{name}` is on {tensor.device}, but must be on {self.device}, the device of `{self.name}`.",
         )
+
+    def matrix(self, name: str, tensor: Tensor) -> None:
+        self._same_device(name, tensor)
         self.check(tensor.dim() == 2, lambda: f"`{name}` has shape {tuple(tensor.shape)}, but must have 2 dimensions.")
 
     def shape(self, name: str, tensor: Tensor, rows: int, columns: int, source: str) -> None:
@@ -56,6 +59,15 @@ class _Arguments:
     def one_of(self, name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype]) -> None:
         *most, last = map(str, allowed)
         self.check(dtype in allowed, lambda: f"`{name}` is {dtype}; allowed are {', '.join(most)} and {last}.")
+
+    def flags(self, name: str, tensor: Tensor, rows: int) -> None:
+        self._same_device(name, tensor)
+        self.check(
+            tuple(tensor.shape) == (rows,),
+            lambda: f"`{name}` has shape {tuple(tensor.shape)}, but must have ({rows},), the rows of `{self.name}`.",
+        )
+        self.dtype(name, tensor.dtype, torch.bool, "since it is written")
+        self.check(tensor.is_contiguous(), lambda: f"`{name}` is not contiguous, but must be, since it is written.")
 
     def weights(self, tensor: Tensor, indices: Tensor, bank: Tensor) -> None:
         self.shape("weights", tensor, indices.shape[0], indices.shape[1], "the shape of `indices`")
@@ -108,7 +120,9 @@ def check_admixture(
         )
 
 
-def check_admixture_parts(logits: Tensor, sizes: list[int], ranks: int, *, require: Require = torch._check) -> None:
+def check_admixture_parts(
+    logits: Tensor, exhausted: Tensor | None, sizes: list[int], ranks: int, *, require: Require = torch._check
+) -> None:
     arguments = _Arguments("admixture_parts", "logits", logits, require)
     arguments.check(ranks >= 1, lambda: f"`ranks` is {ranks}, but must be at least 1.")
     rows = logits.shape[0]
@@ -118,6 +132,8 @@ def check_admixture_parts(logits: Tensor, sizes: list[int], ranks: int, *, requi
     arguments.check(
         total == rows, lambda: f"`sizes` adds up to {total}, but must add up to {rows}, the number of rows of `logits`."
     )
+    if exhausted is not None:
+        arguments.flags("exhausted", exhausted, rows)
 
 
 def check_admixture_backward(
