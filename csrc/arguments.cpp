@@ -73,6 +73,14 @@ void Arguments::dtype(const char* name, ScalarType type, ScalarType wanted, cons
   check(type == wanted, "`", name, "` is ", dtype_name(type), ", but must be ", dtype_name(wanted), ", ", source, ".");
 }
 
+void Arguments::flags(const char* name, const Tensor& tensor, int64_t rows) const {
+  on_device(name, tensor);
+  check(tensor.dim() == 1 && tensor.size(0) == rows, "`", name, "` has shape ", shape_name(tensor), ", but must have (",
+        rows, ",), the rows of `", name_, "`.");
+  dtype(name, tensor.scalar_type(), ScalarType::Bool, "since it is written");
+  check(tensor.is_contiguous(), "`", name, "` is not contiguous, but must be, since it is written.");
+}
+
 void Arguments::weights(const Tensor& weights, const Tensor& indices, const Tensor& bank) const {
   shape("weights", weights, indices.size(0), indices.size(1), "the shape of `indices`");
   dtype("weights", weights.scalar_type(), accumulation_dtype(bank.scalar_type()),

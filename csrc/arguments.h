@@ -47,6 +47,8 @@ class Arguments {
   // `source` says where the required shape or dtype comes from.
   void shape(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, const char* source) const;
   void dtype(const char* name, ScalarType type, ScalarType wanted, const std::string& source) const;
+  // Booleans, one for each of `rows`, that the operator writes.
+  void flags(const char* name, const Tensor& tensor, int64_t rows) const;
   void weights(const Tensor& weights, const Tensor& indices, const Tensor& bank) const;
   void between(const char* name, int64_t value, int64_t last) const;
   void nonnegative(const char* name, double value) const;

@@ -44,8 +44,7 @@ AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const 
                      candidates ? std::optional(make_contiguous(*candidates)) : std::nullopt,
                      allocate(logits, rows, length, out),
                      allocate(logits, rows, k, ScalarType::Int),
-                     allocate(logits, rows, k, accumulation_dtype(logits.scalar_type())),
-                     std::nullopt};
+                     allocate(logits, rows, k, accumulation_dtype(logits.scalar_type()))};
   call.problem = {.type = type,
                   .candidate_type = candidate_type,
                   .out_type = out_type,
@@ -65,7 +64,8 @@ AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const 
 }
 
 AdmixtureCall prepare_admixture_parts(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
-                                      int64_t k, std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
+                                      const std::optional<Tensor>& exhausted, int64_t k,
+                                      std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
                                       int64_t ranks) {
   AdmixtureCall call = prepare_admixture(logits, bank, candidates, k, out_dtype);
   const Arguments arguments("admixture_parts", "logits", logits);
@@ -79,8 +79,10 @@ AdmixtureCall prepare_admixture_parts(const Tensor& logits, const Tensor& bank, 
   }
   arguments.check(total == rows, "`sizes` adds up to ", total, ", but must add up to ", rows,
                   ", the number of rows of `logits`.");
-  call.exhausted = make_empty(logits, {rows}, ScalarType::Bool);
-  call.problem.exhausted = static_cast<bool*>(call.exhausted->mutable_data_ptr());
+  if (exhausted) {
+    arguments.flags("exhausted", *exhausted, rows);
+    call.problem.exhausted = static_cast<bool*>(exhausted->mutable_data_ptr());
+  }
   return call;
 }
 
@@ -114,6 +116,19 @@ CompositionCall prepare_composition(const Tensor& bank, const Tensor& indices, c
 }
 
 namespace {
+
+// Call this last, when the call owns its gradients. The pointer stays valid when the call is moved.
+AdmixtureBackwardCall with_runs(AdmixtureBackwardCall call, const std::vector<int64_t>& begins) {
+  const int64_t length = std::max<int64_t>(call.problem.length, 1);  // if it is 0, gradients have no elements
+  const auto add = [&](const Tensor& grads, int64_t begin) {
+    if (grads.numel()) call.grad_runs.push_back({grads.const_data_ptr(), begin, grads.numel() / length});
+  };
+  if (call.grad_subvectors) add(*call.grad_subvectors, 0);
+  for (size_t i = 0; i < call.grad_parts.size(); ++i) add(call.grad_parts[i], begins[i]);
+  call.problem.grad_runs = call.grad_runs.data();
+  call.problem.num_grad_runs = static_cast<int64_t>(call.grad_runs.size());
+  return call;
+}
 
 AdmixtureBackwardCall prepare_backward(const Arguments& arguments, std::optional<Type> parts_type,
                                        const std::optional<Tensor>& grad_subvectors,
@@ -162,11 +177,13 @@ AdmixtureBackwardCall prepare_backward(const Arguments& arguments, std::optional
                              make_contiguous(bank),
                              dense(candidates),
                              need_logits ? allocate(bank, rows, num_candidates, grad) : make_empty(bank, {0}, grad),
-                             need_bank ? allocate(bank, vectors, length, grad) : make_empty(bank, {0}, grad)};
+                             need_bank ? allocate(bank, vectors, length, grad) : make_empty(bank, {0}, grad),
+                             {}};
   call.problem = {.type = type,
                   .candidate_type = candidate_type,
                   .grad_type = grad_type,
-                  .grad_subvectors = data(call.grad_subvectors),
+                  .grad_runs = nullptr,
+                  .num_grad_runs = 0,
                   .grad_weights = data(call.grad_weights),
                   .indices = static_cast<const int32_t*>(call.indices.const_data_ptr()),
                   .weights = call.weights.const_data_ptr(),
@@ -192,8 +209,9 @@ AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& gr
   const Arguments arguments("admixture_backward", "indices", indices);
   arguments.check(grad_subvectors || grad_weights,
                   "`grad_subvectors` and `grad_weights` are both None; pass at least one.");
-  return prepare_backward(arguments, std::nullopt, grad_subvectors, grad_weights, indices, weights, bank, candidates,
-                          num_candidates, need_logits, need_bank);
+  return with_runs(prepare_backward(arguments, std::nullopt, grad_subvectors, grad_weights, indices, weights, bank,
+                                    candidates, num_candidates, need_logits, need_bank),
+                   {});
 }
 
 AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>& parts,
@@ -226,7 +244,7 @@ AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>
   AdmixtureBackwardCall call = prepare_backward(arguments, type, std::nullopt, std::nullopt, indices, weights, bank,
                                                 candidates, num_candidates, need_logits, need_bank);
   call.grad_parts = std::move(dense);
-  return call;
+  return with_runs(std::move(call), begins);
 }
 
 namespace {

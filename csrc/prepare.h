@@ -20,15 +20,14 @@ struct AdmixtureCall {
   Tensor logits, bank;
   std::optional<Tensor> candidates;
   Tensor subvectors, indices, weights;
-  std::optional<Tensor> exhausted;
 };
 AdmixtureCall prepare_admixture(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
                                 int64_t k, std::optional<ScalarType> out_dtype);
 
-// The same for sub-vectors that are split into runs of `sizes` rows, each a matrix of `ranks` rows. Also allocates
-// `exhausted`.
+// The same for sub-vectors that are split into runs of `sizes` rows, each a matrix of `ranks` rows.
 AdmixtureCall prepare_admixture_parts(const Tensor& logits, const Tensor& bank, const std::optional<Tensor>& candidates,
-                                      int64_t k, std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
+                                      const std::optional<Tensor>& exhausted, int64_t k,
+                                      std::optional<ScalarType> out_dtype, const std::vector<int64_t>& sizes,
                                       int64_t ranks);
 
 struct CompositionCall {
@@ -47,6 +46,7 @@ struct AdmixtureBackwardCall {
   Tensor indices, weights, bank;
   std::optional<Tensor> candidates;
   Tensor grad_logits, grad_bank;
+  std::vector<GradRun> grad_runs;  // the problem's
 };
 AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& grad_subvectors,
                                                  const std::optional<Tensor>& grad_weights, const Tensor& indices,
@@ -55,7 +55,7 @@ AdmixtureBackwardCall prepare_admixture_backward(const std::optional<Tensor>& gr
                                                  bool need_logits, bool need_bank);
 
 // The same for gradients given as runs of rows: part i, of any shape, starts at row begins[i]. Rows outside the parts
-// have zero gradients. The problem's grad_subvectors is null.
+// have zero gradients.
 AdmixtureBackwardCall prepare_admixture_backward_parts(const std::vector<Tensor>& parts,
                                                        const std::vector<int64_t>& begins, const Tensor& indices,
                                                        const Tensor& weights, const Tensor& bank,

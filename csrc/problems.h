@@ -8,6 +8,11 @@ namespace vblora {
 
 enum class Type : int8_t { f32, f64, bf16, f16, u8, i16, i32, i64 };
 
+[[maybe_unused]] static inline int64_t size_of(Type type) {
+  constexpr int64_t sizes[] = {4, 8, 2, 2, 1, 2, 4, 8};
+  return sizes[static_cast<int8_t>(type)];
+}
+
 // Selects the k largest logits of each row and mixes their bank vectors with softmax weights. Weights and sums are
 // float64 for float64 inputs, otherwise float32.
 struct Admixture {
@@ -20,8 +25,7 @@ struct Admixture {
   void* subvectors;        // (rows, length)
   int32_t* indices;        // (rows, k): columns of logits, best first
   void* weights;           // (rows, k)
-  bool* exhausted;         // (rows), or null: whether the k-th largest logit is not above the last column's.
-                           // CPU only; on other devices vblora/ops.py computes it.
+  bool* exhausted;         // (rows), or null: set to true where the k-th largest logit is not above the last column's
   int64_t rows, columns, vectors, length, k;
 };
 
@@ -37,19 +41,26 @@ struct Composition {
   int64_t rows, vectors, length, k;
 };
 
+// Gradients of consecutive sub-vectors, (rows, length).
+struct GradRun {
+  const void* grads;
+  int64_t begin, rows;
+};
+
 // The gradients of an Admixture. A null incoming gradient is zero; a null outgoing one is not computed.
 struct AdmixtureBackward {
-  Type type;                    // of bank, and of both outgoing gradients
-  Type candidate_type;          // i16 or i32
-  Type grad_type;               // of grad_subvectors
-  const void* grad_subvectors;  // (rows, length)
-  const void* grad_weights;     // (rows, k), of the weights' type
-  const int32_t* indices;       // (rows, k), distinct within a row, as an Admixture returns them
-  const void* weights;          // (rows, k)
-  const void* bank;             // (vectors, length)
-  const void* candidates;       // (rows, columns), or null
-  void* grad_logits;            // (rows, columns)
-  void* grad_bank;              // (vectors, length)
+  Type type;                 // of bank, and of both outgoing gradients
+  Type candidate_type;       // i16 or i32
+  Type grad_type;            // of the sub-vectors' gradients
+  const GradRun* grad_runs;  // (num_grad_runs), in host memory, in ascending order; zeros outside them
+  int64_t num_grad_runs;
+  const void* grad_weights;  // (rows, k), of the weights' type
+  const int32_t* indices;    // (rows, k), distinct within a row, as an Admixture returns them
+  const void* weights;       // (rows, k)
+  const void* bank;          // (vectors, length)
+  const void* candidates;    // (rows, columns), or null
+  void* grad_logits;         // (rows, columns)
+  void* grad_bank;           // (vectors, length)
   int64_t rows, columns, vectors, length, k;
 };
 
@@ -62,6 +73,16 @@ struct Update {
   const void* B;            // (adapters, rank, out); B_stride likewise
   const int64_t* adapters;  // (rows), or null: all rows have adapter 0. A row of none in range keeps its bits.
   int64_t rows, positions, in, out, rank, count, A_stride, B_stride;  // count: of adapters
+};
+
+// Rows and factors of a low rank, of the CPU alone. products: of both, or what the factors are multiplied by.
+struct LowRank {
+  Type type;  // of rows and grads: f32 or bf16
+  int64_t count, width, rank;
+  void* rows;            // (count, width)
+  const float* factors;  // (rank, width)
+  float* products;       // (count, rank)
+  void* grads;           // (rank, width)
 };
 
 // Initial logits (random.h): all numbers of a row, or the largest ones and their columns.

@@ -12,8 +12,8 @@ STABLE_TORCH_LIBRARY(vblora, m) {
       "admixture(Tensor logits, Tensor bank, Tensor? candidates, int k, ScalarType? out_dtype=None)"
       " -> (Tensor subvectors, Tensor indices, Tensor weights)");
   m.def(
-      "admixture_parts(Tensor logits, Tensor bank, Tensor? candidates, int k, ScalarType? out_dtype, int[] sizes,"
-      " int ranks) -> (Tensor[] parts, Tensor indices, Tensor weights, Tensor exhausted)");
+      "admixture_parts(Tensor logits, Tensor bank, Tensor? candidates, Tensor(a!)? exhausted, int k,"
+      " ScalarType? out_dtype, int[] sizes, int ranks) -> (Tensor[] parts, Tensor indices, Tensor weights)");
   m.def(
       "admixture_backward(Tensor? grad_subvectors, Tensor? grad_weights, Tensor indices, Tensor weights, Tensor bank,"
       " Tensor? candidates, SymInt num_candidates, bool need_logits, bool need_bank)"
@@ -24,6 +24,10 @@ STABLE_TORCH_LIBRARY(vblora, m) {
       " -> (Tensor grad_logits, Tensor grad_bank)");
   m.def("compose(Tensor bank, Tensor indices, Tensor weights, ScalarType? out_dtype=None) -> Tensor");
   m.def("add_updates_(Tensor(a!) y, Tensor x, Tensor A, Tensor B, Tensor? adapters=None) -> ()");
+  m.def("low_rank_add_(Tensor(a!) y, Tensor x, Tensor A, Tensor B) -> Tensor hidden");
+  m.def(
+      "low_rank_backward(Tensor grad_y, Tensor x, Tensor hidden, Tensor A, Tensor B, Tensor(a!)? grad_x)"
+      " -> (Tensor grad_A, Tensor grad_B)");
   m.def("draw_logits_(Tensor(a!) logits, Tensor(b!)? candidates, SymInt num_vectors, int seed, float std) -> ()");
   m.def("draw_uniform_(Tensor(a!) values, int seed, int stream, float bound) -> ()");
 }

@@ -62,6 +62,15 @@ class _Arguments:
         *most, last = map(str, allowed)
         self.check(dtype in allowed, lambda: f"`{name}` is {dtype}; allowed are {', '.join(most)} and {last}.")
 
+    def flags(self, name: str, tensor: Tensor, rows: int) -> None:
+        self.on_device(name, tensor)
+        self.check(
+            tuple(tensor.shape) == (rows,),
+            lambda: f"`{name}` has shape {tuple(tensor.shape)}, but must have ({rows},), the rows of `{self.name}`.",
+        )
+        self.dtype(name, tensor.dtype, torch.bool, "since it is written")
+        self.check(tensor.is_contiguous(), lambda: f"`{name}` is not contiguous, but must be, since it is written.")
+
     def weights(self, tensor: Tensor, indices: Tensor, bank: Tensor) -> None:
         self.shape("weights", tensor, indices.shape[0], indices.shape[1], "the shape of `indices`")
         self.dtype("weights", tensor.dtype, accumulation_dtype(bank.dtype), f"since `bank` is {bank.dtype}")
@@ -113,7 +122,9 @@ def check_admixture(
         )
 
 
-def check_admixture_parts(logits: Tensor, sizes: list[int], ranks: int, *, require: Require = torch._check) -> None:
+def check_admixture_parts(
+    logits: Tensor, exhausted: Tensor | None, sizes: list[int], ranks: int, *, require: Require = torch._check
+) -> None:
     arguments = _Arguments("admixture_parts", "logits", logits, require)
     arguments.check(ranks >= 1, lambda: f"`ranks` is {ranks}, but must be at least 1.")
     rows = logits.shape[0]
@@ -123,6 +134,8 @@ def check_admixture_parts(logits: Tensor, sizes: list[int], ranks: int, *, requi
     arguments.check(
         total == rows, lambda: f"`sizes` adds up to {total}, but must add up to {rows}, the number of rows of `logits`."
     )
+    if exhausted is not None:
+        arguments.flags("exhausted", exhausted, rows)
 
 
 def check_admixture_backward(

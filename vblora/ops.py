@@ -42,16 +42,16 @@ def _admixture_parts(
     logits: Tensor,
     bank: Tensor,
     candidates: Tensor | None,
+    exhausted: Tensor | None,
     k: int,
     out_dtype: torch.dtype | None,
     sizes: list[int],
     ranks: int,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     subvectors, indices, weights = _admixture(logits, bank, candidates, k, out_dtype)
-    check_admixture_parts(logits, sizes, ranks)
+    check_admixture_parts(logits, exhausted, sizes, ranks)
     shapes = [(ranks, size * bank.shape[1] // ranks) for size in sizes]
-    exhausted = logits.new_empty(logits.shape[:1], dtype=torch.bool)
-    return [subvectors.new_empty(shape) for shape in shapes], indices, weights, exhausted
+    return [subvectors.new_empty(shape) for shape in shapes], indices, weights
 
 
 def _admixture_backward(
@@ -98,6 +98,16 @@ def _add_updates(y: Tensor, x: Tensor, A: Tensor, B: Tensor, adapters: Tensor | 
     check_add_updates(y, x, A, B, adapters)
 
 
+def _low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], A.shape[0]), dtype=torch.float32)
+
+
+def _low_rank_backward(
+    grad_y: Tensor, x: Tensor, hidden: Tensor, A: Tensor, B: Tensor, grad_x: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return A.new_empty(A.shape), B.new_empty(B.shape)
+
+
 def _draw_logits(logits: Tensor, candidates: Tensor | None, num_vectors: int, seed: int, std: float) -> None:
     check_draw_logits(logits, candidates, num_vectors, std)
 
@@ -113,6 +123,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "admixture_backward_parts": _admixture_backward_parts,
     "compose": _compose,
     "add_updates_": _add_updates,
+    "low_rank_add_": _low_rank_add,
+    "low_rank_backward": _low_rank_backward,
     "draw_logits_": _draw_logits,
     "draw_uniform_": _draw_uniform,
 }
@@ -178,35 +190,36 @@ class _InParts(torch.autograd.Function):
         logits: Tensor,
         bank: Tensor,
         candidates: Tensor | None,
+        exhausted: Tensor | None,
         k: int,
         out_dtype: torch.dtype,
         sizes: list[int],
         ranks: int,
     ) -> tuple[Tensor, ...]:
-        parts, indices, weights, exhausted = torch.ops.vblora.admixture_parts(
-            logits, bank, candidates, k, out_dtype, sizes, ranks
+        parts, indices, weights = torch.ops.vblora.admixture_parts(
+            logits, bank, candidates, exhausted, k, out_dtype, sizes, ranks
         )
-        ctx.mark_non_differentiable(exhausted, indices)
+        ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.num_candidates = logits.shape[1]
         ctx.begins = [0, *itertools.accumulate(sizes)]
         ctx.save_for_backward(indices, weights, bank, candidates)
-        return exhausted, indices, weights, *parts  # an output is saved with its history, so a second backward raises
+        return indices, weights, *parts  # an output is saved with its history, so a second backward raises
 
     @staticmethod
     def backward(
-        ctx: Any, _grad_exhausted: None, _grad_indices: None, _grad_weights: Tensor | None, *grads: Tensor | None
+        ctx: Any, _grad_indices: None, _grad_weights: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         given = [(begin, grad) for begin, grad in zip(ctx.begins, grads, strict=False) if grad is not None]
         if not given:
-            return (None,) * 7
+            return (None,) * 8
         indices, weights, bank, candidates = ctx.saved_tensors
         need_logits, need_bank = ctx.needs_input_grad[:2]
         begins, parts = zip(*given, strict=True)
         grad_logits, grad_bank = torch.ops.vblora.admixture_backward_parts(
             parts, begins, indices, weights, bank, candidates, ctx.num_candidates, need_logits, need_bank
         )
-        return grad_logits if need_logits else None, grad_bank if need_bank else None, *(None,) * 5
+        return grad_logits if need_logits else None, grad_bank if need_bank else None, *(None,) * 6
 
 
 def is_recorded() -> bool:
@@ -234,21 +247,19 @@ def admixture_in_parts(
 
     Sets ``exhausted`` ``(S,)`` to True for rows whose k-th selected logit is not above their last one.
 
-    In eager mode on the CPU, backward never concatenates the parts' gradients, which saves writing and reading 40 MB for
-    Llama-2-7B's 448 factors. On other devices, and in graphs, this is ``admixture`` followed by a split. Within a transform of
-    ``torch.func``, which the operator has no rules for, it is the plain PyTorch reference.
+    In eager mode, backward never concatenates the parts' gradients, which saves writing and reading 40 MB for Llama-2-7B's 448
+    factors. In graphs, this is ``admixture`` followed by a split. Within a transform of ``torch.func``, which the operator has no
+    rules for, it is the plain PyTorch reference.
     """
     if is_recorded():
         transformed = torch._C._are_functorch_transforms_active()
         admixture = reference.admixture if transformed else torch.ops.vblora.admixture
         subvectors, indices, weights = admixture(logits, bank, candidates, k, out_dtype)
         return in_parts(subvectors, sizes, ranks), indices, weights
-    if logits.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        newly_exhausted, indices, weights, *parts = _InParts.apply(  # type: ignore[no-untyped-call]
-            logits, bank, candidates, k, out_dtype, sizes, ranks
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        indices, weights, *parts = _InParts.apply(  # type: ignore[no-untyped-call]
+            logits, bank, candidates, exhausted, k, out_dtype, sizes, ranks
         )
-        if exhausted is not None:
-            exhausted.logical_or_(newly_exhausted)
         return tuple(parts), indices, weights
     subvectors, indices, weights = torch.ops.vblora.admixture(logits, bank, candidates, k, out_dtype)
     _note_exhausted(exhausted, logits, indices)

@@ -28,13 +28,14 @@ std::tuple<Tensor, Tensor, Tensor> admixture(const Tensor& logits, const Tensor&
   return {call.subvectors, call.indices, call.weights};
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> admixture_parts(const Tensor& logits, const Tensor& bank,
-                                                                        const std::optional<Tensor>& candidates,
-                                                                        int64_t k, std::optional<ScalarType> out_dtype,
-                                                                        std::vector<int64_t> sizes, int64_t ranks) {
-  const AdmixtureCall call = prepare_admixture_parts(logits, bank, candidates, k, out_dtype, sizes, ranks);
+std::tuple<std::vector<Tensor>, Tensor, Tensor> admixture_parts(const Tensor& logits, const Tensor& bank,
+                                                                const std::optional<Tensor>& candidates,
+                                                                const std::optional<Tensor>& exhausted, int64_t k,
+                                                                std::optional<ScalarType> out_dtype,
+                                                                std::vector<int64_t> sizes, int64_t ranks) {
+  const AdmixtureCall call = prepare_admixture_parts(logits, bank, candidates, exhausted, k, out_dtype, sizes, ranks);
   run(call);
-  return {in_parts(call.subvectors, sizes, ranks), call.indices, call.weights, *call.exhausted};
+  return {in_parts(call.subvectors, sizes, ranks), call.indices, call.weights};
 }
 
 }  // namespace

@@ -90,24 +90,19 @@ void backward(const AdmixtureBackward& problem, const Entries& entries) {
 }
 
 // The address of each sub-vector's gradient, or null if it is zero.
-std::vector<const void*> rows_of(const AdmixtureBackwardCall& call, const std::vector<int64_t>& begins) {
-  const AdmixtureBackward& problem = call.problem;
+std::vector<const void*> rows_of(const AdmixtureBackward& problem) {
   std::vector<const void*> grads(static_cast<size_t>(problem.rows));
-  const auto point_into = [&](const Tensor& tensor, int64_t begin) {
-    const char* data = static_cast<const char*>(tensor.const_data_ptr());
-    const int64_t bytes = problem.length * static_cast<int64_t>(tensor.element_size());
-    const int64_t rows = tensor.numel() / std::max<int64_t>(problem.length, 1);
-    for (int64_t row = 0; row < rows; ++row) grads[begin + row] = data + row * bytes;
-  };
-  if (call.grad_subvectors) point_into(*call.grad_subvectors, 0);
-  for (size_t i = 0; i < call.grad_parts.size(); ++i) point_into(call.grad_parts[i], begins[i]);
+  const int64_t bytes = problem.length * size_of(problem.grad_type);
+  for (const GradRun* run = problem.grad_runs; run < problem.grad_runs + problem.num_grad_runs; ++run)
+    for (int64_t row = 0; row < run->rows; ++row)
+      grads[run->begin + row] = static_cast<const char*>(run->grads) + row * bytes;
   return grads;
 }
 
-std::tuple<Tensor, Tensor> run(const AdmixtureBackwardCall& call, const std::vector<int64_t>& begins) {
+std::tuple<Tensor, Tensor> run(const AdmixtureBackwardCall& call) {
   if (checked()) check_values(call);
   const AdmixtureBackward& problem = call.problem;
-  const std::vector<const void*> grads = rows_of(call, begins);
+  const std::vector<const void*> grads = rows_of(problem);
   const std::unique_ptr<int32_t[]> vectors = vectors_of(problem, grads.data());
   backward(problem, {grads.data(), vectors.get()});
   return {call.grad_logits, call.grad_bank};
@@ -119,8 +114,7 @@ std::tuple<Tensor, Tensor> admixture_backward(const std::optional<Tensor>& grad_
                                               const std::optional<Tensor>& candidates, int64_t num_candidates,
                                               bool need_logits, bool need_bank) {
   return run(prepare_admixture_backward(grad_subvectors, grad_weights, indices, weights, bank, candidates,
-                                        num_candidates, need_logits, need_bank),
-             {});
+                                        num_candidates, need_logits, need_bank));
 }
 
 std::tuple<Tensor, Tensor> admixture_backward_parts(std::vector<Tensor> grad_parts, std::vector<int64_t> begins,
@@ -128,8 +122,7 @@ std::tuple<Tensor, Tensor> admixture_backward_parts(std::vector<Tensor> grad_par
                                                     const std::optional<Tensor>& candidates, int64_t num_candidates,
                                                     bool need_logits, bool need_bank) {
   return run(prepare_admixture_backward_parts(grad_parts, begins, indices, weights, bank, candidates, num_candidates,
-                                              need_logits, need_bank),
-             begins);
+                                              need_logits, need_bank));
 }
 
 }  // namespace

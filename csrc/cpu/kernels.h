@@ -38,6 +38,10 @@ struct Kernels {
   void (*add_updates)(const Update&, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end) of the problem. scratch: 2 * draw_keys(columns) integers.
   void (*draw)(const Draw&, int64_t begin, int64_t end, uint64_t* scratch);
+  // Rows [begin, end): products = rows * factors^T; rows += products * factors. Columns: grads = products^T * rows.
+  void (*low_rank_products)(const LowRank&, int64_t begin, int64_t end);
+  void (*low_rank_add)(const LowRank&, int64_t begin, int64_t end);
+  void (*low_rank_gradients)(const LowRank&, int64_t begin, int64_t end);
   void (*draw_uniform)(const UniformDraw&, int64_t begin, int64_t end);
 };
 

@@ -132,9 +132,10 @@ struct AnyCandidate {};
 
 // A lane's best of those columns of a row that fall to it, N neighbours at a time. Candidates: their type, void if
 // there are none. To be called by the whole warp, whose rows have as many columns; those without a row stay.
+// last: set to the row's last logit, in the lane that reads it.
 template <int Lanes, int N, class Candidate, class T, int K, class Entry>
 __device__ __forceinline__ void scan(const Admixture& problem, int64_t row, bool exists, int lane, int k,
-                                     Entry (&best)[K]) {
+                                     Entry (&best)[K], accumulator_t<T>& last) {
   using Acc = accumulator_t<T>;
   constexpr bool kAny = std::is_same_v<Candidate, AnyCandidate>, kCandidates = !kAny && !std::is_void_v<Candidate>;
   using Index = std::conditional_t<kCandidates, Candidate, char>;
@@ -167,9 +168,11 @@ __device__ __forceinline__ void scan(const Admixture& problem, int64_t row, bool
     bool any = false;  // NaN reaches each threshold
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
-      if (first + i * Lanes * N < columns)
+      if (const uint32_t column = first + i * Lanes * N; column < columns) {
 #pragma unroll
         for (int e = 0; e < N; ++e) any |= !(element_of<Acc>(read[i], e) < threshold);
+        if (column + N == columns) last = element_of<Acc>(read[i], N - 1);
+      }
     if (!__any_sync(kAllLanes, any)) continue;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
@@ -222,9 +225,10 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) admixture_kernel(con
   const int64_t row = int64_t{blockIdx.x} * (kThreads / Lanes) + threadIdx.x / Lanes;
   const bool exists = row < problem.rows;
   Entry best[K] = {};
+  Acc last = NAN;  // but in the lane that reads the row's last logit
   const auto scan_by = [&](auto packed, auto candidate) {
     scan<Lanes, decltype(packed)::value, std::remove_pointer_t<decltype(candidate)>, T>(problem, row, exists, lane, k,
-                                                                                        best);
+                                                                                        best, last);
   };
   const int of_candidates = N * (problem.candidate_type == Type::i16 ? 2 : 4);
   const bool packs = in_packs<N>(static_cast<const T*>(problem.logits), problem.columns) &&
@@ -255,6 +259,8 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) admixture_kernel(con
     problem.indices[row * k + lane] = column;
     static_cast<Acc*>(problem.weights)[row * k + lane] = weight;
   }
+  if (problem.exhausted)
+    if (__shfl_sync(kAllLanes, logit, k - 1, Lanes) <= last && exists) problem.exhausted[row] = true;
   const bool there = lane < k && exists && vector >= 0 && vector < problem.vectors;
   mix<Lanes, K, T>(problem.bank, problem.length, Entries<Lanes, K, Acc>(there ? vector : -1, weight, k),
                    {problem.subvectors, problem.out_type, row, exists, lane});
@@ -301,6 +307,10 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) admixture_any_k_kern
     last = {__shfl_sync(kAllLanes, mine.key, count - 1), __shfl_sync(kAllLanes, mine.place, count - 1)};
   }
   __syncthreads();
+  if (threadIdx.x == 0 && problem.exhausted) {
+    const T* last = static_cast<const T*>(problem.logits) + (row + 1) * problem.columns - 1;
+    if (weights[k - 1] <= element_of<Acc>(load_pack<1>(last), 0)) problem.exhausted[row] = true;
+  }
 
   const Acc largest = weights[0];
   Acc total = 0;  // by every warp for itself

@@ -15,23 +15,35 @@
 
 namespace vblora::cuda {
 
-// Grad: of grad_subvectors; void where k > kFewEntries, a block a row.
-template <class T, class Grad>
+// Grad: of the sub-vectors' gradients; void where k > kFewEntries, a block a row.
+template <class T, class Grad, class Runs>
 static __global__ void __launch_bounds__(kThreads, kBlocks)
-    backward_rows_kernel(const AdmixtureBackward problem, const BackwardWorkspace workspace) {
+    backward_rows_kernel(const AdmixtureBackward problem, const BackwardWorkspace workspace,
+                         const __grid_constant__ Runs runs) {
   using Acc = accumulator_t<T>;
   VBLORA_DYNAMIC_SHARED(unsigned char, memory);
   if (static_cast<int>(blockIdx.x) < workspace.ranges)
-    return sort_range<Acc>(problem, workspace, static_cast<int>(blockIdx.x),
+    return sort_range<Acc>(problem, workspace, runs, static_cast<int>(blockIdx.x),
                            *reinterpret_cast<SortedRange<Acc>*>(memory));
   const int64_t block = blockIdx.x - workspace.ranges;
   if constexpr (std::is_void_v<Grad>)
-    row_of_many_entries<T>(problem, workspace, block, *reinterpret_cast<ManyEntries*>(memory));
-  else rows_of_few_entries<T, Grad>(problem, block);
+    row_of_many_entries<T>(problem, workspace, runs, block, *reinterpret_cast<ManyEntries*>(memory));
+  else rows_of_few_entries<T, Grad>(problem, workspace, runs, block);
 }
 
 // Bytes of device memory that launch_admixture_backward needs; aligned as any allocation is.
 inline size_t backward_workspace_bytes(const AdmixtureBackward& problem) { return backward_workspace(problem).bytes; }
+
+// At most kMostGradRuns.
+template <class Body>
+void with_grad_runs(const AdmixtureBackward& problem, const Body& body) {
+  const int64_t count = count_grad_runs(problem);
+  if (count <= kFewGradRuns) return body(grad_runs_of<kFewGradRuns>(problem));
+  if constexpr (kMostGradRuns > kFewGradRuns)
+    if (count <= kMostGradRuns) return body(grad_runs_of<kMostGradRuns>(problem));
+  throw std::runtime_error("vblora: the CUDA kernels take at most " + std::to_string(kMostGradRuns) +
+                           " runs of gradients, not " + std::to_string(count));
+}
 
 inline void launch_admixture_backward(const AdmixtureBackward& problem, void* memory, cudaStream_t stream) {
   if (problem.rows > INT32_MAX || problem.length > INT32_MAX || problem.vectors > INT32_MAX)
@@ -46,15 +58,19 @@ inline void launch_admixture_backward(const AdmixtureBackward& problem, void* me
     const int64_t blocks = problem.grad_logits ? (problem.rows + a_block - 1) / a_block : 0;
     const unsigned grid = grid_size(workspace.ranges + blocks, 1, "rows");
     if (grid == 0) return;
-    static_assert(sizeof(Sorted) <= 24616, "tests/machine_code/occupancy.py reckons with no more");
+    static_assert(sizeof(Sorted) <= 28712, "tests/machine_code/occupancy.py reckons with no more");
     static_assert(sizeof(ManyEntries) <= sizeof(Sorted));
     const size_t shared = workspace.ranges ? sizeof(Sorted) : many ? sizeof(ManyEntries) : 0;
-    if (many)
-      return VBLORA_LAUNCH_OR_THROW((backward_rows_kernel<T, void>), grid, kThreads, shared, stream, problem,
-                                    workspace);
-    with_type(problem.grad_type, [&](auto grad) {
-      using Grad = decltype(grad);
-      VBLORA_LAUNCH_OR_THROW((backward_rows_kernel<T, Grad>), grid, kThreads, shared, stream, problem, workspace);
+    with_grad_runs(problem, [&](const auto& runs) {
+      using Runs = std::remove_cvref_t<decltype(runs)>;
+      if (many)
+        return VBLORA_LAUNCH_OR_THROW((backward_rows_kernel<T, void, Runs>), grid, kThreads, shared, stream, problem,
+                                      workspace, runs);
+      with_type(problem.grad_type, [&](auto grad) {
+        using Grad = decltype(grad);
+        VBLORA_LAUNCH_OR_THROW((backward_rows_kernel<T, Grad, Runs>), grid, kThreads, shared, stream, problem,
+                               workspace, runs);
+      });
     });
   });
   if (!problem.grad_bank || problem.vectors == 0 || problem.length == 0) return;

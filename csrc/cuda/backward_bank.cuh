@@ -23,20 +23,17 @@ struct Part {
     Bits chunks[kChunks];
   };
   uint32_t first;
-  int left;              // elements from `first` to the row's end
-  const char* of_row_0;  // where this part of a row begins
-  uint32_t row_bytes;
+  int left;         // elements from `first` to the row's end
+  uint32_t offset;  // in bytes, of this part in a row
 
   __device__ __forceinline__ Part(const AdmixtureBackward& problem, uint32_t part, int lane)
       : first(part * Lanes * kElements + static_cast<uint32_t>(lane * kChunk)),
         left(static_cast<int>(problem.length - first)),
-        of_row_0(reinterpret_cast<const char*>(static_cast<const Grad*>(problem.grad_subvectors) +
-                                               (left > 0 ? first : part * Lanes * kElements))),
-        row_bytes(static_cast<uint32_t>(problem.length * sizeof(Grad))) {}
+        offset((left > 0 ? first : part * Lanes * kElements) * static_cast<uint32_t>(sizeof(Grad))) {}
 
   // Lanes beyond the row's end read what the first lane does.
-  __device__ __forceinline__ Raw read(int32_t row) const {
-    const char* from = of_row_0 + static_cast<uint64_t>(static_cast<uint32_t>(row)) * row_bytes;
+  __device__ __forceinline__ Raw read(const char* row) const {
+    const char* from = row + offset;
     Raw raw = {};
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
@@ -93,12 +90,12 @@ struct Part {
 
 // Calls body with the elements a chunk (as an integral constant) that the rows' alignment allows.
 template <class Grad, class Acc, class Body>
-__device__ __forceinline__ void with_chunks(const AdmixtureBackward& problem, const Body& body) {
+__device__ __forceinline__ void with_chunks(const AdmixtureBackward& problem, const BackwardWorkspace& workspace,
+                                            const Body& body) {
   constexpr int kMost = kOfLane<Grad, Acc>;
-  const Grad* grads = static_cast<const Grad*>(problem.grad_subvectors);
-  if (in_packs<kMost>(grads, problem.length)) return body(std::integral_constant<int, kMost>());
+  if (grads_in_packs<kMost, Grad>(problem, workspace)) return body(std::integral_constant<int, kMost>());
   if constexpr (kMost > 4)
-    if (in_packs<4>(grads, problem.length)) return body(std::integral_constant<int, 4>());
+    if (grads_in_packs<4, Grad>(problem, workspace)) return body(std::integral_constant<int, 4>());
   body(std::integral_constant<int, 1>());
 }
 
@@ -119,19 +116,19 @@ __device__ __forceinline__ void write_bank(const AdmixtureBackward& problem, int
 // Of a warp: what the entries of its vector owe, in ascending order, in shared memory.
 template <class Acc>
 struct Listed {
-  int32_t rows[kMostEntries];
+  const char* grads[kMostEntries];
   Acc weights[kMostEntries];
 };
 
 // sums += weight * grad row, for N entries, or the first `count` of them if they are fewer. All are read before any is
 // added.
 template <int N, class Acc, class Part>
-__device__ __forceinline__ void add_some(const int32_t* rows, const Acc* weights, int count, const Part& part,
+__device__ __forceinline__ void add_some(const char* const* grads, const Acc* weights, int count, const Part& part,
                                          Acc (&sums)[Part::kElements]) {
   typename Part::Raw read[N];
 #pragma unroll
   for (int a = 0; a < N; ++a)
-    if (a < count) read[a] = part.read(rows[a]);
+    if (a < count) read[a] = part.read(grads[a]);
 #pragma unroll
   for (int a = 0; a < N; ++a)
     if (a < count) part.add(read[a], weights[a], sums);
@@ -171,7 +168,7 @@ __device__ __forceinline__ int collect(const BackwardWorkspace& workspace, int f
     if (here) {
       const Owed<Acc> owed = owed_at<Acc>(workspace, slot);
       const int to = count + __popc(all & ((1u << lane) - 1));
-      entries.rows[to] = owed.row;
+      entries.grads[to] = owed.grad;
       entries.weights[to] = owed.weight;
     }
     count += __popc(all);
@@ -212,20 +209,20 @@ static __global__ void __launch_bounds__(kThreads, kBlocks)
   if (workspace.ranges && blockIdx.y == 0 && lane == 0 && bucket << workspace.shift == vector)
     workspace.popular[bucket] = in_bucket > kSplitFrom ? kSplit : popular ? kWhole : 0;
   if (popular) return;
-  with_chunks<Grad, Acc>(problem, [&](auto chunk) {
+  with_chunks<Grad, Acc>(problem, workspace, [&](auto chunk) {
     using PartOfRow = Part<Grad, Acc, decltype(chunk)::value, 32>;
     // As registers allow.
-    constexpr int kAhead = sizeof(Acc) == 4 ? 8 : 4, kRest = kAhead / 2;
+    constexpr int kAhead = sizeof(Acc) == 4 && PartOfRow::kChunks == 1 ? 8 : 4, kRest = kAhead / 2;
     const PartOfRow part(problem, blockIdx.y, lane);
     Acc sums[PartOfRow::kElements] = {};
-    const int32_t* rows = entries.rows;
+    const char* const* grads = entries.grads;
     const Acc* weights = entries.weights;
     int left = count;
 #pragma unroll 1
-    for (; left >= kAhead; left -= kAhead, rows += kAhead, weights += kAhead)
-      add_some<kAhead>(rows, weights, kAhead, part, sums);
+    for (; left >= kAhead; left -= kAhead, grads += kAhead, weights += kAhead)
+      add_some<kAhead>(grads, weights, kAhead, part, sums);
 #pragma unroll 1
-    for (; left > 0; left -= kRest, rows += kRest, weights += kRest) add_some<kRest>(rows, weights, left, part, sums);
+    for (; left > 0; left -= kRest, grads += kRest, weights += kRest) add_some<kRest>(grads, weights, left, part, sums);
     write_bank(problem, vector, part, sums);
   });
 }
@@ -263,14 +260,14 @@ constexpr int kPopularLanes = 2, kPairs = 32 / kPopularLanes;
 // does, warp w takes the ranges w, w + 8, ..., and its i-th pair of lanes the entries i, i + 16, ... of each. Of one
 // that is split, a block does neighbouring ranges, all of its warps together: pair i takes i, i + 128, ... In the end
 // pairs are added up, halves first, and then warps in ascending order.
-template <class Acc, class Part>
-__device__ __forceinline__ void add_popular(const BackwardWorkspace& workspace, int32_t vector, bool split,
-                                            const Part& part, Acc* shared, Acc (&sums)[Part::kElements]) {
+template <bool split, class Acc, class Part>
+__device__ __forceinline__ void add_popular(const BackwardWorkspace& workspace, int32_t vector, const Part& part,
+                                            Acc* shared, Acc (&sums)[Part::kElements]) {
   constexpr int N = Part::kElements;
-  constexpr int kAhead = Part::kChunks > 1 ? 1 : sizeof(Acc) == 8 ? 2 : 4;  // as registers allow
+  constexpr int kAhead = Part::kChunks > 1 ? 1 : sizeof(Acc) == 8 || N > 4 ? 2 : 4;  // as registers allow
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int each = split ? (workspace.ranges + kPopularBlocks - 1) / kPopularBlocks : 0;  // ranges of a block
-  const int range_step = split ? 1 : kWarps, entry_step = split ? kWarps * kPairs : kPairs;
+  constexpr int range_step = split ? 1 : kWarps, entry_step = split ? kWarps * kPairs : kPairs;
   const int ranges = split ? min(static_cast<int>(blockIdx.y + 1) * each, workspace.ranges) : workspace.ranges;
 #pragma unroll 1
   for (int range = split ? static_cast<int>(blockIdx.y) * each : warp; range < ranges; range += range_step) {
@@ -285,16 +282,16 @@ __device__ __forceinline__ void add_popular(const BackwardWorkspace& workspace, 
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         const int place = at + a * entry_step;
-        owed[a] = {-1, 0};
+        owed[a] = {nullptr, 0};
         if (place < end && (workspace.shift == 0 || __ldg(workspace.vectors + slot + place) == vector))
           owed[a] = owed_at<Acc>(workspace, slot + place);
       }
 #pragma unroll
       for (int a = 0; a < kAhead; ++a)
-        if (owed[a].row >= 0) read[a] = part.read(owed[a].row);
+        if (owed[a].grad) read[a] = part.read(owed[a].grad);
 #pragma unroll
       for (int a = 0; a < kAhead; ++a)
-        if (owed[a].row >= 0) part.add(read[a], owed[a].weight, sums);
+        if (owed[a].grad) part.add(read[a], owed[a].weight, sums);
     }
   }
 #pragma unroll
@@ -338,22 +335,22 @@ static __global__ void __launch_bounds__(kThreads, kBlocks)
   __shared__ Flags flags;
   __shared__ Acc shared[kWarps * kPopularLanes * kOfLane<Grad, Acc>];
   if (!read_flags(workspace, flags)) return;  // as a rule
-  with_chunks<Grad, Acc>(problem, [&](auto chunk) {
+  with_chunks<Grad, Acc>(problem, workspace, [&](auto chunk) {
     using PartOfRow = Part<Grad, Acc, decltype(chunk)::value, kPopularLanes>;
     const PartOfRow part(problem, blockIdx.x, threadIdx.x % kPopularLanes);
-#pragma unroll 1
-    for (int split = 0; split < 2; ++split)
-      each_vector(problem, workspace, split ? flags.split : flags.whole, [&](int32_t vector, int number) {
-        if (!split && number % kPopularBlocks != blockIdx.y) return;
-        Acc sums[PartOfRow::kElements] = {};
-        add_popular<Acc>(workspace, vector, split, part, shared, sums);
-        if (threadIdx.x >= kPopularLanes) return;
-        if (split)
-          part.write(
-              static_cast<Acc*>(workspace.partials) + workspace.partial(vector, number, blockIdx.y) * problem.length,
-              sums);
-        else write_bank(problem, vector, part, sums);
-      });
+    each_vector(problem, workspace, flags.whole, [&](int32_t vector, int number) {
+      if (number % kPopularBlocks != blockIdx.y) return;
+      Acc sums[PartOfRow::kElements] = {};
+      add_popular<false>(workspace, vector, part, shared, sums);
+      if (threadIdx.x < kPopularLanes) write_bank(problem, vector, part, sums);
+    });
+    each_vector(problem, workspace, flags.split, [&](int32_t vector, int number) {
+      Acc sums[PartOfRow::kElements] = {};
+      add_popular<true>(workspace, vector, part, shared, sums);
+      const int64_t partial = workspace.partial(vector, number, blockIdx.y);
+      if (threadIdx.x < kPopularLanes)
+        part.write(static_cast<Acc*>(workspace.partials) + partial * problem.length, sums);
+    });
   });
 }
 

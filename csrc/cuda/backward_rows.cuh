@@ -22,7 +22,7 @@ constexpr int kLanesOfARow = 2 * sizeof(T);
 template <class T>
 constexpr int kPartials = 16 / sizeof(T);
 
-// A row of grad_subvectors of a type that is known when compiling, and one that is not.
+// A row of gradients of a type that is known when compiling, and one that is not.
 template <class Grad>
 struct GradRow {
   const Grad* row;
@@ -32,12 +32,11 @@ struct GradRow {
   }
 };
 struct AnyGradRow {
-  const void* grads;
+  const void* row;
   Type type;
-  int64_t first;
   template <class Acc>
   __device__ __forceinline__ Acc at(int64_t i) const {
-    return element_at<Acc>(grads, type, first + i);
+    return element_at<Acc>(row, type, i);
   }
 };
 
@@ -134,20 +133,26 @@ __device__ __forceinline__ Value of_entry(const Value (&of)[Each], int j) {
 }
 
 // k <= kFewEntries. Lanes without a row stay, for the shuffles.
-template <class T, class Grad>
-__device__ __forceinline__ void rows_of_few_entries(const AdmixtureBackward& problem, int64_t block) {
+template <class T, class Grad, class Runs>
+__device__ __forceinline__ void rows_of_few_entries(const AdmixtureBackward& problem,
+                                                    const BackwardWorkspace& workspace, const Runs& runs,
+                                                    int64_t block) {
   using Acc = accumulator_t<T>;
   constexpr int kLanes = kLanesOfARow<T>, N = kPartials<T>;
   constexpr int kEach = kFewEntries > kLanes ? kFewEntries / kLanes : 1;  // entries of a lane
   const int lane = threadIdx.x % kLanes, k = static_cast<int>(problem.k), length = static_cast<int>(problem.length);
   const int64_t row = block * (kThreads / kLanes) + threadIdx.x / kLanes;
   const bool exists = row < problem.rows;
-  const Grad* grads = static_cast<const Grad*>(problem.grad_subvectors);
+  const Grad* grad_row = nullptr;
+  if (exists)
+    if (const int run = runs.of(static_cast<int32_t>(row)); runs.has(run))
+      grad_row = reinterpret_cast<const Grad*>(runs.row(run, static_cast<int32_t>(row)));
   const T* bank = static_cast<const T*>(problem.bank);
   // The elements that rows are read by. float64 gradients of a half-precision bank would take too many registers.
   const auto reads = [&](auto chunk) {
     constexpr int kChunk = decltype(chunk)::value;
-    return sizeof(Grad) <= 2 * sizeof(T) && in_packs<kChunk>(grads, length) && in_packs<kChunk>(bank, length);
+    return sizeof(Grad) <= 2 * sizeof(T) && grads_in_packs<kChunk, Grad>(problem, workspace) &&
+           in_packs<kChunk>(bank, length);
   };
 
   int32_t columns[kEach], vectors[kEach];
@@ -160,7 +165,7 @@ __device__ __forceinline__ void rows_of_few_entries(const AdmixtureBackward& pro
     weights[i] = there ? __ldg(static_cast<const Acc*>(problem.weights) + row * k + j) : Acc(0);
     dots[i] =
         there && problem.grad_weights ? __ldg(static_cast<const Acc*>(problem.grad_weights) + row * k + j) : Acc(0);
-    vectors[i] = grads ? columns[i] : -1;
+    vectors[i] = grad_row ? columns[i] : -1;
   }
   to_vectors(problem, [&](int) { return static_cast<int32_t>(row); }, vectors);
   const auto vector_at = [&](int j) -> const T* {
@@ -172,13 +177,12 @@ __device__ __forceinline__ void rows_of_few_entries(const AdmixtureBackward& pro
     for (int i = 0; i < kEach; ++i)
       if (lane + i * kLanes == j) dots[i] = problem.grad_weights ? dot + dots[i] : dot;
   };
-  const Grad* grad_row = grads + (exists ? row * length : 0);
   const auto read_packs = [&](auto chunk) {
     for (int j = 0; j < k; j += 2) {
       Acc first, second;
       const T* a = vector_at(j);
       const T* b = vector_at(j + 1);
-      dot_two_packs<decltype(chunk)::value>(grad_row, a, b, exists && grads ? length : 0, lane, &first, &second);
+      dot_two_packs<decltype(chunk)::value>(grad_row, a, b, grad_row ? length : 0, lane, &first, &second);
       keep(j, first);
       if (j + 1 < k) keep(j + 1, second);
     }
@@ -227,9 +231,9 @@ struct ManyEntries {
   int32_t owners[kRowColumns];
 };
 
-template <class T>
+template <class T, class Runs>
 __device__ __forceinline__ void row_of_many_entries(const AdmixtureBackward& problem,
-                                                    const BackwardWorkspace& workspace, int64_t row,
+                                                    const BackwardWorkspace& workspace, const Runs& runs, int64_t row,
                                                     ManyEntries& shared) {
   using Acc = accumulator_t<T>;
   constexpr int kLanes = kLanesOfARow<T>;
@@ -238,12 +242,14 @@ __device__ __forceinline__ void row_of_many_entries(const AdmixtureBackward& pro
   const int32_t* indices = problem.indices + row * k;
   const Acc* weights = static_cast<const Acc*>(problem.weights) + row * k;
   Acc* grads = static_cast<Acc*>(workspace.grad_weights) + row * k;
+  const int run = runs.of(static_cast<int32_t>(row));
+  const void* grad_row = runs.has(run) ? runs.row(run, static_cast<int32_t>(row)) : nullptr;
 
   for (int64_t first = 0; first < k; first += kThreads / kLanes) {
     const int64_t j = first + threadIdx.x / kLanes;
-    const int32_t vector = j < k && problem.grad_subvectors ? vector_of(problem, row, __ldg(indices + j)) : -1;
+    const int32_t vector = j < k && grad_row ? vector_of(problem, row, __ldg(indices + j)) : -1;
     Acc grad;
-    dot(AnyGradRow{problem.grad_subvectors, problem.grad_type, row * length},
+    dot(AnyGradRow{grad_row, problem.grad_type},
         vector < 0 ? nullptr : static_cast<const T*>(problem.bank) + vector * length, length, lane, &grad);
     if (lane == 0 && j < k) {
       if (problem.grad_weights) grad += __ldg(static_cast<const Acc*>(problem.grad_weights) + row * k + j);

@@ -1,5 +1,5 @@
 // Entries by bank vector, for the gradient of the bank. A block brings a range of them into the order of their buckets,
-// those of a bucket in ascending order, and writes rows and weights in that order, and where in it each bucket lies:
+// those of a bucket in ascending order, and writes in that order what they owe, and where in it each bucket lies:
 //
 //   count    four tables of 2048 counters; a warp adds 32 entries at a time to its table, lanes of one bucket at once
 //            (a vote), which also says how many of its bucket each entry comes after in that table
@@ -26,6 +26,7 @@ struct SortedRange {
       Acc weights[kRange];     // by entry
     };
   };
+  uint16_t runs[kRange];  // by entry: which run of gradients its row is in
   uint16_t begins[kMostBuckets + 1];
   uint32_t totals[kWarps];  // entries of the buckets of each warp's threads
 };
@@ -38,9 +39,9 @@ __device__ __forceinline__ EightCounts add(const EightCounts& x, const uint4& y)
   return {{x.pairs[0] + y.x, x.pairs[1] + y.y, x.pairs[2] + y.z, x.pairs[3] + y.w}};
 }
 
-template <class Acc>
+template <class Acc, class Runs>
 __device__ __forceinline__ void sort_range(const AdmixtureBackward& problem, const BackwardWorkspace& workspace,
-                                           int range, SortedRange<Acc>& shared) {
+                                           const Runs& runs, int range, SortedRange<Acc>& shared) {
   const int64_t begin = int64_t{range} * kRange;
   const uint32_t k = static_cast<uint32_t>(problem.k), first_row = static_cast<uint32_t>(begin / k),
                  first_j = static_cast<uint32_t>(begin % k);
@@ -56,6 +57,11 @@ __device__ __forceinline__ void sort_range(const AdmixtureBackward& problem, con
 #pragma unroll
   for (int i = 0; i < kEach; ++i) places[i] = entry(i) < there ? __ldg(problem.indices + begin + entry(i)) : -1;
   to_vectors(problem, [&](int i) { return row_of(entry(i)); }, places);
+#pragma unroll 1
+  for (int i = 0; i < kEach; ++i) shared.runs[entry(i)] = static_cast<uint16_t>(runs.of(row_of(entry(i))));
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    if (!runs.has(shared.runs[entry(i)])) places[i] = -1;
 
   for (int i = threadIdx.x; i < kTables * kMostBuckets / 8; i += kThreads)
     reinterpret_cast<uint4*>(shared.counts)[i] = uint4{};
@@ -137,7 +143,7 @@ __device__ __forceinline__ void sort_range(const AdmixtureBackward& problem, con
   __syncthreads();
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const int entry = shared.order[i];
-    Pack<Owed<Acc>, 1> owed{{{row_of(entry), shared.weights[entry]}}};
+    Pack<Owed<Acc>, 1> owed{{{runs.row(shared.runs[entry], row_of(entry)), shared.weights[entry]}}};
     store_pack(static_cast<Owed<Acc>*>(workspace.owed) + begin + i, owed);
     if (workspace.shift)
       workspace.vectors[begin + i] = vector_of(problem, row_of(entry), __ldg(problem.indices + begin + entry));

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "access.cuh"
+#include "grad_runs.cuh"
 
 namespace vblora::cuda {
 
@@ -20,8 +20,8 @@ constexpr int kFewEntries = 8;             // of a row: up to here, a few lanes 
 
 // What an entry adds to its bank vector: weight * the row of the gradient.
 template <class Acc>
-struct alignas(2 * sizeof(Acc)) Owed {
-  int32_t row;
+struct alignas(16) Owed {
+  const char* grad;
   Acc weight;
 };
 
@@ -31,6 +31,7 @@ struct BackwardWorkspace {
   int32_t ranges;
   int32_t buckets, shift;  // bucket = vector >> shift
   int32_t popular_from;    // a bucket with more entries than this is left to backward_popular
+  int32_t alignment;       // in bytes, up to 16, of the sub-vectors' gradients
   // In each range, ordered by bucket: what its entries owe, and (if there are several a bucket) their vectors. Entries
   // that stand for no vector are left out, so that a range may end early.
   void* owed;
@@ -61,13 +62,14 @@ inline BackwardWorkspace backward_workspace(const AdmixtureBackward& problem, vo
   };
   const int64_t entries = problem.rows * problem.k;
   while ((problem.vectors - 1) >> workspace.shift >= kMostBuckets) ++workspace.shift;
+  workspace.alignment = alignment_of(problem);
   workspace.buckets = static_cast<int32_t>((problem.vectors + (int64_t{1} << workspace.shift) - 1) >> workspace.shift);
-  if (problem.grad_bank && problem.grad_subvectors) {
+  if (problem.grad_bank && problem.num_grad_runs) {
     workspace.entries = entries;
     workspace.ranges = static_cast<int32_t>((entries + kRange - 1) / kRange);
     const int64_t twice_the_mean = workspace.buckets ? 2 * entries / workspace.buckets : 0;
     workspace.popular_from = static_cast<int32_t>(std::clamp<int64_t>(twice_the_mean, kMostEntries / 2, kMostEntries));
-    reserve(workspace.owed, entries, 2 * accumulator);
+    reserve(workspace.owed, entries, 16);
     reserve(workspace.vectors, workspace.shift ? entries : 0, sizeof(int32_t));
     reserve(workspace.slices, int64_t{workspace.ranges} * workspace.stride(), sizeof(uint32_t));
     reserve(workspace.popular, workspace.buckets, 1);
@@ -75,6 +77,13 @@ inline BackwardWorkspace backward_workspace(const AdmixtureBackward& problem, vo
   }
   if (problem.grad_logits && problem.k > kFewEntries) reserve(workspace.grad_weights, entries, accumulator);
   return workspace;
+}
+
+// Whether rows of gradients may be read N elements at a time.
+template <int N, class Grad>
+__device__ __forceinline__ bool grads_in_packs(const AdmixtureBackward& problem, const BackwardWorkspace& workspace) {
+  constexpr int kBytes = N * static_cast<int>(sizeof(Grad));
+  return problem.length % N == 0 && workspace.alignment >= (kBytes < 16 ? kBytes : 16);
 }
 
 template <class Index, int N, class RowOf>

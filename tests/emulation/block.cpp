@@ -18,7 +18,7 @@ namespace {
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStackBytes = 256 * 1024;
 #else
-constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackBytes = 128 * 1024;
 #endif
 // Not a multiple of a page, so that the stacks' upper ends, which is all that most of them use, share no cache set.
 constexpr size_t kStackStride = kStackBytes + 9 * 64;

@@ -65,7 +65,10 @@ def build(target: str, root: Path = ROOT) -> Path:
 def load_operators(root: Path = ROOT) -> ctypes.CDLL:
     """Make ``torch.ops.vblora_emulated`` (once in a process: torch keeps the first registration)."""
     library = build("vblora_emulated", root)
-    for name in ("admixture", "admixture_backward", "compose", "add_updates_", "draw_logits_", "draw_uniform_"):
+    for name in (
+        *("admixture", "admixture_parts", "admixture_backward", "admixture_backward_parts"),
+        *("compose", "add_updates_", "draw_logits_", "draw_uniform_"),
+    ):
         # Schemas, and what tensors without data are told, are the same for all backends.
         operator = getattr(torch.ops.vblora, name)
         torch.library.define(f"vblora_emulated::{name}", str(operator.default._schema).removeprefix(f"vblora::{name}"))
@@ -104,6 +107,21 @@ def thread_order(order: str, seed: int = 0, workers: int = 0) -> Iterator[None]:
         yield
     finally:
         functions.vblora_emulation_set(0, 0, 0)
+
+
+@contextlib.contextmanager
+def in_place_of_the_cpu_kernels() -> Iterator[None]:
+    """``torch.ops.vblora`` runs the emulated kernels of what a training step composes, so that a model trains with them."""
+    load_operators()
+    ours, names = torch.ops.vblora, ("admixture", "admixture_parts", "admixture_backward", "admixture_backward_parts")
+    operators = {name: getattr(ours, name) for name in names}
+    try:
+        for name in names:
+            setattr(ours, name, getattr(torch.ops.vblora_emulated, name))
+        yield
+    finally:
+        for name, operator in operators.items():
+            setattr(ours, name, operator)
 
 
 def fail_next_launch(error: int, driver: int = 13000) -> None:

@@ -28,7 +28,8 @@ void scatter(const vblora::AdmixtureBackward& problem) {
   const int64_t count = problem.vectors * problem.length;
   VBLORA_LAUNCH_OR_THROW(zero_kernel, grid_size(count, kThreads, "elements"), kThreads, 0, nullptr,
                          static_cast<float*>(problem.grad_bank), count);
-  VBLORA_LAUNCH_OR_THROW(scatter_kernel, grid_size(problem.rows, kWarps, "rows"), kThreads, 0, nullptr, problem);
+  VBLORA_LAUNCH_OR_THROW(scatter_kernel, grid_size(problem.rows, kWarps, "rows"), kThreads, 0, nullptr, problem,
+                         problem.grad_runs->grads);
 }
 
 size_t backward_workspace_bytes(const vblora::AdmixtureBackward& problem) {

@@ -48,6 +48,16 @@ PROBLEMS += [  # ways through the kernels that these sizes leave out
     "admixture_backward rows=9000 columns=5000 length=3 k=1 popular=2 need_logits=0",  # a bucket that is split
     "admixture_backward rows=2 columns=1100 length=3 k=1100 need_bank=0",  # owners take all of shared memory
 ]
+# Flags of exhausted rows: of rows by 8 lanes, by a warp, by a block. Gradients in pieces, some of which are left out.
+PROBLEMS += [
+    "admixture rows=33 columns=128 candidates=i16 exhausted=1",
+    "admixture rows=9 columns=300 k=3 type=bf16 exhausted=1",
+    "admixture rows=3 columns=300 k=33 type=f64 exhausted=1",
+    "admixture_backward rows=300 columns=16 k=2 popular=1 runs=7",
+    "admixture_backward rows=100 columns=40 length=17 k=3 type=bf16 out=f32 candidates=i16 runs=9",
+    "admixture_backward rows=40 columns=40 k=33 length=24 grad_weights=1 runs=6",
+    "admixture_backward rows=900 columns=20 length=8 k=2 out=bf16 runs=3",  # more than 256 pieces
+]
 # Rows of half-precision numbers that are aligned to 8 bytes, but not to 16.
 PROBLEMS += [
     f"{op} rows=300 columns=16 length=36 k=2 type=bf16 popular=1" for op in ("admixture", "admixture_backward")

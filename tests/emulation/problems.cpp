@@ -117,6 +117,24 @@ struct Problems {
                                      : nullptr;
   }
 
+  // runs=N: of N rows each, but every third of these has no gradient, and is left out.
+  std::vector<GradRun> grad_runs(Type of) {
+    const int64_t a_run = options.number("runs", rows);
+    std::vector<GradRun> runs;
+    for (int64_t begin = 0; begin < rows; begin += a_run) {
+      const int64_t count = std::min(a_run, rows - begin);
+      if (begin / a_run % 3 != 2) runs.push_back({numbers("grad_subvectors", of, count * length), begin, count});
+    }
+    return runs;
+  }
+  // Nothing is written where the flag stays.
+  bool* flags() {
+    std::vector<char> none(static_cast<size_t>(rows));
+    void* array = output("exhausted", Type::u8, rows);
+    vblora_emulation::upload(array, none.data(), none.size());
+    return static_cast<bool*>(array);
+  }
+
   template <class Launch>
   void run(const Launch& launch) {
     vblora_emulation::run(launch, options.number("repeat", 0));
@@ -132,7 +150,7 @@ struct Problems {
                                .subvectors = output("subvectors", out_type, rows * length),
                                .indices = static_cast<int32_t*>(output("indices", Type::i32, rows * k)),
                                .weights = output("weights", weight_type, rows * k),
-                               .exhausted = nullptr,
+                               .exhausted = options.number("exhausted", 0) ? flags() : nullptr,
                                .rows = rows,
                                .columns = columns,
                                .vectors = vectors,
@@ -216,12 +234,14 @@ struct Problems {
   void admixture_backward(bool atomic) {
     const Type grad_type = options.type("out", type);
     const bool need_logits = options.number("need_logits", 1), need_bank = options.number("need_bank", 1);
+    const std::vector<GradRun> runs =
+        options.number("grad_subvectors", 1) ? grad_runs(grad_type) : std::vector<GradRun>();
     AdmixtureBackward problem = {
         .type = type,
         .candidate_type = candidate_type,
         .grad_type = grad_type,
-        .grad_subvectors =
-            options.number("grad_subvectors", 1) ? numbers("grad_subvectors", grad_type, rows * length) : nullptr,
+        .grad_runs = runs.data(),
+        .num_grad_runs = static_cast<int64_t>(runs.size()),
         .grad_weights = options.number("grad_weights", 0) ? numbers("grad_weights", weight_type, rows * k) : nullptr,
         .indices = static_cast<int32_t*>(choices("indices", Type::i32, rows * k, k, columns)),
         .weights = numbers("weights", weight_type, rows * k),

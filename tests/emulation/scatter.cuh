@@ -7,11 +7,11 @@
 namespace vblora_emulation {
 
 // A warp a row: its lanes read consecutive elements of the gradient once, and add each to the row's k vectors.
-static __global__ void scatter_kernel(vblora::AdmixtureBackward problem) {
+static __global__ void scatter_kernel(vblora::AdmixtureBackward problem, const void* grads_of_rows) {
   using namespace vblora;
   const int64_t row = int64_t{blockIdx.x} * cuda::kWarps + threadIdx.x / 32;
   if (row >= problem.rows) return;
-  const bf16* grads = static_cast<const bf16*>(problem.grad_subvectors) + row * problem.length;
+  const bf16* grads = static_cast<const bf16*>(grads_of_rows) + row * problem.length;
   const int16_t* candidates = static_cast<const int16_t*>(problem.candidates) + row * problem.columns;
   constexpr int kHeld = 8;  // elements that a lane holds at once
   for (int64_t first = threadIdx.x % 32; first < problem.length; first += 32 * kHeld) {

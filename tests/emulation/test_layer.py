@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vblora
 
 from . import build
 
@@ -52,6 +57,50 @@ def test_launches_are_counted():
     assert sum("backward" in name for name in names) <= 3
     assert sum("compose" in name for name in names) == 1
     assert build.launches() == []
+
+
+class Calls(TorchDispatchMode):
+    """The operators that would launch something: not views, and not allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in function._schema.name:
+            self.names.append(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_a_training_step_launches_the_same_few_kernels_for_any_number_of_layers(layers):
+    """... and nothing of torch's beside them: no concatenation of gradients, no comparison for exhausted rows."""
+    net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(layers)))
+    config = vblora.VBLoRAConfig(r=2, num_vectors=64, vector_length=8, num_candidates=16, target_modules="all-linear")
+    adapter = vblora.inject(net, config).vblora.default
+    nn.init.normal_(adapter.bank.vectors)
+    with torch.no_grad():
+        adapter.logits[:3, -1] = adapter.logits.max() + 1  # exhausted
+    grads = []
+    for emulated in (False, True):
+        adapter.exhausted.zero_()
+        with build.in_place_of_the_cpu_kernels() if emulated else contextlib.nullcontext():
+            build.launches()
+            with Calls() as calls:
+                factors = [factor for pair in adapter.compose(torch.float32) for factor in pair[:2]]
+                forward, ones = len(build.launches()), [torch.ones_like(factor) for factor in factors]
+                torch.autograd.backward(factors, ones)
+            backward = len(build.launches())
+        assert adapter.exhausted.sum() == adapter.exhausted[:3].sum() == 3
+        grads.append([parameter.grad for parameter in adapter.parameters()])
+        adapter.zero_grad()
+    assert (forward, backward) == (1, 3 if layers == 5 else 2)
+    assert [name for name in calls.names if name not in ("ones_like", "detach")] == [
+        "admixture_parts",
+        "admixture_backward_parts",
+    ]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def oracle(layer: nn.Linear, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (1, 1), (0,), (2, 0)])
-def test_is_the_layer_plus_the_update(shape, bias, dtype):
+@pytest.mark.parametrize("few", [0, 512], ids=["torch", "ours"])
+def test_is_the_layer_plus_the_update(shape, bias, dtype, few, monkeypatch):
+    monkeypatch.setattr(fused, "_FEW", few)
     layer, (A, B, *_) = frozen(bias, dtype), factors(dtype)
     x = torch.randn(*shape, IN).to(dtype).requires_grad_()
     y = fused.linear(layer, x, Factors(A, B))

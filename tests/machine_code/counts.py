@@ -21,7 +21,8 @@ SORTED_BYTES = DYNAMIC_SHARED["backward_rows_kernel"]
 # Entries of a vector above which it is popular, at this size; and in how many parts the largest of these are added up.
 POPULAR_FROM, PARTS = 2 * ROWS * K // VECTORS, 16
 WHOLE, SPLIT = 1, 2  # how a popular vector is done
-ROWS_KERNEL, BANK_KERNEL = "backward_rows_kernel<float, bf16>", "backward_bank_kernel<bf16, float>"
+FEW_RUNS, MANY_RUNS = 256, 2048  # of gradients, that a kernel has room for
+ROWS_KERNEL, BANK_KERNEL = "backward_rows_kernel<float, bf16, GradRuns<{}> >", "backward_bank_kernel<bf16, float>"
 POPULAR_KERNEL, SPLIT_KERNEL = "backward_popular_kernel<bf16, float>", "backward_split_kernel<float>"
 
 
@@ -42,13 +43,13 @@ Composition = structure(
 
 
 Backward = structure(
-    type=BYTE, candidate_type=BYTE, grad_type=BYTE, grad_subvectors=POINTER, grad_weights=POINTER, indices=POINTER,
-    weights=POINTER, bank=POINTER, candidates=POINTER, grad_logits=POINTER, grad_bank=POINTER,
+    type=BYTE, candidate_type=BYTE, grad_type=BYTE, grad_runs=POINTER, num_grad_runs=LONG, grad_weights=POINTER,
+    indices=POINTER, weights=POINTER, bank=POINTER, candidates=POINTER, grad_logits=POINTER, grad_bank=POINTER,
     rows=LONG, columns=LONG, vectors=LONG, length=LONG, k=LONG,
 )  # fmt: skip
 Workspace = structure(
-    entries=LONG, ranges=WORD, buckets=WORD, shift=WORD, popular_from=WORD, owed=POINTER, vectors=POINTER,
-    slices=POINTER, popular=POINTER, partials=POINTER, grad_weights=POINTER, bytes=LONG,
+    entries=LONG, ranges=WORD, buckets=WORD, shift=WORD, popular_from=WORD, alignment=WORD, owed=POINTER,
+    vectors=POINTER, slices=POINTER, popular=POINTER, partials=POINTER, grad_weights=POINTER, bytes=LONG,
 )  # fmt: skip
 
 
@@ -136,12 +137,27 @@ def compose(rows: int, k: int = K) -> Count:
     )
 
 
+ALIGNMENT = 16  # of the gradients of the sub-vectors
+
+
+def grad_runs(memory: Memory, rows: int, count: int = 1) -> bytes:
+    """GradRuns: the gradients of so many rows, in ``count`` pieces."""
+    capacity = FEW_RUNS if count <= FEW_RUNS else MANY_RUNS
+    address = memory.put("grad_subvectors", bf16(rows, LENGTH))
+    begins = np.full(capacity, 2**31 - 1, np.int32)
+    begins[:count] = np.arange(count) * rows // count
+    pointers = np.zeros(capacity, np.uint64)
+    pointers[:count] = address + begins[:count].astype(np.uint64) * (2 * LENGTH)
+    first_step = 1 << (count - 1).bit_length() - 1 if count > 1 else 0
+    return np.array([first_step, 2 * LENGTH], np.int32).tobytes() + begins.tobytes() + pointers.tobytes()
+
+
 def backward(memory: Memory, rows: int, k: int = K) -> Backward:
     first, further = np.random.default_rng(3).integers(1, COLUMNS, (2, rows))
     indices = ((first[:, None] + (further[:, None] | 1) * np.arange(k)) % COLUMNS).astype(np.int32)  # distinct in a row
     return Backward(
         type=F32, candidate_type=I16, grad_type=BF16,
-        grad_subvectors=memory.put("grad_subvectors", bf16(rows, LENGTH)), grad_weights=0,
+        grad_weights=0,
         indices=memory.put("indices", indices),
         weights=memory.put("weights", np.abs(numbers(rows, k, seed=2))),
         bank=memory.put("bank", numbers(VECTORS, LENGTH, seed=1)),
@@ -152,10 +168,15 @@ def backward(memory: Memory, rows: int, k: int = K) -> Backward:
     )  # fmt: skip
 
 
-def backward_rows(rows: int, k: int = K) -> Count:
+def backward_rows(rows: int, k: int = K, runs: int = 1) -> Count:
     memory = Memory()
-    arguments = bytes(backward(memory, rows, k)) + bytes(Workspace())
-    return run("admixture_backward", ROWS_KERNEL, rows, memory, arguments, range(rows // 32), SORTED_BYTES)
+    arguments = bytes(backward(memory, rows, k)) + bytes(Workspace(alignment=ALIGNMENT)) + grad_runs(memory, rows, runs)
+    return run_rows_kernel(rows, memory, arguments, range(rows // 32), runs)
+
+
+def run_rows_kernel(units: int, memory: Memory, arguments: bytes, blocks: Iterable, runs: int) -> Count:
+    instance = ROWS_KERNEL.format(FEW_RUNS if runs <= FEW_RUNS else MANY_RUNS)
+    return run("admixture_backward", instance, units, memory, arguments, blocks, SORTED_BYTES)
 
 
 def chosen_vectors(memory: Memory) -> np.ndarray:
@@ -172,7 +193,7 @@ def sorted_workspace(memory: Memory, vectors: np.ndarray) -> Workspace:
         [begin + np.argsort(vectors[begin : begin + RANGE], kind="stable") for begin in range(0, entries, RANGE)]
     )
     return Workspace(
-        entries=entries, ranges=ranges, buckets=VECTORS, shift=0, popular_from=POPULAR_FROM,
+        entries=entries, ranges=ranges, buckets=VECTORS, shift=0, popular_from=POPULAR_FROM, alignment=ALIGNMENT,
         owed=memory.put("owed", owed_by(order, memory)),
         slices=memory.put("slices", slices_of(vectors[order])),
         popular=memory.put("popular", np.zeros(VECTORS, np.uint8)),
@@ -180,9 +201,10 @@ def sorted_workspace(memory: Memory, vectors: np.ndarray) -> Workspace:
 
 
 def owed_by(entries: np.ndarray, memory: Memory) -> np.ndarray:
-    """Rows and weights, as 32-bit words."""
+    """Addresses of gradients and weights, as 64-bit words."""
     weights = memory.get("weights", np.float32)[entries]
-    return np.stack([(entries // K).astype(np.int32), weights.view(np.int32)], 1)
+    rows = np.uint64(memory.address("grad_subvectors")) + (entries // K).astype(np.uint64) * np.uint64(2 * LENGTH)
+    return np.stack([rows, weights.view(np.uint32).astype(np.uint64)], 1)
 
 
 def slices_of(ordered: np.ndarray) -> np.ndarray:
@@ -192,18 +214,19 @@ def slices_of(ordered: np.ndarray) -> np.ndarray:
     return begins[:, :-1] | begins[:, 1:] << 16
 
 
-def backward_sort() -> Count:
+def backward_sort(runs: int = 1) -> Count:
     """One range, into a workspace that is sorted by other vectors yet."""
     memory, rows = Memory(), RANGE // K
-    problem = backward(memory, rows)
-    arguments = bytes(problem) + bytes(sorted_workspace(memory, np.zeros(RANGE, np.int64)))
-    return run("admixture_backward", ROWS_KERNEL, RANGE, memory, arguments, [0], SORTED_BYTES)
+    problem, its_runs = backward(memory, rows), grad_runs(memory, rows, runs)
+    arguments = bytes(problem) + bytes(sorted_workspace(memory, np.zeros(RANGE, np.int64))) + its_runs
+    return run_rows_kernel(RANGE, memory, arguments, [0], runs)
 
 
 def backward_bank(rows: int, vectors: int) -> Count:
     """The first so many bank vectors."""
     memory = Memory()
     problem = backward(memory, rows)
+    grad_runs(memory, rows)
     chosen = chosen_vectors(memory)
     arguments = bytes(problem) + bytes(sorted_workspace(memory, chosen))
     entries = int((chosen < vectors).sum())
@@ -215,6 +238,7 @@ def backward_popular(parts: tuple[int, ...] = ()) -> Count:
     part one."""
     memory, rows = Memory(), (2 * PARTS - 1 if parts else 8) * RANGE // K
     problem = backward(memory, rows)
+    grad_runs(memory, rows)
     workspace = sorted_workspace(memory, np.zeros(rows * K, np.int64))
     workspace.partials = memory.put("partials", np.zeros((PARTS, LENGTH), np.float32))
     memory.get("popular", np.uint8)[0] = SPLIT if parts else WHOLE
@@ -233,6 +257,7 @@ def backward_split() -> Count:
     """What is left to do then."""
     memory = Memory()
     problem = backward(memory, 1)
+    grad_runs(memory, 1)
     workspace = sorted_workspace(memory, np.zeros(K, np.int64))
     workspace.partials = memory.put("partials", numbers(PARTS, LENGTH))
     memory.get("popular", np.uint8)[0] = SPLIT
@@ -251,23 +276,29 @@ COUNTED_VECTORS = 16
 COUNTED_PARTS = (0, 7, 15)
 # The bounds are what is in docs/cuda.md.
 COUNTED = {
-    "admixture, M = 128": Counted("row", lambda: admixture(64), 218, {"logits": 4, "candidates": 4, "bank": 8}),
+    "admixture, M = 128": Counted("row", lambda: admixture(64), 225, {"logits": 4, "candidates": 4, "bank": 8}),
     "admixture, M = 128, k = 1": Counted(
-        "row", lambda: admixture(32, k=1), 182, {"logits": 4, "candidates": 4, "bank": 4}
+        "row", lambda: admixture(32, k=1), 189, {"logits": 4, "candidates": 4, "bank": 4}
     ),
     "admixture, M = 128, k = 3": Counted(
-        "row", lambda: admixture(32, k=3), 342, {"logits": 4, "candidates": 4, "bank": 6}
+        "row", lambda: admixture(32, k=3), 349, {"logits": 4, "candidates": 4, "bank": 6}
     ),
     "admixture, M = 128 in 32 bits": Counted(
         "row", lambda: admixture(16, wide=True), 740, {"logits": 1, "candidates": 1, "bank": 4}
     ),
-    "admixture, M = h = 2048": Counted("row", lambda: admixture(16, VECTORS), 1108, {"logits": 4, "bank": 4}),
+    "admixture, M = h = 2048": Counted("row", lambda: admixture(16, VECTORS), 1188, {"logits": 4, "bank": 4}),
     "compose": Counted("row", lambda: compose(32), 166, {"bank": 4}),
     "compose, k = 1": Counted("row", lambda: compose(8, 1), 158, {"bank": 2}),
     "compose, k = 3": Counted("row", lambda: compose(8, 3), 227, {"bank": 6}),
     "backward, grad_logits": Counted("row", lambda: backward_rows(64), 168, {"grad_subvectors": 2, "bank": 4}),
     "backward, grad_logits, k = 3": Counted(
         "row", lambda: backward_rows(32, 3), 280, {"grad_subvectors": 2, "bank": 4}
+    ),
+    "backward, grad_logits, 448 pieces": Counted(
+        "row", lambda: backward_rows(448, runs=448), 200, {"grad_subvectors": 2, "bank": 4}
+    ),
+    "backward, sort, 448 pieces": Counted(
+        "entry", lambda: backward_sort(448), 9, {"indices": 8, "candidates": 8, "weights": 8}
     ),
     "backward, sort": Counted("entry", backward_sort, 5.5, {"indices": 8, "candidates": 8, "weights": 8}),
     "backward, grad_bank": Counted(

@@ -37,6 +37,9 @@ class Memory:
         self.buffers.append((name, begin, begin + array.nbytes))
         return self.base + begin
 
+    def address(self, name: str) -> int:
+        return self.base + next(begin for known, begin, _ in self.buffers if known == name)
+
     def get(self, name: str, dtype: np.dtype) -> np.ndarray:
         begin, end = next((begin, end) for known, begin, end in self.buffers if known == name)
         return self.bytes[begin:end].view(dtype)

@@ -79,7 +79,10 @@ def test_compose_computes_the_bits_of_the_cpu_kernels(name, k):
 
 
 def test_the_backward_computes_the_bits_of_the_cpu_kernels():
-    for name, k in (("backward, grad_logits", K), ("backward, grad_logits, k = 3", 3), ("backward, grad_bank", K)):
+    for name, k in (
+        *(("backward, grad_logits", K), ("backward, grad_logits, k = 3", 3)),
+        *(("backward, grad_logits, 448 pieces", K), ("backward, grad_bank", K)),
+    ):
         count = counted(name)
         grad_logits, grad_bank = torch.ops.vblora.admixture_backward(
             tensor(count, "grad_subvectors", np.int16, LENGTH).view(torch.bfloat16), None,
@@ -93,12 +96,13 @@ def test_the_backward_computes_the_bits_of_the_cpu_kernels():
             assert torch.equal(found[: counts.COUNTED_VECTORS], expected[: counts.COUNTED_VECTORS])
 
 
-def test_the_sort_sorts():
-    count = counted("backward, sort")
+@pytest.mark.parametrize("name", ["backward, sort", "backward, sort, 448 pieces"])
+def test_the_sort_sorts(name):
+    count = counted(name)
     chosen = counts.chosen_vectors(count.memory)
     order = np.argsort(chosen, kind="stable")
     owed = counts.owed_by(order, count.memory)
-    assert (count.memory.get("owed", np.int32) == owed.ravel()).all()
+    assert (count.memory.get("owed", np.uint64) & [~0, 2**32 - 1] == owed.ravel()).all()
     assert (count.memory.get("slices", np.uint32) == counts.slices_of(chosen[order]).ravel()).all()
 
 

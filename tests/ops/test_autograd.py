@@ -323,5 +323,5 @@ def test_what_is_handed_out_in_parts_is_checked(backend, generator, changed, mes
     arguments = {"sizes": [4, 16], "ranks": 1} | changed
     with pytest.raises(RuntimeError, match=message):
         torch.ops.vblora.admixture_parts(
-            inputs.logits.to(device), inputs.bank.to(device), None, k=3, out_dtype=None, **arguments
+            inputs.logits.to(device), inputs.bank.to(device), None, None, k=3, out_dtype=None, **arguments
         )

@@ -18,7 +18,7 @@ def compose(bank: torch.Tensor) -> torch.Tensor:
 
 def in_parts(bank: torch.Tensor) -> list[torch.Tensor]:
     logits = torch.zeros(ROWS, len(bank))
-    return torch.ops.vblora.admixture_parts(logits, bank, None, K, None, SIZES, 2)[0]
+    return torch.ops.vblora.admixture_parts(logits, bank, None, None, K, None, SIZES, 2)[0]
 
 
 @pytest.fixture(autouse=True)

@@ -72,15 +72,17 @@ def test_opcheck_admixture_backward(backend, case, generator):
     )
     torch.library.opcheck(backend.ops.admixture_backward, (inputs.grad_subvectors, None, *rest, True, False))
     torch.library.opcheck(backend.ops.admixture_backward, (None, inputs.grad_weights, *rest, False, True))
-    if backend.name == "cpu":  # the one that has these
-        sizes = [2 * (case.rows // 2), case.rows % 2]
+    sizes = [2 * (case.rows // 2), case.rows % 2]
+    exhausted = torch.zeros(case.rows, dtype=torch.bool, device=backend.device)
+    for flags in (None, exhausted):
         torch.library.opcheck(
             backend.ops.admixture_parts,
-            (inputs.logits, inputs.bank, inputs.candidates, case.k, case.out_dtype, sizes, 1),
+            (inputs.logits, inputs.bank, inputs.candidates, flags, case.k, case.out_dtype, sizes, 1),
+            test_utils=("test_schema", "test_faketensor"),  # it is for eager mode: torch cannot functionalise it
         )
-        parts = [inputs.grad_subvectors[:2], inputs.grad_subvectors[2:]]
-        begins = [0, parts[0].shape[0]]
-        torch.library.opcheck(backend.ops.admixture_backward_parts, (parts, begins, *rest, True, False))
+    parts = [inputs.grad_subvectors[:2], inputs.grad_subvectors[2:]]
+    begins = [0, parts[0].shape[0]]
+    torch.library.opcheck(backend.ops.admixture_backward_parts, (parts, begins, *rest, True, False))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..adapters.base import Factors
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
+_FEW = 512  # products of a row and a factor: 128 rows of rank 4
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -79,8 +80,11 @@ class _Linear(torch.autograd.Function):
         y = F.linear(rows, weight, None if bias is None else bias.to(A.dtype))
         if torch._C._len_torch_dispatch_stack() > 0:  # a mode may keep outputs: that of selective checkpointing does
             y = y.clone()
-        hidden = rows @ A.T
-        y.addmm_(hidden, B)
+        if _are_few(rows, A):
+            hidden = torch.ops.vblora.low_rank_add_.default(y, rows, A, B)
+        else:
+            hidden = rows @ A.T
+            y.addmm_(hidden, B)
         ctx.x_dtype = x.dtype
         ctx.save_for_backward(
             cast if need_A or need_B else None, weight if need_x else None, A, B, hidden if need_B else None
@@ -102,6 +106,12 @@ class _Linear(torch.autograd.Function):
                     f"{ctx.x_dtype} is not saved. Leave out create_graph, or run the forward without autocast."
                 )
             hidden = rows @ A.T
+        elif rows is not None and need_A and need_B and _are_few(rows, A):
+            grad_x = grad @ weight if need_x else None
+            grad_A, grad_B = torch.ops.vblora.low_rank_backward.default(grad, rows, hidden, A, B, grad_x)
+            return None if grad_x is None else grad_x.view(shape).to(ctx.x_dtype), None, None, grad_A, grad_B
+        elif hidden is not None:
+            hidden = hidden.to(A.dtype)
         grad_x = grad_A = None
         grad_B = hidden.T @ grad if need_B else None
         if need_x or need_A:
@@ -111,6 +121,13 @@ class _Linear(torch.autograd.Function):
             if need_x:
                 grad_x = (grad @ weight).addmm_(grad_hidden, A).view(shape).to(ctx.x_dtype)
         return grad_x, None, None, grad_A, grad_B
+
+
+def _are_few(rows: Tensor, A: Tensor) -> bool:
+    """Whether to take our operators for the products with factors, which are then faster than torch's.
+
+    In float32 they are, too, but there an output keeps its bits when gradients are turned off."""
+    return rows.is_cpu and rows.dtype == torch.bfloat16 and rows.shape[0] * A.shape[0] <= _FEW
 
 
 class _Last(threading.local):

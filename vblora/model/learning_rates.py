@@ -27,10 +27,8 @@ _checked: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 def recipe_for(model: nn.Module) -> str:
     """The recipe for what the model is: ``"language"`` if it, or a part of it, generates text, else ``"default"``."""
-    generates = any(
-        module.can_generate() for module in model.modules() if callable(getattr(module, "can_generate", None))
-    )
-    return "language" if generates else "default"
+    asked = (getattr(module, "can_generate", None) for module in model.modules())  # transformers' name for it
+    return "language" if any(can() for can in asked if callable(can)) else "default"
 
 
 def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: dict[str, object]) -> None:

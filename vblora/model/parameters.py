@@ -50,7 +50,12 @@ def parameter_groups(
     """
     if recipe not in ("auto", *RECIPES):
         raise ValueError(f"`recipe` is {recipe!r}; allowed are 'auto', {', '.join(map(repr, RECIPES))}.")
-    rates = RECIPES[recipe_for(model) if recipe == "auto" else recipe] | {"scales": lr_scales, "factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
+    rates = RECIPES[recipe_for(model) if recipe == "auto" else recipe] | {
+        "scales": lr_scales,
+        "factors": lr_factors,
+        "vectors": lr_vectors,
+        "other": lr_other,
+    }
     given = {"bank": lr_bank, "logits": lr_logits}
     rates |= {name: rate for name, rate in given.items() if rate is not None}
     reshard(model)

@@ -137,7 +137,7 @@ void admixture_rows(const Admixture& problem, int64_t begin, int64_t end, void* 
     select<T>(problem, row, best);
     if (problem.exhausted) {
       const T last = static_cast<const T*>(problem.logits)[(row + 1) * problem.columns - 1];
-      problem.exhausted[row] = best[k - 1].value <= load<Acc>(last);
+      if (best[k - 1].value <= load<Acc>(last)) problem.exhausted[row] = true;
     }
     Acc* weights = static_cast<Acc*>(problem.weights) + row * k;
     Acc total = 0;
