@@ -68,7 +68,7 @@ def test_the_recipes_are_not_warned_of(recipe):
 
 @pytest.mark.parametrize(
     ("make", "recipe"),
-    [(llama, "language"), (lambda: nn.ModuleDict({"inner": llama()}), "language"), (bert, "default"), (Net, "default")],
+    [(llama, "language"), (lambda: nn.Sequential(llama()), "language"), (bert, "default"), (Net, "default")],
     ids=["language model", "within another", "encoder", "own model"],
 )
 def test_the_recipe_is_that_of_what_the_model_is(make, recipe):

@@ -1,7 +1,9 @@
 """The learning rates that VB-LoRA needs, and a warning for optimizers far below them, such as the Trainer's default."""
 
+import statistics
 import warnings
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,9 +16,10 @@ from ..errors import VBLoRAWarning
 # Learning rates for VB-LoRA's two groups. docs/training.md and docs/quality.md explain the first two.
 RECIPES = {
     "default": {"bank": 3e-3, "logits": 0.5},
-    "language": {"bank": 1.2e-2, "logits": 0.15},
+    "language": {"bank": 1.2e-2, "logits": 0.15},  # at a width of 576; see rates_of
     "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix B: for 20 to 80 epochs
 }
+_TUNED_WIDTH = 576  # of SmolLM2-135M
 WARM_UP = 0.02  # share of the steps that warm up; with more, a task that starts on a plateau stays there
 
 # A learning rate is too low below this share of the lowest recipe's. The paper's logits need 20 to 80 epochs at 1e-2.
@@ -25,10 +28,26 @@ _TOO_LOW = 0.2
 _checked: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
-def recipe_for(model: nn.Module) -> str:
-    """The recipe for what the model is: ``"language"`` if it, or a part of it, generates text, else ``"default"``."""
+def rates_of(recipe: str, model: nn.Module, widths: Sequence[int]) -> dict[str, float]:
+    """The learning rates of a recipe, or with ``"auto"`` of that for what the model is.
+
+    The wider a language model, the slower its bank: 1.2e-2 was found at 576, the paper's 1e-3 at 4,096 and 5,120.
+
+    Args:
+        widths: numbers of input features of the adapted layers.
+    """
+    if recipe == "auto":
+        recipe = "language" if _generates(model) else "default"
+    rates = dict(RECIPES[recipe])
+    if recipe == "language" and widths:
+        rates["bank"] *= min(1.0, _TUNED_WIDTH / statistics.mode(widths))
+    return rates
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, generates text."""
     asked = (getattr(module, "can_generate", None) for module in model.modules())  # transformers' name for it
-    return "language" if any(can() for can in asked if callable(can)) else "default"
+    return any(can() for can in asked if callable(can))
 
 
 def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: dict[str, object]) -> None:

@@ -10,7 +10,7 @@ from ..distributed import reshard
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer
 from .idle import frozen, refuse_merged
-from .learning_rates import RECIPES, recipe_for
+from .learning_rates import RECIPES, rates_of
 from .record import AttachedAdapter, adapted_models, refuse_if_disabled
 
 
@@ -32,9 +32,9 @@ def parameter_groups(
 
     Args:
         model: an injected model, or a module with :class:`VBLinear` layers.
-        recipe: learning rates for VB-LoRA: ``"language"`` for models that generate text and ``"default"`` for all others, both
-            for a few epochs; ``"auto"`` chooses one of these two; ``"paper"``, from the paper's appendix B, is for 20 to 80
-            epochs.
+        recipe: learning rates for VB-LoRA: ``"language"`` for models that generate text, slower for wide ones, and ``"default"``
+            for all others, both for a few epochs; ``"auto"`` chooses one of these two; ``"paper"``, from the paper's appendix B,
+            is for 20 to 80 epochs.
         lr_bank, lr_logits: learning rates of VB-LoRA's vector bank and logits, instead of the recipe's.
         lr_scales: learning rate of the factors that ``train_scales`` adds.
         lr_factors: learning rate of LoRA's factors and of Tied-LoRA's shared pair.
@@ -50,21 +50,19 @@ def parameter_groups(
     """
     if recipe not in ("auto", *RECIPES):
         raise ValueError(f"`recipe` is {recipe!r}; allowed are 'auto', {', '.join(map(repr, RECIPES))}.")
-    rates = RECIPES[recipe_for(model) if recipe == "auto" else recipe] | {
-        "scales": lr_scales,
-        "factors": lr_factors,
-        "vectors": lr_vectors,
-        "other": lr_other,
-    }
-    given = {"bank": lr_bank, "logits": lr_logits}
-    rates |= {name: rate for name, rate in given.items() if rate is not None}
     reshard(model)
     layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
     refuse_if_disabled(layers)
     refuse_merged(layers)
+    adapters = _adapters(model)
+    widths = [target.in_features for adapter in adapters for target in adapter.targets]
+    rates = rates_of(recipe, model, widths)
+    rates |= {"scales": lr_scales, "factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
+    given = {"bank": lr_bank, "logits": lr_logits}
+    rates |= {name: rate for name, rate in given.items() if rate is not None}
     group_of = {
         parameter: name
-        for adapter in _adapters(model)
+        for adapter in adapters
         for name, parameters in adapter.groups().items()
         for parameter in parameters
     }
