@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import vblora
 from tests.small_models import Net, bert, llama
-from vblora.model.learning_rates import RECIPES
+from vblora.model.learning_rates import RECIPES, rates_of
 
 CONFIG = vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"])
 
@@ -72,9 +73,16 @@ def test_the_recipes_are_not_warned_of(recipe):
     ids=["language model", "within another", "encoder", "own model"],
 )
 def test_the_recipe_is_that_of_what_the_model_is(make, recipe):
-    config = vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules="all-linear")
+    config = replace(CONFIG, target_modules=r".*(q_proj|query|up)")
     groups = vblora.parameter_groups(vblora.inject(make(), config))
     assert {group["name"]: group["lr"] for group in groups}.items() >= RECIPES[recipe].items()
+
+
+def test_the_bank_of_a_wide_language_model_is_slower():
+    model = llama()
+    assert rates_of("auto", model, [576, 576, 1536]) == RECIPES["language"]
+    assert rates_of("auto", model, [4096, 4096, 11008]) == RECIPES["language"] | {"bank": 1.2e-2 * 576 / 4096}
+    assert rates_of("paper", model, [4096]) == RECIPES["paper"]
 
 
 def test_a_schedule_counts_by_its_peak():

@@ -15,7 +15,8 @@ Merges an adapter into the safetensors files of a base model, one file at a time
 in float32, and rounds to the weight's dtype. Trained biases and modules_to_save replace those of the base model. It copies all
 other files of the folder. OUT appears when it is complete.
 
-A language model in a .gguf file is loaded, dequantised to float32, and saved as a folder of safetensors files with its tokenizer."""
+A language model in a .gguf file is loaded, dequantised to float32, and saved as a folder of safetensors files with its
+tokenizer."""
 
 
 def add_parser(subparsers: "Subparsers") -> None:
