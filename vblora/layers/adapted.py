@@ -204,14 +204,16 @@ class AdaptedLayer(nn.Module):
         return y
 
     def _added_in_place(self, update: Update, y: Tensor, x: Tensor) -> bool:
-        """Adds an update to ``y`` in place if one operator can do it and is faster than several of torch."""
-        factors = update.slot.ready_factors
+        """Adds an update to ``y`` in place if one operator can do it and is faster than several of torch.
+
+        Only in evaluation: a forward that re-entrant checkpointing runs in training must round as its recomputation does.
+        """
+        factors = None if self.training else update.slot.ready_factors
         if (
             factors is None
             or factors.d is not None
             or factors.e is not None
             or not issubclass(self.kind, Linear)
-            or (update.dropout and self.training)
             or not updates.can_add(y, x, factors.A, few=True)
         ):
             return False
