@@ -11,7 +11,7 @@ INSTANCES = (
     "admixture_kernel<float, 2, unsigned long, 8>",
     "admixture_kernel<float, 2, unsigned long, 32>",
     "compose_kernel<float, 2>",
-    "backward_rows_kernel<float, bf16>",
+    counts.ROWS_KERNEL.format(counts.MANY_RUNS),
     "backward_bank_kernel<bf16, float>",
     "backward_popular_kernel<bf16, float>",
 )

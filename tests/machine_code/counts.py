@@ -290,23 +290,23 @@ COUNTED = {
     "compose": Counted("row", lambda: compose(32), 166, {"bank": 4}),
     "compose, k = 1": Counted("row", lambda: compose(8, 1), 158, {"bank": 2}),
     "compose, k = 3": Counted("row", lambda: compose(8, 3), 227, {"bank": 6}),
-    "backward, grad_logits": Counted("row", lambda: backward_rows(64), 168, {"grad_subvectors": 2, "bank": 4}),
+    "backward, grad_logits": Counted("row", lambda: backward_rows(64), 160, {"grad_subvectors": 2, "bank": 4}),
     "backward, grad_logits, k = 3": Counted(
-        "row", lambda: backward_rows(32, 3), 280, {"grad_subvectors": 2, "bank": 4}
+        "row", lambda: backward_rows(32, 3), 267, {"grad_subvectors": 2, "bank": 4}
     ),
     "backward, grad_logits, 448 pieces": Counted(
-        "row", lambda: backward_rows(448, runs=448), 200, {"grad_subvectors": 2, "bank": 4}
+        "row", lambda: backward_rows(448, runs=448), 181, {"grad_subvectors": 2, "bank": 4}
     ),
     "backward, sort, 448 pieces": Counted(
-        "entry", lambda: backward_sort(448), 9, {"indices": 8, "candidates": 8, "weights": 8}
+        "entry", lambda: backward_sort(448), 9.7, {"indices": 8, "candidates": 8, "weights": 8}
     ),
-    "backward, sort": Counted("entry", backward_sort, 5.5, {"indices": 8, "candidates": 8, "weights": 8}),
+    "backward, sort": Counted("entry", backward_sort, 6.4, {"indices": 8, "candidates": 8, "weights": 8}),
     "backward, grad_bank": Counted(
         "entry", lambda: backward_bank(ROWS, COUNTED_VECTORS), 34, {"slices": 1, "grad_subvectors": 8}
     ),
-    "backward, popular": Counted("entry", backward_popular, 4, {"popular": 8, "owed": 4, "grad_subvectors": 4}),
+    "backward, popular": Counted("entry", backward_popular, 3.5, {"popular": 8, "owed": 2, "grad_subvectors": 2}),
     "backward, split": Counted(
-        "entry", lambda: backward_popular(COUNTED_PARTS), 8.2, {"popular": 8, "owed": 4, "grad_subvectors": 4}
+        "entry", lambda: backward_popular(COUNTED_PARTS), 6.4, {"popular": 8, "owed": 2, "grad_subvectors": 2}
     ),
     "backward, sum of 16 parts": Counted("vector", backward_split, 5700, {"popular": 8, "partials": 16}),
 }

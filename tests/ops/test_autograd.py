@@ -240,7 +240,6 @@ def test_scaled_sub_vectors_exhaust_like_others(backend):
     assert exhausted.tolist() == [False, True]
 
 
-@pytest.mark.backends("cpu")
 @pytest.mark.parametrize("candidates", [None, torch.int16])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -250,10 +249,10 @@ def test_parts_are_one_split_and_its_gradient(backend, generator, candidates, ou
     sizes = [3, 0, 1, 7, 9] if ranks == 1 else [4, 0, 2, 6, 8]
     with torch.no_grad():  # the last logit is the largest, is as large as the third, is below it
         logits[:3, :3] = logits.max() + 1
-        logits[:2, -1] = logits[0, 0] + torch.tensor([1, 0])
+        logits[:2, -1] = logits[0, 0] + torch.tensor([1, 0], device=backend.device)
     subvectors, _, _ = torch.ops.vblora.admixture(logits, bank, inputs.candidates, 3, out_dtype)
     expected = ops.in_parts(subvectors, sizes, ranks)
-    marks = [torch.zeros(20, dtype=torch.bool) for _ in range(2)]
+    marks = [torch.zeros(20, dtype=torch.bool, device=backend.device) for _ in range(2)]
     for mark in marks:
         mark[5] = True  # a mark stays
     parts, *_ = ops.admixture_in_parts(logits, bank, inputs.candidates, marks[0], 3, out_dtype, sizes, ranks)
@@ -263,7 +262,7 @@ def test_parts_are_one_split_and_its_gradient(backend, generator, candidates, ou
     for part, wanted in zip(parts, expected, strict=True):
         assert part.is_contiguous() and part.shape[0] == ranks
         assert_same_bits(part, wanted)
-    grads = [torch.randn(part.shape, generator=generator).to(out_dtype) for part in parts]
+    grads = [torch.randn(part.shape, generator=generator).to(backend.device, out_dtype) for part in parts]
     grads[4] = grads[4].T.contiguous().T
     for used in ([0, 1, 2, 3, 4], [3], [4, 0]):  # those of other parts are zero
         chosen = [[of[i] for i in used] for of in (parts, expected, grads)]
