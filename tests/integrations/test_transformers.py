@@ -68,6 +68,18 @@ def losses(trainer):
 # Checkpoints
 
 
+def test_a_checkpoint_of_an_adapter_that_is_not_active_is_refused(tmp_path):
+    model = vblora.inject(injected(), vblora.VBLoRAConfig(**CONFIG), adapter_name="b")
+    vblora.set_adapter(model, "b")
+    trainer_of(model, tmp_path, max_steps=1, save_steps=1).train()
+    vblora.set_adapter(model, "default")
+    with pytest.raises(
+        ValueError, match=r"holds adapter 'b', but 'default' is active. Call vblora.set_adapter\(model, 'b'"
+    ):
+        trainer_of(model, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    trainer_of(injected(), tmp_path, max_steps=2).train(resume_from_checkpoint=True)  # under another name
+
+
 @pytest.mark.parametrize("by_class", [False, True], ids=["optimizer", "its class"])
 @pytest.mark.parametrize("num_candidates", [None, 3])
 def test_a_resumed_run_is_the_uninterrupted_one(num_candidates, by_class, tmp_path):

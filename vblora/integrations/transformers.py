@@ -23,11 +23,12 @@ from ..errors import VBLoRAWarning
 from ..files import read_tensors, write_tensors
 from ..model.candidates import moves_untouched, stats
 from ..model.parameters import parameter_groups
-from ..model.record import adapted_models, attached_adapter
+from ..model.record import adapted_model, adapted_models, attached_adapter
 from ..model.whole import is_plain, save_whole
 
 _PREFIX = "vblora.resume."  # of the adapter's tensors in the file that the Trainer reads
 _DESCRIPTION = _PREFIX + "description"
+_NAME = _PREFIX + "adapter_name"
 
 
 def trainer_arguments(model: nn.Module, *, weight_decay: float = 0.0, **groups: Any) -> dict[str, Any]:
@@ -218,8 +219,17 @@ def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: 
     # Unless a model is a PeftModel, the Trainer reads only this file, and of it only the tensors.
     tensors, metadata = read_tensors(Path(save_directory) / TENSORS_FILE)
     tensors = {_PREFIX + name: tensor for name, tensor in tensors.items()}
-    tensors[_DESCRIPTION] = torch.frombuffer(bytearray(metadata[native.METADATA].encode()), dtype=torch.uint8)
+    tensors[_DESCRIPTION] = _as_bytes(metadata[native.METADATA])
+    tensors[_NAME] = _as_bytes(attached_adapter(model).name)
     write_tensors(Path(save_directory) / SAFE_WEIGHTS_NAME, tensors, {"format": "pt"})
+
+
+def _as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _as_text(tensor: Tensor) -> str:
+    return bytes(tensor.tolist()).decode()
 
 
 def _load_state_dict(model: Any, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> _IncompatibleKeys:
@@ -227,8 +237,14 @@ def _load_state_dict(model: Any, state_dict: dict[str, Tensor], *args: Any, **kw
         result: _IncompatibleKeys = type(model).load_state_dict(model, state_dict, *args, **kwargs)
         return result
     target = attached_adapter(model)
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items() if name != _DESCRIPTION}
-    description = json.loads(bytes(state_dict[_DESCRIPTION].tolist()))
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
+    description = json.loads(_as_text(tensors.pop(_DESCRIPTION.removeprefix(_PREFIX))))
+    saved = _as_text(tensors.pop(_NAME.removeprefix(_PREFIX)))
+    if saved != target.name and saved in adapted_model(model).adapters:
+        raise ValueError(
+            f"the checkpoint holds adapter {saved!r}, but {target.name!r} is active. Call "
+            f"vblora.set_adapter(model, {saved!r}) first."
+        )
     bank = target.adapter.bank if description["bank_file"] and isinstance(target.adapter, VBLoRAAdapter) else None
     contents = native.decode(description, tensors, bank)
     contents.check()

@@ -20,6 +20,7 @@ from ..layers.rows import RowAdapters
 from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
 from .completeness import BufferSnapshot
+from .extra_state import EXTRA, REPLACED, Path, add_extra_tensors, take_extra_tensors
 from .idle import warn_if_idle
 from .parts import find_parts
 from .statistics import FrozenStatistics
@@ -32,6 +33,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)  # functions that change a model i
 
 class Adapters(nn.ModuleDict):
     """The adapters of a model, by name."""
+
+
+for _name in (EXTRA, REPLACED):  # keys of a state dict, which no adapter can have as its name
+    setattr(Adapters, _name, Path())
 
 
 def _host_of(model: nn.Module) -> tuple[str, nn.Module]:
@@ -221,7 +226,7 @@ class AdaptedModel:
         self.buffers = BufferSnapshot(model)
         self.statistics = FrozenStatistics(model)
         name, self.host = _host_of(model)  # the module whose child the adapters are
-        self._adapters_name = f"{name}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
+        self.adapters_name = f"{name}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
         self.undo: list[Callable[[], None]] = []  # what else is undone as the adapters are taken out
         self.unwrapped = False  # whether the base layers are in place, to write a plain model
         self._active: tuple[AttachedAdapter, ...] = ()
@@ -256,6 +261,8 @@ class AdaptedModel:
         self._hooks = [
             self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward, always_call=True),
+            self.model.register_state_dict_post_hook(functools.partial(add_extra_tensors, self)),
+            self.model.register_load_state_dict_pre_hook(functools.partial(take_extra_tensors, self)),
         ]
         mixed_batch.install_generate(self)
 
@@ -382,7 +389,7 @@ class AdaptedModel:
             del layer.updates[name]
         self._unwrap([layer for layer in attached.layers if not layer.updates])
         self._unhook_parts(attached.parts)
-        self._return_to_ddp(f"{self._adapters_name}.{name}.")
+        self._return_to_ddp(f"{self.adapters_name}.{name}.")
 
     def take_out(self) -> None:
         """Removes all adapters, hooks and wrappers from the model."""
@@ -400,7 +407,7 @@ class AdaptedModel:
         del self.model._vblora_adapted_model
         self.adapters, self._active, self.row_source = {}, (), None
         self._unhook_parts([*self._part_hooks])
-        self._return_to_ddp(f"{self._adapters_name}.")
+        self._return_to_ddp(f"{self.adapters_name}.")
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             if name in self.trainable:
@@ -418,7 +425,7 @@ class AdaptedModel:
 
     def _keep_from_ddp(self, attached: AttachedAdapter) -> None:
         """Keeps DDP from broadcasting an adapter's buffers in every forward: they are equal in all processes."""
-        names = [f"{self._adapters_name}.{attached.name}.{name}" for name, _ in attached.adapter.named_buffers()]
+        names = [f"{self.adapters_name}.{attached.name}.{name}" for name, _ in attached.adapter.named_buffers()]
         if names:
             vars(self.model)[_IGNORED_BY_DDP] = [*getattr(self.model, _IGNORED_BY_DDP, ()), *names]
 
