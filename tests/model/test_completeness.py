@@ -1,6 +1,7 @@
 """An adapter's file holds what was trained, or saving says what it lacks."""
 
 import copy
+import pickle
 import warnings
 from collections import OrderedDict
 
@@ -108,3 +109,31 @@ def test_ejecting_leaves_what_was_replaced_and_follows_what_was_moved():
     net.blocks = net.blocks[:2]
     vblora.eject(net)
     assert net.blocks[0].up is own and net.blocks[1][0].up is ups[1] and not hasattr(net, "vblora")
+
+
+def pruned(blocks: slice):
+    net = vblora.inject(Net(blocks=2).eval(), vblora.VBLoRAConfig(**SIZES, target_modules=["up", "down"]))
+    net.blocks = net.blocks[blocks]
+    return net
+
+
+@pytest.mark.parametrize("blocks", [slice(1), slice(1, None)])
+def test_blocks_that_were_taken_out_do_not_matter_to_what_is_left(blocks):
+    net, x = pruned(blocks), torch.randn(3, 16)
+    out = net(x)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x), out)
+        vblora.set_adapter(other, [])
+        vblora.eject(other)
+    vblora.merge(net, release=True)
+    assert vblora.model.whole.is_plain(vblora.model.record.adapted_model(net))
+    vblora.eject(net)
+    assert not hasattr(net, "vblora") and type(net.blocks[0].up) is nn.Linear
+    torch.testing.assert_close(net(x), out)
+
+
+def test_blocks_that_were_taken_out_of_a_merged_model():
+    net = vblora.merge(vblora.inject(Net(blocks=2).eval(), vblora.VBLoRAConfig(**SIZES, target_modules=["up"])))
+    net.blocks = net.blocks[:1]
+    vblora.unmerge(net)
+    vblora.set_adapter(net, [])  # refuses a merged model

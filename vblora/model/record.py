@@ -138,11 +138,6 @@ class AttachedAdapter:
     def note_trainable_names(self) -> None:
         self.trainable_names = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
 
-    @property
-    def released(self) -> bool:
-        """Whether it was merged with ``release=True``."""
-        return all(layer.released and self.name in layer.merged for layer in self.layers)
-
     def begin_forward(self) -> None:
         if any(self.name in layer.applied for layer in self.layers):
             self.adapter.begin_forward(self._compute_dtype())
@@ -254,6 +249,11 @@ class AdaptedModel:
         return list(self.names)
 
     @property
+    def present_layers(self) -> list[AdaptedLayer]:
+        """Those that the model still has: you may have taken out blocks since, to make it smaller."""
+        return [module for module in self.model.modules() if module in self.names]
+
+    @property
     def active(self) -> list[str]:
         return [attached.name for attached in self._active]
 
@@ -265,6 +265,12 @@ class AdaptedModel:
             self.model.register_load_state_dict_pre_hook(functools.partial(take_extra_tensors, self)),
         ]
         mixed_batch.install_generate(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the handles of hooks on modules that are no longer in the model. They cannot be copied once those are freed.
+        present = {id(module._forward_pre_hooks) for module in self.model.modules()}
+        handles = {part: own for part, own in self._part_hooks.items() if id(own[0].hooks_dict_ref()) in present}
+        return self.__dict__ | {"_part_hooks": handles}
 
     def _begin_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         warn_if_idle(self.model, self._active)
@@ -293,7 +299,7 @@ class AdaptedModel:
         """Removes the hooks of those of ``parts`` that no adapter has any more."""
         for part in parts:
             if not any(part in attached.parts for attached in self.adapters.values()):
-                for hook in self._part_hooks.pop(part):
+                for hook in self._part_hooks.pop(part, ()):
                     hook.remove()
 
     def _begin_part(self, part: str, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -74,8 +74,9 @@ def eject(model: ModuleT) -> ModuleT:
     """
     record = adapted_model(model)
     refuse_if_disabled(record.layers)
-    released = any(layer.released for layer in record.layers)
-    if released and not all(record.adapters[name].released for name in record.active):
+    layers = record.present_layers
+    released = any(layer.released for layer in layers)
+    if released and any(layer.applied or not layer.released for layer in layers if layer.active):
         raise ValueError("only some active adapters of `model` are merged with release=True. Merge the others, too.")
     if not released:
         for layer in record.layers:

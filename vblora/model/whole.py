@@ -58,7 +58,7 @@ def _unguard_saving(record: AdaptedModel) -> None:
 
 def is_plain(record: AdaptedModel) -> bool:
     """Whether the weights alone are what the model computes: all that is active is merged."""
-    return all(layer.enabled and not layer.applied for layer in record.layers)
+    return all(layer.enabled and not layer.applied for layer in record.present_layers)
 
 
 def save_whole(record: AdaptedModel, module: Any, *args: Any, **kwargs: Any) -> Any:
