@@ -19,7 +19,7 @@ from ..layers.reads import listed
 from ..layers.rows import RowAdapters
 from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
-from .completeness import BufferSnapshot
+from .completeness import BufferSnapshot, Link, check_replacements
 from .extra_state import EXTRA, REPLACED, Path, add_extra_tensors, take_extra_tensors
 from .idle import warn_if_idle
 from .parts import find_parts
@@ -77,6 +77,7 @@ class AttachedAdapter:
         self.active = False
         self.checked_for_training: bool | None = None  # whether it was merged when a training forward was last checked
         self.ran = False  # whether a forward of the model has completed
+        self.links: list[Link] = []  # of check_replacements
         self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
 
     @property
@@ -273,7 +274,9 @@ class AdaptedModel:
         return self.__dict__ | {"_part_hooks": handles}
 
     def _begin_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        warn_if_idle(self.model, self._active)
+        if not torch.compiler.is_compiling() and self.model.training and torch.is_grad_enabled():
+            warn_if_idle(self.model, self._active)
+            check_replacements(self, self._active)
         # mixed_batch removes its argument from `kwargs`. Until a model first gets that argument, its graph has no trace of this.
         if (mixed_batch.ARGUMENT in kwargs or self._rows_differ) and mixed_batch.begin_forward(self, args, kwargs):
             return
