@@ -70,6 +70,14 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
 
         trainer = Trainer(model, arguments, ..., **trainer_arguments(model))
 
+    A Trainer with ``model_init`` makes a new model when training begins, before it calls its callbacks. To resume, prepare each
+    one there::
+
+        def model_init():
+            model = vblora.inject(AutoModelForSequenceClassification.from_pretrained(name), config)
+            VBLoRACallback(model)
+            return model
+
     The Trainer calls the model's ``save_pretrained`` and ``load_state_dict``, so the callback replaces these two of the
     model. They stay replaced after training; after :func:`vblora.eject` they do what the model's own do. In a
     ``SentenceTransformer`` only ``save_pretrained`` is replaced: its trainer saves the adapter, but cannot resume.
@@ -89,6 +97,7 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._warned = False
         self._exact: dict[nn.Parameter, Tensor] = {}
+        self._prepared = False  # whether the Trainer was made with an injected model
         if model is not None:
             _attach(model)
             self._exact = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
@@ -110,6 +119,7 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if model is None or not adapted_models(model):  # `model_init` makes it later
             return
         _attach(model)
+        self._prepared = True
         if optimizer is not None:
             optimizer.register_state_dict_post_hook(partial(pack_state, model))
             optimizer.register_load_state_dict_pre_hook(partial(unpack_state, model))
@@ -134,10 +144,14 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 "its trainer cannot load. Set it to False, and call vblora.load(model, best_checkpoint) after training."
             )
         if _attach(model) and state.global_step:
-            raise ValueError(
-                "the checkpoint's adapter was not restored. Pass VBLoRACallback when you make the Trainer, with a model "
-                "that has an adapter: Trainer(model, ..., **trainer_arguments(model))."
+            mend = (
+                "The Trainer's `model_init` made another model than the one that this callback has prepared. In `model_init`, "
+                "call VBLoRACallback(model) after vblora.inject."
+                if self._prepared
+                else "Pass VBLoRACallback when you make the Trainer, with a model that has an adapter: "
+                "Trainer(model, ..., **trainer_arguments(model))."
             )
+            raise ValueError(f"the checkpoint's adapter was not restored. {mend}")
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
         if optimizer is not None and is_packed(optimizer):
             raise ValueError(
