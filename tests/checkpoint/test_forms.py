@@ -227,7 +227,9 @@ def test_loading_over_an_adapter_of_another_form_is_refused(tmp_path):
     model = trained()
     vblora.save(model, tmp_path, form="deploy")
     before = model.vblora.default.logits.detach().clone()
-    with pytest.raises(ValueError, match="Eject it first"):
+    with pytest.raises(
+        ValueError, match=r"it is deployed, but the adapter in `model` can train\. Eject that adapter first"
+    ):
         vblora.load(model, tmp_path)
     assert torch.equal(model.vblora.default.logits, before)
     other = loaded(tmp_path)

@@ -68,6 +68,18 @@ def losses(trainer):
 # Checkpoints
 
 
+def test_a_checkpoint_of_an_adapter_that_is_not_active_is_refused(tmp_path):
+    model = vblora.inject(injected(), vblora.VBLoRAConfig(**CONFIG), adapter_name="b")
+    vblora.set_adapter(model, "b")
+    trainer_of(model, tmp_path, max_steps=1, save_steps=1).train()
+    vblora.set_adapter(model, "default")
+    with pytest.raises(
+        ValueError, match=r"holds adapter 'b', but 'default' is active. Call vblora.set_adapter\(model, 'b'"
+    ):
+        trainer_of(model, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    trainer_of(injected(), tmp_path, max_steps=2).train(resume_from_checkpoint=True)  # under another name
+
+
 @pytest.mark.parametrize("by_class", [False, True], ids=["optimizer", "its class"])
 @pytest.mark.parametrize("num_candidates", [None, 3])
 def test_a_resumed_run_is_the_uninterrupted_one(num_candidates, by_class, tmp_path):
@@ -176,6 +188,35 @@ def test_a_callback_that_comes_too_late_is_no_silent_restart(tmp_path):
     late.add_callback(VBLoRACallback())
     with pytest.raises(ValueError, match=r"was not restored.*when you make the Trainer"):
         late.train(resume_from_checkpoint=True)
+
+
+def test_model_init_makes_models_that_resume_if_each_is_prepared(tmp_path):
+    def trainer(model_init):
+        choice = {"max_steps": 2, "save_steps": 1, "learning_rate": 0.1}
+        callbacks = [VBLoRACallback()]
+        return Trainer(
+            model_init=model_init, args=settings(tmp_path, **choice), train_dataset=rows(), callbacks=callbacks
+        )
+
+    def prepared():
+        model = injected(num_candidates=3)
+        VBLoRACallback(model)
+        return model
+
+    whole = trainer(prepared)
+    whole.train()
+    first = str(tmp_path / "checkpoint-1")
+    again = trainer(prepared)
+    again.train(resume_from_checkpoint=first)
+    for ours, theirs in zip(trained_tensors(again.model), trained_tensors(whole.model), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match=r"was not restored.*In `model_init`, call VBLoRACallback\(model\) after"):
+        trainer(lambda: injected()).train(resume_from_checkpoint=first)
+    grown = vblora.inject(encoder(), vblora.VBLoRAConfig(**CONFIG, num_candidates=5))
+    with pytest.raises(
+        ValueError, match=r"it has 3 logits per row, .* has 5.*num_candidates=3, resume, and call vblora.grow"
+    ):
+        trainer_of(grown, tmp_path).train(resume_from_checkpoint=first)
 
 
 def test_packed_state_is_not_for_an_optimizer_that_the_trainer_makes(tmp_path):

@@ -1,6 +1,7 @@
 """An adapter's file holds what was trained, or saving says what it lacks."""
 
 import copy
+import pickle
 import warnings
 from collections import OrderedDict
 
@@ -108,3 +109,78 @@ def test_ejecting_leaves_what_was_replaced_and_follows_what_was_moved():
     net.blocks = net.blocks[:2]
     vblora.eject(net)
     assert net.blocks[0].up is own and net.blocks[1][0].up is ups[1] and not hasattr(net, "vblora")
+
+
+def pruned(blocks: slice):
+    net = vblora.inject(Net(blocks=2).eval(), vblora.VBLoRAConfig(**SIZES, target_modules=["up", "down"]))
+    net.blocks = net.blocks[blocks]
+    return net
+
+
+@pytest.mark.parametrize("blocks", [slice(1), slice(1, None)])
+def test_blocks_that_were_taken_out_do_not_matter_to_what_is_left(blocks):
+    net, x = pruned(blocks), torch.randn(3, 16)
+    out = net(x)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x), out)
+        vblora.set_adapter(other, [])
+        vblora.eject(other)
+    vblora.merge(net, release=True)
+    assert vblora.model.whole.is_plain(vblora.model.record.adapted_model(net))
+    vblora.eject(net)
+    assert not hasattr(net, "vblora") and type(net.blocks[0].up) is nn.Linear
+    torch.testing.assert_close(net(x), out)
+
+
+def test_blocks_that_were_taken_out_of_a_merged_model():
+    net = vblora.merge(vblora.inject(Net(blocks=2).eval(), vblora.VBLoRAConfig(**SIZES, target_modules=["up"])))
+    net.blocks = net.blocks[:1]
+    vblora.unmerge(net)
+    vblora.set_adapter(net, [])  # refuses a merged model
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_training_refuses_a_head_that_was_replaced(ran_before):
+    model = vblora.inject(llama().train(), vblora.VBLoRAConfig(**SIZES, modules_to_save=["embed_tokens", "lm_head"]))
+    if ran_before:
+        vblora.parameter_groups(model)
+        model(IDS)
+    model.resize_token_embeddings(60)
+    for call in (lambda: model(IDS), lambda: vblora.parameter_groups(model)):
+        with pytest.raises(
+            ValueError, match=r"no longer contains `lm_head` that adapter 'default' trains.*then inject"
+        ):
+            call()
+    model.eval()(IDS)  # inference may go on
+
+
+def test_training_refuses_tensors_that_were_tied_since():
+    model = vblora.inject(
+        llama(tie_word_embeddings=True).train(), vblora.VBLoRAConfig(**SIZES, modules_to_save=["embed_tokens"])
+    )
+    model(IDS)
+    model.tie_weights()
+    with pytest.raises(ValueError, match="have become one tensor: something tied them"):
+        model(IDS)
+
+
+def test_training_goes_on_with_modules_that_were_moved_wrapped_or_taken_out():
+    net = vblora.inject(Net(blocks=2), vblora.VBLoRAConfig(**SIZES, target_modules=["up"], modules_to_save=["head"]))
+    x = torch.randn(3, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(x)
+        net.blocks[0] = nn.Sequential(net.blocks[0])
+        vblora.inject(net, vblora.VBLoRAConfig(**SIZES, target_modules=["head"], pad=True), adapter_name="second")
+        net(x)
+        net.head.bias = nn.Parameter(torch.ones(3))
+        copy.deepcopy(net)(x)
+    net.blocks = net.blocks[:1]
+    with pytest.warns(vblora.VBLoRAWarning, match=r"`blocks.1.up` that adapter 'default' trains were taken out"):
+        net(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(x)

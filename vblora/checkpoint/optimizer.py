@@ -1,7 +1,7 @@
 """An optimizer's state, with the state of logits packed as the logits are: of each row, the part that training changed."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,12 @@ from torch.optim import Optimizer
 
 from ..adapters import VBLoRAAdapter
 from ..distributed import gather_to_cpu, is_sharded, reshard, shard_like
+from ..model.record import adapted_models
 from .packing import pack_prefixes, unpack_prefixes
 
 _PACKED = "vblora.packed"
+_PARAMETERS = "vblora.parameters"  # what identifies the optimizer's parameters, in order
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "base_layer.")  # parts of names that wrapping a module adds
 
 
 def pack_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -30,6 +33,9 @@ def pack_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def unpack_optimizer(model: nn.Module, optimizer: Optimizer, packed: dict[str, Any]) -> None:
     """Loads the result of :func:`pack_optimizer` into an optimizer of the same parameters.
 
+    It goes by the names of the adapters and parameters, so you may have loaded the adapters in another order. A single adapter
+    may have another name now.
+
     Raises:
         ValueError: it is of other parameters. The optimizer is not changed.
     """
@@ -46,12 +52,14 @@ def pack_state(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any
     for number, logits in _logits_of(model, optimizer).items():
         if number in state:
             state[number] = {name: logits.pack(value) for name, value in state[number].items()}
-    return state_dict | {"state": state}
+    identities = [[adapter, name, list(shape)] for adapter, name, shape in _identities(model, optimizer)]
+    return {_PARAMETERS: identities} | state_dict | {"state": state}
 
 
 def unpack_state(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The ``state_dict`` that :func:`pack_state` packed."""
+    """The ``state_dict`` that :func:`pack_state` packed, with the parameters in the order that they have in ``optimizer``."""
     reshard(model)
+    state_dict = _in_order(model, optimizer, state_dict)
     state = dict(state_dict["state"])
     for number, logits in _logits_of(model, optimizer).items():
         if number in state:
@@ -68,6 +76,89 @@ def unpack_state(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, A
 def is_packed(optimizer: Optimizer) -> bool:
     """Whether an optimizer was loaded with packed state, which it cannot use."""
     return any(isinstance(v, dict) and _PACKED in v for values in optimizer.state.values() for v in values.values())
+
+
+class _Identity(NamedTuple):
+    """What identifies a parameter.
+
+    Attributes:
+        adapter: the name of the adapter that it belongs to; empty if it belongs to none, or to several that share a bank.
+        name: its name in that adapter, or in the model; empty if the model does not have it.
+    """
+
+    adapter: str
+    name: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"`{f'{self.adapter}.{self.name}'.lstrip('.')}` {self.shape}"
+
+
+def _identities(model: nn.Module, optimizer: Optimizer) -> list[_Identity]:
+    names: dict[Tensor, tuple[str, str]] = {p: ("", _without_wrappers(name)) for name, p in model.named_parameters()}
+    owners: dict[Tensor, list[tuple[str, str]]] = {}
+    for record in adapted_models(model):
+        for attached in record.adapters.values():
+            for name, parameter in attached.parameters.items():
+                owners.setdefault(parameter, []).append((attached.name, name))
+    for tensor, owned in owners.items():
+        names[tensor] = owned[0] if len(owned) == 1 else ("", " and ".join(sorted(map(".".join, owned))))
+    return [_Identity(*names.get(p, ("", "")), tuple(p.shape)) for p in _parameters(optimizer)]
+
+
+def _in_order(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The ``state_dict`` with the parameters of each group in the order that they have in ``optimizer``.
+
+    Raises:
+        ValueError: it is of other parameters.
+    """
+    if _PARAMETERS not in state_dict:  # torch's own
+        return state_dict
+    own = _identities(model, optimizer)
+    saved = [_Identity(adapter, name, tuple(shape)) for adapter, name, shape in state_dict[_PARAMETERS]]
+    before, now = ({identity.adapter for identity in some} - {""} for some in (saved, own))
+    present = {name for record in adapted_models(model) for name in record.adapters}
+    if len(before) == len(now) == 1 and not before & present:  # the adapter has another name now
+        saved = [identity._replace(adapter=min(now)) if identity.adapter else identity for identity in saved]
+    groups = state_dict["param_groups"]
+    identity_of = dict(zip((number for group in groups for number in group["params"]), saved, strict=True))
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"`packed` has {len(groups)} groups of parameters, but the optimizer {len(optimizer.param_groups)}."
+        )
+    numbers: list[int] = []  # those of the saved state, in the optimizer's order
+    ordered = []
+    for group, own_group in zip(groups, optimizer.param_groups, strict=True):
+        start = len(numbers)
+        wanted = own[start : start + len(own_group["params"])]
+        found = [identity_of[number] for number in group["params"]]
+        if sorted(found) != sorted(wanted) or (found != wanted and len(set(found)) < len(found)):
+            theirs, ours = (sorted(set(one) - set(other)) for one, other in ((found, wanted), (wanted, found)))
+            raise ValueError(
+                f"`packed` is of other parameters than the optimizer's: it has {_listed(theirs)}, and the optimizer "
+                f"{_listed(ours)}. Load the adapters that it was packed with under their names, activate the same ones, and make "
+                "the optimizer in the same way."
+            )
+        if found == wanted:
+            numbers += group["params"]
+        else:
+            number_of = dict(zip(found, group["params"], strict=True))
+            numbers += [number_of[identity] for identity in wanted]
+        ordered.append(group | {"params": list(range(start, len(numbers)))})
+    state = {
+        place: state_dict["state"][number] for place, number in enumerate(numbers) if number in state_dict["state"]
+    }
+    return state_dict | {"state": state, "param_groups": ordered}
+
+
+def _listed(identities: list[_Identity]) -> str:
+    return ", ".join(map(str, identities[:3])) + ", ..." * (len(identities) > 3) if identities else "no other"
+
+
+def _without_wrappers(name: str) -> str:
+    for part in _WRAPPERS:
+        name = name.replace(part, "")
+    return name.removeprefix("module.")
 
 
 @dataclass(frozen=True)

@@ -155,9 +155,20 @@ class VBLoRAContents(Contents):
                 )
 
     def check_sizes(self, other: "VBLoRAContents") -> None:
-        for name, ours, theirs in zip(type(other.rows)._fields, self.rows, other.rows, strict=False):
+        if isinstance(self.rows, Trained) and isinstance(other.rows, Trained):
+            columns, present = self.rows.logits.shape[1], other.rows.logits.shape[1]
+            if columns != present:
+                wanted = None if self.rows.candidates is None else columns
+                raise ValueError(
+                    f"it has {columns} logits per row, but the adapter in `model` has {present}. To load it as it is, eject that "
+                    f"adapter first. To resume training, inject with num_candidates={wanted}, resume, and call vblora.grow then."
+                )
+        elif type(other.rows) is not type(self.rows):
+            forms = ["can train" if contents.is_trainable else "is deployed" for contents in (self, other)]
+            raise ValueError(f"it {forms[0]}, but the adapter in `model` {forms[1]}. Eject that adapter first.")
+        for name, ours, theirs in zip(type(other.rows)._fields, self.rows, other.rows, strict=True):
             shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in (ours, theirs)]
-            if type(other.rows) is not type(self.rows) or shapes[0] != shapes[1]:
+            if shapes[0] != shapes[1]:
                 raise ValueError(f"`model` has an adapter with other `{name}`. Eject it first.")
 
     # Into a model

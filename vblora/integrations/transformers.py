@@ -23,11 +23,12 @@ from ..errors import VBLoRAWarning
 from ..files import read_tensors, write_tensors
 from ..model.candidates import moves_untouched, stats
 from ..model.parameters import parameter_groups
-from ..model.record import adapted_models, attached_adapter
+from ..model.record import adapted_model, adapted_models, attached_adapter
 from ..model.whole import is_plain, save_whole
 
 _PREFIX = "vblora.resume."  # of the adapter's tensors in the file that the Trainer reads
 _DESCRIPTION = _PREFIX + "description"
+_NAME = _PREFIX + "adapter_name"
 
 
 def trainer_arguments(model: nn.Module, *, weight_decay: float = 0.0, **groups: Any) -> dict[str, Any]:
@@ -69,6 +70,14 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
 
         trainer = Trainer(model, arguments, ..., **trainer_arguments(model))
 
+    A Trainer with ``model_init`` makes a new model when training begins, before it calls its callbacks. To resume, prepare each
+    one there::
+
+        def model_init():
+            model = vblora.inject(AutoModelForSequenceClassification.from_pretrained(name), config)
+            VBLoRACallback(model)
+            return model
+
     The Trainer calls the model's ``save_pretrained`` and ``load_state_dict``, so the callback replaces these two of the
     model. They stay replaced after training; after :func:`vblora.eject` they do what the model's own do. In a
     ``SentenceTransformer`` only ``save_pretrained`` is replaced: its trainer saves the adapter, but cannot resume.
@@ -88,6 +97,7 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._warned = False
         self._exact: dict[nn.Parameter, Tensor] = {}
+        self._prepared = False  # whether the Trainer was made with an injected model
         if model is not None:
             _attach(model)
             self._exact = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
@@ -109,6 +119,7 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if model is None or not adapted_models(model):  # `model_init` makes it later
             return
         _attach(model)
+        self._prepared = True
         if optimizer is not None:
             optimizer.register_state_dict_post_hook(partial(pack_state, model))
             optimizer.register_load_state_dict_pre_hook(partial(unpack_state, model))
@@ -133,10 +144,14 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 "its trainer cannot load. Set it to False, and call vblora.load(model, best_checkpoint) after training."
             )
         if _attach(model) and state.global_step:
-            raise ValueError(
-                "the checkpoint's adapter was not restored. Pass VBLoRACallback when you make the Trainer, with a model "
-                "that has an adapter: Trainer(model, ..., **trainer_arguments(model))."
+            mend = (
+                "The Trainer's `model_init` made another model than the one that this callback has prepared. In `model_init`, "
+                "call VBLoRACallback(model) after vblora.inject."
+                if self._prepared
+                else "Pass VBLoRACallback when you make the Trainer, with a model that has an adapter: "
+                "Trainer(model, ..., **trainer_arguments(model))."
             )
+            raise ValueError(f"the checkpoint's adapter was not restored. {mend}")
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
         if optimizer is not None and is_packed(optimizer):
             raise ValueError(
@@ -218,8 +233,17 @@ def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: 
     # Unless a model is a PeftModel, the Trainer reads only this file, and of it only the tensors.
     tensors, metadata = read_tensors(Path(save_directory) / TENSORS_FILE)
     tensors = {_PREFIX + name: tensor for name, tensor in tensors.items()}
-    tensors[_DESCRIPTION] = torch.frombuffer(bytearray(metadata[native.METADATA].encode()), dtype=torch.uint8)
+    tensors[_DESCRIPTION] = _as_bytes(metadata[native.METADATA])
+    tensors[_NAME] = _as_bytes(attached_adapter(model).name)
     write_tensors(Path(save_directory) / SAFE_WEIGHTS_NAME, tensors, {"format": "pt"})
+
+
+def _as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _as_text(tensor: Tensor) -> str:
+    return bytes(tensor.tolist()).decode()
 
 
 def _load_state_dict(model: Any, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> _IncompatibleKeys:
@@ -227,8 +251,14 @@ def _load_state_dict(model: Any, state_dict: dict[str, Tensor], *args: Any, **kw
         result: _IncompatibleKeys = type(model).load_state_dict(model, state_dict, *args, **kwargs)
         return result
     target = attached_adapter(model)
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items() if name != _DESCRIPTION}
-    description = json.loads(bytes(state_dict[_DESCRIPTION].tolist()))
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
+    description = json.loads(_as_text(tensors.pop(_DESCRIPTION.removeprefix(_PREFIX))))
+    saved = _as_text(tensors.pop(_NAME.removeprefix(_PREFIX)))
+    if saved != target.name and saved in adapted_model(model).adapters:
+        raise ValueError(
+            f"the checkpoint holds adapter {saved!r}, but {target.name!r} is active. Call "
+            f"vblora.set_adapter(model, {saved!r}) first."
+        )
     bank = target.adapter.bank if description["bank_file"] and isinstance(target.adapter, VBLoRAAdapter) else None
     contents = native.decode(description, tensors, bank)
     contents.check()

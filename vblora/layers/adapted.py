@@ -26,24 +26,24 @@ class TensorSwap:
         self.name = name
         self.trains = trains
         self.swapped_in = False  # whether the replacement is in the model
-        self._stored = replacement
+        self.stored = replacement
 
     @property
     def replacement(self) -> Tensor:
         """The replacement, wherever it is."""
-        tensor: Tensor = getattr(self.module, self.name) if self.swapped_in else self._stored
+        tensor: Tensor = getattr(self.module, self.name) if self.swapped_in else self.stored
         return tensor
 
     @property
     def original(self) -> Tensor:
         """What it replaces, wherever that is."""
-        tensor: Tensor = self._stored if self.swapped_in else getattr(self.module, self.name)
+        tensor: Tensor = self.stored if self.swapped_in else getattr(self.module, self.name)
         return tensor
 
     @torch.no_grad()
     def swap(self) -> None:
         """Swaps the stored tensor with the module's, after matching device and dtype."""
-        self._stored = swap_tensor(self.module, self.name, self._stored)
+        self.stored = swap_tensor(self.module, self.name, self.stored)
         self.swapped_in = not self.swapped_in
 
 

@@ -1,7 +1,8 @@
-"""Whether an adapter's file will hold what was trained: checked before it is saved."""
+"""Whether an adapter's file will hold what is trained: checked before it is trained and before it is saved."""
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Container, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from .peft_guard import refuse_peft_layers
 
 if TYPE_CHECKING:
     from .record import AdaptedModel, AttachedAdapter
+
+Link = tuple[dict[str, Any], str, Any]  # a module's children or parameters, a name in them, and what has it
 
 _LARGE = 2**16  # elements of a buffer whose values are not copied; statistics have one per channel
 
@@ -57,13 +60,8 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
             message names it.
     """
     names = {module: name for name, module in record.model.named_modules()}
-    lost = [record.names[layer][0] for layer in attached.layers if layer not in names]
-    lost += [name.rpartition(".")[0] for name, extra in attached.extra.items() if extra.module not in names]
-    if lost:
-        raise ValueError(
-            f"the model no longer contains {listed(list(dict.fromkeys(lost)))} that adapter {attached.name!r} trains: something "
-            "replaced it after vblora.inject, such as resize_token_embeddings. Change the model first, then inject."
-        )
+    if lost := _lost(record, attached, names):
+        raise _replaced(lost, attached)
     refuse_peft_layers(record.model)
     _refuse_new_ties(record, attached)
     own = {id(p) for adapter in record.adapters.values() for p in adapter.parameters.values()}
@@ -85,6 +83,68 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
             VBLoRAWarning,
             stacklevel=3,
         )
+
+
+def check_replacements(record: "AdaptedModel", adapters: Iterable["AttachedAdapter"]) -> None:
+    """Refuses to train adapters that could not be saved, because a module or a tensor that they train was replaced.
+
+    Warns once of layers that were taken out of the model. Costs little unless the model has changed since the last call.
+
+    Raises:
+        ValueError: a module or a tensor was replaced.
+    """
+    for attached in adapters:
+        if attached.links and all(slots.get(name) is value for slots, name, value in attached.links):
+            continue
+        modules = set(record.model.modules())
+        if any(parameter.requires_grad for parameter in attached.parameters.values()):
+            known = {*record.names, *(extra.module for extra in attached.extra.values())}
+            lost = _lost(record, attached, modules)
+            at_their_places = {name: module for name, module in record.model.named_modules() if name in lost}
+            if replaced := [name for name, module in at_their_places.items() if module not in known]:
+                raise _replaced(replaced, attached)
+            _refuse_new_ties(record, attached)
+            if lost:
+                warnings.warn(
+                    f"{listed(lost)} that adapter {attached.name!r} trains were taken out of the model. vblora.save refuses "
+                    "such an adapter, because it does not fit the base model. Change the model first, then inject.",
+                    VBLoRAWarning,
+                    stacklevel=3,
+                )
+        attached.links = _links(record, attached, modules)
+
+
+def _lost(record: "AdaptedModel", attached: "AttachedAdapter", modules: Container[nn.Module]) -> list[str]:
+    """The layers and modules that the adapter trains and that are not among ``modules``."""
+    lost = [record.names[layer][0] for layer in attached.layers if layer not in modules]
+    lost += [name.rpartition(".")[0] for name, extra in attached.extra.items() if extra.module not in modules]
+    return list(dict.fromkeys(lost))
+
+
+def _replaced(lost: list[str], attached: "AttachedAdapter") -> ValueError:
+    return ValueError(
+        f"the model no longer contains {listed(lost)} that adapter {attached.name!r} trains: something "
+        "replaced it after vblora.inject, such as resize_token_embeddings. Change the model first, then inject."
+    )
+
+
+def _links(record: "AdaptedModel", attached: "AttachedAdapter", modules: set[nn.Module]) -> "list[Link]":
+    """What has to stay as it is so that the model keeps the layers, modules and tensors that the adapter trains."""
+    parents = {child: (parent, name) for parent in modules for name, child in parent._modules.items()}
+    links: dict[tuple[int, str], Link] = {}
+    for module in (*attached.layers, *(extra.module for extra in attached.extra.values())):
+        while module in parents and module is not record.model:
+            parent, name = parents[module]
+            links[id(parent), name] = parent._modules, name, module
+            module = parent
+    swapped_in = [extra for extra in attached.extra.values() if extra.swapped_in]
+    # With what is tied in the base model to a tensor that the adapter replaces: code that ties them again replaces it there.
+    tensors = {tensor for extra in swapped_in for tensor in (extra.replacement, extra.original)}
+    for module in modules:
+        for name, tensor in module._parameters.items():
+            if tensor in tensors:
+                links[id(module), f"parameter {name}"] = module._parameters, name, tensor
+    return list(links.values())
 
 
 def _refuse_new_ties(record: "AdaptedModel", attached: "AttachedAdapter") -> None:

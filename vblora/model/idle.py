@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from ..errors import VBLoRAWarning
@@ -35,9 +34,10 @@ def frozen(name: str) -> str:
 
 
 def warn_if_idle(model: nn.Module, active: Iterable["AttachedAdapter"]) -> None:
-    """Warns once for each active adapter that gets no gradient in training: merged, or frozen while other parameters train."""
-    if torch.compiler.is_compiling() or not model.training or not torch.is_grad_enabled():
-        return
+    """Warns once for each active adapter that gets no gradient in training: merged, or frozen while other parameters train.
+
+    Call it when the model trains.
+    """
     for attached in active:
         merged = attached.name in attached.layers[0].merged
         if attached.checked_for_training == merged:  # nothing changed since

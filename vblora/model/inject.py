@@ -210,7 +210,7 @@ def _check_name(name: str) -> None:
     if not name or "." in name or hasattr(Adapters(), name):  # of an instance, which has more attributes than the class
         raise ValueError(
             f"`adapter_name` is {name!r}, which cannot name a module. Give a string that is not empty, has no '.', and is not "
-            "an attribute of nn.ModuleDict such as 'keys' or 'training'."
+            "an attribute of nn.ModuleDict such as 'keys' or 'training', nor 'extra' or 'replaced'."
         )
 
 

@@ -7,7 +7,7 @@ from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, adapted_layers
 from ..layers.weights import Rounding, can_merge_into, format_name
 from .merge_checks import warn_before_merging
-from .record import ModuleT, refuse_if_disabled
+from .record import ModuleT, adapted_models, refuse_if_disabled
 
 
 def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, release: bool = False) -> ModuleT:
@@ -83,7 +83,8 @@ def unmerge(model: ModuleT) -> ModuleT:
     for name, layer in layers:
         if layer.released:
             raise ValueError(f"layer `{name}` was merged with release=True, which freed its original weight.")
-    for _, layer in layers:
+    taken_out = [layer for record in adapted_models(model) for layer in record.layers]  # among them, after the merge
+    for layer in (*(layer for _, layer in layers), *taken_out):
         layer.unmerge()
     return model
 

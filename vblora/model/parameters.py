@@ -9,6 +9,7 @@ from ..adapters import Adapter
 from ..distributed import reshard
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer
+from .completeness import check_replacements
 from .idle import frozen, refuse_merged
 from .learning_rates import RECIPES, rates_of
 from .record import AttachedAdapter, adapted_models, refuse_if_disabled
@@ -45,8 +46,8 @@ def parameter_groups(
         The groups ``bank``, ``logits``, ``scales``, ``factors``, ``vectors`` and ``other``, without empty ones.
 
     Raises:
-        ValueError: the recipe is unknown, the adapters are disabled, the model has no active adapter or a merged one, or no
-            parameter trains.
+        ValueError: the recipe is unknown, the adapters are disabled, the model has no active adapter or a merged one, no
+            parameter trains, or something replaced a module that an adapter trains.
     """
     if recipe not in ("auto", *RECIPES):
         raise ValueError(f"`recipe` is {recipe!r}; allowed are 'auto', {', '.join(map(repr, RECIPES))}.")
@@ -54,6 +55,8 @@ def parameter_groups(
     layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
     refuse_if_disabled(layers)
     refuse_merged(layers)
+    for record in adapted_models(model):
+        check_replacements(record, [attached for attached in record.adapters.values() if attached.active])
     adapters = _adapters(model)
     widths = [target.in_features for adapter in adapters for target in adapter.targets]
     rates = rates_of(recipe, model, widths)

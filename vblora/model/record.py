@@ -19,7 +19,8 @@ from ..layers.reads import listed
 from ..layers.rows import RowAdapters
 from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
-from .completeness import BufferSnapshot
+from .completeness import BufferSnapshot, Link, check_replacements
+from .extra_state import EXTRA, REPLACED, Path, add_extra_tensors, take_extra_tensors
 from .idle import warn_if_idle
 from .parts import find_parts
 from .statistics import FrozenStatistics
@@ -32,6 +33,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)  # functions that change a model i
 
 class Adapters(nn.ModuleDict):
     """The adapters of a model, by name."""
+
+
+for _name in (EXTRA, REPLACED):  # keys of a state dict, which no adapter can have as its name
+    setattr(Adapters, _name, Path())
 
 
 def _host_of(model: nn.Module) -> tuple[str, nn.Module]:
@@ -72,6 +77,7 @@ class AttachedAdapter:
         self.active = False
         self.checked_for_training: bool | None = None  # whether it was merged when a training forward was last checked
         self.ran = False  # whether a forward of the model has completed
+        self.links: list[Link] = []  # of check_replacements
         self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
 
     @property
@@ -132,11 +138,6 @@ class AttachedAdapter:
 
     def note_trainable_names(self) -> None:
         self.trainable_names = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
-
-    @property
-    def released(self) -> bool:
-        """Whether it was merged with ``release=True``."""
-        return all(layer.released and self.name in layer.merged for layer in self.layers)
 
     def begin_forward(self) -> None:
         if any(self.name in layer.applied for layer in self.layers):
@@ -221,7 +222,7 @@ class AdaptedModel:
         self.buffers = BufferSnapshot(model)
         self.statistics = FrozenStatistics(model)
         name, self.host = _host_of(model)  # the module whose child the adapters are
-        self._adapters_name = f"{name}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
+        self.adapters_name = f"{name}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
         self.undo: list[Callable[[], None]] = []  # what else is undone as the adapters are taken out
         self.unwrapped = False  # whether the base layers are in place, to write a plain model
         self._active: tuple[AttachedAdapter, ...] = ()
@@ -249,6 +250,11 @@ class AdaptedModel:
         return list(self.names)
 
     @property
+    def present_layers(self) -> list[AdaptedLayer]:
+        """Those that the model still has: you may have taken out blocks since, to make it smaller."""
+        return [module for module in self.model.modules() if module in self.names]
+
+    @property
     def active(self) -> list[str]:
         return [attached.name for attached in self._active]
 
@@ -256,11 +262,21 @@ class AdaptedModel:
         self._hooks = [
             self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward, always_call=True),
+            self.model.register_state_dict_post_hook(functools.partial(add_extra_tensors, self)),
+            self.model.register_load_state_dict_pre_hook(functools.partial(take_extra_tensors, self)),
         ]
         mixed_batch.install_generate(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the handles of hooks on modules that are no longer in the model. They cannot be copied once those are freed.
+        present = {id(module._forward_pre_hooks) for module in self.model.modules()}
+        handles = {part: own for part, own in self._part_hooks.items() if id(own[0].hooks_dict_ref()) in present}
+        return self.__dict__ | {"_part_hooks": handles}
+
     def _begin_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        warn_if_idle(self.model, self._active)
+        if not torch.compiler.is_compiling() and self.model.training and torch.is_grad_enabled():
+            warn_if_idle(self.model, self._active)
+            check_replacements(self, self._active)
         # mixed_batch removes its argument from `kwargs`. Until a model first gets that argument, its graph has no trace of this.
         if (mixed_batch.ARGUMENT in kwargs or self._rows_differ) and mixed_batch.begin_forward(self, args, kwargs):
             return
@@ -286,7 +302,7 @@ class AdaptedModel:
         """Removes the hooks of those of ``parts`` that no adapter has any more."""
         for part in parts:
             if not any(part in attached.parts for attached in self.adapters.values()):
-                for hook in self._part_hooks.pop(part):
+                for hook in self._part_hooks.pop(part, ()):
                     hook.remove()
 
     def _begin_part(self, part: str, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -382,7 +398,7 @@ class AdaptedModel:
             del layer.updates[name]
         self._unwrap([layer for layer in attached.layers if not layer.updates])
         self._unhook_parts(attached.parts)
-        self._return_to_ddp(f"{self._adapters_name}.{name}.")
+        self._return_to_ddp(f"{self.adapters_name}.{name}.")
 
     def take_out(self) -> None:
         """Removes all adapters, hooks and wrappers from the model."""
@@ -400,7 +416,7 @@ class AdaptedModel:
         del self.model._vblora_adapted_model
         self.adapters, self._active, self.row_source = {}, (), None
         self._unhook_parts([*self._part_hooks])
-        self._return_to_ddp(f"{self._adapters_name}.")
+        self._return_to_ddp(f"{self.adapters_name}.")
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             if name in self.trainable:
@@ -418,7 +434,7 @@ class AdaptedModel:
 
     def _keep_from_ddp(self, attached: AttachedAdapter) -> None:
         """Keeps DDP from broadcasting an adapter's buffers in every forward: they are equal in all processes."""
-        names = [f"{self._adapters_name}.{attached.name}.{name}" for name, _ in attached.adapter.named_buffers()]
+        names = [f"{self.adapters_name}.{attached.name}.{name}" for name, _ in attached.adapter.named_buffers()]
         if names:
             vars(self.model)[_IGNORED_BY_DDP] = [*getattr(self.model, _IGNORED_BY_DDP, ()), *names]
 

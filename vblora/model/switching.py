@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..layers.adapted import adapted_layers
+from .averaging import guard_averaging
 from .record import ModuleT, adapted_model, adapted_models, check_adapter_name, refuse_if_disabled, refuse_if_merged
 
 
@@ -31,6 +32,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
             owners[place] = name
     refuse_if_disabled(record.layers)
     refuse_if_merged(record.layers)
+    if any(record.adapters[name].extra for name in (*names, *record.active)):
+        guard_averaging()
     record.activate(names)
 
 
@@ -71,8 +74,9 @@ def eject(model: ModuleT) -> ModuleT:
     """
     record = adapted_model(model)
     refuse_if_disabled(record.layers)
-    released = any(layer.released for layer in record.layers)
-    if released and not all(record.adapters[name].released for name in record.active):
+    layers = record.present_layers
+    released = any(layer.released for layer in layers)
+    if released and any(layer.applied or not layer.released for layer in layers if layer.active):
         raise ValueError("only some active adapters of `model` are merged with release=True. Merge the others, too.")
     if not released:
         for layer in record.layers:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.adapted import AdaptedLayer
+from .extra_state import REPLACED, take_turns
 from .record import ADAPTERS_ATTRIBUTE, AdaptedModel, Adapters, adapted_models, refuse_if_disabled
 from .targets import embedding_layers
 
@@ -59,7 +60,7 @@ def _unguard_saving(record: AdaptedModel) -> None:
 
 def is_plain(record: AdaptedModel) -> bool:
     """Whether the weights alone are what the model computes: all that is active is merged."""
-    return all(layer.enabled and not layer.applied for layer in record.layers)
+    return all(layer.enabled and not layer.applied for layer in record.present_layers)
 
 
 def save_whole(record: AdaptedModel, module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -156,8 +157,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 
     It holds the adapters, what else trains, buffers of the base model that changed since the injection, such as batch
     statistics, and all that is outside the injected models. ``model.load_state_dict(part, strict=False)`` restores it, in a model
-    that was injected in the same way. Biases and ``modules_to_save`` of inactive adapters are not in it; :func:`vblora.save`
-    writes an adapter for good.
+    that was injected in the same way, whichever adapters are active in either. :func:`vblora.save` writes an adapter for good.
 
     Args:
         model: an injected model, or a module that holds some.
@@ -173,10 +173,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     adapters = tuple(prefix for module, prefix in prefixes.items() if isinstance(module, Adapters))
     changing = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     for record in records:
-        changing |= {id(extra.replacement) for extra in record.swapped_in()}
         changing |= {id(module._buffers[name]) for module, name in record.buffers.changed()}
+        extra = {id(extra.replacement) for extra in record.swapped_in()}
+        changing = changing - extra if take_turns(record) else changing | extra  # they are among the adapters' then
+    frozen = tuple(f"{prefix}{REPLACED}." for prefix in adapters)
     return {
         name: value.detach() if isinstance(value, Tensor) else value
         for name, value in model.state_dict(keep_vars=True).items()
-        if name.startswith(adapters) or id(value) in changing or not name.startswith(injected)
+        if (name.startswith(adapters) and not name.startswith(frozen))
+        or id(value) in changing
+        or not name.startswith(injected)
     }
