@@ -20,6 +20,7 @@ from ..layers.rows import RowAdapters
 from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
 from .completeness import BufferSnapshot
+from .ddp_guard import refuse_unreduced
 from .idle import warn_if_idle
 from .parts import find_parts
 from .statistics import FrozenStatistics
@@ -261,6 +262,7 @@ class AdaptedModel:
 
     def _begin_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         warn_if_idle(self.model, self._active)
+        refuse_unreduced(self._active)
         # mixed_batch removes its argument from `kwargs`. Until a model first gets that argument, its graph has no trace of this.
         if (mixed_batch.ARGUMENT in kwargs or self._rows_differ) and mixed_batch.begin_forward(self, args, kwargs):
             return
