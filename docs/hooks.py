@@ -1,4 +1,4 @@
-"""Pages that MkDocs generates from the code: the command line, and the fields of the configs."""
+"""What MkDocs generates from the code: the pages on the command line and on the fields of the configs, and drawings."""
 
 import argparse
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any
 import griffe
 import peft
 from docstrings import as_markdown
+from drawings import pictures
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -39,6 +40,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     }
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
+    for name, picture in pictures():
+        files.append(File.generated(config, f"pictures/{name}", content=picture))
     api = files.get_file_from_path("reference/api.md").content_string
     for name in vblora.__all__:
         if f"::: vblora.{name}\n" not in api:

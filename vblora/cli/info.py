@@ -36,7 +36,11 @@ _SHOWN_TARGETS = 8
 
 
 def add_parser(subparsers: "Subparsers") -> None:
-    parser = subparsers.add_parser("info", help="show what an adapter holds", description=__doc__.partition(": ")[2])
+    parser = subparsers.add_parser(
+        "info",
+        help="show what an adapter contains",
+        description="Shows what the folder of an adapter contains, and how large each part is.",
+    )
     parser.set_defaults(run=run)
     add_adapter(parser, "folder")
     add_bank(parser)

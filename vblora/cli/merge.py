@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from .folders import Subparsers
 
 _DESCRIPTION = """\
-Merges an adapter into a base model's safetensors, one shard at a time: each target's update is added to its weight in
-float32 and rounded to the weight's dtype; trained biases and modules_to_save replace the base model's. All other files
-of the folder are copied. OUT appears only when it is complete."""
+Merges an adapter into the safetensors files of a base model, one file at a time. It adds the update of each layer to the weight
+in float32, and rounds to the weight's dtype. Trained biases and modules_to_save replace those of the base model. It copies all
+other files of the folder. OUT appears when it is complete."""
 
 
 def add_parser(subparsers: "Subparsers") -> None:

@@ -37,7 +37,7 @@ def add_precision(group: "argparse._ArgumentGroup") -> None:
         "--precision",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="dtype that layers compute in; auto is bfloat16 on hardware that is fast at it",
+        help="dtype in which layers compute; auto: bfloat16 if the hardware is fast at it",
     )
     group.add_argument(
         "--bf16", action="store_const", const="bfloat16", dest="precision", help="the same as --precision bfloat16"
@@ -46,7 +46,7 @@ def add_precision(group: "argparse._ArgumentGroup") -> None:
 
 def add_load_in(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
-        "--load-in", choices=["4bit", "8bit"], help="quantise a language model as it is loaded, by bitsandbytes"
+        "--load-in", choices=["4bit", "8bit"], help="quantise a language model with bitsandbytes when it is loaded"
     )
 
 
@@ -61,7 +61,7 @@ def add_inference(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     group.add_argument(
         "--adapter-column",
         metavar="NAME",
-        help="the column with the name of each row's adapter, its folder's; empty: none",
+        help="the column with the adapter of each row: the name of its folder, or nothing for the base model",
     )
     group.add_argument("--bank", type=Path, metavar="FILE", help="the vector bank, if adapters were saved without it")
     add_precision(group)
@@ -73,4 +73,4 @@ def add_output_file(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output", type=Path, metavar="FILE", help="a .csv, .tsv or .jsonl file (standard output, as JSON lines)"
     )
-    group.add_argument("--overwrite", action="store_true", help="write over the file if it is there")
+    group.add_argument("--overwrite", action="store_true", help="overwrite the file if it exists")

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .folders import Subparsers
 
 _DESCRIPTION = """\
-Draws how often each bank vector is used, how far down its candidates each sub-vector came, how even the weights are, and
-which layers share vectors. Of any VB-LoRA adapter, vblora's or PEFT's."""
+Draws how a VB-LoRA adapter, vblora's or PEFT's, uses its bank: how often it uses each vector, how many of its candidates each
+sub-vector tried, how even the weights are, and which layers share vectors."""
 
 
 def add_parser(subparsers: "Subparsers") -> None:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .folders import Subparsers
 
 _DESCRIPTION = """\
-Predicts labels or scores of texts with an adapter that vblora finetune has trained. The columns of the file are written
-with what is new: predicted, and for labels its probability."""
+Predicts labels or scores of texts with an adapter from vblora finetune. The output has the columns of the file and new ones:
+predicted and, for labels, probability. Defaults are in parentheses."""
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -38,9 +38,9 @@ def add_parser(subparsers: "Subparsers") -> None:
         "--labels",
         type=names,
         metavar="A,B",
-        help="the labels in the order of the head's outputs, if the folder does not tell",
+        help="the labels in the order of the head's outputs, if the adapter's folder does not contain them",
     )
-    group.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="(%(default)s)")
+    group.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="texts in a batch (%(default)s)")
     add_output_file(parser)
 
 

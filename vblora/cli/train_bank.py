@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .folders import Subparsers
 
 _DESCRIPTION = """\
-Trains one vector bank on several tables of labelled texts, and an adapter with a head of its own for each.
+Trains one vector bank on several tables of labelled texts, and for each table an adapter with its own head. Defaults are in
+parentheses.
 
 The model is frozen, and batches alternate between the tables. --output then has the bank, bank.safetensors, and a folder for
 each adapter. Each folder holds indices, weights and the head, but no bank:
@@ -36,7 +37,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     group = parser.add_argument_group("what to train on")
     group.add_argument(
         "--data", type=_named, action="append", required=True, metavar="NAME=FILE",
-        help="a table as for vblora finetune, and the name of its adapter; give it once for each table",
+        help="the name of an adapter, and its file as for vblora finetune; repeat this for each table",
     )  # fmt: skip
     for column, what in (
         ("text", "the text (text)"),
@@ -45,7 +46,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     ):
         group.add_argument(
             f"--{column}-column", type=_column, action="append", default=[], metavar="[NAME=]COLUMN",
-            help=f"the column with {what}; of all tables, or of one",
+            help=f"the column with {what}, of all tables or of the table NAME",
         )  # fmt: skip
     group.add_argument(
         "--eval-fraction", type=number(float, "above 0 and below 1", lambda x: 0 < x < 1), default=0.2, metavar="X",
@@ -64,10 +65,8 @@ def add_parser(subparsers: "Subparsers") -> None:
     add_adapter(group)
 
     group = parser.add_argument_group("how to train")
-    group.add_argument(
-        "--epochs", type=at_least(1), default=2, metavar="N", help="times that each row is seen (%(default)s)"
-    )
-    group.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="(%(default)s)")
+    group.add_argument("--epochs", type=at_least(1), default=2, metavar="N", help="passes over the rows (%(default)s)")
+    group.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="rows in a batch (%(default)s)")
     group.add_argument(
         "--max-length", type=at_least(4), metavar="N", help="tokens of a text to read (128, or the model's limit)"
     )

@@ -37,7 +37,7 @@ class VBLoRAConfig(AdapterConfig):
             largest initial logits. Logits take M / h of the memory. Training matches dense training until a row exhausts its
             candidates, which :func:`vblora.stats` counts. None, or ``num_vectors``, is the paper's dense form.
         seed: seed of the initial logits, a signed 64-bit integer. None draws one from torch's generator (set it with
-            ``torch.manual_seed``), and the adapter stores it.
+            ``torch.manual_seed``), and the adapter stores it. Set it if several processes train together.
         save_only_topk_weights: make ``"deploy"`` the default form of :func:`vblora.save`.
 
     Raises:

@@ -54,7 +54,8 @@ def draw_bank(use: "BankUse", path: Path) -> None:
         axes[0, 1].text(0.5, 0.5, "the folder has no logits,\nor no seed", ha="center", transform=axes[0, 1].transAxes)
         axes[0, 1].set_axis_off()
     else:
-        axes[0, 1].hist(use.depths, bins=min(64, use.candidates), range=(0, use.candidates), color=_INK["train"])
+        step = -(-use.candidates // 64)  # whole numbers, so that each bar stands for as many depths as the next
+        axes[0, 1].hist(use.depths, bins=range(0, use.candidates + step + 1, step), color=_INK["train"])
         axes[0, 1].set_xlabel(f"candidates tried, of {use.candidates}")
         axes[0, 1].set_ylabel("sub-vectors")
         axes[0, 1].set_yscale("symlog")
@@ -64,13 +65,18 @@ def draw_bank(use: "BankUse", path: Path) -> None:
     axes[1, 0].set_xlabel("0: one vector alone, 1: all the same")
     axes[1, 0].set_ylabel("sub-vectors")
 
-    image = axes[1, 1].imshow(use.sharing, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    figure.colorbar(image, ax=axes[1, 1], label="cosine of their use")
-    axes[1, 1].set_title("which layers share vectors")
-    places = range(0, len(use.layers), max(1, len(use.layers) // 8))
-    axes[1, 1].set_yticks(list(places), [_short(use.layers[place]) for place in places], fontsize=7)
-    axes[1, 1].set_xticks([])
+    draw_sharing(axes[1, 1], use.layers, use.sharing)
     _save(figure, path)
+
+
+def draw_sharing(axes: Any, layers: list[str], sharing: list[list[float]], labels: int = 8) -> None:
+    """A heat map of which layers share vectors."""
+    image = axes.imshow(sharing, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes.figure.colorbar(image, ax=axes, label="cosine of their use")
+    axes.set_title("which layers share vectors")
+    places = range(0, len(layers), max(1, len(layers) // labels))
+    axes.set_yticks(list(places), [_short(layers[place]) for place in places], fontsize=7)
+    axes.set_xticks([])
 
 
 def _short(name: str, length: int = 28) -> str:
