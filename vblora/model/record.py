@@ -73,6 +73,7 @@ class AttachedAdapter:
         self.active = False
         self.checked_for_training: bool | None = None  # whether it was merged when a training forward was last checked
         self.ran = False  # whether a forward of the model has completed
+        self.has_learned = False  # whether its values come from a file or from a trainer that has ended
         self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
 
     @property
