@@ -272,3 +272,43 @@ def test_ddp_is_told_to_leave_the_adapters_buffers_alone():
     vblora.eject(model)
     assert model._ddp_params_and_buffers_to_ignore == ["mine"]
     assert len(again._ddp_params_and_buffers_to_ignore) == 3
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_an_adapter_that_ddp_does_not_know_is_refused(one_process):
+    model = injected()
+    vblora.inject(model, vblora.VBLoRAConfig(**CONFIG | {"modules_to_save": None}), adapter_name="b")
+    wrapped, (x, _) = DistributedDataParallel(nn.Sequential(model)), batch(0)
+    wrapped(x).sum().backward()
+    vblora.set_adapter(model, "b")
+    with pytest.raises(
+        ValueError, match=r"adapter 'b' trains, but became active or trainable after Dist.*wrap the model anew"
+    ):
+        wrapped(x)
+    with torch.no_grad():
+        wrapped(x)
+    model(x).sum().backward()  # without DDP
+    again = DistributedDataParallel(wrapped.module)  # what the message says
+    again(x).sum().backward()
+    vblora.set_adapter(model, "default")
+    wrapped(x).sum().backward()
+    with pytest.raises(ValueError, match="adapter 'default' trains, but"):
+        again(x)
+
+
+def test_an_adapter_that_ddp_was_told_to_ignore_is_not_refused(one_process):
+    model = injected(modules_to_save=None)
+    model.vblora.default.requires_grad_(False)
+    model.head.requires_grad_(True)  # DDP wants something that trains
+    wrapped, (x, _) = DistributedDataParallel(model), batch(0)
+    model.vblora.default.requires_grad_(True)
+    with pytest.raises(ValueError, match="adapter 'default' trains, but became active or trainable"):
+        wrapped(x)
+    model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_parameters() if "vblora" in name]
+    DistributedDataParallel(model)(x).sum().backward()

@@ -94,7 +94,13 @@ def pairs() -> dict[str, Any]:
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
     data = [(torch.randn(2, 8), torch.randn(2, 4))]
+    vblora.save(vblora.inject(causal_lm(), config(vector_length=32)), "sft-adapter")
+    preferences = {"prompt": ["the film"] * 4, "chosen": [" is good"] * 4, "rejected": [" is bad"] * 4}
     return {
+        "model": causal_lm(),
+        "tokenizer": tokenizer(),
+        "preferences": Dataset.from_dict(preferences),
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
         "pairs": Dataset.from_dict({"anchor": TEXTS, "positive": TEXTS[::-1]}),
         "loss": MultipleNegativesRankingLoss,
         "torch": torch,
@@ -217,7 +223,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(str(encoder), device="cpu", local_files_only=True)
 
     monkeypatch.setattr(sentence_transformers, "SentenceTransformer", Encoder)
-    monkeypatch.setattr(trl, "SFTConfig", partial(trl.SFTConfig, use_cpu=True))
+    for arguments in ("SFTConfig", "DPOConfig"):
+        monkeypatch.setattr(trl, arguments, partial(getattr(trl, arguments), use_cpu=True))
 
 
 @pytest.fixture

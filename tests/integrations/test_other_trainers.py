@@ -1,13 +1,17 @@
 """Trainers that subclass transformers': TRL's and sentence-transformers', with their defaults and our one line."""
 
 import copy
+import gc
+import math
 import warnings
 
 import pytest
 import torch
 
 import vblora
+from tests.small_models import bert
 from vblora.finetune import demo
+from vblora.integrations.reference_model import warn_of_reference
 from vblora.integrations.transformers import trainer_arguments
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -57,6 +61,91 @@ def test_trls_sft_trainer(tmp_path):
     bare = trainer_of(in_one_line=False, save_strategy="no")  # saving raises
     with pytest.warns(UserWarning, match="far below"):
         bare.train()
+
+
+@pytest.fixture
+def preferences(tmp_path):
+    """Makes the model that TRL reads its reference model from, and trains with DPO for a step: reward, loss, and the warnings
+    about the reference."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.find_model())
+    tokenizer.eos_token, tokenizer.pad_token = "[SEP]", "[PAD]"
+    texts = {"prompt": "the film", "chosen": " is good and warm", "rejected": " is very bad"}
+    data = Dataset.from_dict({name: [text] * 4 for name, text in texts.items()})
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)).save_pretrained(
+        tmp_path / "base"
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    def base():
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base")
+
+    def train(model, ref_model=None, **choice):
+        settings = SETTINGS | {"max_steps": 1, "save_strategy": "no", "bf16": False} | choice
+        arguments = trl.DPOConfig(str(tmp_path / "out"), **settings)
+        gc.collect()  # models of former trainers
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = trl.DPOTrainer(
+                model,
+                ref_model,
+                args=arguments,
+                train_dataset=data,
+                processing_class=tokenizer,
+                **trainer_arguments(model),
+            )
+            trainer.train()
+        first = next(entry for entry in trainer.state.log_history if "rewards/chosen" in entry)
+        about = [str(warning.message) for warning in caught if "reference model" in str(warning.message)]
+        return first["rewards/chosen"], first["loss"], about
+
+    return base, train
+
+
+def test_trls_reference_is_the_bare_base_model_which_is_warned_of(preferences, tmp_path):
+    base, train = preferences
+    config = vblora.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    vblora.save(vblora.inject(base(), config), tmp_path / "sft")
+
+    def loaded():
+        return vblora.load(base(), tmp_path / "sft", is_trainable=True)
+
+    reward, loss, warned = train(loaded())
+    assert abs(reward) > 1e-3 and abs(loss - math.log(2)) > 1e-4
+    assert len(warned) == 1 and "without adapter 'default', which has learned before" in warned[0]
+    assert (
+        "pass `ref_model=copy.deepcopy(model)`, or set `precompute_ref_log_probs=True` in the arguments, or merge"
+        in warned[0]
+    )
+
+    model = loaded()
+    merged = vblora.eject(vblora.merge(loaded(), release=True))
+    merged.save_pretrained(tmp_path / "base")
+    fresh = vblora.inject(base(), vblora.LoraConfig(r=2, target_modules="all-linear"))  # starts from the merged model
+    right = train(model, copy.deepcopy(model)), train(model, precompute_ref_log_probs=True), train(fresh)
+    for reward, loss, warned in right:
+        assert abs(reward) < 1e-5 and abs(loss - math.log(2)) < 1e-5
+        assert not warned
+    del model  # a living copy counts as a reference
+    assert len(train(fresh)[-1]) == 1  # it has learned by now
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_grpos_reference_is_warned_of_unless_there_is_none(beta, recwarn, tmp_path):
+    trl = pytest.importorskip("trl")
+    vblora.save(vblora.inject(bert(), CONFIG), tmp_path / "sft")
+    model = vblora.load(bert(), tmp_path / "sft", is_trainable=True)
+    warn_of_reference(model, trl.GRPOConfig(str(tmp_path), beta=beta, use_cpu=True, bf16=False))
+    found = [str(warning.message) for warning in recwarn.list if "reference model" in str(warning.message)]
+    assert len(found) == (beta > 0)
+    assert all(
+        "For a reference with it, merge the adapter into the base model and inject a new one" in text for text in found
+    )
 
 
 def test_sentence_transformers_trainer(tmp_path):

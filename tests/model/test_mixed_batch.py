@@ -159,6 +159,34 @@ def test_generate(make, how):
     assert len({tuple(row[0, 7:].tolist()) for row in alone}) > 2
 
 
+def whisper():
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 16, "max_source_positions": 8}
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64)
+    tokens = {"decoder_start_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=50, max_target_positions=16, **sizes, **tokens))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_generate_of_whisper_which_repeats_rows_twice():
+    model = with_adapters(whisper())
+    names, features = ["lora", None], torch.randn(2, 16, 16)
+    for beams, sequences in ((2, 2), (3, 2), (1, 1)):
+        choice = {"num_beams": beams, "num_return_sequences": sequences, "max_new_tokens": 5, "min_new_tokens": 5}
+        alone = rows_alone(model, names, lambda choice=choice: model.generate(features, **choice).unflatten(0, (2, -1)))
+        assert torch.equal(model.generate(features, **choice, adapter_names=names), torch.cat(alone))
+    assert not torch.equal(*alone)
+    for choice, what in (
+        ({"input_features": torch.randn(2, 16, 32)}, "`input_features` of 32 frames, more than 16,"),
+        ({"input_features": features, "return_timestamps": True}, "`return_timestamps`"),
+        ({"input_features": features, "temperature": (0.0, 0.5)}, "`temperature` with several values"),
+    ):
+        with pytest.raises(ValueError, match=f"{what} makes WhisperForConditionalGeneration generate again for some"):
+            model.generate(**choice, adapter_names=names)
+
+
 def test_several_samples_of_each_row():
     model = with_adapters(llama())
     names = ["lora", None]

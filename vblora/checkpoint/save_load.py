@@ -206,6 +206,7 @@ def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool |
             if name in contents.extra_parameters:
                 extra.replacement.copy_(shard_like(contents.extra_parameters[name], extra.replacement))
     target.bring(brought, base_modules(target.model))
+    target.has_learned = True
     if is_trainable is not None:
         target.requires_grad_(is_trainable)
     adapter.invalidate()
@@ -237,7 +238,9 @@ def _load_new(plan: Plan, contents: Contents, bank: VectorBank | None, is_traina
     adapter.requires_grad_(is_trainable)
     if bank is not None:
         bank.requires_grad_(False)
-    plan.apply(adapter).bring(brought, base_modules(plan.model))
+    attached = plan.apply(adapter)
+    attached.bring(brought, base_modules(plan.model))
+    attached.has_learned = True
 
 
 def _bank_of(source: AttachedAdapter) -> VectorBank | None:

@@ -25,6 +25,7 @@ from ..model.candidates import moves_untouched, stats
 from ..model.parameters import parameter_groups
 from ..model.record import adapted_model, adapted_models, attached_adapter
 from ..model.whole import is_plain, save_whole
+from .reference_model import warn_of_reference
 
 _PREFIX = "vblora.resume."  # of the adapter's tensors in the file that the Trainer reads
 _DESCRIPTION = _PREFIX + "description"
@@ -64,7 +65,8 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     state of an optimizer that you pass to the Trainer is stored packed (:func:`vblora.pack_optimizer`).
 
     It warns, once each, where training with candidates differs from training with all logits: when training begins, of an
-    optimizer that changes logits which were never selected; when the Trainer logs or ends, of exhausted rows.
+    optimizer that changes logits which were never selected; when the Trainer logs or ends, of exhausted rows. When training
+    with one of TRL's trainers begins, it warns of a reference model without the adapter that training starts from.
 
     Inject the model first, and pass the callback when you make the Trainer; :func:`trainer_arguments` does that::
 
@@ -152,6 +154,8 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 "Trainer(model, ..., **trainer_arguments(model))."
             )
             raise ValueError(f"the checkpoint's adapter was not restored. {mend}")
+        if not state.global_step:
+            warn_of_reference(model, args)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
         if optimizer is not None and is_packed(optimizer):
             raise ValueError(
@@ -184,7 +188,13 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 stacklevel=2,
             )
 
-    on_train_end = on_log
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        self.on_log(args, state, control, model)
+        for record in adapted_models(model):
+            for name in record.active:
+                record.adapters[name].has_learned = True
 
 
 class _HasAdapter:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ARGUMENT = "adapter_names"
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # arguments of `generate`
+_WITH_PASSES = "generate_with_fallback"  # Whisper's `generate` runs it for one segment of the audio after the other
 _EXPANDING = ("num_beams", "num_return_sequences")  # `generate` repeats each row this many times
 
 
@@ -172,13 +173,37 @@ def _generate(
             raise ValueError(
                 f"`{ARGUMENT}` cannot be used with assisted generation (`{name}`). Leave one of the two out."
             )
-    expansions = [next((config[name] for config in configs if config.get(name)), 1) for name in _EXPANDING]
+    beams, sequences = (next((config[name] for config in configs if config.get(name)), 1) for name in _EXPANDING)
+    if callable(getattr(model, _WITH_PASSES, None)):
+        _refuse_passes(model, [*args, *kwargs.values()], configs)
+        repeats = {1, sequences, sequences * beams}  # it repeats the rows before it generates
+    else:
+        repeats = {1, max(beams, sequences)}
     with torch.no_grad():
         rows = rows_for(record, adapter_names, _count_rows(model, args, kwargs))
-        rows.repeats = {1, max(expansions)}
+        rows.repeats = repeats
         rows.outlasts_forwards = True
         with rows.running():
             return own_generate(model, *args, **kwargs)
+
+
+def _refuse_passes(model: Any, given: list[Any], configs: list[Mapping[str, Any]]) -> None:
+    """Refuses calls in which Whisper's ``generate`` may run again for some of the rows, which then lie in other places."""
+    encoder = model.get_encoder()
+    segment = encoder.conv1.stride[0] * encoder.conv2.stride[0] * model.config.max_source_positions
+    frames = next((value.shape[-1] for value in given if isinstance(value, Tensor) and value.dim() == 3), 0)
+    timed = [config.get(name) for config in configs for name in ("return_timestamps", "return_token_timestamps")]
+    refused = {
+        f"input_features` of {frames} frames, more than {segment},": frames > segment,
+        "return_timestamps`": any(timed),
+        "temperature` with several values": isinstance(configs[0].get("temperature"), (list, tuple)),
+    }
+    for what, holds in refused.items():
+        if holds:
+            raise ValueError(
+                f"`{what} makes {type(model).__name__} generate again for some of the rows, which `{ARGUMENT}` cannot follow. "
+                "Leave it out, or run one adapter at a time with vblora.set_adapter."
+            )
 
 
 def _values_of(config: object) -> Mapping[str, Any]:

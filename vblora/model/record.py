@@ -20,6 +20,7 @@ from ..layers.rows import RowAdapters
 from ..layers.weights import disable_packing, enable_packing, is_packed
 from . import mixed_batch
 from .completeness import BufferSnapshot, Link, check_replacements
+from .ddp_guard import refuse_unreduced
 from .extra_state import EXTRA, REPLACED, Path, add_extra_tensors, take_extra_tensors
 from .idle import warn_if_idle
 from .parts import find_parts
@@ -78,6 +79,7 @@ class AttachedAdapter:
         self.checked_for_training: bool | None = None  # whether it was merged when a training forward was last checked
         self.ran = False  # whether a forward of the model has completed
         self.links: list[Link] = []  # of check_replacements
+        self.has_learned = False  # whether its values come from a file or from a trainer that has ended
         self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
 
     @property
@@ -277,6 +279,7 @@ class AdaptedModel:
         if not torch.compiler.is_compiling() and self.model.training and torch.is_grad_enabled():
             warn_if_idle(self.model, self._active)
             check_replacements(self, self._active)
+        refuse_unreduced(self._active)
         # mixed_batch removes its argument from `kwargs`. Until a model first gets that argument, its graph has no trace of this.
         if (mixed_batch.ARGUMENT in kwargs or self._rows_differ) and mixed_batch.begin_forward(self, args, kwargs):
             return
