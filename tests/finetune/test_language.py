@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,3 +345,12 @@ def test_a_second_adapter_shares_the_bank_of_the_first(finetune, base, pairs, tm
     assert main(["generate", *map(str, prompt)]) == 2
     assert "the folder of the adapter that holds it, as --bank" in capsys.readouterr().err
     assert main(["generate", *map(str, prompt), "--bank", str(first)]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+    other = load(base, None)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.add_(0.01)
+    shutil.copytree(base, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    assert main(["generate", *map(str, prompt), "--bank", str(first), "--model", str(tmp_path / "other")]) == 0
+    assert "layers.1.mlp.down_proj differs" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from ..errors import CommandError, in_options
 from ..serving import AdapterStore
 from . import models, tables
 from .adapters import AdapterRun
+from .fingerprints import warn_of_another_base
 from .generation import complete
 from .notices import print_warning
 from .outputs import Writer
@@ -72,6 +73,8 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
     )
     if torch.accelerator.is_available() and arguments.load_in is None:
         model.to(torch.accelerator.current_accelerator())
+    for one in job.runs:
+        warn_of_another_base(one.report.get("fingerprint"), model, job.model, one.folder, "generate")
     _attach(arguments, job, model)
     encoder = Encoder(tokenizer, chat=job.template != "none" and tokenizer.chat_template is not None)
     room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)

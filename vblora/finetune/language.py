@@ -23,6 +23,7 @@ from ..integrations.transformers import trainer_arguments
 from ..model.parameters import ParameterCount
 from ..model.record import attached_adapter
 from . import fitting, injection, models
+from .fingerprints import fingerprint
 from .generation import complete
 from .notices import is_main_process, print_warning, say
 from .report import Generation, LanguageResults, folder_bytes, lora_bytes, print_generations, print_language_table
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
     room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
     if arguments.packing:
         _refuse_if_packed_rows_mix(model)
+    task.fingerprint = fingerprint(model)
     injection.inject(arguments, model)
     _refuse_head(model)
     with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:

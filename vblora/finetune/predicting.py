@@ -15,6 +15,7 @@ from ..errors import CommandError, in_options
 from . import models, tables
 from .adapters import AdapterRun
 from .data import Columns, Row
+from .fingerprints import warn_of_another_base
 from .heads import Head, find_head
 from .outputs import Writer
 from .training import MAX_LENGTH, load_model, tokenize
@@ -75,14 +76,16 @@ class _Predictor:
         self.head = head
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(job.model)
         self.model: PreTrainedModel = load_model(job.model, head, self.tokenizer)
+        run = job.runs[name]
+        warn_of_another_base(run.report.get("fingerprint"), self.model, job.model, run.folder, "predict")
         try:
-            vblora.load(self.model, job.runs[name].folder, bank=arguments.bank)
+            vblora.load(self.model, run.folder, bank=arguments.bank)
         except (OSError, ValueError, TypeError) as error:
             raise CommandError(f"--adapter: {in_options(error, 'bank')}") from None
         if torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
         self.model.eval()
-        trained = job.runs[name].report.get("arguments", {}).get("max_length")
+        trained = run.report.get("arguments", {}).get("max_length")
         self.length = models.max_length(arguments.max_length or trained, MAX_LENGTH, self.tokenizer, self.model)
 
     def __call__(self, rows: list[Row]) -> list[dict[str, object]]:

@@ -4,7 +4,7 @@ import argparse
 import json
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CommandError
@@ -25,6 +25,7 @@ class Task:
     labels: list[str] | None
     train: list[data.Row]
     held_out: list[data.Row]
+    fingerprint: dict[str, str] = field(default_factory=dict)  # of the model's weights, once it is loaded
 
     @property
     def scale(self) -> dict[str, float] | None:
@@ -54,6 +55,7 @@ class LanguageTask:
     template: str | None
     train: texts.Texts
     held_out: texts.Texts
+    fingerprint: dict[str, str] = field(default_factory=dict)  # of the model's weights, once it is loaded
 
     @property
     def columns(self) -> texts.Columns:
@@ -229,7 +231,14 @@ def save_results(arguments: argparse.Namespace, task: Task | LanguageTask, **res
             "rows": task.columns.kind,
             "chat_template": "none" if plain else task.template or arguments.chat_template,
         }
-    report = {"task": arguments.task, "model": task.model, **about, "arguments": as_json(arguments), **results}
+    report = {
+        "task": arguments.task,
+        "model": task.model,
+        "fingerprint": task.fingerprint,
+        **about,
+        "arguments": as_json(arguments),
+        **results,
+    }
     write_file(arguments.output / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
 
 

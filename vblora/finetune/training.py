@@ -29,6 +29,7 @@ from ..model.record import attached_adapter
 from . import fitting, injection, models
 from .baseline import Example, frozen_score
 from .data import Row
+from .fingerprints import fingerprint
 from .heads import Head, find_head
 from .notices import is_main_process
 from .report import Results, folder_bytes, lora_bytes, print_table
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     head = find_head(task.labels, task.scale)
     model = load_model(task.model, head, tokenizer)
     max_length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, model)
+    task.fingerprint = fingerprint(model)
     injection.inject(arguments, model, modules_to_save=head_modules(model))
     train, held_out = (examples(rows, head, tokenizer, model, max_length) for rows in (task.train, task.held_out))
     held_out.sort(key=lambda row: len(row["input_ids"]))  # less padding
