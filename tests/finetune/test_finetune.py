@@ -539,3 +539,15 @@ def test_evaluation_rows_that_are_also_trained_on_are_counted(tmp_path, capsys, 
     task = read_task(parser.parse_args(list(map(str, given))))
     error = capsys.readouterr().err
     assert len(task.held_out) == 5 and "warning: --eval-data: 120 of its 120 rows are also in --data" in error
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(finetune, table, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+        )  # as torch.save does
+
+    monkeypatch.setattr(torch, "save", full)
+    assert finetune("--data", table, "--no-baseline", "--max-train", "32") == 1
+    assert "vblora finetune: error: --output: a checkpoint cannot be written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

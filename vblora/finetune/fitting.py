@@ -33,7 +33,7 @@ import vblora
 from ..checkpoint.folder import TENSORS_FILE, read
 from ..checkpoint.vblora import VBLoRAContents
 from ..errors import CommandError
-from ..files import write_file
+from ..files import is_failed_file, write_file
 from ..model.learning_rates import WARM_UP
 from . import pictures
 from .bank_use import bank_use
@@ -124,15 +124,18 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
         if (path := getattr(arguments, name, None)) is not None
     }
     if not arguments.resume:
-        for folder in arguments.output.glob("checkpoint-*"):
-            if not (folder / ARGUMENTS_FILE).is_file():
-                raise CommandError(f"--output: {folder} is another program's checkpoint. Give another folder.")
+        for folder in _incomplete(arguments.output):
+            raise CommandError(
+                f"--output: {folder} is another program's checkpoint, or an incomplete one. Remove it, or give another folder."
+            )
         return None
-    found = get_last_checkpoint(str(arguments.output)) if arguments.output.is_dir() else None
+    complete = [file.parent for file in arguments.output.glob(f"checkpoint-*/{ARGUMENTS_FILE}")]
+    complete = [folder for folder in complete if folder.name.rpartition("-")[2].isdecimal()]
+    found = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     if found is None:
         raise CommandError(f"--resume: there is no checkpoint in {arguments.output}. Leave out --resume to begin anew.")
     try:
-        before = json.loads((Path(found) / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+        before = json.loads((found / ARGUMENTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CommandError(f"--resume: {found} is not a checkpoint of vblora finetune: {error}.") from None
     now = as_json(arguments)
@@ -150,6 +153,11 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
                 "Give the arguments of the run that is to go on, or leave out --resume."
             )
     return str(found)
+
+
+def _incomplete(output: Path) -> Iterator[Path]:
+    """Checkpoints without the file that is written last."""
+    return (folder for folder in output.glob("checkpoint-*") if not (folder / ARGUMENTS_FILE).is_file())
 
 
 def _sha256(path: Path) -> str:
@@ -188,7 +196,11 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
         interrupted = True
         # ends the progress bar's line
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-    except OSError as error:
+    except Exception as error:
+        if not is_failed_file(error):
+            raise
+        for folder in _incomplete(output):
+            shutil.rmtree(folder, ignore_errors=True)
         raise CommandError(f"--output: a checkpoint cannot be written: {error}.", 1) from None
     check_finite(trainer)
     done = trainer.state.global_step
