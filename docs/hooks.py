@@ -38,6 +38,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         "changelog.md": at_top("CHANGELOG.md"),
     }
     for path, text in pages.items():
+        if (stub := files.get_file_from_path(path)) is not None:  # what the repository shows in its place
+            files.remove(stub)
         files.append(File.generated(config, path, content=text))
     api = files.get_file_from_path("reference/api.md").content_string
     for name in vblora.__all__:
