@@ -38,8 +38,11 @@ from .task import Task, most_frequent, save_results
 MAX_LENGTH = 128
 
 
-def run(arguments: argparse.Namespace, task: Task) -> int:
+def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> int:
     """Trains and evaluates as the arguments of ``vblora finetune`` say. Returns the exit code.
+
+    Args:
+        checkpoint: to go on from.
 
     Raises:
         CommandError: the model or the adapter cannot be made, training diverges or is interrupted, or the saved adapter
@@ -47,7 +50,6 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     """
     models.quiet()
     set_seed(arguments.seed)
-    checkpoint = fitting.find_checkpoint(arguments)
     tokenizer = models.load_tokenizer(task.model)
     head = find_head(task.labels, task.scale)
     model = load_model(task.model, head, tokenizer)
