@@ -285,7 +285,7 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\
 BAD_FILES = {
     "no such column": ("rows.csv", "text,lable\na,b\n", r"--label-column: column 'label' .*did you mean 'lable'\?"),
     "column twice": ("rows.csv", "text,text,label\na,b,c\n", r"--text-column: column 'text' is .* once in .*rows.csv\.$"),
-    "empty file": ("rows.csv", "", "--text-column: column 'text' is not there"),
+    "empty file": ("rows.csv", "", "has no rows"),
     "header only": ("rows.csv", "text,label\n", "--data: .*rows.csv has no rows"),
     "one label": ("rows.csv", "text,label\na b,x\nc,x\n", "--label-column: .*the label 'x', .*at least two labels"),
     "labels that are texts": ("rows.csv", "text,label\na,b\nc,d\n", "'label' has 2 different values in 2 rows"),

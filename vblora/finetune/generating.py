@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
         chunk = [first, *islice(rows, _CHUNK * arguments.batch_size - 1)]
         while chunk:
             for row, text in zip(chunk, _complete(arguments, encoder, model, chunk), strict=True):
-                if arguments.prompt and arguments.output is None:
+                if arguments.prompt and len(arguments.prompt) == 1 and arguments.output is None:
                     print(text, flush=True)
                 else:
                     writer.row(row.fields | {OUTPUT_COLUMN: text})
@@ -112,7 +112,11 @@ def _rows(arguments: argparse.Namespace, job: Job, quiet: bool = False) -> Itera
         yield _Row(f"--prompt {prompt!r:.50}", {"prompt": prompt}, Prompt(prompt), only)
     if arguments.data is None:
         return
-    columns = {} if arguments.adapter_column is None else {"--adapter-column": arguments.adapter_column}
+    columns = {}
+    if (named_by := arguments.adapter_column) is not None:
+        named_by = columns["--adapter-column"] = tables.find_column(
+            named_by, tables.first_row(arguments.data, "--data")
+        )
     empty, told = True, quiet
     for where, fields in tables.read(arguments.data, "--data", columns):
         empty = False
@@ -127,8 +131,8 @@ def _rows(arguments: argparse.Namespace, job: Job, quiet: bool = False) -> Itera
                 "generate",
             )
         adapter = only
-        if arguments.adapter_column is not None:
-            named = fields[arguments.adapter_column]
+        if named_by is not None:
+            named = fields[named_by]
             adapter = str(named) if named not in (None, "") else None
             if adapter is not None and adapter not in job.folders:
                 raise CommandError(

@@ -108,16 +108,16 @@ class _Predictor:
 
 def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[tuple[tables.Fields, Row, str]]:
     """The fields, the text and the adapter's name of each row."""
-    columns = job.columns
+    columns = job.columns.in_file(arguments.data, "--data")
     needed = {option: name for option, name in columns.by_option().items() if option != "--label-column"}
-    if arguments.adapter_column is not None:
-        needed["--adapter-column"] = arguments.adapter_column
+    if (named_by := arguments.adapter_column) is not None:
+        named_by = needed["--adapter-column"] = tables.find_column(named_by, tables.first_row(arguments.data, "--data"))
     only = next(iter(job.runs))
     for where, fields in tables.read(arguments.data, "--data", needed):
         for name in PREDICTED:
             if name in fields:
                 raise CommandError(f"{where}: there is a column {name!r} already. Rename it.")
-        adapter = only if arguments.adapter_column is None else str(fields[arguments.adapter_column])
+        adapter = only if named_by is None else str(fields[named_by])
         if adapter not in job.runs:
             raise CommandError(
                 f"{where}: there is no adapter {adapter!r}; --adapter gives {tables.quoted(sorted(job.runs))}."
