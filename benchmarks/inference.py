@@ -7,6 +7,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import vblora
+from vblora.adapters.base import keeping_factors
 
 from . import models
 from .harness import Result, Settings, bars, in_turn, ratio_row
@@ -33,6 +34,7 @@ class Decoder:
 
 
 @torch.no_grad()
+@keeping_factors()  # as `generate` does
 def run(settings: Settings) -> Result:
     rows, groups = [], {}
     adapter = models.SMOLLM2_ADAPTER

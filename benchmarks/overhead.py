@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import vblora
+from vblora.adapters.base import keeping_factors
 
 from . import models
 from .harness import Result, Row, Settings, Times, bars, held_bytes, in_turn, peak_bytes
@@ -167,6 +168,7 @@ def training(
 
 
 @torch.no_grad()
+@keeping_factors()  # as `generate` does
 def inference(
     settings: Settings, layers: int, rounds: int | None, wanted: str, adapter: dict
 ) -> tuple[list[Row], dict[str, Times]]:

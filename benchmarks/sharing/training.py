@@ -38,7 +38,6 @@ def run(task: Task, variant: Variant, seed: int, settings: Settings, shared: Sta
     adapter = model.vblora["default"]
     if variant.int8:
         bank.vectors.data = decode_vectors(encode_vectors(bank.vectors.data, torch.int8))
-        adapter.invalidate()
     score = task.score(_predict(model, _Batches(task.dev, tokenizer, settings), settings))
     return {
         "score": score,

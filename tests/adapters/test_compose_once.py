@@ -13,7 +13,7 @@ from torch import nn
 
 import vblora
 from tests.small_models import Block, ComposedRows, Net, llama, relative_error
-from vblora.adapters.base import SAVED_TENSORS_HOOKS
+from vblora.adapters.base import SAVED_TENSORS_HOOKS, keeping_factors
 
 pytestmark = pytest.mark.usefixtures("device")
 CONFIG = vblora.VBLoRAConfig(
@@ -144,37 +144,46 @@ def test_a_submodule_called_alone_composes_its_own_rows(net, x):
     assert (composed.calls, composed.rows) == (2, own)
 
 
-def test_submodules_evaluated_alone_share_what_is_kept(net, x):
-    with torch.no_grad(), ComposedRows() as composed:
-        for block in net.blocks:
-            block(x)
-        net(x)
-    assert composed.calls == 1
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_evaluation_composes_once_a_forward(net, x, context):
+    own = 2 * CONFIG.r * (16 + 32) // CONFIG.vector_length
+    with context(), ComposedRows() as composed:
+        first, second = net(x), net(x)
+        assert composed.calls == 2
+        net.blocks[3](x)
+        assert (composed.calls, composed.rows) == (4, 2 * own * len(net.blocks) + own)
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_evaluation_keeps_factors(net, x, context):
-    with context(), ComposedRows() as composed:
+def test_a_call_that_keeps_factors_composes_once(net, x, context):
+    with context(), keeping_factors(), ComposedRows() as composed:
         first, second = net(x), net(x)
-    assert composed.calls == 1
+        for block in net.blocks:
+            block(x)
+        assert composed.calls == 1
+        with keeping_factors():
+            net(x)
+        assert composed.calls == 2
     assert torch.equal(first, second)
 
 
 def test_factors_kept_in_inference_mode_serve_elsewhere(net, x):
     """A cached inference tensor could not be used where a gradient is recorded."""
-    with torch.inference_mode():
-        expected = net(x)
-    net.vblora.default.requires_grad_(False)
-    x.requires_grad_()
-    with ComposedRows() as composed:
-        y = net(x)
+    with keeping_factors():
+        with torch.inference_mode():
+            expected = net(x)
+        net.vblora.default.requires_grad_(False)
+        x.requires_grad_()
+        with ComposedRows() as composed:
+            y = net(x)
     assert composed.calls == 0
     y.sum().backward()
     assert torch.equal(y, expected)
 
 
 def test_inference_parameters_are_never_kept(x):
-    with torch.inference_mode():
+    with torch.inference_mode(), keeping_factors():
         net = vblora.inject(Net(blocks=2), CONFIG)
         with ComposedRows() as composed:
             net(x), net(x)
@@ -189,10 +198,14 @@ def test_training_after_evaluation_and_back(net, x):
     assert_same(gradients(net), expected)
 
 
-def test_generate_composes_once():
+def llama_with_adapter() -> nn.Module:
     torch.manual_seed(0)
     config = vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, init_vector_bank_bound=1.0)
-    model = vblora.inject(llama(), config).eval()
+    return vblora.inject(llama(), config).eval()
+
+
+def test_generate_composes_once():
+    model = llama_with_adapter()
     prompt = torch.tensor([[5, 6, 7]])
     with ComposedRows() as composed:
         tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)
@@ -232,9 +245,9 @@ def change_data(net):
     net.vblora.default.bank.vectors.data = 2 * net.vblora.default.bank.vectors.data
 
 
-def change_data_and_say_so(net):
+def change_in_place_through_data(net):
+    """So do torch_ema, and all collectives of torch.distributed: a broadcast of a parameter moves no version counter."""
     net.vblora.default.bank.vectors.data.mul_(2)
-    net.vblora.default.invalidate()
 
 
 def change_by_state_dict(net):
@@ -253,12 +266,6 @@ def change_data_twice(net):
         net.vblora.default.bank.vectors.data = 2 * net.vblora.default.bank.vectors.data
 
 
-def change_through_data_and_mode(net):
-    """Code that evaluates with averaged weights writes this way."""
-    net.vblora.default.bank.vectors.data.mul_(2)
-    net.train().eval()
-
-
 def change_dtype_and_back(net):
     net.half().float()
 
@@ -271,8 +278,7 @@ def change_dtype_and_back(net):
         change_through_data,
         change_data,
         change_data_twice,
-        change_through_data_and_mode,
-        change_data_and_say_so,
+        change_in_place_through_data,
         change_by_state_dict,
         change_parameter,
         change_dtype_and_back,
@@ -280,19 +286,47 @@ def change_dtype_and_back(net):
 )
 def test_a_change_between_evaluations_is_seen(net, x, change):
     with torch.no_grad():
-        before = net(x)
+        before = net(x), net.blocks[0](x)
     change(net)
+    fresh = copy.deepcopy(net)
     with torch.no_grad():
+        after = net(x), net.blocks[0](x)
+        for one, other, expected in zip(before, after, (fresh(x), fresh.blocks[0](x)), strict=True):
+            assert not torch.equal(one, other)
+            assert torch.equal(other, expected)
+    vblora.merge(net)
+    assert torch.equal(net.blocks[0].up.weight, vblora.merge(fresh).blocks[0].up.weight)
+
+
+@pytest.mark.parametrize(
+    "change", [change_in_place, change_by_optimizer, change_data, change_by_state_dict, change_parameter]
+)
+def test_a_change_within_a_call_that_keeps_factors_is_seen(net, x, change):
+    with torch.no_grad(), keeping_factors():
+        before = net(x)
+        change(net)
         after = net(x)
-        fresh = copy.deepcopy(net)(x)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, fresh)
+    with torch.no_grad():
+        assert not torch.equal(before, after)
+        assert torch.equal(after, copy.deepcopy(net)(x))
+
+
+def test_a_change_between_calls_of_generate_is_seen():
+    model = llama_with_adapter()
+    prompt, options = (
+        torch.tensor([[5, 6, 7]]),
+        {"do_sample": False, "output_logits": True, "return_dict_in_generate": True},
+    )
+    before = model.generate(prompt, max_new_tokens=2, **options).logits[0]
+    model.vblora.default.bank.vectors.data.mul_(2)
+    after = model.generate(prompt, max_new_tokens=2, **options).logits[0]
+    assert relative_error(after, model(prompt).logits[:, -1]) < 1e-6 < relative_error(before, after)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_a_copy_is_tied_to_its_own_adapter(net, x, clone):
     with torch.no_grad():
-        before = net(x)  # fills the cache
+        before = net(x)
     twin = clone(net)
     assert twin.blocks[0].up.updates["default"].slot.adapter is twin.vblora.default is not net.vblora.default
     with torch.no_grad():
@@ -428,7 +462,6 @@ def test_compiling_the_whole_model(x, training):
             assert_same(gradients(net), expected)
         else:
             net.vblora.default.logits.data.add_(torch.randn_like(net.vblora.default.logits))
-            net.vblora.default.invalidate()
         graphs.append(compiled_graphs())
     assert graphs[0] == graphs[2]
     assert all(slot.forward_factors is None for slot in net.vblora.default.slots)

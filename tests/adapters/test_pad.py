@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vblora
 from tests.small_models import ComposedRows, Net, relative_error
 from vblora.adapters import Target, VBLoRAAdapter
+from vblora.adapters.base import keeping_factors
 
 LENGTH = 256
 SIZES = {"r": 3, "num_vectors": 12, "vector_length": LENGTH, "target_modules": ["0", "2", "4"], "pad": True}
@@ -152,10 +153,10 @@ def test_a_cut_is_a_view_whose_gradient_is_no_larger_than_the_factor():
     assert sorted(slices.elements) == [3 * 256] * 4 + [3 * 768]  # none for 512, which is not cut
 
 
-def test_evaluation_composes_once():
+def test_a_call_that_keeps_factors_composes_once():
     base, model = injected()
     x = torch.randn(5, 576, dtype=torch.float64)
-    with torch.no_grad(), ComposedRows() as composed:
+    with torch.no_grad(), keeping_factors(), ComposedRows() as composed:
         first, second = model(x), model(x)
         assert composed.calls == 1 and torch.equal(first, second)
         model.vblora.default.bank.vectors.mul_(2)

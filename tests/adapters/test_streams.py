@@ -1,6 +1,7 @@
 """CUDA graphs and streams without a GPU: how adapters use the answers of a fake `vblora.streams`."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -50,13 +51,15 @@ class GPU:
 
 
 @pytest.fixture
-def gpu(monkeypatch) -> GPU:
+def gpu(monkeypatch) -> Iterator[GPU]:
+    """A fake GPU, within a call that keeps factors."""
     gpu = GPU()
     monkeypatch.setattr(streams, "capturing", lambda _device=None: gpu.capturing)
     monkeypatch.setattr(streams, "current", lambda _device: gpu.stream)
     monkeypatch.setattr(streams, "mark_used", lambda tensor, stream: gpu.log.append(("hold", stream.name, tensor)))
     monkeypatch.setattr(base, "_step_was_captured", False)
-    return gpu
+    with base.keeping_factors():
+        yield gpu
 
 
 @pytest.fixture

@@ -58,7 +58,6 @@ def test_a_factor_starts_without_an_update_and_goes_into_the_deploy_form(tmp_pat
         for group in groups[:2]:
             group["params"][0].add_(torch.randn_like(group["params"][0]))
     adapter = model.vblora["default"]
-    adapter.invalidate()
     contents = replace(contents_of(attached_adapter(model)), rows=adapter.deployed())
     folder.write(contents, tmp_path / "a", form="deploy")
     loaded = vblora.load(base, tmp_path / "a")

@@ -175,7 +175,6 @@ def test_inference_composes_for_the_dtype_of_the_activations(base):
     with torch.no_grad():
         model(torch.randn(3, 64))
     assert model.vblora.default.compute_dtype == torch.float32
-    assert model.vblora.default._cached.factors()[0].A.dtype == torch.float32
 
 
 def test_merge_reports_its_error_and_unmerge_gives_every_bit_back(base):

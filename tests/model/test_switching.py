@@ -179,12 +179,9 @@ def test_a_bank_of_two_adapters():
 def test_deleting_frees_it_and_unwraps_its_layers(nets):
     net, model, x = nets
     vblora.set_adapter(model, ["default", "second"])
-    with torch.no_grad():
-        model(x)  # caches factors
     second = vblora.model.record.attached_adapter(model, "second")
     held = [second.adapter, second.adapter.logits, second.adapter.bank.vectors]
     held += [second.extra["head.weight"].replacement, second.layers[0], second.adapter.slots[0]]
-    held += [second.adapter._cached.factors()[0].A]
     held = [weakref.ref(thing) for thing in held]
     vblora.delete_adapter(model, "second")
     del second
