@@ -39,6 +39,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         "changelog.md": at_top("CHANGELOG.md"),
     }
     for path, text in pages.items():
+        if (stub := files.get_file_from_path(path)) is not None:  # what the repository shows in its place
+            files.remove(stub)
         files.append(File.generated(config, path, content=text))
     for name, picture in pictures():
         files.append(File.generated(config, f"pictures/{name}", content=picture))

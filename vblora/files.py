@@ -3,6 +3,7 @@
 import codecs
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,21 @@ def atomic_replacement(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)  # makes the new name durable
+
+
+def is_failed_file(error: Exception) -> bool:
+    """Whether an error is that of a file which cannot be read or written, such as on a full disk, whoever raises it."""
+    if isinstance(error, SafetensorError):
+        return "I/O error" in str(error)
+    if isinstance(error, RuntimeError):  # torch.save's
+        return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+    return isinstance(error, OSError)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises OSError if no file can be made in a folder. Permissions do not tell: some file systems ignore them."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def sync(path: Path) -> None:

@@ -65,7 +65,7 @@ def test_converts_as_save_does(source, form, tmp_path, capsys):
     model.config._name_or_path = "somebody/bert"
     vblora.save(model, tmp_path / "src", form=source)
     if form in ("resume", "peft") and source in ("deploy", "peft-topk"):
-        assert "--form: `form` is" in fails(capsys, "convert", tmp_path / "src", tmp_path / "dst", "--form", form)
+        assert "error: --form is" in fails(capsys, "convert", tmp_path / "src", tmp_path / "dst", "--form", form)
         assert not (tmp_path / "dst").exists()
         return
     assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", form) == 0
@@ -502,3 +502,49 @@ def test_merges_into_a_gguf_file(tmp_path, capsys):
     assert run("merge", base, tmp_path / "other", tmp_path / "b") == 2
     assert "ADAPTER does not fit BASE" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before and not list((tmp_path / "b").iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    _, model = trained(bert)
+    vblora.save(model, tmp_path / "src")
+    from vblora.checkpoint import folder
+
+    def full(path, data):
+        raise OSError(27, "File too large", str(path))
+
+    monkeypatch.setattr(folder, "write_file", full)  # after the tensors
+    before = files(tmp_path)
+    assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy") == 1
+    error = capsys.readouterr().err
+    assert "DST: " in error and "File too large" in error and error.count("\n") == 1
+    assert files(tmp_path) == before and not (tmp_path / "dst").exists()
+    for command in (
+        ["convert", tmp_path / "src", "/proc/abc", "--form", "deploy"],
+        ["merge", tmp_path, "x", "/proc/abc"],
+    ):
+        assert "/proc/abc cannot be created or written to: check /proc (" in fails(capsys, *command)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(28, "No space left on device"), 1),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), 1),  # torch.save on a full disk
+        (safetensors.SafetensorError("Error while serializing: I/O error: No space left (os error 28)"), 1),
+        (RuntimeError("a fault of ours"), None),
+    ],
+)
+def test_a_failed_file_is_one_line_whoever_raises_it(error, code, tmp_path, monkeypatch, capsys):
+    from vblora.cli import info
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(info, "read_adapter", fail)
+    if code is None:
+        with pytest.raises(RuntimeError, match="of ours"):
+            run("info", tmp_path)
+        return
+    assert run("info", tmp_path) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith("vblora info: error: ") and printed.count("\n") == 1

@@ -133,3 +133,24 @@ def test_a_split_that_leaves_nothing_is_refused():
     rows = [row._replace(group="the only one") for row in rows_of(10)]
     with pytest.raises(CommandError, match=r"--eval-fraction: 0.2 of 10 rows in 1 groups leaves 0 to train on"):
         data.split_rows(rows, 0.2, seed=0)
+
+
+def test_columns_are_found_in_any_case_if_that_is_unambiguous(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("Text,LABEL \na,x\nb,y\n")
+    rows = data.read_rows(path, data.Columns("text", "label"), "--data")
+    assert [(row.text, row.label) for row in rows] == [("a", "x"), ("b", "y")]
+    path.write_text("Text,TEXT,label\na,b,x\n")
+    with pytest.raises(CommandError, match="--text-column: column 'text' is not there"):
+        data.read_rows(path, data.Columns("text", "label"), "--data")
+    assert data.read_rows(path, data.Columns("TEXT", "label"), "--data")[0].text == "b"
+
+
+def test_labels_that_look_alike_or_are_rare_are_said(tmp_path, capsys):
+    rows = [data.Row("", label, None, None) for label in ["1", "1.0", "neg", "NEG", "b"] * 2 + ["rare"]]
+    data.warn_of_odd_labels(rows, tmp_path, "finetune")
+    told = capsys.readouterr().err
+    assert "the labels '1', '1.0' look alike" in told and "the labels 'NEG', 'neg' look alike" in told
+    assert "only one row has the label 'rare'" in told and told.count("\n") == 3
+    data.warn_of_odd_labels(rows[4:6] * 2, tmp_path, "finetune")
+    assert not capsys.readouterr().err

@@ -288,7 +288,7 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\
 BAD_FILES = {
     "no such column": ("rows.csv", "text,lable\na,b\n", r"--label-column: column 'label' .*did you mean 'lable'\?"),
     "column twice": ("rows.csv", "text,text,label\na,b,c\n", r"--text-column: column 'text' is .* once in .*rows.csv\.$"),
-    "empty file": ("rows.csv", "", "--text-column: column 'text' is not there"),
+    "empty file": ("rows.csv", "", "has no rows"),
     "header only": ("rows.csv", "text,label\n", "--data: .*rows.csv has no rows"),
     "one label": ("rows.csv", "text,label\na b,x\nc,x\n", "--label-column: .*the label 'x', .*at least two labels"),
     "labels that are texts": ("rows.csv", "text,label\na,b\nc,d\n", "'label' has 2 different values in 2 rows"),
@@ -542,3 +542,15 @@ def test_evaluation_rows_that_are_also_trained_on_are_counted(tmp_path, capsys, 
     task = read_task(parser.parse_args(list(map(str, given))))
     error = capsys.readouterr().err
     assert len(task.held_out) == 5 and "warning: --eval-data: 120 of its 120 rows are also in --data" in error
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(finetune, table, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+        )  # as torch.save does
+
+    monkeypatch.setattr(torch, "save", full)
+    assert finetune("--data", table, "--no-baseline", "--max-train", "32") == 1
+    assert "vblora finetune: error: --output: a checkpoint cannot be written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

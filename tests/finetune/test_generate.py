@@ -63,16 +63,17 @@ def test_prompts_as_arguments(base, adapters, capsys):
     options = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     for adapter in (None, adapters / "one"):
         assert generate(base, *options, *([] if adapter is None else ["--adapter", adapter])) == 0
-        assert capsys.readouterr().out.splitlines() == [completion(base, adapter, prompt) for prompt in PROMPTS]
-    assert generate(base, *options, "--chat-template", "none") == 0
-    assert capsys.readouterr().out.splitlines() == [completion(base, None, prompt, chat=False) for prompt in PROMPTS]
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert rows == [{"prompt": prompt, "generated": completion(base, adapter, prompt)} for prompt in PROMPTS]
+    assert generate(base, "--prompt", PROMPTS[0], "--chat-template", "none") == 0
+    assert capsys.readouterr().out.splitlines() == [completion(base, None, PROMPTS[0], chat=False)]
 
 
 def test_a_table_whose_rows_have_adapters_of_their_own(base, adapters, tmp_path):
     names = ["one", "two", "", "two"]
     path = tmp_path / "rows.csv"
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([["id", "ask", "who"], *zip(range(4), PROMPTS, names, strict=True)])
+        csv.writer(file).writerows([["id", "Ask", "WHO"], *zip(range(4), PROMPTS, names, strict=True)])
     out = tmp_path / "out.csv"
     options = ["--adapter", adapters, "--adapter-column", "who", "--prompt-column", "ask", "--output", out]
     assert generate(base, "--data", path, *options) == 0
@@ -81,6 +82,21 @@ def test_a_table_whose_rows_have_adapters_of_their_own(base, adapters, tmp_path)
     expected = [completion(base, adapters / name if name else None, p) for name, p in zip(names, PROMPTS, strict=True)]
     assert [row["generated"] for row in rows] == expected
     assert len({completion(base, adapters / name, PROMPTS[0]) for name in ("one", "two")}) == 2
+
+
+def test_an_adapter_for_the_other_command_is_refused(adapters, tmp_path, capsys):
+    table = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
+    adapter = adapters / "one"
+    for about, command, expected in (
+        ({"task": "causal-lm"}, ["predict", "--data", table], "is a language model's adapter. Use vblora generate."),
+        ({"task": "regression"}, ["generate", "--prompt", "a"], "is a classifier's adapter. Use vblora predict."),
+    ):
+        (adapter / "finetune.json").write_text(json.dumps(about))
+        try:
+            assert main([str(word) for word in [*command, "--adapter", adapter]]) == 2
+        finally:
+            (adapter / "finetune.json").unlink()
+        assert expected in capsys.readouterr().err
 
 
 def test_an_adapter_knows_its_base_and_its_template(base, adapters, tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
     assert finetune(*options, "--resume") == 0
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
     one, other = (results_of(tmp_path / name)["results"] for name in ("out", "whole"))
+    assert one["tokens"] == other["tokens"]
     assert one["loss_after"] == other["loss_after"] and one["steps"] == other["steps"] == 26
 
     assert "library_name: vblora" in (tmp_path / "out" / "README.md").read_text()  # and not TRL's card
@@ -229,6 +231,16 @@ def test_two_processes_train_as_one_with_twice_the_batch(finetune, base, tmp_pat
     assert two["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
     vectors = [tensors(tmp_path / name)["bank.vectors"] for name in ("one", "two")]
     assert relative_error(vectors[1], vectors[0]) < 1e-3
+
+
+def test_a_wrong_argument_is_refused_before_the_data_is_read(finetune, tmp_path, capsys, monkeypatch):
+    from vblora.finetune import task
+
+    monkeypatch.setattr(task, "read_language_task", lambda _: pytest.fail("reads the data"))
+    data = write_jsonl(tmp_path / "rows.jsonl", make_pairs(4))
+    for wrong in (["--resume"], ["--topk", "17"], ["--bank", tmp_path / "none"], ["--num-candidates", "1"]):
+        assert finetune("--data", data, *wrong) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_base_of_four_bits(finetune, pairs, tmp_path, monkeypatch):
@@ -344,3 +356,30 @@ def test_a_second_adapter_shares_the_bank_of_the_first(finetune, base, pairs, tm
     assert main(["generate", *map(str, prompt)]) == 2
     assert "the folder of the adapter that holds it, as --bank" in capsys.readouterr().err
     assert main(["generate", *map(str, prompt), "--bank", str(first)]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+    other = load(base, None)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.add_(0.01)
+    shutil.copytree(base, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    assert main(["generate", *map(str, prompt), "--bank", str(first), "--model", str(tmp_path / "other")]) == 0
+    assert "layers.1.mlp.down_proj differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"), [(1.9, "whose held-out loss was the lowest"), (2.1, "No epoch lowered")]
+)
+def test_the_table_says_whether_training_helped(after, expected):
+    from rich.console import Console
+
+    from vblora.finetune.report import LanguageResults, print_language_table
+
+    console = Console(record=True, width=400)
+    counts = dict.fromkeys(
+        ["train_rows", "held_out_rows", "cut_rows", "left_out_rows", "tokens", "steps", "trainable", "stored"], 1
+    )
+    sizes = {"seconds_per_step": 1.0, "file_bytes": 1, "lora_bytes": 1}
+    losses = {"loss_before": 2.0, "loss_after": after, "perplexity_before": 1.0, "perplexity_after": 1.0}
+    print_language_table(LanguageResults(**counts, **sizes, **losses, best_epoch=1.0), console)
+    assert expected in " ".join(console.export_text().split())

@@ -25,6 +25,10 @@ def test_the_columns_tell_what_rows_are(tmp_path):
     assert read(tmp_path / "b.csv", text="text") == ("text", [texts.Example(None, "c")])
     (tmp_path / "c.tsv").write_text("mr\tref\na\tb\n")
     assert read(tmp_path / "c.tsv", prompt="mr", completion="ref") == ("prompt", [texts.Example("a", "b")])
+    assert read(write_jsonl(tmp_path / "g.jsonl", [{"PROMPT": "a", "Completion ": "b"}])) == (
+        "prompt",
+        [texts.Example("a", "b")],
+    )
     chat = make_chats(1)[0]["messages"]
     kind, [example] = read(write_jsonl(tmp_path / "d.jsonl", [{"messages": chat, "tools": [{"name": "x"}]}]))
     assert (kind, example) == ("messages", texts.Example(chat[:1], chat[1:], [{"name": "x"}]))
@@ -47,6 +51,11 @@ def test_the_columns_tell_what_rows_are(tmp_path):
         ([{"text": "a"}, {"text": " "}], "line 2: column 'text' is empty"),
         ([{"text": "a"}, {"txt": "b"}], "--text-column: column 'text' is not there in .*line 2"),
         ([{"text": "\ud800"}], "half of a surrogate pair"),
+        ([{"text": "a\0b"}], "contains a NUL character"),
+        (
+            [{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}],
+            "line 1: column 'completion' is a text, but column 'prompt' is a list of messages. Both must be",
+        ),
     ],
 )
 def test_bad_rows_are_refused(tmp_path, rows, expected):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import CommandError
+from ..files import is_failed_file
 from . import convert, finetune, generate, info, merge, plot, predict, train_bank
 
 _COMMANDS = (
@@ -54,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"{name}: {'' if error.code == 130 else 'error: '}{error}", file=sys.stderr)
         return error.code
+    except Exception as error:
+        if not is_failed_file(error):
+            raise
+        print(f"{name}: error: {CommandError(str(error))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
         return 130

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CommandError, in_options
-from .folders import AdapterFolder, add_bank, check_output, read_adapter
+from .folders import AdapterFolder, add_bank, check_output, read_adapter, removed_on_failure
 
 if TYPE_CHECKING:
     from .folders import Subparsers
@@ -60,17 +60,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     dtype = None if arguments.bank_dtype is None else getattr(torch, arguments.bank_dtype)
     try:
-        write(
-            adapter.contents,
-            arguments.dst,
-            form=arguments.form,
-            bank_dtype=dtype,
-            bank_file=adapter.bank_file if dtype is None else None,
-            base_model=adapter.base_model,
-            about=adapter.about,
-        )
+        with removed_on_failure(arguments.dst):
+            write(
+                adapter.contents,
+                arguments.dst,
+                form=arguments.form,
+                bank_dtype=dtype,
+                bank_file=adapter.bank_file if dtype is None else None,
+                base_model=adapter.base_model,
+                about=adapter.about,
+            )
     except ValueError as error:
-        raise CommandError(f"--form: {in_options(error, 'bank_dtype', 'form')}") from None
+        message = in_options(error, "bank_dtype", "form")
+        raise CommandError(message if message.startswith("--") else f"--form: {message}") from None
     except OSError as error:
         raise CommandError(f"DST: {arguments.dst} cannot be written: {error}.", 1) from None
     size = sum((arguments.dst / name).stat().st_size for name in (CONFIG_FILE, TENSORS_FILE))

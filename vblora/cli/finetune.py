@@ -279,23 +279,25 @@ def _run(arguments: argparse.Namespace) -> int:
         "--output", arguments.output, overwrite=arguments.overwrite or arguments.resume, instead=", or --overwrite"
     )
     from ..finetune import task as tasks
+    from ..finetune.checkpoints import find_checkpoint
     from ..finetune.injection import check_adapter
     from ..finetune.notices import say
     from ..finetune.scores import check_bleu
 
     check_adapter(arguments)
+    checkpoint = find_checkpoint(arguments)
     if language:
         check_bleu(arguments.bleu)
         texts = tasks.read_language_task(arguments)
         say(str(texts))
         from ..finetune import language as program  # imports TRL, which is slow: only after all other checks
 
-        return program.run(arguments, texts)
+        return program.run(arguments, texts, checkpoint)
     task = tasks.read_task(arguments)
     say(str(task))
     from ..finetune import training  # imports transformers
 
-    return training.run(arguments, task)
+    return training.run(arguments, task, checkpoint)
 
 
 def _settle(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """What the commands share: reading an adapter's folder, and checking where the output goes."""
 
 import argparse
-import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import CommandError, in_options
+from ..files import refuse_unwritable
 
 if TYPE_CHECKING:
     from ..bank import BankFile
@@ -112,6 +113,18 @@ def refuse_undecodable(argument: str, folder: Path) -> None:
 
 
 @contextmanager
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """Removes a new folder if the block raises, and what the block has written into it."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
 def removed_if_empty(folder: Path) -> Iterator[None]:
     """Removes a new folder that is empty in the end: a Trainer makes its folder at once, and may fail before it writes."""
     existed = folder.exists()
@@ -139,5 +152,9 @@ def check_output(argument: str, folder: Path, *, overwrite: bool = False, instea
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise CommandError(f"{argument}: the folder {folder} is not empty. Give another one{instead}.")
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise CommandError(f"{argument}: {folder} cannot be created or written to: check {nearest}.")
+    try:
+        refuse_unwritable(nearest)
+    except OSError as error:
+        raise CommandError(
+            f"{argument}: {folder} cannot be created or written to: check {nearest} ({error.strerror})."
+        ) from None

@@ -25,7 +25,12 @@ def add_parser(subparsers: "Subparsers") -> None:
     )
     parser.set_defaults(run=run)
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    group.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a prompt; may be given several times, then the standard output is JSON lines",
+    )
     group.add_argument("--data", type=Path, metavar="FILE", help="rows with prompts: .csv, .tsv or .jsonl")
     group.add_argument(
         "--prompt-column",
@@ -33,7 +38,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="the column with the prompt: a text, or a chat (prompt, messages or text); a chat that ends with the assistant is "
         "completed from before the assistant's first message",
     )
-    add_load_in(add_inference(parser))
+    add_load_in(add_inference(parser, base_alone=True))
     group = parser.add_argument_group("how to generate")
     group.add_argument(
         "--chat-template", metavar="auto|none|FILE",
@@ -82,6 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"--adapter-column: there are {len(folders)} adapters. Name the column that tells each row's."
         )
     runs = [adapters.read_run(folder) for folder in folders.values()]
+    for run in runs:
+        if run.is_language_model is False:
+            raise CommandError(f"--adapter: {run.folder} is a classifier's adapter. Use vblora predict.")
     model = find_model(adapters.find_base(arguments.model, runs))
     template = arguments.chat_template
     if template is None:

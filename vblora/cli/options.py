@@ -62,18 +62,24 @@ def add_load_in(group: "argparse._ArgumentGroup") -> None:
     )
 
 
-def add_inference(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
-    """The options of ``generate`` and ``predict``. Returns the group of those about the model."""
+def add_inference(parser: argparse.ArgumentParser, *, base_alone: bool) -> "argparse._ArgumentGroup":
+    """The options of ``generate`` and ``predict``. Returns the group of those about the model.
+
+    Args:
+        base_alone: whether the base model can do without an adapter.
+    """
     group = parser.add_argument_group("model and adapters")
     group.add_argument("--model", metavar="PATH_OR_NAME", help="the base model (the one that the adapter names)")
     group.add_argument(
         "--adapter", type=Path, action="append", default=[], metavar="DIR",
-        help="folder of an adapter, or a folder of such folders; may be given several times (none: the base model)",
+        help="folder of an adapter, or a folder of such folders; may be given several times"
+        + " (none: the base model)" * base_alone,
     )  # fmt: skip
     group.add_argument(
         "--adapter-column",
         metavar="NAME",
-        help="the column with the adapter of each row: the name of its folder, or nothing for the base model",
+        help="the column with the adapter of each row: the name of its folder"
+        + ", or nothing for the base model" * base_alone,
     )
     group.add_argument(
         "--bank", type=Path, metavar="FILE_OR_FOLDER",
@@ -86,6 +92,9 @@ def add_inference(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
 def add_output_file(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--output", type=Path, metavar="FILE", help="a .csv, .tsv or .jsonl file (standard output, as JSON lines)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="a .csv, .tsv or .jsonl file (standard output, as JSON lines)",
     )
     group.add_argument("--overwrite", action="store_true", help="overwrite the file if it exists")

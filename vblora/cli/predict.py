@@ -33,7 +33,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     group.add_argument(
         "--max-length", type=at_least(4), metavar="N", help="tokens of a text to read (as the adapter was trained)"
     )
-    group = add_inference(parser)
+    group = add_inference(parser, base_alone=False)
     group.add_argument(
         "--labels",
         type=names,
@@ -60,6 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"--adapter-column: there are {len(folders)} adapters. Name the column that tells each row's."
         )
     runs = {name: adapters.read_run(folder) for name, folder in folders.items()}
+    for run in runs.values():
+        if run.is_language_model:
+            raise CommandError(f"--adapter: {run.folder} is a language model's adapter. Use vblora generate.")
     model = find_model(adapters.find_base(arguments.model, list(runs.values())))
     trained = next(iter(runs.values())).report.get("arguments", {})
     columns = Columns(

@@ -120,6 +120,7 @@ def _read_tasks(arguments: argparse.Namespace) -> "Mapping[str, Task]":
         train = data.sample_rows(train, arguments.max_train, arguments.seed)
         held_out = data.sample_rows(held_out, arguments.max_eval, arguments.seed)
         data.check_labels(held_out, sorted({row.label for row in train}), f"the rows of {path} to evaluate on")
+        data.warn_of_odd_labels(rows, path, "train-bank")
         tasks[name] = Task(model, labels, train, held_out)
     return tasks
 

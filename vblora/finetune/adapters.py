@@ -28,6 +28,15 @@ class AdapterRun:
         return self.report.get("model") or self.config.get("base_model_name_or_path")
 
     @property
+    def is_language_model(self) -> bool | None:
+        """Whether the adapter is for a model that generates; None if the folder does not tell."""
+        about = self.config.get("auto_mapping")
+        model_class = about.get("base_model_class") if isinstance(about, dict) else None
+        if (task := self.report.get("task") or self.config.get("task_type") or model_class) is None:
+            return None
+        return str(task).replace("_", "-").upper().endswith(("CAUSAL-LM", "FORCAUSALLM"))
+
+    @property
     def rank(self) -> int:
         rank = self.config.get("r", 1)
         return rank if isinstance(rank, int) else 1

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..errors import CommandError
 from . import tables
+from .notices import print_warning
 
 
 class Columns(NamedTuple):
@@ -27,6 +28,12 @@ class Columns(NamedTuple):
             "--group-column": self.group,
         }
         return {option: name for option, name in names.items() if name is not None}
+
+    def in_file(self, path: Path, option: str) -> "Columns":
+        """The columns as a file calls them, whose names may differ in upper case."""
+        header = tables.first_row(path, option)
+        names = {part: name and tables.find_column(name, header) for part, name in self._asdict().items()}
+        return Columns(**names)
 
 
 class Row(NamedTuple):
@@ -48,6 +55,7 @@ def read_rows(path: Path, columns: Columns, option: str, keep_labels: list[str] 
     Raises:
         CommandError: the file cannot be read, or a row has no text or no label. The message names the first such line.
     """
+    columns = columns.in_file(path, option)
     rows: list[Row] = []
     labels: Counter[str] = Counter()
     for where, fields in tables.read(path, option, columns.by_option()):
@@ -88,6 +96,31 @@ def labels_of(rows: list[Row], path: Path, column: str) -> list[str]:
     if all(label.isdecimal() and len(label) <= tables.MAX_DIGITS for label in labels):
         return sorted(labels, key=lambda label: (int(label), label))  # "1" and "01" are equal as numbers
     return sorted(labels)
+
+
+def warn_of_odd_labels(rows: list[Row], path: Path, command: str) -> None:
+    """Says which labels look like one class in two spellings, and which have a single row."""
+    counts = Counter(row.label for row in rows)
+    alike: dict[object, list[str]] = {}
+    for label in sorted(counts):
+        alike.setdefault(_meaning(label), []).append(label)
+    for labels in alike.values():
+        if len(labels) > 1:
+            print_warning(
+                f"{path}: the labels {tables.quoted(labels)} look alike, but are different classes. If they are one, write "
+                "them alike.",
+                command,
+            )
+    single = sorted(label for label, count in counts.items() if count == 1)
+    if single:
+        print_warning(f"{path}: only one row has the label {tables.quoted(single)}.", command)
+
+
+def _meaning(label: str) -> object:
+    try:
+        return float(label)
+    except ValueError:
+        return " ".join(label.split()).casefold()
 
 
 def are_scores(rows: list[Row]) -> bool:

@@ -1,7 +1,6 @@
 """What all tasks do with a Trainer: its settings, checkpoints, Ctrl-C, resuming, and the warning of too few steps."""
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -30,23 +29,18 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import vblora
 
-from ..checkpoint.folder import TENSORS_FILE, read
+from ..checkpoint.folder import read
 from ..checkpoint.vblora import VBLoRAContents
 from ..errors import CommandError
-from ..files import write_file
+from ..files import is_failed_file, write_file
 from ..model.learning_rates import WARM_UP
 from . import pictures
 from .bank_use import bank_use
+from .checkpoints import ARGUMENTS_FILE, incomplete
 from .models import computes_in_bfloat16
 from .notices import is_main_process, print_warning, say
 from .task import LanguageTask, Task, as_json, save_results
 
-ARGUMENTS_FILE = "finetune.json"  # in each checkpoint: what it was trained with
-# Arguments that a run which is resumed may have otherwise: they change neither data, model nor learning rates.
-_MAY_CHANGE = frozenset(
-    {"epochs", "patience", "output", "overwrite", "resume", "baseline", "bleu", "run", "command", "max_new_tokens"}
-)
-_FILES = ("data", "eval_data", "bank")
 # On 300 rows the default recipe was 10 points below the frozen encoder after 10 steps, and 8 above it after 60.
 _FEW_STEPS = 60
 _FEW_EPOCHS = 20  # of the paper's rates
@@ -117,51 +111,6 @@ def warn_of_few_steps(arguments: argparse.Namespace, rows: int, steps: int) -> s
     return message
 
 
-def find_checkpoint(arguments: argparse.Namespace) -> str | None:
-    """The checkpoint to resume from: the last one in the output folder; None without --resume.
-
-    Raises:
-        CommandError: there is none, or it was trained with other arguments or files.
-    """
-    digests = arguments.sha256 = {
-        f"--{name.replace('_', '-')}": _sha256(path)
-        for name in _FILES
-        if (path := getattr(arguments, name, None)) is not None
-    }
-    if not arguments.resume:
-        for folder in arguments.output.glob("checkpoint-*"):
-            if not (folder / ARGUMENTS_FILE).is_file():
-                raise CommandError(f"--output: {folder} is another program's checkpoint. Give another folder.")
-        return None
-    found = get_last_checkpoint(str(arguments.output)) if arguments.output.is_dir() else None
-    if found is None:
-        raise CommandError(f"--resume: there is no checkpoint in {arguments.output}. Leave out --resume to begin anew.")
-    try:
-        before = json.loads((Path(found) / ARGUMENTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--resume: {found} is not a checkpoint of vblora finetune: {error}.") from None
-    now = as_json(arguments)
-    for option, digest in digests.items():
-        if before.get("sha256", {}).get(option) not in (None, digest):
-            raise CommandError(
-                f"--resume: {option} {getattr(arguments, option[2:].replace('-', '_'))} has changed since the checkpoint. "
-                "Give the file of the run that is to go on, or leave out --resume."
-            )
-    for name in now.keys() - {"sha256"}:
-        if name not in _MAY_CHANGE and now[name] != before.get(name):
-            option = f"--{name.replace('_', '-')}"
-            raise CommandError(
-                f"--resume: the checkpoint was trained with {option} {before.get(name)}, but it is {now[name]} now. "
-                "Give the arguments of the run that is to go on, or leave out --resume."
-            )
-    return str(found)
-
-
-def _sha256(path: Path) -> str:
-    with open(path / TENSORS_FILE if path.is_dir() else path, "rb") as file:  # --bank may be an adapter's folder
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Trainer, checkpoint: str | None) -> float:
     """Trains, from a checkpoint if there is one, and saves the adapter: the best of all epochs, or after Ctrl-C the last.
 
@@ -193,7 +142,11 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
         interrupted = True
         # ends the progress bar's line
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-    except OSError as error:
+    except Exception as error:
+        if not is_failed_file(error):
+            raise
+        for folder in incomplete(output):
+            shutil.rmtree(folder, ignore_errors=True)
         raise CommandError(f"--output: a checkpoint cannot be written: {error}.", 1) from None
     check_finite(trainer)
     done = trainer.state.global_step

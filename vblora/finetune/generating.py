@@ -16,6 +16,7 @@ from ..errors import CommandError, in_options
 from ..serving import AdapterStore
 from . import models, tables
 from .adapters import AdapterRun
+from .fingerprints import warn_of_another_base
 from .generation import complete
 from .notices import print_warning
 from .outputs import Writer
@@ -72,6 +73,8 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
     )
     if torch.accelerator.is_available() and arguments.load_in is None:
         model.to(torch.accelerator.current_accelerator())
+    for one in job.runs:
+        warn_of_another_base(one.report.get("fingerprint"), model, job.model, one.folder, "generate")
     _attach(arguments, job, model)
     encoder = Encoder(tokenizer, chat=job.template != "none" and tokenizer.chat_template is not None)
     room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
@@ -81,7 +84,7 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
         chunk = [first, *islice(rows, _CHUNK * arguments.batch_size - 1)]
         while chunk:
             for row, text in zip(chunk, _complete(arguments, encoder, model, chunk), strict=True):
-                if arguments.prompt and arguments.output is None:
+                if arguments.prompt and len(arguments.prompt) == 1 and arguments.output is None:
                     print(text, flush=True)
                 else:
                     writer.row(row.fields | {OUTPUT_COLUMN: text})
@@ -109,7 +112,11 @@ def _rows(arguments: argparse.Namespace, job: Job, quiet: bool = False) -> Itera
         yield _Row(f"--prompt {prompt!r:.50}", {"prompt": prompt}, Prompt(prompt), only)
     if arguments.data is None:
         return
-    columns = {} if arguments.adapter_column is None else {"--adapter-column": arguments.adapter_column}
+    columns = {}
+    if (named_by := arguments.adapter_column) is not None:
+        named_by = columns["--adapter-column"] = tables.find_column(
+            named_by, tables.first_row(arguments.data, "--data")
+        )
     empty, told = True, quiet
     for where, fields in tables.read(arguments.data, "--data", columns):
         empty = False
@@ -124,8 +131,8 @@ def _rows(arguments: argparse.Namespace, job: Job, quiet: bool = False) -> Itera
                 "generate",
             )
         adapter = only
-        if arguments.adapter_column is not None:
-            named = fields[arguments.adapter_column]
+        if named_by is not None:
+            named = fields[named_by]
             adapter = str(named) if named not in (None, "") else None
             if adapter is not None and adapter not in job.folders:
                 raise CommandError(

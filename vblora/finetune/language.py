@@ -23,6 +23,7 @@ from ..integrations.transformers import trainer_arguments
 from ..model.parameters import ParameterCount
 from ..model.record import attached_adapter
 from . import fitting, injection, models
+from .fingerprints import fingerprint
 from .generation import complete
 from .notices import is_main_process, print_warning, say
 from .report import Generation, LanguageResults, folder_bytes, lora_bytes, print_generations, print_language_table
@@ -38,8 +39,11 @@ _FEATURES = datasets.Features(
 )
 
 
-def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
+def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | None) -> int:
     """Trains and evaluates as the arguments of ``vblora finetune`` say. Returns the exit code.
+
+    Args:
+        checkpoint: to go on from.
 
     Raises:
         CommandError: the model or the adapter cannot be made, training diverges or is interrupted, or the saved adapter
@@ -48,7 +52,6 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
     models.quiet()
     datasets.disable_progress_bars()
     set_seed(arguments.seed)
-    checkpoint = fitting.find_checkpoint(arguments)
     tokenizer = models.load_tokenizer(task.model)
     encoder = _encoder(arguments, tokenizer, task)
     bfloat16 = models.computes_in_bfloat16(arguments.precision)
@@ -63,6 +66,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask) -> int:
     room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
     if arguments.packing:
         _refuse_if_packed_rows_mix(model)
+    task.fingerprint = fingerprint(model)
     injection.inject(arguments, model)
     _refuse_head(model)
     with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:
@@ -360,13 +364,12 @@ def _results(
 ) -> LanguageResults:
     adapter = attached_adapter(trainer.model).adapter
     layers = [(target.in_features, target.out_features) for target in adapter.targets]
-    seen = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
     return LanguageResults(
         train_rows=len(train.texts) - train.left_out,
         held_out_rows=len(held_out.texts) - held_out.left_out,
         cut_rows=train.cut + held_out.cut,
         left_out_rows=train.left_out + held_out.left_out,
-        tokens=int(max(seen, default=0)),
+        tokens=_tokens_seen(trainer.state.log_history),
         seconds_per_step=seconds,
         steps=trainer.state.global_step,
         best_epoch=_best_epoch(trainer),
@@ -375,6 +378,13 @@ def _results(
         file_bytes=folder_bytes(arguments.output),
         lora_bytes=lora_bytes(layers, 0),
     )
+
+
+def _tokens_seen(log: list[dict[str, float]]) -> int:
+    """How many tokens were trained on, by the Trainer's log. Its count begins anew where training was resumed."""
+    counts = [int(entry["num_tokens"]) for entry in log if "num_tokens" in entry]
+    ends = [one for one, following in zip(counts, [*counts[1:], 0], strict=True) if following < one]
+    return sum(ends)
 
 
 def _best_epoch(trainer: _Trainer) -> float | None:

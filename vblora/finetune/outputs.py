@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import TracebackType
 from typing import IO
 
 from ..errors import CommandError
-from ..files import atomic_replacement
+from ..files import atomic_replacement, refuse_unwritable
 from .tables import Fields, format_of
 
 
@@ -29,8 +28,11 @@ def check_output_file(path: Path | None, overwrite: bool) -> None:
         raise CommandError(f"--output: {path} would be compressed, which is not supported. Leave out {path.suffix}.")
     if path.exists() and not (overwrite and path.is_file()):
         raise CommandError(f"--output: {path} is there already. Give another name, or --overwrite.")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise CommandError(f"--output: the folder {path.absolute().parent} cannot be written to.")
+    folder = path.absolute().parent
+    try:
+        refuse_unwritable(folder)
+    except OSError as error:
+        raise CommandError(f"--output: the folder {folder} cannot be written to: {error.strerror}.") from None
 
 
 class Writer:

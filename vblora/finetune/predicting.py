@@ -15,6 +15,7 @@ from ..errors import CommandError, in_options
 from . import models, tables
 from .adapters import AdapterRun
 from .data import Columns, Row
+from .fingerprints import warn_of_another_base
 from .heads import Head, find_head
 from .outputs import Writer
 from .training import MAX_LENGTH, load_model, tokenize
@@ -75,14 +76,16 @@ class _Predictor:
         self.head = head
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(job.model)
         self.model: PreTrainedModel = load_model(job.model, head, self.tokenizer)
+        run = job.runs[name]
+        warn_of_another_base(run.report.get("fingerprint"), self.model, job.model, run.folder, "predict")
         try:
-            vblora.load(self.model, job.runs[name].folder, bank=arguments.bank)
+            vblora.load(self.model, run.folder, bank=arguments.bank)
         except (OSError, ValueError, TypeError) as error:
             raise CommandError(f"--adapter: {in_options(error, 'bank')}") from None
         if torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
         self.model.eval()
-        trained = job.runs[name].report.get("arguments", {}).get("max_length")
+        trained = run.report.get("arguments", {}).get("max_length")
         self.length = models.max_length(arguments.max_length or trained, MAX_LENGTH, self.tokenizer, self.model)
 
     def __call__(self, rows: list[Row]) -> list[dict[str, object]]:
@@ -105,16 +108,16 @@ class _Predictor:
 
 def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[tuple[tables.Fields, Row, str]]:
     """The fields, the text and the adapter's name of each row."""
-    columns = job.columns
+    columns = job.columns.in_file(arguments.data, "--data")
     needed = {option: name for option, name in columns.by_option().items() if option != "--label-column"}
-    if arguments.adapter_column is not None:
-        needed["--adapter-column"] = arguments.adapter_column
+    if (named_by := arguments.adapter_column) is not None:
+        named_by = needed["--adapter-column"] = tables.find_column(named_by, tables.first_row(arguments.data, "--data"))
     only = next(iter(job.runs))
     for where, fields in tables.read(arguments.data, "--data", needed):
         for name in PREDICTED:
             if name in fields:
                 raise CommandError(f"{where}: there is a column {name!r} already. Rename it.")
-        adapter = only if arguments.adapter_column is None else str(fields[arguments.adapter_column])
+        adapter = only if named_by is None else str(fields[named_by])
         if adapter not in job.runs:
             raise CommandError(
                 f"{where}: there is no adapter {adapter!r}; --adapter gives {tables.quoted(sorted(job.runs))}."

@@ -136,7 +136,12 @@ def print_language_table(results: LanguageResults, console: Console) -> None:
         table.add_row(name, "", value)
         if name.startswith("LoRA"):
             table.add_section()
-    if results.best_epoch is not None:
+    if results.best_epoch is not None and results.loss_after >= results.loss_before:
+        table.caption = (
+            f"No epoch lowered the held-out loss. The adapter is that of epoch {results.best_epoch:.4g}, the best of them, and "
+            "worse than the model without it."
+        )
+    elif results.best_epoch is not None:
         table.caption = f"The adapter is that of epoch {results.best_epoch:.4g}, whose held-out loss was the lowest."
     console.print(table)
 

@@ -58,6 +58,16 @@ def first_row(path: Path, option: str) -> Fields:
     raise CommandError(f"{option}: {path} has no rows.")
 
 
+def find_column(name: str, header: Iterable[str]) -> str:
+    """The column ``name``, or else the only one whose name is the same but for upper case and spaces around it.
+
+    If there is none, ``name``: :func:`read` refuses it.
+    """
+    names = list(header)
+    near = [other for other in names if other.strip().casefold() == name.strip().casefold()]
+    return near[0] if name not in names and len(near) == 1 else name
+
+
 def format_of(path: Path, option: str) -> str:
     """ ".csv", ".tsv" or ".jsonl"."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -84,6 +94,8 @@ def value(fields: Fields, column: str, where: str) -> str:
 
 
 def check_characters(text: str, where: str) -> None:
+    if "\0" in text:
+        raise CommandError(f"{where} contains a NUL character, as damaged files do. Remove it.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

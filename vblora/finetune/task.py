@@ -4,7 +4,7 @@ import argparse
 import json
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CommandError
@@ -25,6 +25,7 @@ class Task:
     labels: list[str] | None
     train: list[data.Row]
     held_out: list[data.Row]
+    fingerprint: dict[str, str] = field(default_factory=dict)  # of the model's weights, once it is loaded
 
     @property
     def scale(self) -> dict[str, float] | None:
@@ -54,6 +55,7 @@ class LanguageTask:
     template: str | None
     train: texts.Texts
     held_out: texts.Texts
+    fingerprint: dict[str, str] = field(default_factory=dict)  # of the model's weights, once it is loaded
 
     @property
     def columns(self) -> texts.Columns:
@@ -132,6 +134,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
         path, columns, keep = demo.find_data(), demo.COLUMNS, keep or demo.LABELS
     given = {name: getattr(arguments, f"{name}_column") for name in columns._fields}
     columns = columns._replace(**{name: column for name, column in given.items() if column is not None})
+    columns = columns.in_file(path, "--data")
     _check_columns(columns)
     _refuse_two_splits(arguments)
 
@@ -140,12 +143,13 @@ def read_task(arguments: argparse.Namespace) -> Task:
         arguments.task = "regression" if data.are_scores(rows) else "classification"
     regression = arguments.task == "regression"
     labels = None if regression else data.labels_of(rows, path, columns.label)
+    common = None
     if arguments.eval_data is None:
         train, held_out = data.split_rows(rows, arguments.eval_fraction or 0.2, arguments.seed)
     else:
         train = data.sample_rows(rows, len(rows), arguments.seed)
         held_out = data.read_rows(arguments.eval_data, columns._replace(group=None), "--eval-data", keep)
-        _warn_of_common_rows(train, held_out)
+        common = _common_rows(train, held_out)
     train = data.sample_rows(train, arguments.max_train, arguments.seed)
     held_out = data.sample_rows(held_out, arguments.max_eval, arguments.seed)
     if regression:
@@ -153,6 +157,9 @@ def read_task(arguments: argparse.Namespace) -> Task:
         data.check_scores(held_out, "the rows to evaluate on")
     else:
         data.check_labels(held_out, sorted({row.label for row in train}), "the rows to evaluate on")
+        data.warn_of_odd_labels(rows, path, "finetune")
+    if common:
+        print_warning(common)
     return Task(model, labels, train, held_out)
 
 
@@ -165,13 +172,13 @@ def _check_columns(columns: data.Columns) -> None:
             raise CommandError(f"--{option}-column: is {column!r}, as is --{other}-column. Give two different columns.")
 
 
-def _warn_of_common_rows(train: list[data.Row], held_out: list[data.Row]) -> None:
+def _common_rows(train: list[data.Row], held_out: list[data.Row]) -> str | None:
+    """A warning if rows are in both."""
     seen = {(row.text, row.pair) for row in train}
     common = sum((row.text, row.pair) in seen for row in held_out)
-    if common:
-        print_warning(
-            f"--eval-data: {common:,} of its {len(held_out):,} rows are also in --data, so the score is not that of unseen rows."
-        )
+    if not common:
+        return None
+    return f"--eval-data: {common:,} of its {len(held_out):,} rows are also in --data, so the score is not that of unseen rows."
 
 
 def find_model(name: str) -> str:
@@ -229,7 +236,14 @@ def save_results(arguments: argparse.Namespace, task: Task | LanguageTask, **res
             "rows": task.columns.kind,
             "chat_template": "none" if plain else task.template or arguments.chat_template,
         }
-    report = {"task": arguments.task, "model": task.model, **about, "arguments": as_json(arguments), **results}
+    report = {
+        "task": arguments.task,
+        "model": task.model,
+        "fingerprint": task.fingerprint,
+        **about,
+        "arguments": as_json(arguments),
+        **results,
+    }
     write_file(arguments.output / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
 
 

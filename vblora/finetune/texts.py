@@ -85,11 +85,12 @@ def find_columns(path: Path, option: str, given: dict[str, str | None]) -> Colum
         CommandError: the file has no such columns, or the options contradict each other.
     """
     header = tables.first_row(path, option)
+    given = {part: name and tables.find_column(name, header) for part, name in given.items()}
     named = {part for part, name in given.items() if name is not None}
     for kind, parts in _KINDS.items():
         if named and not named <= set(parts):
             continue
-        names = {part: given[part] or part for part in parts}
+        names = {part: given[part] or tables.find_column(part, header) for part in parts}
         if named or all(name in header for name in names.values()):
             return Columns(kind, names)
     if named:
@@ -123,6 +124,7 @@ def read_examples(path: Path, columns: Columns, option: str) -> Iterator[Example
                 )
             yield Example(messages[:first], messages[first:], _tools(fields, where))
         elif isinstance(fields[names["prompt"]], list) or isinstance(fields[names["completion"]], list):
+            _refuse_one_text(fields, names, where)
             prompt, completion = (_messages(fields, names[part], where) for part in ("prompt", "completion"))
             if all(message["role"] != "assistant" for message in completion):
                 raise CommandError(
@@ -158,13 +160,16 @@ def read_prompt(fields: tables.Fields, column: str | None, where: str) -> Prompt
     Raises:
         CommandError: the row has no such column, or it is not a prompt.
     """
-    name = column or next((name for name in ("prompt", "messages", "text") if name in fields), None)
+    name = column or next(
+        (name for name in ("prompt", "messages", "text") if tables.find_column(name, fields) in fields), None
+    )
+    name = name and tables.find_column(name, fields)
     if name is None or name not in fields:
         wanted = "`prompt`, `messages` or `text`" if name is None else repr(name)
         raise CommandError(
             f"{where}: there is no column {wanted}, only {tables.quoted(fields)}. Name the prompt's by --prompt-column."
         )
-    if name != "messages" and not isinstance(fields[name], list):
+    if name.lower() != "messages" and not isinstance(fields[name], list):
         return Prompt(tables.value(fields, name, where))
     messages = _messages(fields, name, where)
     shortened = messages[-1]["role"] == "assistant"
@@ -251,6 +256,17 @@ def _messages(fields: tables.Fields, column: str, where: str) -> list[Message]:
             raise CommandError(f"{where}: the content of a message is {json.dumps(content):.100}; it must be text.")
         tables.check_characters(json.dumps(message, ensure_ascii=False), f"{where}: column {column!r}")
     return found
+
+
+def _refuse_one_text(fields: tables.Fields, names: dict[str, str], where: str) -> None:
+    """Refuses a prompt of messages with a completion that is a text, or the other way round."""
+    for part, other in (("prompt", "completion"), ("completion", "prompt")):
+        found = fields[names[part]]
+        if isinstance(found, str) and not found.lstrip().startswith("["):  # not JSON of messages either
+            raise CommandError(
+                f"{where}: column {names[part]!r} is a text, but column {names[other]!r} is a list of messages. Both must be "
+                "lists of messages, or both texts."
+            )
 
 
 def _tools(fields: tables.Fields, where: str) -> list[Any] | None:

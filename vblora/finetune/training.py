@@ -29,6 +29,7 @@ from ..model.record import attached_adapter
 from . import fitting, injection, models
 from .baseline import Example, frozen_score
 from .data import Row
+from .fingerprints import fingerprint
 from .heads import Head, find_head
 from .notices import is_main_process
 from .report import Results, folder_bytes, lora_bytes, print_table
@@ -37,8 +38,11 @@ from .task import Task, most_frequent, save_results
 MAX_LENGTH = 128
 
 
-def run(arguments: argparse.Namespace, task: Task) -> int:
+def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> int:
     """Trains and evaluates as the arguments of ``vblora finetune`` say. Returns the exit code.
+
+    Args:
+        checkpoint: to go on from.
 
     Raises:
         CommandError: the model or the adapter cannot be made, training diverges or is interrupted, or the saved adapter
@@ -46,11 +50,11 @@ def run(arguments: argparse.Namespace, task: Task) -> int:
     """
     models.quiet()
     set_seed(arguments.seed)
-    checkpoint = fitting.find_checkpoint(arguments)
     tokenizer = models.load_tokenizer(task.model)
     head = find_head(task.labels, task.scale)
     model = load_model(task.model, head, tokenizer)
     max_length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, model)
+    task.fingerprint = fingerprint(model)
     injection.inject(arguments, model, modules_to_save=head_modules(model))
     train, held_out = (examples(rows, head, tokenizer, model, max_length) for rows in (task.train, task.held_out))
     held_out.sort(key=lambda row: len(row["input_ids"]))  # less padding

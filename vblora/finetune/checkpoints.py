@@ -1,0 +1,73 @@
+"""The checkpoints of ``vblora finetune``: which one to resume from, and whether it is of the same run."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..checkpoint.folder import TENSORS_FILE
+from ..errors import CommandError
+from .task import as_json
+
+ARGUMENTS_FILE = "finetune.json"  # in each checkpoint: what it was trained with
+# Arguments that a run which is resumed may have otherwise: they change neither data, model nor learning rates.
+_MAY_CHANGE = frozenset(
+    {"epochs", "patience", "output", "overwrite", "resume", "baseline", "bleu", "run", "command", "max_new_tokens"}
+)
+_FILES = ("data", "eval_data", "bank")
+
+
+def find_checkpoint(arguments: argparse.Namespace) -> str | None:
+    """The checkpoint to resume from: the last one in the output folder; None without --resume.
+
+    Raises:
+        CommandError: there is none, or it was trained with other arguments or files.
+    """
+    digests = arguments.sha256 = {
+        f"--{name.replace('_', '-')}": _sha256(path)
+        for name in _FILES
+        if (path := getattr(arguments, name, None)) is not None and path.exists()
+    }
+    if not arguments.resume:
+        for folder in incomplete(arguments.output):
+            raise CommandError(
+                f"--output: {folder} is another program's checkpoint, or an incomplete one. Remove it, or give another folder."
+            )
+        return None
+    complete = [file.parent for file in arguments.output.glob(f"checkpoint-*/{ARGUMENTS_FILE}")]
+    complete = [folder for folder in complete if folder.name.rpartition("-")[2].isdecimal()]
+    found = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    if found is None:
+        raise CommandError(f"--resume: there is no checkpoint in {arguments.output}. Leave out --resume to begin anew.")
+    try:
+        before = json.loads((found / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--resume: {found} is not a checkpoint of vblora finetune: {error}.") from None
+    now = as_json(arguments)
+    for option, digest in digests.items():
+        if before.get("sha256", {}).get(option) not in (None, digest):
+            raise CommandError(
+                f"--resume: {option} {getattr(arguments, option[2:].replace('-', '_'))} has changed since the checkpoint. "
+                "Give the file of the run that is to go on, or leave out --resume."
+            )
+    for name in now.keys() - {"sha256"}:
+        if name == "task" and now[name] is None:
+            continue  # the labels tell, and they are those of the same data
+        if name not in _MAY_CHANGE and now[name] != before.get(name):
+            option = f"--{name.replace('_', '-')}"
+            raise CommandError(
+                f"--resume: the checkpoint was trained with {option} {before.get(name)}, but it is {now[name]} now. "
+                "Give the arguments of the run that is to go on, or leave out --resume."
+            )
+    return str(found)
+
+
+def incomplete(output: Path) -> Iterator[Path]:
+    """Checkpoints without the file that is written last."""
+    return (folder for folder in output.glob("checkpoint-*") if not (folder / ARGUMENTS_FILE).is_file())
+
+
+def _sha256(path: Path) -> str:
+    with open(path / TENSORS_FILE if path.is_dir() else path, "rb") as file:  # --bank may be an adapter's folder
+        return hashlib.file_digest(file, "sha256").hexdigest()
