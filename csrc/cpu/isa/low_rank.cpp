@@ -6,8 +6,6 @@
 #include "../../numeric.h"
 #include "../kernels.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // functions with vectors are inlined
-
 namespace vblora::cpu {
 namespace {
 
