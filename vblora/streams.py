@@ -6,7 +6,7 @@ from torch import Tensor
 
 def capturing(device: torch.device | None = None) -> bool:
     """Whether a CUDA graph is being captured on ``device``, by default the current one."""
-    if not torch.cuda.is_initialized() or (device is not None and device.type != "cuda"):
+    if (device is not None and device.type != "cuda") or not torch.cuda.is_initialized():  # on the CPU layers ask often
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
