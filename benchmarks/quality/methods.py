@@ -84,7 +84,7 @@ RECIPES = {
     "VB-LoRA, M=32": _vb(_ALL, num_candidates=32),
 }
 
-# Of SmolLM2-135M, whose widths 192 divides: a tenth of what LoRA r=8 stores, or less. The rates of VeRA and Tied-LoRA were not tuned.
+# Of SmolLM2-135M, whose widths 192 divides: a tenth of what LoRA r=8 stores, or less. VeRA and Tied-LoRA were not tuned.
 _LANGUAGE_BANK = {"r": 4, "num_vectors": 1024, "vector_length": 192}
 
 
