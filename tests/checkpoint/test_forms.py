@@ -319,7 +319,7 @@ def test_growing_survives_a_file(tmp_path):
 
 def test_another_number_of_candidates_is_refused(tmp_path):
     vblora.save(trained(num_candidates=8), tmp_path)
-    with pytest.raises(ValueError, match="other `logits`"):
+    with pytest.raises(ValueError, match="it has 8 logits per row, but the adapter in `model` has 9"):
         vblora.load(trained(num_candidates=9), tmp_path)
 
 
