@@ -365,6 +365,9 @@ def test_a_second_adapter_shares_the_bank_of_the_first(finetune, base, pairs, tm
     other.save_pretrained(tmp_path / "other")
     assert main(["generate", *map(str, prompt), "--bank", str(first), "--model", str(tmp_path / "other")]) == 0
     assert "layers.1.mlp.down_proj differs" in capsys.readouterr().err
+    (tmp_path / "out" / "finetune.json").unlink()
+    assert main(["generate", *map(str, prompt), "--bank", str(first), "--model", str(tmp_path / "other")]) == 0
+    assert f"was trained with {base}. If {tmp_path / 'other'} is another model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

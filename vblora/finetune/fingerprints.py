@@ -1,12 +1,14 @@
 """A few hashes of a base model's weights, by which an adapter notices another base model of the same shape."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..layers.weights import is_quantised
 from ..model.targets import base_modules
+from .adapters import AdapterRun
 from .notices import print_warning
 
 _LAYERS = 8
@@ -31,20 +33,26 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     return {name: _hash(weights[name]) for name in names[::step]}
 
 
-def warn_of_another_base(trained: object, model: nn.Module, given: str, folder: object, command: str) -> None:
-    """Says so if the model's weights are not those that an adapter was trained with.
+def warn_of_another_base(run: AdapterRun, model: nn.Module, given: str, command: str) -> None:
+    """Says so if the model's weights are not those that an adapter was trained with, or if not known, its name is another.
 
     Args:
-        trained: the fingerprint in the adapter's folder, if there is one.
         given: what the user calls the model.
     """
-    if not isinstance(trained, dict):
+    trained, name = run.report.get("fingerprint"), run.base_model
+    if not isinstance(trained, dict) or not trained:
+        if isinstance(name, str) and Path(name).name != Path(given).name:
+            print_warning(
+                f"--model: the adapter in {run.folder} was trained with {name}. If {given} is another model, what it gives may "
+                "be nonsense.",
+                command,
+            )
         return
     now = fingerprint(model)
     differing = [name for name, value in trained.items() if now.get(name, value) != value]
     if differing:
         print_warning(
-            f"--model: the weights of {given} are not those that the adapter in {folder} was trained with (among others "
+            f"--model: the weights of {given} are not those that the adapter in {run.folder} was trained with (among others "
             f"{differing[0]} differs), so what it gives may be nonsense.",
             command,
         )

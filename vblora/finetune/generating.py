@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
     if torch.accelerator.is_available() and arguments.load_in is None:
         model.to(torch.accelerator.current_accelerator())
     for one in job.runs:
-        warn_of_another_base(one.report.get("fingerprint"), model, job.model, one.folder, "generate")
+        warn_of_another_base(one, model, job.model, "generate")
     _attach(arguments, job, model)
     encoder = Encoder(tokenizer, chat=job.template != "none" and tokenizer.chat_template is not None)
     room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)

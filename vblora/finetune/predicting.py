@@ -77,7 +77,7 @@ class _Predictor:
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(job.model)
         self.model: PreTrainedModel = load_model(job.model, head, self.tokenizer)
         run = job.runs[name]
-        warn_of_another_base(run.report.get("fingerprint"), self.model, job.model, run.folder, "predict")
+        warn_of_another_base(run, self.model, job.model, "predict")
         try:
             vblora.load(self.model, run.folder, bank=arguments.bank)
         except (OSError, ValueError, TypeError) as error:
