@@ -149,7 +149,7 @@ def test_reads_the_papers_repository(tmp_path, capsys):
 
     (src / "config.json").unlink()
     file = src / "model.safetensors"
-    assert "Give it as --topk" in fails(capsys, "convert", file, tmp_path / "x", "--form", "peft")
+    assert "Give that as --topk" in fails(capsys, "convert", file, tmp_path / "x", "--form", "peft")
     assert run("convert", file, tmp_path / "peft", "--form", "peft", "--topk", "2") == 0
     assert torch.equal(outputs(vblora.load(copy.deepcopy(base), tmp_path / "peft")), outputs(model))
     file.rename(src / "pytorch_model.bin")

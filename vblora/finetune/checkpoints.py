@@ -27,7 +27,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     digests = arguments.sha256 = {
         f"--{name.replace('_', '-')}": _sha256(path)
         for name in _FILES
-        if (path := getattr(arguments, name, None)) is not None and path.exists()
+        if (path := getattr(arguments, name, None)) is not None and (path.is_file() or name == "bank")
     }
     if not arguments.resume:
         for folder in incomplete(arguments.output):
