@@ -71,6 +71,7 @@ def test_rows_with_adapters_of_their_own(base, tmp_path):
             if name is None:
                 assert torch.equal(mixed[row], expected)
             else:
-                assert relative_error(mixed[row], expected) < 1e-6
+                seen = mask[row] == 1  # what padding computes is noise
+                assert relative_error(mixed[row, seen], expected[seen]) < 1e-6
                 assert relative_error(base(**batch).logits[row], expected) > 1e-3
             assert torch.equal(tokens[row], alone.generate(**batch, **choice)[row])

@@ -324,7 +324,7 @@ def test_parameter_groups():
 
     assert rates(recipe="paper") == {"bank": 1e-3, "logits": 1e-2, "other": 2e-3}
     assert rates(recipe="paper", lr_logits=0.0, lr_other=3.0) == {"bank": 1e-3, "logits": 0.0, "other": 3.0}
-    with pytest.raises(ValueError, match="`recipe` is 'best'; allowed are 'default', 'paper'"):
+    with pytest.raises(ValueError, match="`recipe` is 'best'; allowed are 'auto', 'default', 'language', 'paper'"):
         rates(recipe="best")
     model.vblora.default.bank.requires_grad_(False)
     assert [group["name"] for group in vblora.parameter_groups(model)] == ["logits", "other"]
