@@ -20,8 +20,8 @@ BENCH ?=
 GPU_CHECK ?=
 QUALITY ?= --quick
 PYTEST ?=
-# One process per core. OMP_WAIT_POLICY keeps their idle threads from spinning.
-PARALLEL ?= -n auto --maxprocesses 4
+# One process per core; each test file runs in one process. OMP_WAIT_POLICY keeps their idle threads from spinning.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 # Empty to skip it: under Python 3.11, Python code takes 35 to 45 % more CPU time. From 3.14 on, coverage uses sys.monitoring.
 COVERAGE ?= 1
