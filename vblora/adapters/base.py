@@ -278,7 +278,7 @@ class Adapter(nn.Module, ABC):
         return self.slots if span is None else self.slots[span.start : span.stop]
 
     def invalidate(self) -> None:
-        """Drops all factors that are kept."""
+        """Drops the factors that this forward or call of ``generate`` keeps."""
         if (kept := _kept.get()) is not None:
             kept.pop(self, None)
         self.end_forward()
@@ -303,15 +303,14 @@ class Adapter(nn.Module, ABC):
         kept = None if self._needs_composition() else _kept.get()
         if kept is None:
             return self._compose(dtype, span)
-        found_in = kept.get(self)
-        if found_in is None or not found_in.is_current(dtype, self._sources()):
-            sources = self._sources()
+        own, sources = kept.get(self), self._sources()
+        if own is None or not own.is_current(dtype, sources):
             if not all(is_plain(source) for source in sources):
                 return self._compose(dtype, span)
             # Not in inference mode, whose tensors cannot be used later where gradients are recorded.
             with torch.inference_mode(False), torch.no_grad():
-                found_in = kept[self] = _KeptFactors(dtype, sources, self.compose(dtype))
-        found = found_in.factors()
+                own = kept[self] = _KeptFactors(dtype, sources, self.compose(dtype))
+        found = own.factors()
         return found if span is None else found[span.start : span.stop]
 
     def _sources(self) -> list[Tensor]:
