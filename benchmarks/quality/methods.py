@@ -85,7 +85,7 @@ RECIPES = {
 }
 
 # Of SmolLM2-135M, whose widths 192 divides: a tenth of what LoRA r=8 stores, or less. VeRA and Tied-LoRA were not tuned.
-_LANGUAGE_BANK = {"r": 4, "num_vectors": 1024, "vector_length": 192}
+_LANGUAGE_BANK = {"r": 8, "num_vectors": 1070, "vector_length": 192, "init_vector_bank_bound": 0.05}
 
 
 def _language_vb(recipe: str) -> Recipe:

@@ -41,7 +41,7 @@ def test_an_optimizer_of_its_own_rates_is_warned_of_once(made):
     (message,) = messages_of_steps(model, torch.optim.AdamW(trainable(model), lr=5e-5))
     assert "AdamW trains" in message and "the logits at 5e-05" in message and "the bank at 5e-05" in message
     assert (
-        "the logits at 0.15 to 0.5" in message
+        "the logits at 0.4 to 0.5" in message
         and "the bank at 0.003 to" in message
         and "parameter_groups(model)" in message
     )
