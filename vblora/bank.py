@@ -123,9 +123,9 @@ class VectorBank(nn.Module):
         path = Path(path)
         folder = path if path.is_dir() else path.parent if path.name == _ADAPTER_FILE else None
         if path.is_dir() and not (path / _ADAPTER_FILE).is_file():
-            raise FileNotFoundError(
-                f"{path} is a folder without {_ADAPTER_FILE}. Give a bank's file, or the folder of an adapter."
-            )
+            inner = path / "bank.safetensors"  # as `vblora train-bank` writes it
+            advice = f"{inner}" if inner.is_file() else "a bank's file, or the folder of an adapter"
+            raise FileNotFoundError(f"{path} is a folder without {_ADAPTER_FILE}. Give {advice}.")
         tensors, _ = read_tensors(path if folder is None else folder / _ADAPTER_FILE)
         if folder is not None:
             tensors = _bank_of_adapter(folder, tensors)

@@ -357,7 +357,7 @@ def test_rows_follow_their_layers_by_name():
     seeded = VBLoRAContents(config, targets, torch.ones(5, 2), draw_rows([2, 1, 1, 3], 5, None, seed=1, std=0.1))
     assert seeded.in_order(targets[::-1]).rows.seed is None  # row 0 is not the seed's row 0 any more
     assert isinstance(seeded.in_order(targets).rows, Trained) and seeded.in_order(targets).rows.seed == 1
-    with pytest.raises(ValueError, match="the model adapts `c`"):
+    with pytest.raises(ValueError, match="`c` is a target in the model, but not in the file"):
         contents.in_order((*targets, Target("c", 2, 2)))
     with pytest.raises(ValueError, match="`b` is 2 -> 6 there, 2 -> 8 here"):
         contents.in_order((targets[0], Target("b", 2, 8)))

@@ -203,7 +203,7 @@ DAMAGES = {
     "fewer layers": (
         lambda d: change_description(d, target_modules=["key"]),
         ValueError,
-        "the model adapts .*key., it does not",
+        "key. is a target in the model, but not in the file",
     ),
     "other sizes": (lambda d: change_description(d, vector_length=4), ValueError, "is \\("),
     "no layers": (lambda d: change_description(d, targets=[]), ValueError, "no layer"),

@@ -393,7 +393,7 @@ DENSE = {
     "half a layer": (lambda d: change(d, lambda t: t.pop(A)), f"lacks tensor `{A}`"),
     "a layer missing": (
         lambda d: change(d, lambda t: [t.pop(name) for name in list(t) if "layer.0.attention.self.query" in name]),
-        "the model adapts `bert.encoder.layer.0.attention.self.query`, it does not",
+        "`bert.encoder.layer.0.attention.self.query` is a target in the model, but not in the file",
     ),
     "other layers": (config(target_modules=["key"]), "for other layers than the model's"),
     "unknown tensor": (lambda d: change(d, lambda t: t.update(x=torch.ones(1))), "unknown tensor `x`"),

@@ -61,7 +61,14 @@ def test_trains_measures_saves_and_reloads(finetune, tiny_model, table, tmp_path
     out = tmp_path / "out"
     assert finetune("--data", table, "--epochs", "6", "--group-column", "film", "--precision", "float32") == 0
     printed = capsys.readouterr().out
-    results = load_results(out)["results"]
+    report = load_results(out)
+    results = report["results"]
+    accuracies = {entry["epoch"]: entry["eval_accuracy"] for entry in report["log"] if "eval_accuracy" in entry}
+    assert results["best_epoch"] == max(accuracies, key=accuracies.get)  # the first of equal ones
+    assert results["adapted"] == pytest.approx(accuracies[results["best_epoch"]])
+    assert f"The adapter is that of epoch {results['best_epoch']:g}, whose held-out accuracy" in " ".join(
+        printed.split()
+    )
 
     rows = results["train_rows"] + results["held_out_rows"]
     assert 100 <= rows <= 120  # a text that is on both sides is not held out
@@ -286,8 +293,11 @@ def refuse(finetune, capsys, tmp_path, *arguments, **options) -> str:
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 BAD_FILES = {
-    "no such column": ("rows.csv", "text,lable\na,b\n", r"--label-column: column 'label' .*did you mean 'lable'\?"),
-    "column twice": ("rows.csv", "text,text,label\na,b,c\n", r"--text-column: column 'text' is .* once in .*rows.csv\.$"),
+    "no such column": ("rows.csv", "text,lable\na,b\n", r"--label-column: .* no column 'label'; did you mean 'lable'\?"),
+    "column twice": ("rows.csv", "text,text,label\na,b,c\n", r"--text-column: .*rows.csv has several columns 'text'\.$"),
+    "semicolons": ("rows.csv", "text;label\na;x\n", "--text-column: .*are separated by semicolons.* Save it with commas"),
+    "a language model's": ("rows.jsonl", '{"messages": []}\n', "--task: .*'messages'. Give --task causal-lm"),
+    "a JSON file": ("rows.json", "[]", "rows.json is unknown; .* Write each object of the .json file on a line of its own"),
     "empty file": ("rows.csv", "", "has no rows"),
     "header only": ("rows.csv", "text,label\n", "--data: .*rows.csv has no rows"),
     "one label": ("rows.csv", "text,label\na b,x\nc,x\n", "--label-column: .*the label 'x', .*at least two labels"),
@@ -297,7 +307,7 @@ BAD_FILES = {
     "too few fields": ("rows.csv", "text,label\na,x\nb\n", "--data: .*line 3: 1 fields, but the header has 2"),
     "too many fields": ("rows.csv", "text,label\na, b,x\n", "--data: .*line 2: 3 fields, but the header has 2"),
     "open quote": ("rows.csv", 'text,label\n"a,x\n', "--data: .*rows.csv, line 2: unexpected end of data"),
-    "unreadable line": ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', "--data: .*line 2 is not valid JSON"),
+    "unreadable line": ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', "line 2 is not valid JSON: .*, at column 13"),
     "no object": ("rows.jsonl", '["a", 1]\n', "--data: .*line 1 is not a JSON object"),
     "no text": ("rows.jsonl", '{"text": null, "label": 1}\n', "--data: .*line 1: column 'text' is null"),
     "column missing later": ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "--label-column: .*line 2"),
@@ -330,6 +340,8 @@ def test_a_file_of_another_encoding_is_refused(finetune, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--epoch", "2"], "unrecognized arguments: --epoch 2; did you mean --epochs. .see vblora finetune --help"),
+        (["--bf16", "--precision", "float32"], "--precision: not allowed with argument --bf16"),
         (["--epochs", "0"], "argument --epochs: is '0', but must be a whole number, at least 1"),
         (["--r", "four"], "argument --r/--rank: is 'four'"),
         (["--lr-bank", "nan"], "argument --lr-bank: is 'nan', but must be above 0 and at most 100"),
@@ -345,12 +357,12 @@ def test_a_file_of_another_encoding_is_refused(finetune, tmp_path, capsys):
         (["--keep-labels", "fresh,"], "argument --keep-labels: is 'fresh,'"),
         (
             ["--group-column", "studio"],
-            "--group-column: column 'studio' is not there .*'text', 'label', 'film', 'title'",
+            "--group-column: .* has no column 'studio'; its columns are 'text', 'label', 'film', 'title'",
         ),
         (["--eval-fraction", "0.2", "--eval-data", "rows.csv"], "--eval-fraction .*Give one of them"),
         (["--pair-column", "label"], "--label-column: is 'label', as is --pair-column. Give two different columns"),
         (["--text-column", "title", "--pair-column", "title"], "--pair-column: is 'title', as is --text-column"),
-        (["--eval-data", "nowhere.csv"], "--eval-data: nowhere.csv is not there"),
+        (["--eval-data", "nowhere.csv"], "--eval-data: there is no file nowhere.csv"),
         (["--eval-fraction", "0.001", "--group-column", "label"], "--eval-fraction|no training row has"),
     ],
 )
@@ -375,9 +387,25 @@ def test_a_bad_model_is_refused(finetune, tiny_model, table, tmp_path, capsys):
         tmp_path / "empty": "--model: the folder .* has no config.json",
         table: "--model: .* is a file",
         config_only: "--model: no (tokenizer|sequence classifier) can be loaded",
-        "no-such-model-anywhere": "--model: no tokenizer can be loaded from 'no-such-model-anywhere'",
+        "no-such-model-anywhere": "--model: no tokenizer .*'no-such-model-anywhere', which is no folder here",
+        "nowhere.gguf": "--model: there is no file nowhere.gguf",
     }.items():
         assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table, model=model)), model
+
+
+def test_rows_that_are_cut_are_counted(finetune, tiny_model, table, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    options = ("--max-length", "8", "--eval-data", table, "--max-train", "4", "--no-baseline")
+    assert finetune("--data", table, *options) == 0
+    rows = len(make_rows(120))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    longer = sum(len(tokenizer(row["text"]).input_ids) > 8 for row in make_rows(120))
+    assert 0 < longer < rows
+    cut = re.search(r"vblora finetune: warning: (\d+) of 124 rows are longer than 8 tokens", capsys.readouterr().err)
+    assert longer <= int(cut[1]) <= longer + 4
+    assert main(["predict", "--adapter", str(tmp_path / "out"), "--data", str(table)]) == 0
+    assert f"vblora predict: warning: {longer} of {rows} rows are longer than 8 tokens" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_is_refused(finetune, table, tmp_path, capsys):
@@ -389,7 +417,7 @@ def test_an_output_that_cannot_be_is_refused(finetune, table, tmp_path, capsys):
 
 def test_a_missing_file_is_refused(finetune, tmp_path, capsys):
     assert re.search(
-        "--data: .*nowhere.csv is not there", refuse(finetune, capsys, tmp_path, "--data", tmp_path / "nowhere.csv")
+        "--data: there is no file .*nowhere.csv", refuse(finetune, capsys, tmp_path, "--data", tmp_path / "nowhere.csv")
     )
     assert re.search("--data: .* is a folder", refuse(finetune, capsys, tmp_path, "--data", tmp_path))
 
@@ -440,7 +468,7 @@ def test_an_interrupted_training_leaves_a_loadable_adapter(finetune, tiny_model,
     monkeypatch.setattr(ProgressCallback, "on_step_end", interrupt)
     assert finetune("--data", table, "--epochs", "3") == 130
     error = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"interrupted after step 2 of \d+; the adapter as it was then is in ", error)
+    assert re.search(r"interrupted after step 2 of \d+\. .* has the adapter of that step\.", error)
     assert logits_of(tiny_model, tmp_path / "out", "a film").isfinite().all()
     assert load_results(tmp_path / "out")["steps"] == 2
 

@@ -154,11 +154,13 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
     monkeypatch.setattr(fitting._Progress, "on_step_end", interrupt)
     assert finetune(*options) == 130
     assert "interrupted after step 5 of 26" in (error := capsys.readouterr().err)
-    assert "the same command with --resume goes on from step 5" in error
+    assert "Give the same command with --resume to continue from step 5." in error
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "out" / "checkpoint-5"))
     load(base, tmp_path / "out")
     monkeypatch.undo()
 
+    assert finetune(*options, "--resume", "--epochs", "1") == 2
+    assert "was trained with --epochs 2, but it is 1 now. A run can be made longer" in capsys.readouterr().err
     assert finetune(*options, "--resume", "--r", "3") == 2
     assert "--resume: the checkpoint was trained with --r 2, but it is 3 now" in capsys.readouterr().err
     rows = Path(pairs).read_bytes()
@@ -172,6 +174,11 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
     one, other = (results_of(tmp_path / name)["results"] for name in ("out", "whole"))
     assert one["tokens"] == other["tokens"]
     assert one["loss_after"] == other["loss_after"] and one["steps"] == other["steps"] == 26
+
+    assert "nothing was left to train" not in capsys.readouterr().err
+    assert finetune(*options, "--resume") == 0
+    assert "nothing was left to train" in capsys.readouterr().err
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
 
     assert "library_name: vblora" in (tmp_path / "out" / "README.md").read_text()  # and not TRL's card
 
@@ -287,7 +294,7 @@ def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):
             "--label-column is for --task classification and regression, but the task is causal-lm",
         ),
         (["--no-baseline"], "--no-baseline is for --task classification"),
-        (["--prompt-column", "promt"], "--prompt-column: column 'promt' is not there .*did you mean 'prompt'"),
+        (["--prompt-column", "promt"], "--prompt-column: .* has no column 'promt'; did you mean 'prompt'"),
         (["--chat-template", "nowhere.jinja"], "--chat-template: nowhere.jinja cannot be read"),
         (["--max-length", "100"], "--max-length: is 100, but this model reads at most 64 tokens"),
         (["--max-length", "4"], "--max-length: none of the .* has anything to learn in its first 4 tokens"),

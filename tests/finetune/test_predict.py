@@ -110,9 +110,10 @@ def test_labels_of_several_adapters(finetune, tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], "--adapter: a classifier's head is in its adapter's folder"),
-        (["--adapter", "ADAPTER"], "--labels: .* does not tell its labels"),
-        (["--adapter", "ADAPTER", "--labels", "a,b", "--text-column", "x"], "--text-column: column 'x' is not there"),
+        ([], "--adapter: missing. Give the folder of the adapter"),
+        (["--adapter", "ADAPTER"], "--labels: .* does not contain the adapter's labels"),
+        (["--adapter", "ADAPTER", "--labels", "a,b", "--text-column", "x"], "--text-column: .* has no column 'x'"),
+        (["--adapter", "ADAPTER", "--labels", "a,b", "--bank", "nowhere"], "--bank: nowhere is missing"),
         (["--adapter", "ADAPTER", "--output", "rows.csv.gz"], "would be compressed"),
     ],
 )

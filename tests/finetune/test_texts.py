@@ -42,14 +42,14 @@ def test_the_columns_tell_what_rows_are(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([{"question": "a"}], r"has the columns 'question'. Needed are `text`, or"),
+        ([{"question": "a"}], r"has the columns 'question'. A language model trains on `text`, on"),
         ([{"messages": "[1"}], "line 1: column 'messages' is not valid JSON"),
         ([{"messages": []}], r"line 1: column 'messages' is \[\]; it must be a list of messages"),
         ([{"messages": [{"role": "bot", "content": "a"}]}], "whose roles are system, developer, user, assistant, tool"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "has no message of the assistant"),
         ([{"messages": [{"role": "user", "content": 3}]}], "content of a message is 3; it must be text"),
         ([{"text": "a"}, {"text": " "}], "line 2: column 'text' is empty"),
-        ([{"text": "a"}, {"txt": "b"}], "--text-column: column 'text' is not there in .*line 2"),
+        ([{"text": "a"}, {"txt": "b"}], "--text-column: .*line 2, has no column 'text'"),
         ([{"text": "\ud800"}], "half of a surrogate pair"),
         ([{"text": "a\0b"}], "contains a NUL character"),
         (

@@ -37,15 +37,19 @@ def read_tasks(*arguments: str | Path):
     return read, command._read_tasks(read)
 
 
-def accuracy_of(tiny_model: Path, adapter: Path, task: Task) -> float:
+def best_classes(tiny_model: Path, adapter: Path, texts: list[str]) -> list[int]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model).eval()
     vblora.load(model, adapter, bank=adapter.parent / "bank.safetensors")
     with torch.no_grad():
-        logits = [model(**tokenizer(row.text, return_tensors="pt")).logits for row in task.held_out]
-    right = [task.labels[one.argmax()] == row.label for one, row in zip(logits, task.held_out, strict=True)]
+        return [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+
+
+def accuracy_of(tiny_model: Path, adapter: Path, task: Task) -> float:
+    best = best_classes(tiny_model, adapter, [row.text for row in task.held_out])
+    right = [task.labels[one] == row.label for one, row in zip(best, task.held_out, strict=True)]
     return sum(right) / len(right)
 
 
@@ -66,6 +70,7 @@ def test_trains_one_bank_and_an_adapter_for_each_table(train_bank, tables, tiny_
     assert report["labels"] == {"films": ["fresh", "rotten"], "ages": ["new", "old"]}
     assert report["bank_bytes"] == (out / "bank.safetensors").stat().st_size
     printed = capsys.readouterr().out
+    assert "{'loss'" not in printed  # a progress bar on stderr instead
     _, tasks = read_tasks(*tables, "--model", tiny_model)
     for name, rows in (("films", 120), ("ages", 60)):
         result = report["results"][name]
@@ -78,6 +83,16 @@ def test_trains_one_bank_and_an_adapter_for_each_table(train_bank, tables, tiny_
         assert stored["scales"].lt(0).any()
         sizes = [(out / name / file).stat().st_size for file in ("adapter_model.safetensors", "adapter_config.json")]
         assert sum(sizes) == result["adapter_bytes"]
+
+    write_csv(tmp_path / "new.csv", rows := [{"words": row["text"]} for row in make_rows(8, seed=2)])
+    for name, labels in report["labels"].items():  # the folder knows its labels, its base model and its column
+        options = ["--adapter", out / name, "--bank", out / "bank.safetensors", "--data", tmp_path / "new.csv"]
+        options += ["--text-column", "words"] * (name == "films") + ["--output", tmp_path / f"{name}.jsonl"]
+        assert main(["predict", *map(str, options), "--precision", "float32"]) == 0
+        written = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [row["predicted"] for row in written] == [
+            labels[best] for best in best_classes(tiny_model, out / name, [row["words"] for row in rows])
+        ]
 
     command = ["finetune", "--model", tiny_model, "--data", tmp_path / "films.csv", "--bank", out / "bank.safetensors"]
     command += ["--r", "2", "--epochs", "1", "--output", tmp_path / "another"]
@@ -110,16 +125,19 @@ def test_bad_input_is_refused_in_a_line_and_leaves_nothing(train_bank, tables, t
     assert "'films' names both" in refused("--data", films, "--data", films)
     assert "must be NAME=FILE" in refused("--data", films.partition("=")[2])
     assert "must be NAME=FILE" in refused("--data", f"../{films}")
-    assert "--pair-column: 'x' is no table; --data names 'films', 'ages'" in refused(*tables, "--pair-column", "x=y")
+    assert "--pair-column: there is no table 'x'; --data names 'films', 'ages'" in refused(
+        *tables, "--pair-column", "x=y"
+    )
     assert "'words' and 'text' are both for 'ages'" in refused(*tables, "--text-column", "ages=text")
-    assert "column 'txt' is not there" in refused(*tables, "--text-column", "txt")
+    assert "has no column 'txt'" in refused(*tables, "--text-column", "txt")
     assert "the adapter does not fit" in refused(*tables, "--vector-length", "7")
 
 
-def test_adapters_are_those_of_the_seed(train_bank, tables, tmp_path):
+def test_adapters_are_those_of_the_seed(train_bank, tables, tmp_path, capsys):
     banks = []
     for seed in ("0", "0", "1"):
         few = ["--max-train", "16", "--max-eval", "4", "--epochs", "1", "--overwrite"]
         assert train_bank(*tables, "--seed", seed, *few) == 0
         banks.append(vblora.VectorBank.from_file(tmp_path / "out" / "bank.safetensors").vectors)
+    assert "vblora train-bank: warning: 2 steps are few" in capsys.readouterr().err
     assert torch.equal(banks[0], banks[1]) and not torch.equal(banks[0], banks[2])

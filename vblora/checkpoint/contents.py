@@ -152,9 +152,10 @@ class Contents(ABC):
         own = {target.name: target for target in self.targets}
         wanted = {target.name: target for target in targets}
         for name in sorted(own.keys() ^ wanted.keys()):
-            which = "the model adapts" if name in wanted else "it adapts"
-            other = "it does not" if name in wanted else "the model does not"
-            raise ValueError(f"it is for other layers than the model's: {which} `{name}`, {other}.")
+            one, other = ("the model", "the file") if name in wanted else ("the file", "the model")
+            raise ValueError(
+                f"it is for other layers than the model's: `{name}` is a target in {one}, but not in {other}."
+            )
         for name, target in wanted.items():
             if own[name] != target:
                 kinds = own[name].kind != target.kind

@@ -43,6 +43,9 @@ def write(
         base_model: name of the base model.
         about: further fields of PEFT's config about the base model, for PEFT's ``Auto`` classes.
     """
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"`directory` is {folder}, which is a file. Pass a folder.")
     contents.check_widths_known()
     if form in native.FORMS:
         description, tensors = native.encode(contents, form, bank_dtype=bank_dtype, bank_file=bank_file)
@@ -58,7 +61,6 @@ def write(
         description, tensors = encode_for_peft(contents, form, base_model)
         description |= about or {}
         metadata = {"format": "pt"}  # as PEFT writes it
-    folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _warn_of_model(folder)
     write_tensors(folder / TENSORS_FILE, tensors, metadata)
@@ -79,7 +81,7 @@ def read(
         present: a bank to use if one is needed and ``bank`` is None.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: the folder or a file is missing.
         ValueError: a file is damaged or invalid, or ``bank`` is missing or another one. The message names the file.
     """
     path = Path(directory) / TENSORS_FILE
@@ -143,6 +145,13 @@ def _check_files(path: Path) -> None:
     if path.is_file():
         return
     folder = path.parent
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file. Pass the folder of the adapter, {folder.parent}.")
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"there is no folder {folder}. Pass the folder of an adapter; download one from the Hub with "
+            "huggingface_hub.snapshot_download."
+        )
     if (folder / "adapter_model.bin").exists():
         raise ValueError(
             f"{folder / 'adapter_model.bin'} is a pickle, which can run any code, so vblora does not read it. Let PEFT load and "

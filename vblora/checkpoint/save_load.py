@@ -72,6 +72,7 @@ def save(
     Raises:
         ValueError: the model has no such adapter, or has lost a module that this trains; or ``form`` or ``bank_dtype`` does not
             suit it.
+        NotADirectoryError: ``directory`` is a file.
     """
     source = attached_adapter(model, adapter_name)
     if form not in (None, *FORMS):
@@ -161,6 +162,7 @@ def load(
     try:
         contents = fit_names(contents, model)
         if present is None:
+            _refuse_other_base(contents, model)
             plan = Plan(model, contents.config, "default" if adapter_name is None else adapter_name)
             _load_new(plan, contents, bank if shares_bank else None, bool(is_trainable))
         else:
@@ -168,6 +170,16 @@ def load(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return model
+
+
+def _refuse_other_base(contents: Contents, model: nn.Module) -> None:
+    """Refuses an adapter of layers that the model lacks, before its config, which was for another model, is applied."""
+    modules = base_modules(model)
+    lacking = next((target.name for target in contents.targets if target.name not in modules), None)
+    if lacking is not None:
+        raise ValueError(
+            f"it is for other layers than the model's: it updates `{lacking}`, but {type(model).__name__} has no such module."
+        )
 
 
 def contents_of(source: AttachedAdapter) -> Contents:

@@ -1,10 +1,11 @@
 """The ``vblora`` command."""
 
 import argparse
+import difflib
 import io
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import CommandError
 from ..files import is_failed_file
@@ -23,16 +24,27 @@ _COMMANDS = (
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)  # or a typo may be another option's abbreviation
+        self.commands: dict[str, _Parser] = {}
+
     def error(self, message: str) -> NoReturn:
         """Prints one line, without the usage that argparse prints."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """Ends with the error that arguments are unknown, and the option that the first is like."""
+        option = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
 
-def make_parser() -> argparse.ArgumentParser:
+
+def make_parser() -> _Parser:
     parser = _Parser(prog="vblora", description="VB-LoRA adapters: fine-tune a model, keep a few kilobytes.")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)
+    parser.commands = commands.choices
     return parser
 
 
@@ -46,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The console may lack a character of a path or a label. That must not fail a command whose work is done.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        arguments = make_parser().parse_args(argv)
+        parser = make_parser()
+        arguments, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.commands[arguments.command].refuse(unknown)
     except SystemExit as exit:  # after --help, or an error
         return int(exit.code or 0)
     name = f"vblora {arguments.command}"

@@ -166,7 +166,7 @@ def add_adapter(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--train-scales",
         action=argparse.BooleanOptionalAction,
-        help="also train a factor of each sub-vector, which a frozen bank needs (only with --bank)",
+        help="also train a factor of each sub-vector, which a frozen bank needs (the default with --bank)",
     )
     group.add_argument(
         "--target-modules",
@@ -307,7 +307,7 @@ def _settle(arguments: argparse.Namespace) -> None:
         CommandError: an option does not belong to the task.
     """
     refuse_idle("--lr-bank", bool(arguments.bank and arguments.lr_bank), "--bank is frozen")
-    refuse_idle("--overwrite", arguments.overwrite and arguments.resume, "--resume goes on in --output")
+    refuse_idle("--overwrite", arguments.overwrite and arguments.resume, "--resume continues in --output")
     refuse_idle(
         "--group-column", bool(arguments.group_column and arguments.eval_data), "--eval-data tells what is held out"
     )

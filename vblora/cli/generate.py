@@ -72,9 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.adapter_column is not None and (arguments.data is None or not arguments.adapter):
         raise CommandError("--adapter-column is a column of --data, and its adapters are in --adapter. Give both.")
     if arguments.num_beams > 1 and arguments.temperature > 0:
-        raise CommandError("--num-beams searches and --temperature draws. Give one of them.")
-    refuse_idle("--top-p", arguments.top_p is not None and not arguments.temperature, "--temperature 0 does not draw")
-    refuse_idle("--prompt-column", bool(arguments.prompt_column and arguments.prompt), "--prompt is no table")
+        raise CommandError("--num-beams and --temperature: beam search does not sample. Give one of them.")
+    refuse_idle(
+        "--top-p",
+        arguments.top_p is not None and not arguments.temperature,
+        "--temperature is 0, so nothing is sampled",
+    )
+    refuse_idle("--prompt-column", bool(arguments.prompt_column and arguments.prompt), "--prompt has no columns")
     refuse_idle("--bank", bool(arguments.bank and not arguments.adapter), "there is no --adapter that could need it")
     from ..finetune import adapters
     from ..finetune.outputs import check_output_file

@@ -45,6 +45,7 @@ def refuse_idle(option: str, given: bool, reason: str) -> None:
 
 
 def add_precision(group: "argparse._ArgumentGroup") -> None:
+    group = group.add_mutually_exclusive_group()
     group.add_argument(
         "--precision",
         choices=["auto", "float32", "bfloat16"],

@@ -53,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_output_file(arguments.output, arguments.overwrite)
     if not arguments.adapter:
-        raise CommandError("--adapter: a classifier's head is in its adapter's folder. Give that.")
+        raise CommandError(
+            "--adapter: missing. Give the folder of the adapter, which also contains the classifier's head."
+        )
     folders = adapters.find_folders(arguments.adapter)
     if len(folders) > 1 and arguments.adapter_column is None:
         raise CommandError(

@@ -121,7 +121,7 @@ def _read_tasks(arguments: argparse.Namespace) -> "Mapping[str, Task]":
         held_out = data.sample_rows(held_out, arguments.max_eval, arguments.seed)
         data.check_labels(held_out, sorted({row.label for row in train}), f"the rows of {path} to evaluate on")
         data.warn_of_odd_labels(rows, path, "train-bank")
-        tasks[name] = Task(model, labels, train, held_out)
+        tasks[name] = Task(model, labels, train, held_out, chosen)
     return tasks
 
 
@@ -130,7 +130,9 @@ def _by_table(arguments: argparse.Namespace, part: str, files: Mapping[str, Path
     given: dict[str | None, str] = {}
     for table, column in getattr(arguments, f"{part}_column"):
         if table is not None and table not in files:
-            raise CommandError(f"--{part}-column: {table!r} is no table; --data names {', '.join(map(repr, files))}.")
+            raise CommandError(
+                f"--{part}-column: there is no table {table!r}; --data names {', '.join(map(repr, files))}."
+            )
         if table in given:
             of = "all tables" if table is None else repr(table)
             raise CommandError(f"--{part}-column: {given[table]!r} and {column!r} are both for {of}. Give one of them.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bank import VectorBank
 from ..checkpoint.folder import CONFIG_FILE
 from ..errors import CommandError
 from .task import RESULTS_FILE
@@ -63,6 +64,18 @@ def read_run(folder: Path) -> AdapterRun:
     return AdapterRun(folder, *found)
 
 
+def read_bank(path: Path | None) -> VectorBank | None:
+    """The bank that ``--bank`` names.
+
+    Raises:
+        CommandError: it cannot be read.
+    """
+    try:
+        return None if path is None else VectorBank.from_file(path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--bank: {error}") from None
+
+
 def find_folders(given: list[Path]) -> dict[str, Path]:
     """The folders of adapters by name, which is the folder's. A folder of adapters counts as all of them.
 
@@ -71,11 +84,15 @@ def find_folders(given: list[Path]) -> dict[str, Path]:
     """
     folders: dict[str, Path] = {}
     for one in given:
+        if not one.exists():
+            raise CommandError(f"--adapter: there is no folder {one}.")
         inner = sorted(file.parent for file in one.glob(f"*/{CONFIG_FILE}"))
         found = [one] if (one / CONFIG_FILE).is_file() or not inner else inner
         for folder in found:
             if not (folder / CONFIG_FILE).is_file():
-                raise CommandError(f"--adapter: {folder} is no folder of an adapter, or of adapters.")
+                raise CommandError(
+                    f"--adapter: {folder} is neither the folder of an adapter nor a folder of such folders."
+                )
             name = folder.resolve().name
             if name in folders:
                 raise CommandError(f"--adapter: two adapters are called {name!r}: {folders[name]} and {folder}.")

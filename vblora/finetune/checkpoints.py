@@ -39,7 +39,9 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     complete = [folder for folder in complete if folder.name.rpartition("-")[2].isdecimal()]
     found = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     if found is None:
-        raise CommandError(f"--resume: there is no checkpoint in {arguments.output}. Leave out --resume to begin anew.")
+        raise CommandError(
+            f"--resume: there is no checkpoint in {arguments.output}. Leave out --resume to start a new run."
+        )
     try:
         before = json.loads((found / ARGUMENTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -49,8 +51,13 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
         if before.get("sha256", {}).get(option) not in (None, digest):
             raise CommandError(
                 f"--resume: {option} {getattr(arguments, option[2:].replace('-', '_'))} has changed since the checkpoint. "
-                "Give the file of the run that is to go on, or leave out --resume."
+                "Give the file of the run that you resume, or leave out --resume."
             )
+    if arguments.epochs < before.get("epochs", 0):
+        raise CommandError(
+            f"--resume: the checkpoint was trained with --epochs {before['epochs']}, but it is {arguments.epochs} now. A run can "
+            "be made longer, not shorter: give at least as many."
+        )
     for name in now.keys() - {"sha256"}:
         if name == "task" and now[name] is None:
             continue  # the labels tell, and they are those of the same data
@@ -58,7 +65,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
             option = f"--{name.replace('_', '-')}"
             raise CommandError(
                 f"--resume: the checkpoint was trained with {option} {before.get(name)}, but it is {now[name]} now. "
-                "Give the arguments of the run that is to go on, or leave out --resume."
+                "Give the arguments of the run that you resume, or leave out --resume."
             )
     return str(found)
 

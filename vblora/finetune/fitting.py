@@ -88,7 +88,7 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def warn_of_few_steps(arguments: argparse.Namespace, rows: int, steps: int) -> str | None:
+def warn_of_few_steps(arguments: argparse.Namespace, rows: int, steps: int, command: str = "finetune") -> str | None:
     """Says so where training will be too short for the recipe's learning rates. Returns what it said."""
     if arguments.recipe == "paper":
         if arguments.epochs >= _FEW_EPOCHS:
@@ -107,7 +107,7 @@ def warn_of_few_steps(arguments: argparse.Namespace, rows: int, steps: int) -> s
         )
         smaller = rows * arguments.epochs // _FEW_STEPS
         message += f", or --batch-size {smaller}." if 1 <= smaller < arguments.batch_size else "."
-    print_warning(message)
+    print_warning(message, command)
     return message
 
 
@@ -122,10 +122,7 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
     """
     output: Path = arguments.output
     stop = _Stop(arguments, trainer)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    progress = _Progress()
-    trainer.add_callback(progress)
+    progress = show_progress(trainer)
     trainer.add_callback(stop)
     if arguments.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(arguments.patience))
@@ -149,6 +146,10 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
             shutil.rmtree(folder, ignore_errors=True)
         raise CommandError(f"--output: a checkpoint cannot be written: {error}.", 1) from None
     check_finite(trainer)
+    if checkpoint is not None and not progress.steps and not interrupted:
+        print_warning(
+            f"nothing was left to train: the run in {output} had reached its end. Give more --epochs to continue it."
+        )
     done = trainer.state.global_step
     if is_main_process():
         try:
@@ -160,15 +161,24 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
     if interrupted or stop.asked:
         found = get_last_checkpoint(str(output))
         go_on = (
-            f"; the same command with --resume goes on from step {found.rpartition('-')[2]}"
+            f" Give the same command with --resume to continue from step {found.rpartition('-')[2]}."
             if found is not None
             else ""
         )
         raise CommandError(
-            f"interrupted after step {done} of {trainer.state.max_steps}; the adapter as it was then is in {output}{go_on}.",
+            f"interrupted after step {done} of {trainer.state.max_steps}. {output} has the adapter of that step.{go_on}",
             130,
         )
     return progress.seconds / max(progress.steps, 1)
+
+
+def show_progress(trainer: Trainer) -> "_Progress":
+    """Has a Trainer show a progress bar with the loss, in place of what it prints itself."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    progress = _Progress()
+    trainer.add_callback(progress)
+    return progress
 
 
 def draw(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
@@ -184,6 +194,14 @@ def draw(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     else:
         say("No pictures: they need pip install 'vblora[plot]'.")
     return use.summary()
+
+
+def best_epoch(trainer: Trainer) -> float | None:
+    """The epoch whose adapter the Trainer keeps, the first of equally good ones; None if it evaluated none."""
+    name, sign = trainer.args.metric_for_best_model, 1 if trainer.args.greater_is_better else -1
+    evaluated = [entry for entry in trainer.state.log_history if name in entry and entry["step"]]
+    best = max(evaluated, key=lambda entry: sign * entry[name], default=None)
+    return None if best is None else float(best["epoch"])
 
 
 def check_finite(trainer: Trainer) -> None:
@@ -246,7 +264,7 @@ class _Stop(TrainerCallback):  # type: ignore[misc]
         def ask(number: int, frame: object) -> None:
             self.asked = True
             signal.signal(number, before[signal.Signals(number)])
-            print_warning("stopping after this step; once more to stop at once.")
+            print_warning("stopping after this step. Press Ctrl-C again to stop at once.")
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -15,7 +15,7 @@ import vblora
 from ..errors import CommandError, in_options
 from ..serving import AdapterStore
 from . import models, tables
-from .adapters import AdapterRun
+from .adapters import AdapterRun, read_bank
 from .fingerprints import warn_of_another_base
 from .generation import complete
 from .notices import print_warning
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
     """
     models.quiet()
     set_seed(arguments.seed)
+    bank = read_bank(arguments.bank)
     rows = _rows(arguments, job)
     first = next(rows)  # a wrong file is refused before the model is loaded
     tokenizer = models.load_tokenizer(job.model)
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
         model.to(torch.accelerator.current_accelerator())
     for one in job.runs:
         warn_of_another_base(one, model, job.model, "generate")
-    _attach(arguments, job, model)
+    _attach(arguments, job, model, bank)
     encoder = Encoder(tokenizer, chat=job.template != "none" and tokenizer.chat_template is not None)
     room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
     for row in _rows(arguments, job, quiet=True):  # all that is wrong is refused before anything is generated
@@ -143,20 +144,20 @@ def _rows(arguments: argparse.Namespace, job: Job, quiet: bool = False) -> Itera
         raise CommandError(f"--data: {arguments.data} has no rows.")
 
 
-def _attach(arguments: argparse.Namespace, job: Job, model: PreTrainedModel) -> None:
+def _attach(arguments: argparse.Namespace, job: Job, model: PreTrainedModel, bank: vblora.VectorBank | None) -> None:
     try:
         if arguments.adapter_column is not None:
             rank = max(run.rank for run in job.runs)
             AdapterStore(
                 model,
                 job.folders,
-                bank=[] if arguments.bank is None else arguments.bank,
+                bank=[] if bank is None else bank,
                 max_rank=rank,
                 slots=max(16, arguments.batch_size),
             )
         else:
             for folder in job.folders.values():
-                vblora.load(model, folder, bank=arguments.bank)
+                vblora.load(model, folder, bank=bank)
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"--adapter: {in_options(error, 'bank')}") from None
 

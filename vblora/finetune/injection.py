@@ -9,6 +9,7 @@ from ..adapters.vblora import default_length
 from ..errors import CommandError, in_options
 from ..layers.kinds import target_of
 from ..model.targets import find_targets
+from .adapters import read_bank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +25,7 @@ def check_adapter(arguments: argparse.Namespace) -> None:
     if bank is not None and (bank.num_vectors != config.num_vectors or length not in (None, bank.vector_length)):
         raise CommandError(
             f"--bank: {arguments.bank} has {bank.num_vectors} vectors of length {bank.vector_length}, but --num-vectors or "
-            "--vector-length is another number. Leave them out: the bank tells."
+            "--vector-length is another number. Leave them out: the bank has its own."
         )
 
 
@@ -58,10 +59,7 @@ def _read_bank(arguments: argparse.Namespace) -> vblora.VectorBank | None:
         return None
     if arguments.bank.is_dir() and arguments.bank.resolve() == arguments.output.resolve():
         raise CommandError("--output: is also --bank, so the bank would be lost. Give another folder.")
-    try:
-        return vblora.VectorBank.from_file(arguments.bank)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--bank: {error}") from None
+    return read_bank(arguments.bank)
 
 
 def _config(

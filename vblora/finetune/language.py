@@ -372,7 +372,7 @@ def _results(
         tokens=_tokens_seen(trainer.state.log_history),
         seconds_per_step=seconds,
         steps=trainer.state.global_step,
-        best_epoch=_best_epoch(trainer),
+        best_epoch=fitting.best_epoch(trainer),
         trainable=count.trainable,
         stored=count.stored,
         file_bytes=folder_bytes(arguments.output),
@@ -385,12 +385,3 @@ def _tokens_seen(log: list[dict[str, float]]) -> int:
     counts = [int(entry["num_tokens"]) for entry in log if "num_tokens" in entry]
     ends = [one for one, following in zip(counts, [*counts[1:], 0], strict=True) if following < one]
     return sum(ends)
-
-
-def _best_epoch(trainer: _Trainer) -> float | None:
-    losses = [
-        (entry["eval_loss"], entry["epoch"])
-        for entry in trainer.state.log_history
-        if "eval_loss" in entry and entry["step"]
-    ]
-    return min(losses)[1] if losses else None

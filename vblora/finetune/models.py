@@ -24,7 +24,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(*_place(model), **_gguf(model))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CommandError(f"--model: no tokenizer can be loaded from {model!r}: {first_sentence(error)}") from None
+        raise CommandError(
+            f"--model: no tokenizer can be loaded from {_named(model)}: {first_sentence(error)}"
+        ) from None
     if tokenizer.pad_token is None:  # as with most decoders
         if tokenizer.eos_token is None:
             raise CommandError(
@@ -52,7 +54,11 @@ def load_model(auto: Any, model: str, what: str, load_in: str | None = None, **o
     try:
         return auto.from_pretrained(*_place(model), **_gguf(model), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CommandError(f"--model: no {what} can be loaded from {model!r}: {first_sentence(error)}") from None
+        raise CommandError(f"--model: no {what} can be loaded from {_named(model)}: {first_sentence(error)}") from None
+
+
+def _named(model: str) -> str:
+    return repr(model) if Path(model).exists() else f"{model!r}, which is no folder here, so it is a name on the Hub"
 
 
 def _place(model: str) -> tuple[str]:
@@ -119,7 +125,7 @@ def computes_in_bfloat16(precision: str) -> bool:
 def first_sentence(error: Exception) -> str:
     """The cause in a message of transformers, without the advice about the Hub that follows it."""
     text = " ".join(str(error).split())
-    return text.split(". ")[0].rstrip(".") + "."
+    return (text or type(error).__name__).split(". ")[0].rstrip(".") + "."
 
 
 def quiet() -> None:

@@ -17,7 +17,7 @@ def check_output_file(path: Path | None, overwrite: bool) -> None:
     """Refuses a file that cannot be written, before anything slow.
 
     Raises:
-        CommandError: its format is unknown, it is there already, or its folder is not.
+        CommandError: its format is unknown, it exists, or its folder does not.
     """
     if path is None:
         if overwrite:
@@ -27,7 +27,7 @@ def check_output_file(path: Path | None, overwrite: bool) -> None:
     if path.suffix.lower() in (".gz", ".bz2"):
         raise CommandError(f"--output: {path} would be compressed, which is not supported. Leave out {path.suffix}.")
     if path.exists() and not (overwrite and path.is_file()):
-        raise CommandError(f"--output: {path} is there already. Give another name, or --overwrite.")
+        raise CommandError(f"--output: {path} already exists. Give another name, or --overwrite.")
     folder = path.absolute().parent
     try:
         refuse_unwritable(folder)

@@ -13,12 +13,12 @@ import vblora
 
 from ..errors import CommandError, in_options
 from . import models, tables
-from .adapters import AdapterRun
+from .adapters import AdapterRun, read_bank
 from .data import Columns, Row
 from .fingerprints import warn_of_another_base
 from .heads import Head, find_head
 from .outputs import Writer
-from .training import MAX_LENGTH, load_model, tokenize
+from .training import MAX_LENGTH, load_model, tokenize, warn_of_cut
 
 PREDICTED = ("predicted", "probability")
 _CHUNK = 4096  # rows that are in memory at a time
@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
         CommandError: the model or an adapter cannot be loaded, or a row is wrong.
     """
     models.quiet()
+    bank = read_bank(arguments.bank)
     heads = {name: _head_of(run, job.labels) for name, run in job.runs.items()}
     rows = _rows(arguments, job)
     chunk = list(islice(rows, _CHUNK))  # a wrong file is refused before the model is loaded
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
             for name in sorted({adapter for _, _, adapter in chunk}):
                 places = [place for place, (_, _, adapter) in enumerate(chunk) if adapter == name]
                 if name not in predictors:
-                    predictors = {name: _Predictor(arguments, job, name, heads[name])}  # one model at a time
+                    predictors = {name: _Predictor(arguments, job, name, heads[name], bank)}  # one model at a time
                 predicted = predictors[name]([chunk[place][1] for place in places])
                 for place, one in zip(places, predicted, strict=True):
                     found[place] = one
@@ -71,7 +72,9 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
 class _Predictor:
     """A model with one adapter."""
 
-    def __init__(self, arguments: argparse.Namespace, job: Job, name: str, head: Head) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, job: Job, name: str, head: Head, bank: vblora.VectorBank | None
+    ) -> None:
         self.arguments = arguments
         self.head = head
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(job.model)
@@ -79,7 +82,7 @@ class _Predictor:
         run = job.runs[name]
         warn_of_another_base(run, self.model, job.model, "predict")
         try:
-            vblora.load(self.model, run.folder, bank=arguments.bank)
+            vblora.load(self.model, run.folder, bank=bank)
         except (OSError, ValueError, TypeError) as error:
             raise CommandError(f"--adapter: {in_options(error, 'bank')}") from None
         if torch.accelerator.is_available():
@@ -89,7 +92,8 @@ class _Predictor:
         self.length = models.max_length(arguments.max_length or trained, MAX_LENGTH, self.tokenizer, self.model)
 
     def __call__(self, rows: list[Row]) -> list[dict[str, object]]:
-        encoded = tokenize(rows, self.tokenizer, self.model, self.length)
+        encoded, cut = tokenize(rows, self.tokenizer, self.model, self.length)
+        warn_of_cut(cut, len(rows), self.length, "predict")
         order = sorted(range(len(rows)), key=lambda row: len(encoded[row]["input_ids"]))
         collate = DataCollatorWithPadding(self.tokenizer)
         size = self.arguments.batch_size
@@ -133,5 +137,5 @@ def _head_of(run: AdapterRun, labels: list[str] | None) -> Head:
         return find_head(labels, scale)
     except (AssertionError, TypeError):
         raise CommandError(
-            f"--labels: {run.folder} does not tell its labels. Give them in the order of the head's outputs."
+            f"--labels: {run.folder} does not contain the adapter's labels. Give them in the order of the head's outputs."
         ) from None

@@ -29,6 +29,7 @@ class Results:
     lora_bytes: int
     seconds_per_step: float
     steps: int
+    best_epoch: float | None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -110,6 +111,10 @@ def print_table(results: Results, console: Console) -> None:
     table.add_section()
     table.add_row("training steps", f"{results.steps:,}")
     table.add_row("seconds per step", f"{results.seconds_per_step:.3f}")
+    if results.best_epoch is not None:
+        table.caption = (
+            f"The adapter is that of epoch {results.best_epoch:.4g}, whose held-out {metric} was the highest."
+        )
     console.print(table)
 
 

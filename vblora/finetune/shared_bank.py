@@ -28,9 +28,10 @@ from ..integrations.shared_bank import BANK_FILE, SharedBankTrainer
 from ..model.learning_rates import WARM_UP
 from . import fitting, injection, models, training
 from .baseline import Example
+from .fingerprints import fingerprint
 from .heads import Head, find_head
 from .report import folder_bytes
-from .task import Task, as_json, most_frequent
+from .task import Task, as_json, most_frequent, save_results
 
 RESULTS_FILE = "train-bank.json"
 
@@ -60,9 +61,7 @@ def run(arguments: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
     for name, model in by_name.items():
         task = tasks[name]
         length = models.max_length(arguments.max_length, training.MAX_LENGTH, tokenizer, model)
-        train[name], held_out[name] = (
-            training.examples(rows, _head(task), tokenizer, model, length) for rows in (task.train, task.held_out)
-        )
+        train[name], held_out[name] = training.examples(task, _head(task), tokenizer, model, length, "train-bank")
     steps = arguments.epochs * sum(math.ceil(len(rows) / arguments.batch_size) for rows in train.values())
     settings = _settings(arguments, steps)
     collate = DataCollatorWithPadding(tokenizer)
@@ -73,7 +72,10 @@ def run(arguments: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
         data_collator=collate,
         rates=fitting.rates(arguments) | {"lr_other": arguments.lr_head},
     )
-    _train(arguments, trainer)
+    for name, task in tasks.items():
+        task.fingerprint = fingerprint(by_name[name])
+    fitting.warn_of_few_steps(arguments, sum(map(len, train.values())), steps, "train-bank")
+    _train(arguments, trainer, tasks)
     results = {}
     for name, task in tasks.items():
         fresh = training.load_model(task.model, _head(task), tokenizer)
@@ -133,9 +135,10 @@ def _settings(arguments: argparse.Namespace, steps: int) -> TrainingArguments:
     )
 
 
-def _train(arguments: argparse.Namespace, trainer: SharedBankTrainer) -> None:
+def _train(arguments: argparse.Namespace, trainer: SharedBankTrainer, tasks: Mapping[str, Task]) -> None:
     """Trains and saves, also after Ctrl-C if a step was done by then."""
     interrupted = False
+    fitting.show_progress(trainer)
     try:
         trainer.train()
     except KeyboardInterrupt:
@@ -147,14 +150,25 @@ def _train(arguments: argparse.Namespace, trainer: SharedBankTrainer) -> None:
     fitting.check_finite(trainer)
     try:
         trainer.save_model(arguments.output)
+        for name, task in tasks.items():  # what `vblora predict` needs besides the adapter
+            save_results(
+                _of_table(arguments, name, task), task, arguments.output / name, steps=trainer.state.global_step
+            )
     except OSError as error:
         raise CommandError(f"--output: the bank cannot be written: {error}.", 1) from None
     if interrupted:
         raise CommandError(
-            f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; the bank and the adapters as "
-            f"they were then are in {arguments.output}.",
+            f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}. {arguments.output} has the bank "
+            "and the adapters of that step.",
             130,
         )
+
+
+def _of_table(arguments: argparse.Namespace, name: str, task: Task) -> argparse.Namespace:
+    """The arguments with which ``vblora finetune`` would read the table ``name``."""
+    columns = {f"{part}_column": column for part, column in task.columns._asdict().items()}
+    own = {"task": "classification", "data": dict(arguments.data)[name], **columns}
+    return argparse.Namespace(**vars(arguments) | own)
 
 
 def _report(arguments: argparse.Namespace, tasks: Mapping[str, Task], results: Mapping[str, Result]) -> None:

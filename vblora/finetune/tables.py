@@ -35,7 +35,9 @@ def read(path: Path, option: str, columns: Mapping[str, str]) -> Iterator[tuple[
         CommandError: the file cannot be read. The message names the first line that is wrong.
     """
     if not path.is_file():
-        raise CommandError(f"{option}: {path} is {'a folder' if path.is_dir() else 'not there'}; give a file.")
+        raise CommandError(
+            f"{option}: {path} is a folder. Give a file." if path.is_dir() else f"{option}: there is no file {path}."
+        )
     rows = _read_jsonl if format_of(path, option) == ".jsonl" else _read_table
     try:
         _check_encoding(path, option)
@@ -74,9 +76,10 @@ def format_of(path: Path, option: str) -> str:
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _FORMATS:
+        advice = " Write each object of the .json file on a line of its own." * (suffixes[-1:] == [".json"])
         raise CommandError(
             f"{option}: the format of {path.name} is unknown; "
-            f"its name must end in {', '.join(_FORMATS)}, optionally followed by .gz or .bz2."
+            f"its name must end in {', '.join(_FORMATS)}, optionally followed by .gz or .bz2.{advice}"
         )
     return suffixes[-1]
 
@@ -146,8 +149,8 @@ def _read_table(path: Path, columns: Mapping[str, str], option: str) -> Iterator
             header = next(reader, [])
             for needed, name in columns.items():
                 if header.count(name) != 1:
-                    fault = "is there more than once" if name in header else "is not there"
-                    raise CommandError(f"{needed}: column {name!r} {fault} in {path}{_hint(name, header)}")
+                    fault = f"several columns {name!r}" if name in header else f"no column {name!r}"
+                    raise CommandError(f"{needed}: {path} has {fault}{_hint(name, header, columns_of_csv=not tabs)}")
             line = reader.line_num + 1
             for fields in reader:
                 if fields and len(fields) != len(header):
@@ -174,8 +177,12 @@ def _read_jsonl(path: Path, columns: Mapping[str, str], option: str) -> Iterator
                 continue
             where = f"{option}: {path}, line {number}"
             try:
-                fields = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+                fields = json.loads(line.rstrip())  # or the position after it is on line 2
+            except json.JSONDecodeError as error:
+                raise CommandError(
+                    f"{where} is not valid JSON: {error.msg}, at column {error.colno}. Each line must be one JSON object."
+                ) from None
+            except RecursionError as error:
                 raise CommandError(f"{where} is not valid JSON: {error}.") from None
             except ValueError:
                 raise CommandError(
@@ -185,15 +192,18 @@ def _read_jsonl(path: Path, columns: Mapping[str, str], option: str) -> Iterator
                 raise CommandError(f"{where} is not a JSON object; each line must be one.")
             for needed, name in columns.items():
                 if name not in fields:
-                    raise CommandError(
-                        f"{needed}: column {name!r} is not there in {path}, line {number}{_hint(name, fields)}"
-                    )
+                    raise CommandError(f"{needed}: {path}, line {number}, has no column {name!r}{_hint(name, fields)}")
             yield number, fields
 
 
-def _hint(name: str, header: Iterable[str]) -> str:
+def _hint(name: str, header: Iterable[str], columns_of_csv: bool = False) -> str:
     header = list(header)
     near = difflib.get_close_matches(name, header, n=1)
     if name in header:  # more than once
         return "."
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {quoted(header)}."
+    if columns_of_csv and len(header) == 1:
+        for separator, what in ((";", "semicolons"), ("\t", "tabs")):
+            if separator in header[0]:
+                advice = "Name it .tsv." if separator == "\t" else "Save it with commas."
+                return f": its columns are separated by {what}, but those of a .csv file must be by commas. {advice}"
+    return f"; did you mean {near[0]!r}?" if near else f"; its columns are {quoted(header)}."

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import CommandError
 from ..files import byte_order_mark, refuse_lfs_pointer, write_file
-from . import data, demo, texts
+from . import data, demo, tables, texts
 from .notices import print_warning
 
 RESULTS_FILE = "finetune.json"
@@ -19,12 +19,13 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which
 
 @dataclass
 class Task:
-    """A model, the classes, and the rows to train and to evaluate on. Without classes, labels are scores."""
+    """A model, the classes, the rows to train and to evaluate on, and their columns. Without classes, labels are scores."""
 
     model: str
     labels: list[str] | None
     train: list[data.Row]
     held_out: list[data.Row]
+    columns: data.Columns
     fingerprint: dict[str, str] = field(default_factory=dict)  # of the model's weights, once it is loaded
 
     @property
@@ -134,6 +135,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
         path, columns, keep = demo.find_data(), demo.COLUMNS, keep or demo.LABELS
     given = {name: getattr(arguments, f"{name}_column") for name in columns._fields}
     columns = columns._replace(**{name: column for name, column in given.items() if column is not None})
+    _refuse_texts_to_generate(path, columns.text)
     columns = columns.in_file(path, "--data")
     _check_columns(columns)
     _refuse_two_splits(arguments)
@@ -160,7 +162,17 @@ def read_task(arguments: argparse.Namespace) -> Task:
         data.warn_of_odd_labels(rows, path, "finetune")
     if common:
         print_warning(common)
-    return Task(model, labels, train, held_out)
+    return Task(model, labels, train, held_out, columns)
+
+
+def _refuse_texts_to_generate(path: Path, text_column: str) -> None:
+    """Refuses a file that is for a language model, whose user has forgotten to say so."""
+    header = {name.strip().casefold() for name in tables.first_row(path, "--data")}
+    if text_column.strip().casefold() not in header and ("messages" in header or {"prompt", "completion"} <= header):
+        raise CommandError(
+            f"--task: {path} has the columns of a language model's data, {tables.quoted(sorted(header))}. "
+            "Give --task causal-lm; for a classifier, name the texts with --text-column."
+        )
 
 
 def _check_columns(columns: data.Columns) -> None:
@@ -193,6 +205,8 @@ def find_model(name: str) -> str:
             raise CommandError(f"--model: {error}") from None
     elif path.exists():
         raise CommandError(f"--model: {path} is a file; give the folder that save_pretrained wrote, or a .gguf file.")
+    elif path.suffix == ".gguf":
+        raise CommandError(f"--model: there is no file {name}.")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise CommandError(f"--model: there is no folder {name!r}. Give a model's folder, or its name on the Hub.")
     return name
@@ -226,8 +240,14 @@ def as_json(arguments: argparse.Namespace) -> dict[str, object]:
     return {name: value for name, value in values.items() if name not in ("run", "command")}
 
 
-def save_results(arguments: argparse.Namespace, task: Task | LanguageTask, **results: object) -> None:
-    """Writes what the adapter's own files do not hold: the task, the arguments and the ``results``."""
+def save_results(
+    arguments: argparse.Namespace, task: Task | LanguageTask, folder: Path | None = None, **results: object
+) -> None:
+    """Writes what the adapter's own files do not hold: the task, the arguments and the ``results``.
+
+    Args:
+        folder: the adapter's; None is ``--output``.
+    """
     if isinstance(task, Task):
         about: dict[str, object] = {"labels": task.labels, "scores": task.scale}
     else:
@@ -244,7 +264,7 @@ def save_results(arguments: argparse.Namespace, task: Task | LanguageTask, **res
         "arguments": as_json(arguments),
         **results,
     }
-    write_file(arguments.output / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
+    write_file((folder or arguments.output) / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
 
 
 def most_frequent(rows: list[data.Row]) -> float:

@@ -100,8 +100,9 @@ def find_columns(path: Path, option: str, given: dict[str, str | None]) -> Colum
             "or --messages-column."
         )
     raise CommandError(
-        f"{option}: {path} has the columns {tables.quoted(header)}. Needed are `text`, or `prompt` and `completion`, or "
-        "`messages`; name others by --text-column, --prompt-column, --completion-column, --messages-column."
+        f"{option}: {path} has the columns {tables.quoted(header)}. A language model trains on `text`, on `prompt` and "
+        "`completion`, or on `messages`. If yours have other names, give --text-column, --prompt-column and "
+        "--completion-column, or --messages-column."
     )
 
 
@@ -167,7 +168,7 @@ def read_prompt(fields: tables.Fields, column: str | None, where: str) -> Prompt
     if name is None or name not in fields:
         wanted = "`prompt`, `messages` or `text`" if name is None else repr(name)
         raise CommandError(
-            f"{where}: there is no column {wanted}, only {tables.quoted(fields)}. Name the prompt's by --prompt-column."
+            f"{where}: there is no column {wanted}, only {tables.quoted(fields)}. Give the prompt's as --prompt-column."
         )
     if name.lower() != "messages" and not isinstance(fields[name], list):
         return Prompt(tables.value(fields, name, where))

@@ -31,7 +31,7 @@ from .baseline import Example, frozen_score
 from .data import Row
 from .fingerprints import fingerprint
 from .heads import Head, find_head
-from .notices import is_main_process
+from .notices import is_main_process, print_warning
 from .report import Results, folder_bytes, lora_bytes, print_table
 from .task import Task, most_frequent, save_results
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
     max_length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, model)
     task.fingerprint = fingerprint(model)
     injection.inject(arguments, model, modules_to_save=head_modules(model))
-    train, held_out = (examples(rows, head, tokenizer, model, max_length) for rows in (task.train, task.held_out))
+    train, held_out = examples(task, head, tokenizer, model, max_length)
     held_out.sort(key=lambda row: len(row["input_ids"]))  # less padding
     collate = DataCollatorWithPadding(tokenizer)
     rows_of_a_step = arguments.batch_size * arguments.accumulate * fitting.processes()
@@ -142,6 +142,7 @@ def _results(
         lora_bytes=lora_bytes(layers, head_size),
         seconds_per_step=seconds,
         steps=trainer.state.global_step,
+        best_epoch=fitting.best_epoch(trainer),
     )
 
 
@@ -191,21 +192,38 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 def tokenize(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
-) -> list[Example]:
-    """The model's inputs for each row."""
+) -> tuple[list[Example], int]:
+    """The model's inputs for each row, and how many rows were longer than ``max_length`` tokens."""
     pairs = None if rows[0].pair is None else [row.pair for row in rows]
     encoded = tokenizer([row.text for row in rows], pairs, truncation=True, max_length=max_length)
     accepted = inspect.signature(model.forward).parameters  # some tokenizers return more than the model accepts
     names = [name for name in encoded if name in accepted]
-    return [{name: encoded[name][i] for name in names} for i in range(len(rows))]
+    cut = sum(bool(one.overflowing) for one in encoded.encodings or [])  # tokenizers in Python do not count
+    return [{name: encoded[name][i] for name in names} for i in range(len(rows))], cut
 
 
 def examples(
-    rows: list[Row], head: Head, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
-) -> list[Example]:
-    """The model's inputs and what its head is to learn, for each row."""
-    inputs = tokenize(rows, tokenizer, model, max_length)
-    return [of_row | {"labels": head.target(row)} for of_row, row in zip(inputs, rows, strict=True)]
+    task: Task,
+    head: Head,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    max_length: int,
+    command: str = "finetune",
+) -> tuple[list[Example], list[Example]]:
+    """The model's inputs and what its head is to learn, for each row to train and to evaluate on. Says how many were cut."""
+    rows = task.train + task.held_out
+    inputs, cut = tokenize(rows, tokenizer, model, max_length)
+    warn_of_cut(cut, len(rows), max_length, command)
+    found = [of_row | {"labels": head.target(row)} for of_row, row in zip(inputs, rows, strict=True)]
+    return found[: len(task.train)], found[len(task.train) :]
+
+
+def warn_of_cut(cut: int, rows: int, max_length: int, command: str) -> None:
+    if cut:
+        print_warning(
+            f"{cut:,} of {rows:,} rows are longer than {max_length} tokens (--max-length), and the rest of them is not read.",
+            command,
+        )
 
 
 def _training_arguments(arguments: argparse.Namespace, head: Head, steps: int) -> TrainingArguments:
