@@ -25,7 +25,7 @@ from ..model.candidates import moves_untouched, stats
 from ..model.parameters import parameter_groups
 from ..model.record import adapted_model, adapted_models, attached_adapter
 from ..model.whole import is_plain, save_whole
-from .reference_model import warn_of_reference
+from .reference_model import reference_model, warn_of_reference
 
 _PREFIX = "vblora.resume."  # of the adapter's tensors in the file that the Trainer reads
 _DESCRIPTION = _PREFIX + "description"
@@ -154,8 +154,8 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 "Trainer(model, ..., **trainer_arguments(model))."
             )
             raise ValueError(f"the checkpoint's adapter was not restored. {mend}")
-        if not state.global_step:
-            warn_of_reference(model, args)
+        if not state.global_step and (reference := reference_model(args)) is not None:
+            warn_of_reference(model, reference, args)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
         if optimizer is not None and is_packed(optimizer):
             raise ValueError(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import ops  # noqa: F401  # registers the operator
+from .. import ops
 
 _add_updates = torch.ops.vblora.add_updates_.default
 _FEW = 32  # positions: beyond, matrix products are as fast for one adapter
@@ -17,8 +17,7 @@ def is_plain() -> bool:
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
+        or ops.is_recorded()
         or _has_any_global_hook()
     )
 
