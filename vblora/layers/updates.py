@@ -28,7 +28,7 @@ def can_add(y: Tensor, x: Tensor, A: Tensor, *, few: bool = False) -> bool:
     Args:
         few: whether only few positions are worth it on the CPU, too.
     """
-    if type(x) is not Tensor or type(y) is not Tensor or y.dtype != A.dtype:
+    if type(x) is not Tensor or type(y) is not Tensor or y.dtype != A.dtype or x.is_nested:
         return False
     if y.is_cpu:
         return x.is_cpu and A.is_cpu and not (few and x.numel() > _FEW * x.size(-1))
