@@ -358,6 +358,20 @@ def test_a_bad_argument_is_refused(finetune, table, tmp_path, capsys, arguments,
     assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table, *arguments))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--vector-length", "7"], r"query \(32 -> 32\).*Allowed lengths: 1, 2, 4, 8, 16, 32; with --pad, any length"),
+        (["--target-modules", "qurey"], "--target-modules is .*Nearest names: query"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    finetune, table, tmp_path, capsys, monkeypatch, arguments, expected
+):
+    monkeypatch.setattr("vblora.finetune.models.load_model", None)
+    assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table, *arguments))
+
+
 def test_a_bad_model_is_refused(finetune, tiny_model, table, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     config_only = tmp_path / "config-only"
