@@ -11,7 +11,7 @@ from torch import nn
 
 import vblora
 from tests.small_models import relative_error
-from vblora import streams
+from vblora import files, streams
 from vblora.serving import AdapterStore, packed
 from vblora.serving.slots import Slots
 
@@ -245,13 +245,16 @@ def damaged(folder, how: str) -> None:
         file.write_bytes(data[:-4] + b"\x00\x00\x80\x7f")
     elif how == "not JSON":
         file.write_bytes(data.replace(b'{\\"', b'[\\"', 1))
+    elif how == "nested too deeply":
+        tensors, _ = files.read_tensors(file)
+        files.write_tensors(file, tensors, {"vblora": "[" * 100_000})
     elif how == "index too large":
         begin = 8 + int.from_bytes(data[:8], "little")
         file.write_bytes(data[:begin] + b"\xff" * 16 + data[begin + 16 :])
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("how", ["cut off", "no file", "infinite", "not JSON", "index too large"])
+@pytest.mark.parametrize("how", ["cut off", "no file", "infinite", "not JSON", "nested too deeply", "index too large"])
 def test_a_damaged_adapter_is_refused_by_name_and_the_others_run(world, ids, tmp_path, how, first):
     for name in ("good", "bad"):
         shutil.copytree(world.folder / "user-0", tmp_path / name)

@@ -47,7 +47,9 @@ class Writer:
     def __enter__(self) -> "Writer":
         if self.path is not None:
             temporary = self._stack.enter_context(atomic_replacement(self.path))
-            self._file = self._stack.enter_context(open(temporary, "x", encoding="utf-8", newline=""))
+            # Half a surrogate pair becomes \\ud800 and the like, which JSON reads back.
+            file = open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="")
+            self._file = self._stack.enter_context(file)
         return self
 
     def __exit__(
@@ -65,6 +67,12 @@ class Writer:
             style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None} if form == ".tsv" else {}
             self._table = csv.DictWriter(self._file, list(fields), lineterminator="\n", **style)  # type: ignore[arg-type]
             self._table.writeheader()
+        if fields.keys() != set(self._table.fieldnames):
+            name = min(fields.keys() ^ set(self._table.fieldnames))
+            raise CommandError(
+                f"--output: some rows have the column {name!r} and others do not, which a {form} file cannot hold. Give the name "
+                "of a .jsonl file."
+            )
         if form == ".tsv":
             fields = {
                 name: " ".join(value.split()) if isinstance(value, str) else value for name, value in fields.items()

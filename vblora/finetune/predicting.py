@@ -85,7 +85,7 @@ class _Predictor:
         if torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
         self.model.eval()
-        trained = run.report.get("arguments", {}).get("max_length")
+        trained = run.arguments.get("max_length")
         self.length = models.max_length(arguments.max_length or trained, MAX_LENGTH, self.tokenizer, self.model)
 
     def __call__(self, rows: list[Row]) -> list[dict[str, object]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from ..checkpoint.json_objects import RepeatedFieldError, unique
 from ..errors import CommandError
 from ..files import byte_order_mark, refuse_lfs_pointer
 
@@ -174,8 +175,8 @@ def _read_jsonl(path: Path, columns: Mapping[str, str], option: str) -> Iterator
                 continue
             where = f"{option}: {path}, line {number}"
             try:
-                fields = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+                fields = json.loads(line, object_pairs_hook=unique)
+            except (json.JSONDecodeError, RepeatedFieldError, RecursionError) as error:
                 raise CommandError(f"{where} is not valid JSON: {error}.") from None
             except ValueError:
                 raise CommandError(

@@ -1,6 +1,5 @@
 """Training with ``transformers.Trainer`` and its subclasses: parameter groups, and checkpoints of the adapter alone."""
 
-import json
 import os
 import warnings
 from functools import partial
@@ -17,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..adapters import VBLoRAAdapter
 from ..checkpoint import native
 from ..checkpoint.folder import TENSORS_FILE
+from ..checkpoint.json_objects import parse_object
 from ..checkpoint.optimizer import is_packed, pack_state, unpack_state
 from ..checkpoint.save_load import save, write_over
 from ..errors import VBLoRAWarning
@@ -262,7 +262,7 @@ def _load_state_dict(model: Any, state_dict: dict[str, Tensor], *args: Any, **kw
         return result
     target = attached_adapter(model)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
-    description = json.loads(_as_text(tensors.pop(_DESCRIPTION.removeprefix(_PREFIX))))
+    description = parse_object(_as_text(tensors.pop(_DESCRIPTION.removeprefix(_PREFIX))))
     saved = _as_text(tensors.pop(_NAME.removeprefix(_PREFIX)))
     if saved != target.name and saved in adapted_model(model).adapters:
         raise ValueError(
