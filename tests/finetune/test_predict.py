@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
@@ -143,7 +144,8 @@ def adapter_of(folder: Path, base: Path, report: object = None) -> Path:
     [
         ({"labels": "fresh"}, "`labels` is 'fresh', but must be an array"),
         ({"labels": ["fresh", 1]}, "item 1 of `labels` is 1, but must be a string"),
-        ({"scores": {"mean": "high", "deviation": 1}}, "`mean` of `scores` is 'high', but must be a number"),
+        ({"scores": {"mean": "high", "deviation": 1}}, "`mean` of `scores` is 'high', but must be a finite number"),
+        ({"scores": {"mean": 1, "deviation": math.nan}}, "`deviation` of `scores` is nan, but must be a finite number"),
         ({"arguments": ["--text-column"]}, r"`arguments` is \['--text-column'\], but must be an object"),
         ({"arguments": {"max_length": "64"}}, "`max_length` is '64', but must be an integer"),
         ({"model": 5}, "`model` is 5, but must be a string"),
@@ -184,6 +186,12 @@ def test_rows_with_other_columns_are_refused_in_a_table(tmp_path, name):
     with pytest.raises(CommandError, match=r"--output: some rows have the column 'b' and others .* a .jsonl file"):
         write()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tsv_has_no_tabs_within_names_and_values(tmp_path):
+    with Writer(tmp_path / "out.tsv") as writer:
+        writer.row({"a\tb": "c\nd", "e": 1})
+    assert (tmp_path / "out.tsv").read_text() == "a b\te\nc d\t1\n"
 
 
 def test_half_a_surrogate_pair_is_written_as_json_has_it(tmp_path):

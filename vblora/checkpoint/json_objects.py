@@ -17,7 +17,6 @@ _NAMES: dict[type, str] = {
     str: "a string",
     int: "an integer",
     bool: "true or false",
-    float: "a number",
 }
 
 

@@ -1,12 +1,13 @@
 """Adapters to generate or predict with: their folders, and what ``vblora finetune`` wrote beside them."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import CONFIG_FILE
-from ..checkpoint.json_objects import JsonObject, as_list, as_type, optional_field, read_object
+from ..checkpoint.json_objects import JsonObject, as_list, optional_field, read_object, shortened
 from ..errors import CommandError
 from .task import RESULTS_FILE
 
@@ -88,8 +89,8 @@ def _check_types(values: JsonObject, types: dict[str, type]) -> None:
         as_list("`labels`", values.get("labels") or [], str)
         _check_types(optional_field(values, "arguments", dict, {}), _ARGUMENT_TYPES)
         for name, number in optional_field(values, "scores", dict, {}).items():
-            if not isinstance(number, (int, float)):
-                as_type(f"`{name}` of `scores`", number, float)
+            if not (isinstance(number, (int, float)) and math.isfinite(number)):
+                raise ValueError(f"`{name}` of `scores` is {shortened(number)}, but must be a finite number.")
 
 
 def common_setting(runs: list[AdapterRun], option: str, settings: list[Any]) -> Any:
