@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import warnings
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vblora
 from tests.small_models import MIXING, Net
 from tests.workers import run_in_processes
+from vblora.model import ddp_guard
 
 CONFIG = {"r": 2, "num_vectors": 40, "vector_length": 8, "init_vector_bank_bound": 0.5, "seed": 3}
 CONFIG |= {"target_modules": ["up", "down"], "modules_to_save": ["head"]}
@@ -300,6 +302,19 @@ def test_an_adapter_that_ddp_does_not_know_is_refused(one_process):
     wrapped(x).sum().backward()
     with pytest.raises(ValueError, match="adapter 'default' trains, but"):
         again(x)
+
+
+@pytest.mark.parametrize(
+    "newer", [object(), SimpleNamespace(_active_ddp_module=nn.Identity())], ids=["active", "reducer"]
+)
+def test_warns_once_if_a_newer_torch_does_not_tell_what_ddp_reduces(one_process, monkeypatch, recwarn, newer):
+    wrapped, (x, _) = DistributedDataParallel(injected(modules_to_save=None)), batch(0)
+    ddp_guard._warn_unchecked.cache_clear()
+    monkeypatch.setattr(ddp_guard, "DistributedDataParallel", newer)
+    for _ in range(2):
+        wrapped(x).sum().backward()
+    found = [str(warning.message) for warning in recwarn.list if "does not tell which" in str(warning.message)]
+    assert len(found) == 1 and "wrap the model after vblora.set_adapter" in found[0]
 
 
 def test_an_adapter_that_ddp_was_told_to_ignore_is_not_refused(one_process):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checks import check_count, check_positive
 from .distributed import gather_to_cpu
-from .files import read_tensors, to_bytes, write_tensors
+from .files import read_tensors, read_tensors_and_bytes, to_bytes, write_file
 
 
 class BankFile(NamedTuple):
@@ -101,8 +101,9 @@ class VectorBank(nn.Module):
         """
         path = Path(path)
         tensors = encode_vectors(gather_to_cpu(self.vectors), dtype)
-        write_tensors(path, tensors)
-        sha256 = _sha256(path.read_bytes())
+        data = to_bytes(tensors)
+        write_file(path, data)
+        sha256 = _sha256(data)
         if torch.equal(decode_vectors(tensors), gather_to_cpu(self.vectors)) and self.vectors.dtype == torch.float32:
             self.file = BankFile(path.name, sha256, self._content())
         return sha256
@@ -126,17 +127,18 @@ class VectorBank(nn.Module):
             inner = path / "bank.safetensors"  # as `vblora train-bank` writes it
             advice = f"{inner}" if inner.is_file() else "a bank's file, or the folder of an adapter"
             raise FileNotFoundError(f"{path} is a folder without {_ADAPTER_FILE}. Give {advice}.")
-        tensors, _ = read_tensors(path if folder is None else folder / _ADAPTER_FILE)
-        if folder is not None:
-            tensors = _bank_of_adapter(folder, tensors)
+        data = b""  # read once: another process may replace the file
+        if folder is None:
+            tensors, data = read_tensors_and_bytes(path)
+        else:
+            tensors = _bank_of_adapter(folder, read_tensors(folder / _ADAPTER_FILE)[0])
         try:
             vectors = decode_vectors(tensors)
         except ValueError as error:
             raise ValueError(f"{path} does not hold a vector bank: {error}") from None
         bank = cls(*vectors.shape, device="meta")
         bank.vectors = nn.Parameter(vectors.float().to(device))
-        data = path.read_bytes() if folder is None else to_bytes(tensors)
-        bank.file = BankFile((folder or path).absolute().name, _sha256(data), bank._content())
+        bank.file = BankFile((folder or path).absolute().name, _sha256(data or to_bytes(tensors)), bank._content())
         return bank
 
     def unchanged(self) -> bool:

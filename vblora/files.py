@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
@@ -43,7 +43,7 @@ def atomic_replacement(path: Path) -> Iterator[Path]:
 
     If the process dies or the block raises, the old file stays.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         sync(temporary)
@@ -52,6 +52,10 @@ def atomic_replacement(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)  # makes the new name durable
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def is_failed_file(error: Exception) -> bool:
@@ -80,8 +84,7 @@ def sync(path: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes a file atomically."""
-    with atomic_replacement(path) as temporary, open(temporary, "xb") as file:
-        file.write(data)
+    write_files({path: data})
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
@@ -94,6 +97,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_file(path, to_bytes(tensors, metadata))
 
 
+def write_files(files: dict[Path, bytes]) -> None:
+    """Writes several files. They are renamed, one after the other, once all are on disk: a full one leaves the old files."""
+    temporaries = {_temporary(path): path for path in files}
+    try:
+        for temporary, path in temporaries.items():
+            with open(temporary, "xb") as file:
+                file.write(files[path])
+            sync(temporary)
+        for temporary, path in temporaries.items():
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+        raise
+    for folder in {path.parent for path in files}:
+        sync(folder)  # makes the new names durable
+
+
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file at any path, also one that is not UTF-8. Its tensors are maps of the file: clone what you keep.
@@ -102,12 +123,18 @@ def open_tensors(path: Path) -> Iterator[Any]:
         FileNotFoundError: the file does not exist.
         ValueError: the file is damaged, or a Git LFS pointer.
     """
+    with _opened(path) as (_, tensors):
+        yield tensors
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     refuse_lfs_pointer(path)
     try:
         with open(path, "rb") as file, safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as tensors:
-            yield tensors
+            yield file, tensors
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}.") from None
 
@@ -121,3 +148,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with open_tensors(path) as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+
+
+def read_tensors_and_bytes(path: Path) -> tuple[dict[str, Tensor], bytes]:
+    """The tensors of a safetensors file, and its bytes, of the same file if another process replaces it meanwhile.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or a Git LFS pointer.
+    """
+    with _opened(path) as (file, tensors):
+        return {name: tensors.get_tensor(name).clone() for name in tensors.keys()}, file.read()  # noqa: SIM118

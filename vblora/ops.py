@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import (
     native,  # noqa: F401  # registers the operators and their kernels
@@ -222,14 +223,26 @@ class _InParts(torch.autograd.Function):
         return grad_logits if need_logits else None, grad_bank if need_bank else None, *(None,) * 6
 
 
-def is_recorded() -> bool:
-    """Whether a transform of ``torch.func`` or ``torch.jit.trace`` follows what runs.
+# Private: torch has no public way to ask. Without it, torch.func raises at our operators and autograd functions.
+_functorch_is_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
-    Then write to no tensor from outside, and call the same operators with and without gradients: a trace is checked without.
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation runs, which our operators have no rules for.
+
+    Forward mode would take their results for constants. Use plain PyTorch then.
     """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+    return _functorch_is_active() or forward_ad._current_level >= 0
+
+
+def is_recorded() -> bool:
+    """Whether a transform (:func:`is_transformed`) or ``torch.jit.trace`` follows what runs.
+
+    Then write to no tensor from outside, and call the same operators with and without gradients: a trace is checked without.
+    """
+    return is_transformed() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
 
 
 def admixture_in_parts(
@@ -248,12 +261,10 @@ def admixture_in_parts(
     Sets ``exhausted`` ``(S,)`` to True for rows whose k-th selected logit is not above their last one.
 
     In eager mode, backward never concatenates the parts' gradients, which saves writing and reading 40 MB for Llama-2-7B's 448
-    factors. In graphs, this is ``admixture`` followed by a split. Within a transform of ``torch.func``, which the operator has no
-    rules for, it is the plain PyTorch reference.
+    factors. In graphs, this is ``admixture`` followed by a split. Within a transform, it is the plain PyTorch reference.
     """
     if is_recorded():
-        transformed = torch._C._are_functorch_transforms_active()
-        admixture = reference.admixture if transformed else torch.ops.vblora.admixture
+        admixture = reference.admixture if is_transformed() else torch.ops.vblora.admixture
         subvectors, indices, weights = admixture(logits, bank, candidates, k, out_dtype)
         return in_parts(subvectors, sizes, ranks), indices, weights
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -279,7 +290,7 @@ def scaled_admixture(
 
     The factor goes into the weights, as a deploy form stores them, so both give the same bits.
     """
-    if is_recorded() and torch._C._are_functorch_transforms_active():  # as above
+    if is_transformed():
         subvectors, _, _ = reference.admixture(logits, bank, candidates, k)
         return (subvectors * scales[:, None]).to(out_dtype)
     # This call is for the weights. One column of the bank makes it cheap.

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 import vblora
+from vblora import ops
 
 WIDTHS = [(16, 24), (24, 16)]
 VBLORA = vblora.VBLoRAConfig(
@@ -107,6 +109,34 @@ def test_a_transform_of_the_input_leaves_nothing_behind(config):
     found = jacrev(net)(x)
     torch.testing.assert_close(found, torch.autograd.functional.jacobian(copy.deepcopy(net), x))
     torch.testing.assert_close(net(x), vblora.eject(vblora.merge(copy.deepcopy(net), release=True))(x))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@every_method
+def test_forward_mode_of_torch_autograd(config, gradients):
+    net, x = injected(config).eval(), torch.randn(5, 16, dtype=torch.float64)
+    given = {"x": x} | values(net)
+    tangents = {name: torch.randn_like(value) for name, value in given.items()}
+
+    def output(given: dict[str, Tensor]) -> Tensor:
+        return functional_call(net, {name: value for name, value in given.items() if name != "x"}, (given["x"],))
+
+    moved = [output({name: value + step * tangents[name] for name, value in given.items()}) for step in (1e-6, -1e-6)]
+    with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+        dual = output({name: forward_ad.make_dual(value, tangents[name]) for name, value in given.items()})
+        slope = forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(slope, ((moved[0] - moved[1]) / 2e-6).detach(), rtol=1e-5, atol=1e-6)
+
+
+@every_method
+def test_torch_refuses_transforms_that_it_does_not_tell_of(config, monkeypatch):
+    """As a newer torch may no longer do, because the function that tells is private."""
+    net, x = injected(config), torch.randn(5, 16, dtype=torch.float64)
+    expected = net(x)
+    monkeypatch.setattr(ops, "_functorch_is_active", lambda: False)
+    assert torch.equal(net(x), expected)
+    with pytest.raises(RuntimeError, match=r"torch.func|dynamicLayerStack"):
+        grad(loss_of(net))(values(net), x)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

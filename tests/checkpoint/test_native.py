@@ -183,7 +183,11 @@ DAMAGES = {
         ValueError,
         "another program has written it",
     ),
-    "another version": (lambda d: change_description(d, version=2), ValueError, "version 2"),
+    "another version": (
+        lambda d: change_description(d, version=2),
+        ValueError,
+        "version 2; .* A newer vblora wrote it",
+    ),
     "another form": (lambda d: change_description(d, form="x"), ValueError, "form 'x'"),
     "unknown field": (lambda d: change_description(d, scale=3), ValueError, "`scale`"),
     "value out of range": (lambda d: change_description(d, r=0), ValueError, "`r` is 0"),

@@ -81,6 +81,25 @@ def test_a_single_adapter_with_another_name_in_a_wrapped_model(packed, tmp_path)
         assert torch.equal(optimizer.state[ours]["exp_avg"], theirs.state[parameter]["exp_avg"])
 
 
+@pytest.mark.parametrize("name", FIELDS)
+def test_state_of_another_seeds_logits_is_refused(name, packed, tmp_path):
+    """Its columns would be those of other bank vectors."""
+    saved = vblora.load(base(), tmp_path / name, is_trainable=True)
+    optimizer = optimizer_of(saved)
+    train(saved, optimizer)
+    vblora.save(saved, tmp_path / "again")
+    state = vblora.pack_optimizer(saved, optimizer)
+    fresh = vblora.inject(base(), vblora.VBLoRAConfig(**CONFIG | FIELDS[name] | {"seed": 7}))
+    theirs = optimizer_of(fresh)
+    with pytest.raises(ValueError, match=r"of the seed \d, but the adapter's are of the seed 7. Load the adapter"):
+        vblora.unpack_optimizer(fresh, theirs, state)
+    assert not theirs.state
+    vblora.load(fresh, tmp_path / "again")
+    vblora.unpack_optimizer(fresh, theirs, state)
+    moments = optimizer.state[saved.vblora.default.logits]["exp_avg"]
+    assert torch.equal(theirs.state[fresh.vblora.default.logits]["exp_avg"], moments) and moments.any()
+
+
 def test_other_parameters_are_refused(packed, tmp_path):
     _, _, state = packed
     other = loaded(tmp_path, "default", "b")

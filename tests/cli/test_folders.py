@@ -238,6 +238,21 @@ def test_json_files_may_start_with_a_byte_order_mark(encoding, tmp_path, capsys)
     assert "weights updated" in capsys.readouterr().out
 
 
+def test_out_may_be_a_link_but_not_a_mount_point(tmp_path, capsys, monkeypatch):
+    base, model = trained(bert)
+    base.save_pretrained(tmp_path / "base")
+    vblora.save(model, tmp_path / "src")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda _: True)
+        assert "out is where a file system is mounted" in fails(
+            capsys, "merge", tmp_path / "base", tmp_path / "src", tmp_path / "out"
+        )
+    assert run("merge", tmp_path / "base", tmp_path / "src", tmp_path / "out") == 0
+    assert (tmp_path / "real" / "model.safetensors").exists() and (tmp_path / "out").is_symlink()
+
+
 # --- info --------------------------------------------------------------------------------------------------------------------
 
 

@@ -311,6 +311,7 @@ BAD_FILES = {
     "no object": ("rows.jsonl", '["a", 1]\n', "--data: .*line 1 is not a JSON object"),
     "no text": ("rows.jsonl", '{"text": null, "label": 1}\n', "--data: .*line 1: column 'text' is null"),
     "column missing later": ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "--label-column: .*line 2"),
+    "field twice": ("rows.jsonl", '{"text": "a", "text": "b", "label": 1}\n', "line 1 is not valid JSON: the field 'text' is"),
     "5,000 digits": ("rows.jsonl", f'\n{{"text": "a", "label": {"1" * 5000}}}', "--data: .*line 2 has an integer"),
     "half a pair": ("rows.jsonl", '{"text": "a\\ud83d", "label": 1}\n', r"line 1: column 'text' contains '\\ud83d'"),
     "half a pair as label": ("rows.jsonl", '{"text": "a", "label": "\\udc00"}\n', "line 1: column 'label' contains"),
@@ -368,6 +369,44 @@ def test_a_file_of_another_encoding_is_refused(finetune, tmp_path, capsys):
 )
 def test_a_bad_argument_is_refused(finetune, table, tmp_path, capsys, arguments, expected):
     assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--vector-length", "7"], r"query \(32 -> 32\).*Allowed lengths: 1, 2, 4, 8, 16, 32; with --pad, any length"),
+        (["--target-modules", "qurey"], "--target-modules is .*Nearest names: query"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    finetune, table, tmp_path, capsys, monkeypatch, arguments, expected
+):
+    monkeypatch.setattr("vblora.finetune.models.load_model", None)
+    assert re.search(expected, refuse(finetune, capsys, tmp_path, "--data", table, *arguments))
+
+
+@pytest.mark.parametrize("before", ["[]", '{"sha256": []}', "[" * 100_000])
+def test_a_damaged_checkpoint_is_refused(finetune, table, tmp_path, capsys, before):
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "finetune.json").write_text(before)
+    assert finetune("--data", table, "--resume") == 2
+    assert "--resume: " in (error := one_line(capsys)) and "is not a checkpoint of vblora finetune" in error
+
+
+def test_no_report_of_another_adapter_stays(finetune, table, tmp_path, capsys, monkeypatch):
+    """The labels of the adapter that is overwritten."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "finetune.json").write_text('{"labels": ["no", "yes"]}')
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vblora.finetune.fitting.save_results", fail)
+    assert finetune("--data", table, "--max-train", "8", "--overwrite", "--no-baseline") == 1
+    assert "the adapter cannot be written" in capsys.readouterr().err
+    assert (out / "adapter_model.safetensors").exists() and not (out / "finetune.json").exists()
 
 
 def test_a_bad_model_is_refused(finetune, tiny_model, table, tmp_path, capsys):

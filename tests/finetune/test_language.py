@@ -314,6 +314,12 @@ def test_a_bad_argument_is_refused(finetune, pairs, tmp_path, capsys, options, e
     assert not (tmp_path / "out").exists()
 
 
+def test_what_does_not_fit_is_refused_before_weights_are_read(finetune, pairs, capsys, monkeypatch):
+    monkeypatch.setattr("vblora.finetune.models.load_model", None)
+    assert finetune("--data", pairs, "--vector-length", "7") == 2
+    assert "the adapter does not fit LlamaForCausalLM: --vector-length is 7" in capsys.readouterr().err
+
+
 def test_a_missing_extra_is_named(finetune, pairs, capsys, monkeypatch):
     from vblora.cli import folders
 

@@ -69,6 +69,20 @@ def test_the_picture(adapter, tmp_path, capsys):
     assert "must be a .png file" in capsys.readouterr().err
 
 
+def test_a_full_disk_leaves_no_half_picture(adapter, monkeypatch, capsys):
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def fail(_figure, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", fail)
+    before = sorted(adapter[1].iterdir())
+    assert main(["plot", str(adapter[1])]) == 1
+    assert "bank.png cannot be written" in capsys.readouterr().err
+    assert sorted(adapter[1].iterdir()) == before
+
+
 def test_other_methods_have_no_bank(tmp_path, capsys):
     vblora.save(vblora.inject(Net(blocks=1), vblora.LoraConfig(target_modules=["up"])), tmp_path / "lora")
     assert main(["plot", str(tmp_path / "lora"), "--json"]) == 2

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 import vblora
 from tests.tables import make_rows, write_csv
 from vblora.cli import main
-from vblora.finetune import data
+from vblora.errors import CommandError
+from vblora.finetune import adapters, data
+from vblora.finetune.outputs import Writer
 from vblora.finetune.scores import pearson, spearman
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,6 +129,76 @@ def test_a_bad_argument_is_refused(tiny_model, tmp_path, capsys, options, expect
     assert main(["predict", "--data", str(table), *map(str, options)]) == 2
     error = capsys.readouterr().err
     assert re.search(expected, error) and error.count("\n") == 1, error
+
+
+def adapter_of(folder: Path, base: Path, report: object = None) -> Path:
+    """What ``vblora predict`` reads of an adapter before its tensors."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    if report is not None:
+        (folder / "finetune.json").write_text(report if isinstance(report, str) else json.dumps(report))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ({"labels": "fresh"}, "`labels` is 'fresh', but must be an array"),
+        ({"labels": ["fresh", 1]}, "item 1 of `labels` is 1, but must be a string"),
+        ({"scores": {"mean": "high", "deviation": 1}}, "`mean` of `scores` is 'high', but must be a finite number"),
+        ({"scores": {"mean": 1, "deviation": math.nan}}, "`deviation` of `scores` is nan, but must be a finite number"),
+        ({"arguments": ["--text-column"]}, r"`arguments` is \['--text-column'\], but must be an object"),
+        ({"arguments": {"max_length": "64"}}, "`max_length` is '64', but must be an integer"),
+        ({"model": 5}, "`model` is 5, but must be a string"),
+        ('{"labels": ["a", "b"], "labels": ["b", "a"]}', "the field 'labels' is there twice"),
+        ("[" * 100_000, "the JSON is nested too deeply"),
+    ],
+)
+def test_a_damaged_report_is_refused(tiny_model, tmp_path, capsys, report, expected):
+    adapter = adapter_of(tmp_path / "adapter", tiny_model, report)
+    table = write_csv(tmp_path / "rows.csv", make_rows(4))
+    assert main(["predict", "--data", str(table), "--adapter", str(adapter)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"--adapter: .*finetune.json .*{expected}", error) and error.count("\n") == 1, error
+
+
+def test_adapters_that_were_trained_on_other_columns_are_not_mixed(tiny_model, tmp_path, capsys):
+    for name, columns in {"one": {}, "two": {"pair_column": "title"}}.items():
+        adapter_of(tmp_path / "adapters" / name, tiny_model, {"labels": ["a", "b"], "arguments": columns})
+    table = write_csv(tmp_path / "rows.csv", make_rows(4))
+    command = ["predict", "--data", table, "--adapter", tmp_path / "adapters", "--adapter-column", "film"]
+    assert main([*map(str, command)]) == 2
+    assert re.search("--pair-column: .*one was trained with None, .*two with title. Give", capsys.readouterr().err)
+
+
+def test_an_adapters_link_is_called_by_its_own_name(tmp_path):
+    adapter = adapter_of(tmp_path / "v12", tmp_path)
+    (tmp_path / "prod").symlink_to(adapter)
+    assert adapters.find_folders([tmp_path / "prod"]) == {"prod": tmp_path / "prod"}
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv"])
+def test_rows_with_other_columns_are_refused_in_a_table(tmp_path, name):
+    def write():
+        with Writer(tmp_path / name) as writer:
+            writer.row({"a": 1})
+            writer.row({"a": 1, "b": 2})
+
+    with pytest.raises(CommandError, match=r"--output: some rows have the column 'b' and others .* a .jsonl file"):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tsv_has_no_tabs_within_names_and_values(tmp_path):
+    with Writer(tmp_path / "out.tsv") as writer:
+        writer.row({"a\tb": "c\nd", "e": 1})
+    assert (tmp_path / "out.tsv").read_text() == "a b\te\nc d\t1\n"
+
+
+def test_half_a_surrogate_pair_is_written_as_json_has_it(tmp_path):
+    with Writer(tmp_path / "out.jsonl") as writer:
+        writer.row({"note": "\ud800"})
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"note": "\ud800"}
 
 
 def test_a_label_that_is_no_score_is_refused(finetune, tmp_path, capsys):

@@ -123,6 +123,7 @@ def test_bad_input_is_refused_in_a_line_and_leaves_nothing(train_bank, tables, t
     films = tables[1]
     assert "there is one table, but a shared bank takes at least two" in refused("--data", films)
     assert "'films' names both" in refused("--data", films, "--data", films)
+    assert "'Films' names both" in refused("--data", films, "--data", films.replace("films=", "Films="))
     assert "must be NAME=FILE" in refused("--data", films.partition("=")[2])
     assert "must be NAME=FILE" in refused("--data", f"../{films}")
     assert "--pair-column: there is no table 'x'; --data names 'films', 'ages'" in refused(

@@ -15,6 +15,8 @@ from peft.tuners.vblora import Linear, VBLoRAModel
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.small_models import ComposedRows, bert, gpt2, llama, relative_error
@@ -182,6 +184,19 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert_same_outputs(theirs, ours, 0.03)
         assert_same_step(theirs, ours, 0.1)
+
+
+@torch.no_grad()
+def test_forward_mode():
+    slopes = []
+    for model in pair(bert):
+        values = {name: parameter for name, parameter in model.eval().named_parameters() if "vblora_" in name}
+        tangents = {name: torch.ones_like(value) * value.abs() for name, value in values.items()}
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            given = {name: forward_ad.make_dual(value, tangents[name]) for name, value in values.items()}
+            logits = torch.func.functional_call(model, given, kwargs={"input_ids": IDS}).logits
+            slopes.append(forward_ad.unpack_dual(logits).tangent)
+    assert relative_error(slopes[1], slopes[0]) < EXACT
 
 
 def test_parameters_of_several_dtypes():

@@ -154,12 +154,38 @@ class Attention(nn.Module):
 
 
 def test_layers_that_are_read_but_not_called_are_left_out():
-    """MultiheadAttention never calls its projection, and TransformerEncoderLayer's fast path calls none of its layers."""
+    """MultiheadAttention never calls its projection."""
     model = vblora.inject(Attention(), vblora.VBLoRAConfig(target_modules="all-linear", **SIZES))
-    assert [t.name for t in model.vblora.default.targets] == ["head"]
-    for name in ("encoder.linear1", "attention.out_proj"):
+    assert [t.name for t in model.vblora.default.targets] == ["encoder.linear1", "encoder.linear2", "head"]
+    for name in ("encoder.self_attn.out_proj", "attention.out_proj"):
         with pytest.raises(TypeError, match=name):
             vblora.inject(Attention(), vblora.VBLoRAConfig(target_modules=[name], **SIZES))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x, src_key_padding_mask=None):
+        return self.encoder(x, src_key_padding_mask=src_key_padding_mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", ["all-linear", r"encoder\.layers\.1\.linear1"])
+def test_torchs_encoder_calls_its_layers_in_inference(targets):
+    """Its fast path does not."""
+    model = Encoder().eval()
+    config = vblora.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    merged = vblora.merge(copy.deepcopy(vblora.inject(model, config)))
+    x, mask = torch.randn(3, 5, 16), torch.tensor([[False] * (5 - rest) + [True] * rest for rest in (0, 1, 2)])
+    for own, theirs in ((model, merged), (model.encoder, merged.encoder)):
+        torch.testing.assert_close(own(x), theirs(x))
+        torch.testing.assert_close(
+            own(x, src_key_padding_mask=mask)[~mask], theirs(x, src_key_padding_mask=mask)[~mask]
+        )
+    torch.testing.assert_close(model.encoder.layers[1](x), merged.encoder.layers[1](x))
 
 
 def test_all_linear_leaves_out_the_output_layer():

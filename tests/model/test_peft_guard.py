@@ -100,6 +100,17 @@ def test_peft_refuses_an_injected_model(add, targets):
     add(vblora.eject(model), lora(target_modules=targets))
 
 
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_prompts_are_refused_unless_the_adapter_is_frozen(kind, tmp_path):
+    model = vblora.inject(llama(), CONFIG)
+    before = as_it_is(model)
+    with pytest.raises(ValueError, match=f"PEFT's {kind.__name__} would freeze. Train one after the other"):
+        peft.get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert as_it_is(model) == before
+    vblora.save(model, tmp_path)
+    peft.get_peft_model(vblora.load(llama(), tmp_path), kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
 def test_a_save_notices_peft_that_was_imported_later(tmp_path, monkeypatch):
     own = peft.tuners.tuners_utils.BaseTuner.inject_adapter
     monkeypatch.setattr(peft.tuners.tuners_utils.BaseTuner, "inject_adapter", getattr(own, "__wrapped__", own))

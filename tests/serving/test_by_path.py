@@ -80,6 +80,31 @@ def test_an_adapter_outlives_its_folder(world, folders):
         adapters_of(world).read(path)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda adapters, folders, _: adapters.resolve(folders, "user-0"),
+        lambda adapters, folders, new: adapters.read(f"{folders / 'user-0'}@{new}"),
+    ],
+    ids=["resolve", "read"],
+)
+def test_a_folder_that_changes_while_it_is_read_is_refused(world, folders, use, monkeypatch):
+    """Else the old content would be served under the hash of the new one."""
+    adapters = adapters_of(world)
+    new = adapters.resolve(folders, "user-1").rpartition("@")[2]
+    read = adapters._reader.read
+
+    def read_and_change(path):
+        adapter = read(path)
+        shutil.rmtree(path)
+        shutil.copytree(folders / "user-1", path)
+        return adapter
+
+    monkeypatch.setattr(adapters._reader, "read", read_and_change)
+    with pytest.raises(ValueError, match="has changed since its name was resolved"):
+        use(adapters, folders, new)
+
+
 def test_a_folder_that_a_user_names_is_read_again(world, folders):
     adapters, path = adapters_of(world), str(folders / "user-0")
     first = adapters.read(path)

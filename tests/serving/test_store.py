@@ -11,6 +11,7 @@ from torch import nn
 
 import vblora
 from tests.small_models import relative_error
+from vblora import files, streams
 from vblora.serving import AdapterStore, packed
 from vblora.serving.slots import Slots
 
@@ -50,6 +51,42 @@ def test_every_method_and_format_in_one_batch(world, ids):
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, world.base(input_ids=ids).logits)
         assert relative_error(world.alone("user-1")(input_ids=ids).logits, world.base(input_ids=ids).logits) > 0.01
+
+
+class Stream:
+    """A fake ``torch.cuda.Stream`` that logs what it waits for."""
+
+    def __init__(self, name: str, log: list[tuple[str, str]]) -> None:
+        self.name, self.log, self.events = name, log, 0
+
+    def record_event(self) -> str:
+        self.events += 1
+        return f"{self.name}{self.events}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append((self.name, event))
+
+
+@torch.no_grad()
+def test_slots_are_filled_and_read_in_order_on_several_streams(world, ids, monkeypatch):
+    log: list[tuple[str, str]] = []
+    stream, other = Stream("a", log), Stream("b", log)
+    now = stream
+    monkeypatch.setattr(streams, "current", lambda _device: now)
+    _, model = store_of(world, slots=2)  # a1: its memory is there
+    model(input_ids=ids[:2], adapter_names=USERS[:2])  # a2: filled
+    model(input_ids=ids[:2], adapter_names=USERS[:2])
+    assert not log
+    now = other
+    model(input_ids=ids[:2], adapter_names=USERS[:2])
+    assert log == [("b", "a2")]  # does not read before they are filled
+    log.clear()
+    model(input_ids=ids[:2], adapter_names=USERS[2:4])
+    assert ("b", "a3") in log  # does not fill before they are read
+    log.clear()
+    now = stream
+    model(input_ids=ids[:2], adapter_names=USERS[2:4])
+    assert [name for name, _ in log] == ["a"] and log[0][1].startswith("b")
 
 
 def test_weights_of_16_bits(world, ids):
@@ -208,13 +245,16 @@ def damaged(folder, how: str) -> None:
         file.write_bytes(data[:-4] + b"\x00\x00\x80\x7f")
     elif how == "not JSON":
         file.write_bytes(data.replace(b'{\\"', b'[\\"', 1))
+    elif how == "nested too deeply":
+        tensors, _ = files.read_tensors(file)
+        files.write_tensors(file, tensors, {"vblora": "[" * 100_000})
     elif how == "index too large":
         begin = 8 + int.from_bytes(data[:8], "little")
         file.write_bytes(data[:begin] + b"\xff" * 16 + data[begin + 16 :])
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("how", ["cut off", "no file", "infinite", "not JSON", "index too large"])
+@pytest.mark.parametrize("how", ["cut off", "no file", "infinite", "not JSON", "nested too deeply", "index too large"])
 def test_a_damaged_adapter_is_refused_by_name_and_the_others_run(world, ids, tmp_path, how, first):
     for name in ("good", "bad"):
         shutil.copytree(world.folder / "user-0", tmp_path / name)

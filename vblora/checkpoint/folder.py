@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..bank import BankFile, VectorBank
 from ..errors import VBLoRAWarning
-from ..files import read_tensors, write_file, write_tensors
+from ..files import read_tensors, to_bytes, write_files
 from . import native
 from .contents import Contents
 from .formats import ANY_METHOD, METHODS, PEFT_DECODERS, encode_for_peft
@@ -63,12 +63,14 @@ def write(
         metadata = {"format": "pt"}  # as PEFT writes it
     folder.mkdir(parents=True, exist_ok=True)
     _warn_of_model(folder)
-    write_tensors(folder / TENSORS_FILE, tensors, metadata)
-    write_file(folder / CONFIG_FILE, json.dumps(description, indent=2).encode() + b"\n")
+    files = {
+        folder / CONFIG_FILE: json.dumps(description, indent=2).encode() + b"\n",
+        folder / TENSORS_FILE: to_bytes(tensors, metadata),
+    }
     if not (folder / "README.md").exists():
-        write_file(
-            folder / "README.md", _model_card(contents, description, base_model).encode(errors="backslashreplace")
-        )
+        card = _model_card(contents, description, base_model)
+        files[folder / "README.md"] = card.encode(errors="backslashreplace")
+    write_files(files)
 
 
 def read(

@@ -27,9 +27,26 @@ def parse_object(text: str | bytes) -> JsonObject:
         ValueError: ``text`` is not JSON, or JSON of another type.
     """
     try:
-        return as_type("the JSON", json.loads(text), dict)
+        return as_type("the JSON", json.loads(text, object_pairs_hook=unique), dict)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply.") from None
+
+
+class RepeatedFieldError(ValueError):
+    """A JSON object has a field twice, so readers may disagree on its value."""
+
+
+def unique(pairs: list[tuple[str, Json]]) -> JsonObject:
+    """The object of these fields, for ``json.loads``.
+
+    Raises:
+        RepeatedFieldError: a name is there twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RepeatedFieldError(f"the field {shortened(max(names, key=names.count))} is there twice")
+    return values
 
 
 def read_object(path: Path) -> JsonObject:

@@ -73,7 +73,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
     for name in updates.keys() & replacements.keys():
         if id(replacements[name]) not in of_base:
             raise ValueError(f"`{name}` would be both updated and replaced.")
-    out = out.absolute()  # Path(".") has no name
+    out = out.resolve()  # Path(".") has no name, and a link cannot be replaced by a folder
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     shards = sorted({entry.shard for entry in stored.values()})
     factors = functools.cache(lambda dtype: {target.name: pair for target, pair in contents.factors(dtype)})

@@ -74,7 +74,8 @@ def decode(description: JsonObject, tensors: dict[str, Tensor], bank: VectorBank
     """
     version = description.get("version")
     if version != VERSION or isinstance(version, bool):
-        raise ValueError(f"it is of version {shortened(version)}; this vblora reads version {VERSION}.")
+        newer = " A newer vblora wrote it: install that." * (isinstance(version, int) and version > VERSION)
+        raise ValueError(f"it is of version {shortened(version)}; this vblora reads version {VERSION}.{newer}")
     try:
         method = field(description, "method", str)
         if method not in CONFIGS:

@@ -37,7 +37,7 @@ def unpack_optimizer(model: nn.Module, optimizer: Optimizer, packed: dict[str, A
     may have another name now.
 
     Raises:
-        ValueError: it is of other parameters. The optimizer is not changed.
+        ValueError: it is of other parameters, or of logits of another seed. The optimizer is not changed.
     """
     optimizer.load_state_dict(unpack_state(model, optimizer, packed))
 
@@ -167,21 +167,28 @@ class _Logits:
 
     Attributes:
         order: for logits of all bank vectors, the bank vectors of each row in the order in which they come to be selected.
+        seed: which bank vector a column of packed state is of depends on it.
     """
 
     shape: tuple[int, ...]
     order: Tensor | None
+    seed: int | None
 
     def pack(self, value: Any) -> Any:
         if not _has_shape(value, self.shape):
             return value
         value = value.cpu()
         lengths, values = pack_prefixes(value if self.order is None else value.gather(1, self.order))
-        return {_PACKED: True, "lengths": lengths, "values": values}
+        return {_PACKED: True, "lengths": lengths, "values": values, "seed": self.seed}
 
     def unpack(self, value: Any) -> Any:
         if not isinstance(value, dict) or _PACKED not in value:
             return value
+        if value.get("seed", self.seed) != self.seed:
+            raise ValueError(
+                f"`packed` is of logits of the seed {value['seed']}, but the adapter's are of the seed {self.seed}. Load the "
+                "adapter that it was saved with first."
+            )
         values = unpack_prefixes(value["lengths"], value["values"], value["values"].new_zeros(self.shape))
         return values if self.order is None else torch.zeros_like(values).scatter_(1, self.order, values)
 
@@ -198,7 +205,7 @@ def _logits_of(model: nn.Module, optimizer: Optimizer) -> dict[int, _Logits]:
         order = None
         if adapter.candidates is None and adapter.seed is not None:
             order = adapter.initial(adapter.bank.num_vectors).candidates
-        found[number] = _Logits(tuple(parameter.shape), None if order is None else order.cpu().long())
+        found[number] = _Logits(tuple(parameter.shape), None if order is None else order.cpu().long(), adapter.seed)
     return found
 
 

@@ -97,7 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
     model = find_model(adapters.find_base(arguments.model, runs))
     template = arguments.chat_template
     if template is None:
-        template = next((run.report["chat_template"] for run in runs if "chat_template" in run.report), "auto")
+        told = [run for run in runs if run.report.get("chat_template") is not None]
+        templates = [run.report["chat_template"] for run in told]
+        template = adapters.common_setting(told, "--chat-template", templates) if told else "auto"
     else:
         template = read_template(template) or template
     from ..finetune import generating  # imports transformers, which is slow: only after all other checks

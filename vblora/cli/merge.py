@@ -37,6 +37,11 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_output("OUT", arguments.out)
+    if arguments.out.is_mount():
+        raise CommandError(
+            f"OUT: {arguments.out} is where a file system is mounted, so the finished folder cannot take its place. Give a "
+            "folder in it."
+        )
     if arguments.base.is_file() and arguments.base.suffix == ".gguf":
         return _merge_gguf(arguments)
     if not arguments.base.is_dir():

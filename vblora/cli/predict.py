@@ -66,11 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
         if run.is_language_model:
             raise CommandError(f"--adapter: {run.folder} is a language model's adapter. Use vblora generate.")
     model = find_model(adapters.find_base(arguments.model, list(runs.values())))
-    trained = next(iter(runs.values())).report.get("arguments", {})
+    found = list(runs.values())
+    texts = [run.arguments.get("text_column") or "text" for run in found]
+    pairs = [run.arguments.get("pair_column") for run in found]
     columns = Columns(
-        text=arguments.text_column or trained.get("text_column") or "text",
+        text=arguments.text_column or adapters.common_setting(found, "--text-column", texts),
         label="",
-        pair=arguments.pair_column or trained.get("pair_column"),
+        pair=arguments.pair_column or adapters.common_setting(found, "--pair-column", pairs),
     )
     from ..finetune import predicting  # imports transformers, which is slow: only after all other checks
 

@@ -100,9 +100,10 @@ def _read_tasks(arguments: argparse.Namespace) -> "Mapping[str, Task]":
 
     files: dict[str, Path] = {}
     for name, path in arguments.data:
-        if name in files:
+        if (other := next((other for other in files if other.casefold() == name.casefold()), None)) is not None:
             raise CommandError(
-                f"--data: {name!r} names both {files[name]} and {path}. Give each table a name of its own."
+                f"--data: {name!r} names both {files[other]} and {path}, or folders that some file systems take for one. Give "
+                "each table a name of its own."
             )
         files[name] = path
     if len(files) < 2:

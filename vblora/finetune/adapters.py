@@ -1,12 +1,14 @@
 """Adapters to generate or predict with: their folders, and what ``vblora finetune`` wrote beside them."""
 
-import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..bank import VectorBank
 from ..checkpoint.folder import CONFIG_FILE
+from ..checkpoint.json_objects import JsonObject, as_list, optional_field, read_object, shortened
 from ..errors import CommandError
 from .task import RESULTS_FILE
 
@@ -39,8 +41,14 @@ class AdapterRun:
 
     @property
     def rank(self) -> int:
-        rank = self.config.get("r", 1)
-        return rank if isinstance(rank, int) else 1
+        rank: int = self.config.get("r") or 1
+        return rank
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The options that it was trained with."""
+        arguments: dict[str, Any] = self.report.get("arguments") or {}
+        return arguments
 
 
 def read_run(folder: Path) -> AdapterRun:
@@ -52,14 +60,16 @@ def read_run(folder: Path) -> AdapterRun:
     if not (folder / CONFIG_FILE).is_file():
         raise CommandError(f"--adapter: {folder} has no {CONFIG_FILE}. Give the folder of an adapter.")
     found = []
-    for name in (CONFIG_FILE, RESULTS_FILE):
+    for name, types in ((CONFIG_FILE, _CONFIG_TYPES), (RESULTS_FILE, _REPORT_TYPES)):
         path = folder / name
         try:
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except (OSError, ValueError) as error:
+            values = read_object(path) if path.is_file() else {}
+            _check_types(values, types)
+        except OSError as error:
             raise CommandError(f"--adapter: {path} cannot be read: {error}.") from None
-        if not isinstance(values, dict):
-            raise CommandError(f"--adapter: {path} is not a JSON object.")
+        except ValueError as error:
+            message = str(error) if str(path) in str(error) else f"{path} is damaged: {error}"
+            raise CommandError(f"--adapter: {message}") from None
         found.append(values)
     return AdapterRun(folder, *found)
 
@@ -74,6 +84,45 @@ def read_bank(path: Path | None) -> VectorBank | None:
         return None if path is None else VectorBank.from_file(path)
     except (OSError, ValueError) as error:
         raise CommandError(f"--bank: {error}") from None
+
+
+# What commands read of the two files. A field may also be missing or null.
+_CONFIG_TYPES: dict[str, type] = {"base_model_name_or_path": str, "task_type": str, "auto_mapping": dict, "r": int}
+_REPORT_TYPES: dict[str, type] = {
+    "model": str, "task": str, "chat_template": str,
+    "labels": list, "scores": dict, "fingerprint": dict, "arguments": dict,
+}  # fmt: skip
+_ARGUMENT_TYPES: dict[str, type] = {"text_column": str, "pair_column": str, "max_length": int}
+
+
+def _check_types(values: JsonObject, types: dict[str, type]) -> None:
+    for name, kind in types.items():
+        optional_field(values, name, kind, None)
+    if types is _REPORT_TYPES:
+        as_list("`labels`", values.get("labels") or [], str)
+        _check_types(optional_field(values, "arguments", dict, {}), _ARGUMENT_TYPES)
+        for name, number in optional_field(values, "scores", dict, {}).items():
+            if not (isinstance(number, (int, float)) and math.isfinite(number)):
+                raise ValueError(f"`{name}` of `scores` is {shortened(number)}, but must be a finite number.")
+
+
+def common_setting(runs: list[AdapterRun], option: str, settings: list[Any]) -> Any:
+    """What all adapters were trained with.
+
+    Args:
+        option: which tells it instead, for the message.
+        settings: of each of ``runs``.
+
+    Raises:
+        CommandError: they were trained with different ones.
+    """
+    for run, setting in zip(runs, settings, strict=True):
+        if setting != settings[0]:
+            raise CommandError(
+                f"{option}: the adapter in {runs[0].folder} was trained with {settings[0]}, that in {run.folder} with {setting}. "
+                f"Give {option}, or run them one after the other."
+            )
+    return settings[0]
 
 
 def find_folders(given: list[Path]) -> dict[str, Path]:
@@ -93,7 +142,7 @@ def find_folders(given: list[Path]) -> dict[str, Path]:
                 raise CommandError(
                     f"--adapter: {folder} is neither the folder of an adapter nor a folder of such folders."
                 )
-            name = folder.resolve().name
+            name = Path(os.path.abspath(folder)).name  # of a link its own
             if name in folders:
                 raise CommandError(f"--adapter: two adapters are called {name!r}: {folders[name]} and {folder}.")
             folders[name] = folder

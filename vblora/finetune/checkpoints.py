@@ -2,11 +2,11 @@
 
 import argparse
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint.folder import TENSORS_FILE
+from ..checkpoint.json_objects import optional_field, read_object
 from ..errors import CommandError
 from .task import as_json
 
@@ -43,12 +43,13 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
             f"--resume: there is no checkpoint in {arguments.output}. Leave out --resume to start a new run."
         )
     try:
-        before = json.loads((found / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+        before = read_object(found / ARGUMENTS_FILE)
+        digests_before = optional_field(before, "sha256", dict, {})
     except (OSError, ValueError) as error:
         raise CommandError(f"--resume: {found} is not a checkpoint of vblora finetune: {error}.") from None
     now = as_json(arguments)
     for option, digest in digests.items():
-        if before.get("sha256", {}).get(option) not in (None, digest):
+        if digests_before.get(option) not in (None, digest):
             raise CommandError(
                 f"--resume: {option} {getattr(arguments, option[2:].replace('-', '_'))} has changed since the checkpoint. "
                 "Give the file of the run that you resume, or leave out --resume."

@@ -39,7 +39,7 @@ from .bank_use import bank_use
 from .checkpoints import ARGUMENTS_FILE, incomplete
 from .models import computes_in_bfloat16
 from .notices import is_main_process, print_warning, say
-from .task import LanguageTask, Task, as_json, save_results
+from .task import RESULTS_FILE, LanguageTask, Task, as_json, save_results
 
 # On 300 rows the default recipe was 10 points below the frozen encoder after 10 steps, and 8 above it after 60.
 _FEW_STEPS = 60
@@ -153,6 +153,7 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
     done = trainer.state.global_step
     if is_main_process():
         try:
+            (output / RESULTS_FILE).unlink(missing_ok=True)  # its labels are of the adapter that this one replaces
             vblora.save(trainer.model, output)
             save_results(arguments, task, steps=done)
         except OSError as error:

@@ -1,6 +1,9 @@
 """The adapter that the arguments of ``vblora finetune`` and ``vblora train-bank`` describe: checked at once, injected later."""
 
 import argparse
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import vblora
@@ -8,6 +11,7 @@ import vblora
 from ..adapters.vblora import default_length
 from ..errors import CommandError, in_options
 from ..layers.kinds import target_of
+from ..model.inject import Plan
 from ..model.targets import find_targets
 from .adapters import read_bank
 
@@ -29,6 +33,23 @@ def check_adapter(arguments: argparse.Namespace) -> None:
         )
 
 
+def check_fits(
+    arguments: argparse.Namespace, model: "nn.Module | None", modules_to_save: list[str] | None = None
+) -> None:
+    """Refuses an adapter that does not fit a model on the meta device (:func:`models.skeleton`), before weights are read.
+
+    Raises:
+        CommandError: it does not. The message names the widths.
+    """
+    if model is None:
+        return
+    bank = _read_bank(arguments)
+    config = _config(arguments, bank, modules_to_save)
+    with warnings.catch_warnings(action="ignore"), _named_as_options(model):  # `inject` warns
+        _set_length(arguments, config, model, bank)
+        Plan(model, config)
+
+
 def inject(
     arguments: argparse.Namespace,
     model: "nn.Module",
@@ -45,11 +66,23 @@ def inject(
     """
     bank = _read_bank(arguments) or bank
     config = _config(arguments, bank, modules_to_save)
-    try:
-        if arguments.vector_length is None and bank is None:
-            layers = tuple(target_of(names[0], layer) for layer, names in find_targets(model, config).items())
-            config.vector_length = default_length(layers, config.pad)
+    with _named_as_options(model):
+        _set_length(arguments, config, model, bank)
         vblora.inject(model, config, bank=bank, freeze_bank=arguments.bank is not None)
+
+
+def _set_length(
+    arguments: argparse.Namespace, config: vblora.VBLoRAConfig, model: "nn.Module", bank: vblora.VectorBank | None
+) -> None:
+    if arguments.vector_length is None and bank is None:
+        layers = tuple(target_of(names[0], layer) for layer, names in find_targets(model, config).items())
+        config.vector_length = default_length(layers, config.pad)
+
+
+@contextmanager
+def _named_as_options(model: "nn.Module") -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError) as error:
         raise CommandError(f"the adapter does not fit {type(model).__name__}: {in_options(error, *_OPTIONS)}") from None
 

@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
     tokenizer = models.load_tokenizer(task.model)
     encoder = _encoder(arguments, tokenizer, task)
     bfloat16 = models.computes_in_bfloat16(arguments.precision)
+    injection.check_fits(arguments, models.skeleton(AutoModelForCausalLM, task.model))
     model = models.load_model(
         AutoModelForCausalLM,
         task.model,

@@ -36,7 +36,7 @@ def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path) -> int:
         raise CommandError(f"ADAPTER does not fit BASE: {in_options(error, 'bank')}") from None
     vblora.eject(model)
     _forget_gguf(model)
-    out = out.absolute()
+    out = out.resolve()  # a link cannot be replaced by a folder
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)

@@ -36,6 +36,17 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def skeleton(auto: Any, model: str) -> PreTrainedModel | None:
+    """A model of a class like ``AutoModelForCausalLM`` on the meta device, from its config alone. None if that fails;
+    :func:`load_model` says why."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(*_place(model), **_gguf(model))
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError):
+        return None
+
+
 def load_model(auto: Any, model: str, what: str, load_in: str | None = None, **options: Any) -> PreTrainedModel:
     """A model of a class like ``AutoModelForCausalLM``.
 

@@ -6,7 +6,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from ..errors import CommandError
 from ..files import atomic_replacement, refuse_unwritable
@@ -47,7 +47,9 @@ class Writer:
     def __enter__(self) -> "Writer":
         if self.path is not None:
             temporary = self._stack.enter_context(atomic_replacement(self.path))
-            self._file = self._stack.enter_context(open(temporary, "x", encoding="utf-8", newline=""))
+            # Half a surrogate pair becomes \\ud800 and the like, which JSON reads back.
+            file = open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="")
+            self._file = self._stack.enter_context(file)
         return self
 
     def __exit__(
@@ -60,15 +62,22 @@ class Writer:
         if form == ".jsonl":
             self._file.write(json.dumps(fields, ensure_ascii=False) + "\n")
             return
+        if form == ".tsv":  # has no quoting, so tabs and line breaks cannot be written
+            fields = {_in_a_line(name): _in_a_line(value) for name, value in fields.items()}
         if self._table is None:
-            # Tab-separated values have no quoting, so tabs and line breaks cannot be written
             style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None} if form == ".tsv" else {}
             self._table = csv.DictWriter(self._file, list(fields), lineterminator="\n", **style)  # type: ignore[arg-type]
             self._table.writeheader()
-        if form == ".tsv":
-            fields = {
-                name: " ".join(value.split()) if isinstance(value, str) else value for name, value in fields.items()
-            }
+        if fields.keys() != set(self._table.fieldnames):
+            name = min(fields.keys() ^ set(self._table.fieldnames))
+            raise CommandError(
+                f"--output: some rows have the column {name!r} and others do not, which a {form} file cannot hold. Give the name "
+                "of a .jsonl file."
+            )
         self._table.writerow(
             {name: json.dumps(value) if isinstance(value, (dict, list)) else value for name, value in fields.items()}
         )
+
+
+def _in_a_line(value: Any) -> Any:
+    return " ".join(value.split()) if isinstance(value, str) else value

@@ -4,6 +4,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import atomic_replacement
+
 if TYPE_CHECKING:
     from .bank_use import BankUse
 
@@ -91,4 +93,5 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120, format="png")
+    with atomic_replacement(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

@@ -84,11 +84,12 @@ class _Predictor:
         try:
             vblora.load(self.model, run.folder, bank=bank)
         except (OSError, ValueError, TypeError) as error:
-            raise CommandError(f"--adapter: {in_options(error, 'bank')}") from None
+            given = " Does --labels give one label for each output of its head?" * (arguments.labels is not None)
+            raise CommandError(f"--adapter: {in_options(error, 'bank')}{given}") from None
         if torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
         self.model.eval()
-        trained = run.report.get("arguments", {}).get("max_length")
+        trained = run.arguments.get("max_length")
         self.length = models.max_length(arguments.max_length or trained, MAX_LENGTH, self.tokenizer, self.model)
 
     def __call__(self, rows: list[Row]) -> list[dict[str, object]]:
@@ -131,7 +132,7 @@ def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[tuple[tables.Fiel
 
 
 def _head_of(run: AdapterRun, labels: list[str] | None) -> Head:
-    labels = labels or run.report.get("labels")
+    labels = labels or run.report.get("labels") or None
     scale = run.report.get("scores")
     try:
         return find_head(labels, scale)

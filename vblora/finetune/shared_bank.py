@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
     models.quiet()
     set_seed(arguments.seed)
     tokenizer = models.load_tokenizer(next(iter(tasks.values())).model)
+    training.check_fits(arguments, next(iter(tasks.values())).model)
     by_name = _models(arguments, tasks, tokenizer)
     train: dict[str, list[Example]] = {}
     held_out: dict[str, list[Example]] = {}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from ..checkpoint.json_objects import RepeatedFieldError, unique
 from ..errors import CommandError
 from ..files import byte_order_mark, refuse_lfs_pointer
 
@@ -177,12 +178,12 @@ def _read_jsonl(path: Path, columns: Mapping[str, str], option: str) -> Iterator
                 continue
             where = f"{option}: {path}, line {number}"
             try:
-                fields = json.loads(line.rstrip())  # or the position after it is on line 2
+                fields = json.loads(line.rstrip(), object_pairs_hook=unique)  # or the position after it is on line 2
             except json.JSONDecodeError as error:
                 raise CommandError(
                     f"{where} is not valid JSON: {error.msg}, at column {error.colno}. Each line must be one JSON object."
                 ) from None
-            except RecursionError as error:
+            except (RepeatedFieldError, RecursionError) as error:
                 raise CommandError(f"{where} is not valid JSON: {error}.") from None
             except ValueError:
                 raise CommandError(

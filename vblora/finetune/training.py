@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
     set_seed(arguments.seed)
     tokenizer = models.load_tokenizer(task.model)
     head = find_head(task.labels, task.scale)
+    check_fits(arguments, task.model)
     model = load_model(task.model, head, tokenizer)
     max_length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, model)
     task.fingerprint = fingerprint(model)
@@ -177,6 +178,16 @@ def load_model(name: str, head: Head, tokenizer: PreTrainedTokenizerBase) -> Pre
         model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False  # nothing is generated
     return model
+
+
+def check_fits(arguments: argparse.Namespace, model: str) -> None:
+    """Refuses an adapter that does not fit a model, before its weights are read.
+
+    Raises:
+        CommandError: it does not.
+    """
+    skeleton = models.skeleton(AutoModelForSequenceClassification, model)
+    injection.check_fits(arguments, skeleton, None if skeleton is None else head_modules(skeleton))
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:

@@ -13,6 +13,8 @@ import torch
 from peft.tuners.vblora import Linear, VBLoRALayer, VBLoRAModel
 from torch import Tensor, nn
 
+from .. import ops
+
 # Versions whose `_get_lora_matrices` and `_create_new_module` are known to fit.
 KNOWN_VERSIONS = ("0.21",)
 
@@ -87,6 +89,9 @@ class AcceleratedLinear(Linear):  # type: ignore[misc]  # peft is not typed
 
     def _get_lora_matrices(self, adapter: str, cast_to_fp32: bool = False) -> tuple[Tensor, Tensor]:
         """A ``(r, in_features)`` and B ``(out_features, r)``, in the parameters' dtype, or in float32."""
+        if ops.is_transformed():
+            factors: tuple[Tensor, Tensor] = super()._get_lora_matrices(adapter, cast_to_fp32)
+            return factors
         if self.training and adapter in self._compact:
             super()._get_lora_matrices(adapter)  # checks again, and raises
             self._compact -= {adapter}  # unless the logits were initialised again meanwhile

@@ -1,31 +1,37 @@
 """Warns if the reference model of TRL's trainers, such as DPOTrainer, is without the adapter that training starts from."""
 
+import inspect
 import warnings
-from typing import Any
 
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
-from ..adapters.base import Adapter, living_adapters
 from ..errors import VBLoRAWarning
 from ..model.record import AttachedAdapter, adapted_models
 
 
-def warn_of_reference(model: nn.Module, args: Any) -> None:
-    """Call it as training begins.
+def reference_model(args: TrainingArguments) -> nn.Module | None:
+    """The reference model of the trainer with these arguments that is calling; None if it has none.
 
-    Args:
-        args: the trainer's arguments. A callback sees neither the trainer nor its reference model. So this takes a copy of the
-            adapter in another model for that of a reference model.
+    A trainer passes its callbacks everything but itself and this model, so look for it among the callers.
     """
-    if not getattr(args, "beta", 0.0) or not hasattr(args, "sync_ref_model"):  # there is no reference
-        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and caller.args is args:
+            found = getattr(caller, "ref_model", None)
+            return found if isinstance(found, nn.Module) else None
+        frame = frame.f_back
+    return None
+
+
+def warn_of_reference(model: nn.Module, reference: nn.Module, args: TrainingArguments) -> None:
+    """Call it as training begins."""
     if getattr(args, "precompute_ref_log_probs", False):  # by the model itself, before it trains
         return
-    active = [record.adapters[name] for record in adapted_models(model) for name in record.active]
-    own = {attached.adapter for attached in active}
-    others = [adapter for adapter in living_adapters() if adapter not in own]
-    for attached in active:
-        if attached.has_learned and not any(_is_like(attached, other) for other in others):
+    theirs = _active(reference)
+    for attached in _active(model):
+        if attached.has_learned and not any(_is_like(attached, other) for other in theirs):
             ways = ["merge the adapter into the base model and inject a new one"]
             if hasattr(args, "precompute_ref_log_probs"):  # the trainer has an argument `ref_model`, too
                 ways = [
@@ -42,5 +48,9 @@ def warn_of_reference(model: nn.Module, args: Any) -> None:
             )
 
 
-def _is_like(attached: AttachedAdapter, other: Adapter) -> bool:
-    return type(other) is type(attached.adapter) and other.targets == attached.adapter.targets
+def _active(model: nn.Module) -> list[AttachedAdapter]:
+    return [record.adapters[name] for record in adapted_models(model) for name in record.active]
+
+
+def _is_like(attached: AttachedAdapter, other: AttachedAdapter) -> bool:
+    return type(other.adapter) is type(attached.adapter) and other.adapter.targets == attached.adapter.targets

@@ -1,6 +1,5 @@
 """Training with ``transformers.Trainer`` and its subclasses: parameter groups, and checkpoints of the adapter alone."""
 
-import json
 import os
 import warnings
 from functools import partial
@@ -17,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..adapters import VBLoRAAdapter
 from ..checkpoint import native
 from ..checkpoint.folder import TENSORS_FILE
+from ..checkpoint.json_objects import parse_object
 from ..checkpoint.optimizer import is_packed, pack_state, unpack_state
 from ..checkpoint.save_load import save, write_over
 from ..errors import VBLoRAWarning
@@ -25,7 +25,7 @@ from ..model.candidates import moves_untouched, stats
 from ..model.parameters import parameter_groups
 from ..model.record import adapted_model, adapted_models, attached_adapter
 from ..model.whole import is_plain, save_whole
-from .reference_model import warn_of_reference
+from .reference_model import reference_model, warn_of_reference
 
 _PREFIX = "vblora.resume."  # of the adapter's tensors in the file that the Trainer reads
 _DESCRIPTION = _PREFIX + "description"
@@ -154,8 +154,8 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 "Trainer(model, ..., **trainer_arguments(model))."
             )
             raise ValueError(f"the checkpoint's adapter was not restored. {mend}")
-        if not state.global_step:
-            warn_of_reference(model, args)
+        if not state.global_step and (reference := reference_model(args)) is not None:
+            warn_of_reference(model, reference, args)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
         if optimizer is not None and is_packed(optimizer):
             raise ValueError(
@@ -262,7 +262,7 @@ def _load_state_dict(model: Any, state_dict: dict[str, Tensor], *args: Any, **kw
         return result
     target = attached_adapter(model)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
-    description = json.loads(_as_text(tensors.pop(_DESCRIPTION.removeprefix(_PREFIX))))
+    description = parse_object(_as_text(tensors.pop(_DESCRIPTION.removeprefix(_PREFIX))))
     saved = _as_text(tensors.pop(_NAME.removeprefix(_PREFIX)))
     if saved != target.name and saved in adapted_model(model).adapters:
         raise ValueError(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from .. import ops
 from ..adapters.base import Factors
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -48,9 +48,7 @@ def can_fuse(layer: nn.Module, x: Tensor, factors: Factors) -> bool:
         and layer._compiled_call_impl is None
         and not any(map(own.__getitem__, _HOOKS))
         and not _has_any_global_hook()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch._C._is_tracing()
+        and not ops.is_recorded()
     )
 
 

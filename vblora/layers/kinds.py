@@ -25,8 +25,8 @@ def add_product(y: Tensor, hidden: Tensor, factors: Factors) -> Tensor:
     _, B, d, e = factors
     if d is not None:
         hidden = hidden * d
-    if (y.device, y.dtype) != (hidden.device, hidden.dtype):
-        update = hidden @ B
+    if (y.device, y.dtype) != (hidden.device, hidden.dtype) or y.is_nested:
+        update = F.linear(hidden, B.T)  # which takes nested tensors
         return y + (update if e is None else update * e).to(y.device, y.dtype)
     if e is not None:
         return torch.addcmul(y, hidden @ B, e)

@@ -37,6 +37,10 @@ _KNOWN = {
     "RwkvSelfAttention": ("output",),
 }
 
+# torch's encoder calls these layers, but reads their weights in its fast path in inference. It does not take that path if a layer
+# of it has a hook (model/parts.py).
+_CALLED_WITH_HOOKS = "linear1", "linear2"
+
 _Path = tuple[str, ...]  # from a module to a submodule; "*" stands for any child
 _Arms = dict[ast.AST, bool]  # the `if`s around some code: whether it runs if their condition holds
 
@@ -52,9 +56,17 @@ def readers(modules: dict[str, nn.Module]) -> dict[nn.Module, str]:
         cls: type = type(module)
         known = [(child,) for base in cls.__mro__ for child in _KNOWN.get(base.__name__, ())]
         for path in (*_read_by(cls), *known):
+            if path[-1] in _CALLED_WITH_HOOKS and has_fast_path(module):
+                continue
             for layer in _at(modules, [name, *path] if name else list(path)):
                 found[layer] = cls.__name__  # the innermost such module
     return found
+
+
+def has_fast_path(module: nn.Module) -> bool:
+    """Whether a module is torch's transformer encoder or a layer of it."""
+    encoders = nn.TransformerEncoder, nn.TransformerEncoderLayer
+    return any(type(module).forward is encoder.forward for encoder in encoders)
 
 
 def _at(modules: dict[str, nn.Module], parts: list[str]) -> list[nn.Module]:

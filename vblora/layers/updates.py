@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import ops  # noqa: F401  # registers the operator
+from .. import ops
 
 _add_updates = torch.ops.vblora.add_updates_.default
 _FEW = 32  # positions: beyond, matrix products are as fast for one adapter
@@ -17,8 +17,7 @@ def is_plain() -> bool:
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
+        or ops.is_recorded()
         or _has_any_global_hook()
     )
 
@@ -29,7 +28,7 @@ def can_add(y: Tensor, x: Tensor, A: Tensor, *, few: bool = False) -> bool:
     Args:
         few: whether only few positions are worth it on the CPU, too.
     """
-    if type(x) is not Tensor or type(y) is not Tensor or y.dtype != A.dtype:
+    if type(x) is not Tensor or type(y) is not Tensor or y.dtype != A.dtype or x.is_nested:
         return False
     if y.is_cpu:
         return x.is_cpu and A.is_cpu and not (few and x.numel() > _FEW * x.size(-1))

@@ -58,10 +58,11 @@ class AdaptersByPath:
         path = folder.folder_in(directory, name)
         if path is None:
             return None
-        adapter = self._reader.read(path)
+        version = _version(path)
+        adapter = self._read_version(path, version)
         _check_fit(adapter.targets, layers)
         lora_tensors(adapter, torch.float32)
-        return f"{path.absolute()}@{_version(path)}"
+        return f"{path.absolute()}@{version}"
 
     def read(self, path: str) -> PackedAdapter | None:
         """The adapter of a path, which is then held. None: engines read what is there themselves, such as a LoRA of PEFT's.
@@ -89,8 +90,13 @@ class AdaptersByPath:
         if held is not None:
             return held
         directory, _, version = path.rpartition("@")
-        adapter = self._reader.read(Path(directory))
-        if _version(Path(directory)) != version:
+        return self._read_version(Path(directory), version)
+
+    def _read_version(self, directory: Path, version: str) -> PackedAdapter:
+        """The adapter of a folder whose files have this hash before and after they are read."""
+        unchanged = _version(directory) == version
+        adapter = self._reader.read(directory)
+        if not unchanged or _version(directory) != version:
             raise ValueError(
                 f"{directory} has changed since its name was resolved. Unload the adapter in the engine, then name it again."
             )

@@ -20,6 +20,7 @@ from ..checkpoint import folder, native
 from ..checkpoint.base_tensors import split_base_tensors
 from ..checkpoint.contents import Contents, check_tensor
 from ..checkpoint.flat import FlatContents
+from ..checkpoint.json_objects import parse_object
 from ..checkpoint.packing import pack_bits, unpack_bits
 from ..checkpoint.vblora import VBLoRAContents
 from ..config import VBLoRAConfig
@@ -176,7 +177,7 @@ class Reader:
         """
         tensors, metadata = read_tensors(directory / folder.TENSORS_FILE)
         try:
-            description = json.loads(metadata.get(native.METADATA, "{}"))
+            description = parse_object(metadata.get(native.METADATA, "{}"))
             key = _layout_key(description)
         except (ValueError, TypeError, KeyError, AttributeError):
             description, key = {}, None  # `folder.read` says what is wrong

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import streams
 from ..adapters import Factors, Target
 from ..adapters.vblora import scaled
 from ..layers.adapted import AdaptedLayer
@@ -41,10 +42,41 @@ class Slots:
             target.name: _Place(A, B, target) for target, A, B in zip(targets, starts[:-1:2], starts[1::2], strict=True)
         }
         self.arena = torch.zeros(count, starts[-1], device=device, dtype=dtype)
+        self._note_new()
+
+    def _note_new(self) -> None:
+        self._readers: set[torch.cuda.Stream] = set()
+        self._writer = streams.current(self.arena.device)
+        self._written = None if self._writer is None else self._writer.record_event()
+
+    def read_here(self) -> None:
+        """Has the current stream wait until the slots are filled, and later fills wait for what it reads."""
+        stream = streams.current(self.arena.device)
+        if stream is not None and self._written is not None:
+            self._readers.add(stream)
+            if stream != self._writer:
+                stream.wait_event(self._written)
 
     @torch.no_grad()
     def fill(self, adapters: dict[int, PackedAdapter]) -> None:
-        """Composes adapters into slots, with one call for all adapters that share a bank and a layout."""
+        """Composes adapters into slots, with one call for all adapters that share a bank and a layout.
+
+        A batch whose forward has returned may still run on another CUDA stream, and read the slots that it had. So the current
+        stream waits for all that have read slots.
+        """
+        stream = streams.current(self.arena.device)
+        if stream is None:
+            self._compose(adapters)
+            return
+        self.read_here()
+        for reader in self._readers - {stream}:
+            stream.wait_event(reader.record_event())
+        try:
+            self._compose(adapters)
+        finally:
+            self._writer, self._written = stream, stream.record_event()
+
+    def _compose(self, adapters: dict[int, PackedAdapter]) -> None:
         together: dict[tuple[Layout, int], dict[int, PackedVBLoRA]] = {}
         for slot, adapter in adapters.items():
             if isinstance(adapter, PackedVBLoRA) and self._is_in_order(adapter.layout):
@@ -77,8 +109,10 @@ class Slots:
 
     def copy_of(self, slots: Sequence[int | None]) -> "Slots":
         """Slots of their own with the same contents; None is an empty one."""
+        self.read_here()
         copied = copy.copy(self)
         copied.arena = torch.zeros(len(slots), self.arena.shape[1], device=self.arena.device, dtype=self.arena.dtype)
+        copied._note_new()
         for place, slot in enumerate(slots):
             if slot is not None:
                 copied.arena[place] = self.arena[slot]
@@ -105,6 +139,7 @@ class SlotRows(RowAdapters):
         self.used = dict(used)
         indices = [-1 if name is None else used[name] for name in names]
         self._indices = index_tensors(indices, slots.arena.device)
+        slots.read_here()
 
     def factors(self, layer: AdaptedLayer, name: str) -> Factors | None:
         A, B = self._factors_of_all(layer)
