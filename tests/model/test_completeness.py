@@ -184,3 +184,12 @@ def test_training_goes_on_with_modules_that_were_moved_wrapped_or_taken_out():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net(x)
+
+
+def test_a_copy_of_an_adapted_layer_is_warned_of(tmp_path):
+    net = vblora.inject(Net(blocks=2), vblora.VBLoRAConfig(**SIZES, target_modules=["up"]))
+    net.blocks.append(copy.deepcopy(net.blocks[0]))
+    copied = r"`blocks.2.up` became part of the model after vblora.inject, as a copy"
+    for use in (lambda: vblora.parameter_groups(net), lambda: vblora.save(net, tmp_path)):
+        with pytest.warns(vblora.VBLoRAWarning, match=copied):
+            use()

@@ -185,6 +185,9 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
 SAVED_TENSORS_HOOKS = _pack, _unpack
 
 
+MERGED = "merged_layers"  # in an adapter's state dict, the number of layers that it is merged into
+
+
 class Adapter(nn.Module, ABC):
     """The trained tensors of one adapter, for all layers that it serves. Each method is a subclass.
 
@@ -213,6 +216,8 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.targets = tuple(targets)
         self.active: bool | None = None  # whether it is active in the model that it is attached to
+        self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
+        self.merged_layers = 0  # how many of its layers hold its update in their weight
         self.slots = [Slot(self, index) for index in range(len(targets))]
         self.compute_dtype: torch.dtype | None = (
             None  # of the layers, cached by AttachedAdapter until something is cast
@@ -323,6 +328,35 @@ class Adapter(nn.Module, ABC):
         # elsewhere, so these hooks keep them from counting or moving the tensors saved here.
         with torch.autograd.graph.saved_tensors_hooks(*SAVED_TENSORS_HOOKS):
             return self.compose(dtype, span)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged_layers:
+            destination[f"{prefix}{MERGED}"] = torch.tensor(self.merged_layers)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Reports an error if the state dict is of a model with this adapter merged, and this model's is not, or conversely."""
+        merged = int(state_dict.pop(f"{prefix}{MERGED}", 0))
+        if merged != self.merged_layers and any(name.startswith(prefix) for name in state_dict):
+            there, here = (
+                f"merged into {count} layers" if count else "not merged" for count in (merged, self.merged_layers)
+            )
+            error_msgs.append(
+                f"`{prefix.rstrip('.')}` is {there} in the state dict and {here} in the model, so weights would get its update "
+                "twice or not at all. Call vblora.merge or vblora.unmerge before you load the state dict."
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _get_name(self) -> str:
         name = type(self).__name__
