@@ -207,11 +207,6 @@ class Adapter(nn.Module, ABC):
       counter. So after an adapter was captured, or any optimizer step was, each token of ``generate()`` composes.
     """
 
-    def __new__(cls, *_args: object, **_kwargs: object) -> Self:
-        adapter = super().__new__(cls)
-        _living.add(adapter)  # here and not in __init__, which copying and unpickling leave out
-        return adapter
-
     def __init__(self, targets: Sequence[Target]) -> None:
         super().__init__()
         self.targets = tuple(targets)
@@ -374,6 +369,10 @@ class Adapter(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_captured": False}  # no CUDA graph refers to the copy
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        note_living(self)
+
 
 # What the call of `generate` that runs in this thread and asynchronous task keeps.
 _kept: "ContextVar[dict[Adapter, _KeptFactors] | None]" = ContextVar("vblora_kept_factors", default=None)
@@ -449,8 +448,13 @@ def is_plain(tensor: Tensor) -> bool:
 _living: "weakref.WeakSet[Adapter]" = weakref.WeakSet()
 
 
+def note_living(adapter: Adapter) -> None:
+    """Notes an adapter that some layer uses. One whose ``__init__`` failed is never noted."""
+    _living.add(adapter)
+
+
 def living_adapters() -> "list[Adapter]":
-    """Every adapter of this process, so that an optimizer's parameters can be told apart."""
+    """Every adapter of this process that a layer uses, so that an optimizer's parameters can be told apart."""
     return list(_living)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, Factors, Slot, VBLoRAAdapter
+from ..adapters.base import note_living
 from ..adapters.vblora import BANK
 from ..config import AdapterConfig
 from ..errors import VBLoRAWarning
@@ -389,6 +390,7 @@ class AdaptedModel:
     def add(self, attached: AttachedAdapter) -> None:
         """Adds an adapter to its layers. The first adapter becomes active."""
         self.adapters[attached.name] = attached
+        note_living(attached.adapter)
         for slot, layer in zip(attached.adapter.slots, attached.layers, strict=True):
             layer.updates[attached.name] = Update(slot, attached.config.dropout)
         getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
