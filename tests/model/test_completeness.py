@@ -193,3 +193,13 @@ def test_a_copy_of_an_adapted_layer_is_warned_of(tmp_path):
     for use in (lambda: vblora.parameter_groups(net), lambda: vblora.save(net, tmp_path)):
         with pytest.warns(vblora.VBLoRAWarning, match=copied):
             use()
+
+
+def test_what_trains_around_the_injected_model_is_warned_of(tmp_path):
+    net = vblora.inject(Net(blocks=1), vblora.VBLoRAConfig(**SIZES, target_modules=["up"]))
+    whole = nn.Sequential(OrderedDict(backbone=net, top=nn.Linear(3, 2)))
+    with pytest.warns(vblora.VBLoRAWarning, match=r"`top.weight`, `top.bias` changed in training or can.*yourself"):
+        vblora.save(whole, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vblora.save(net, tmp_path)

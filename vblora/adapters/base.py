@@ -107,10 +107,13 @@ class ForwardFactors(NamedTuple):
     factors: Factors
     context: ForwardContext | None  # None while compiling
     part: str  # name of the submodule whose forward it is; "" for the whole model
+    differentiable: bool  # False if gradients were off, though parameters require them
 
     @property
     def is_current(self) -> bool:
-        """Whether the caller runs within that forward. Do not call it while compiling."""
+        """Whether the caller runs within that forward and gets the gradients that it asks for. Do not call it while compiling."""
+        if not self.differentiable and torch.is_grad_enabled():  # the model's code turned them on
+            return False
         return self.context == _context(self.factors.A.device)
 
 
@@ -249,6 +252,10 @@ class Adapter(nn.Module, ABC):
     def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
         """The factors of all targets, or of those in ``span`` only, in ``dtype``."""
 
+    def current_config(self, config: Any) -> Any:
+        """``config`` with what you have set in the adapter since, such as its scaling."""
+        return config
+
     @abstractmethod
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters by optimizer group (:func:`vblora.parameter_groups`)."""
@@ -266,8 +273,9 @@ class Adapter(nn.Module, ABC):
         into the slots."""
         all_factors = self.all_factors(dtype, span)
         context = None if torch.compiler.is_compiling() else _context(all_factors[0].A.device)
+        differentiable = torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
         for slot, factors in zip(self._slots(span), all_factors, strict=True):
-            slot.forward_factors = ForwardFactors(factors, context, part)
+            slot.forward_factors = ForwardFactors(factors, context, part, differentiable)
 
     def end_forward(self, span: range | None = None) -> None:
         """Clears the slots."""

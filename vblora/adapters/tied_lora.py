@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -55,6 +56,9 @@ class TiedLoRAAdapter(SharedPairAdapter):
         cls, config: TiedLoraConfig, targets: Sequence[Target], *, device: torch.device | str | None = None
     ) -> Self:
         return cls(targets, r=config.r, scaling=config.scaling, device=device, dtype=torch.float32)
+
+    def current_config(self, config: TiedLoraConfig) -> TiedLoraConfig:
+        return replace(config, lora_alpha=config.lora_alpha * (self.scaling / config.scaling))
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         B = gather(self.B)

@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -339,6 +340,9 @@ class VBLoRAAdapter(Adapter):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_mixtures": None}
+
+    def current_config(self, config: VBLoRAConfig) -> VBLoRAConfig:
+        return replace(config, topk=self.topk, scaling=self.scaling)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         own = {"logits": self.logits, "scales": self.scales}

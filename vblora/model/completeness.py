@@ -53,8 +53,11 @@ def _has_changed(now: Tensor | None, then: _Buffer) -> bool:
     return now.shape != then.values.shape or not torch.equal(now, then.values.to(now.device, now.dtype))
 
 
-def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> None:
+def check_completeness(whole: nn.Module, record: "AdaptedModel", attached: "AttachedAdapter") -> None:
     """Refuses to save an adapter whose layers or modules the model has lost, and warns of what trained but is not part of it.
+
+    Args:
+        whole: the injected model, or one that contains it.
 
     Raises:
         ValueError: a layer or a module that the adapter trains was replaced in the model, or PEFT has adapted the model, too. The
@@ -69,7 +72,7 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
     own = {id(p) for adapter in record.adapters.values() for p in adapter.parameters.values()}
     others = [
         name.replace(".base_layer.", ".")
-        for name, parameter in record.model.named_parameters()
+        for name, parameter in whole.named_parameters()
         if parameter.requires_grad and id(parameter) not in own
     ]
     swapped = {(extra.module, extra.name) for adapter in record.adapters.values() for extra in adapter.extra.values()}
@@ -81,7 +84,8 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
     if others:
         warnings.warn(
             f"{listed(others)} changed in training or can, but no adapter file holds them: a loaded adapter gets the base "
-            "model's. Name their modules in `modules_to_save`, or keep them from changing (`requires_grad_(False)`, `eval()`).",
+            "model's. Name their modules in `modules_to_save`, keep them from changing (`requires_grad_(False)`, `eval()`), or "
+            "save what is outside of the injected model yourself.",
             VBLoRAWarning,
             stacklevel=3,
         )
