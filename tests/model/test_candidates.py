@@ -212,7 +212,7 @@ def test_growing_in_a_loop_that_keeps_its_loss():
 
 def test_growing_extends_the_optimizers_state_or_is_refused():
     layer = small()
-    optimizer = torch.optim.Rprop(vblora.parameter_groups(layer), lr=0.25)
+    optimizer = torch.optim.Rprop(vblora.parameter_groups(layer, lr_logits=0.25))
     layer(torch.ones(1, 16)).sum().backward()
     optimizer.step()
     state = optimizer.state[layer.adapter.logits]
