@@ -70,6 +70,8 @@ def test_of_the_base_model(kind):
     vblora.inject(model, vblora.VBLoRAConfig(target_modules=["layer"], num_vectors=16, vector_length=8))
     report = model.load_state_dict(base.state_dict(), strict=False)
     assert not report.unexpected_keys and all(name.startswith("vblora.") for name in report.missing_keys)
+    with pytest.raises(RuntimeError, match=r"`parts.layer.weight` is the base model's, but an adapter is merged"):
+        vblora.merge(copy.deepcopy(model)).load_state_dict(base.state_dict(), strict=False)
     vblora.eject(model)
     for name, tensor in base.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name

@@ -302,13 +302,29 @@ class AdaptedLayer(nn.Module):
         self.merged = names
         self.set()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Takes the tensors of the base layer under the names that they have in the base model, too."""
-        for name in [name for name in state_dict if name.startswith(prefix)]:
-            own = name.removeprefix(prefix)
-            if own.partition(".")[0] not in self._modules:
-                state_dict.setdefault(f"{prefix}base_layer.{own}", state_dict.pop(name))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        own = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+        plain = [name for name in own if name.partition(".")[0] not in self._modules]
+        if plain and self.merged:
+            error_msgs.append(
+                f"`{prefix}{plain[0]}` is the base model's, but an adapter is merged into this layer: its update would be lost. "
+                "Call vblora.unmerge first."
+            )
+        for name in plain:
+            state_dict.setdefault(f"{prefix}base_layer.{name}", state_dict.pop(f"{prefix}{name}"))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         parts = []
