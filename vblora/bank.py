@@ -61,6 +61,7 @@ class VectorBank(nn.Module):
         self.init_bound = init_bound
         self.pairs = pairs
         self.file: BankFile | None = None
+        self.adapters = 0  # how many were made over it
         self.vectors = nn.Parameter(torch.empty(num_vectors, vector_length, device=device, dtype=dtype))
         self.reset_parameters()
 

@@ -190,6 +190,15 @@ def test_inference_parameters_are_never_kept(x):
     assert composed.calls == 2
 
 
+def test_gradients_that_the_models_code_turns_on(net, x):
+    expected = per_layer_gradients(net, x)
+    net.forward = torch.enable_grad()(net.forward)
+    with torch.no_grad():
+        y = net(x)
+    y.square().sum().backward()
+    assert_same(gradients(net), expected)
+
+
 def test_training_after_evaluation_and_back(net, x):
     with torch.no_grad():
         net(x)

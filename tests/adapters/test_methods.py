@@ -442,3 +442,32 @@ def test_a_module_of_another_kind():
         y = model(ids)
         vblora.merge(model)
         assert relative_error(model(ids), y) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        vblora.VeraConfig(r=4, projection_prng_key=5, target_modules=["up"]),
+        vblora.VeraConfig(r=4, init_weights=False, target_modules=["up"]),
+        vblora.TiedLoraConfig(r=4, target_modules=["up"]),
+        vblora.LoraConfig(r=4, target_modules=["up"]),
+        vblora.VBLoRAConfig(num_vectors=16, vector_length=8, seed=1, target_modules=["up"]),
+    ],
+    ids=lambda config: config.method,
+)
+def test_reset_parameters_fills_what_to_empty_left_open(config):
+    with torch.device("meta"):
+        model = Net(blocks=1)
+    adapter = vblora.inject(model, config).to_empty(device="cpu").vblora.default
+    for tensor in (*adapter.parameters(), *adapter.buffers()):
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else 1)
+    for seed in (0, 0):
+        torch.manual_seed(seed)
+        for module in adapter.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    expected = vblora.inject(Net(blocks=1), config).vblora.default.state_dict()
+    for name, tensor in adapter.state_dict().items():
+        assert tensor.isfinite().all(), name
+        if name in ("A", "B", "e", "u", "v", "logits") and config.method != "tied_lora":
+            assert torch.equal(tensor, expected[name]), name

@@ -558,3 +558,30 @@ def test_default_layers_are_pefts():
     ):
         for model_type in FOR_OTHERS.keys() & pefts.keys():
             assert FOR_OTHERS[model_type] == pefts[model_type], model_type
+
+
+@pytest.mark.parametrize("form", ["resume", "lora"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        vblora.VBLoRAConfig(num_vectors=16, vector_length=8, target_modules=["up"], init_vector_bank_bound=1.0),
+        vblora.LoraConfig(r=4, use_rslora=True, init_lora_weights=False, target_modules=["up"]),
+        vblora.TiedLoraConfig(r=4, target_modules=["up"]),
+    ],
+    ids=lambda config: config.method,
+)
+def test_what_you_set_in_an_adapter_is_saved(config, form, tmp_path):
+    base = Net(blocks=1)
+    model = vblora.inject(copy.deepcopy(base), config)
+    adapter = model.vblora.default
+    if config.method == "tied_lora":
+        torch.nn.init.normal_(adapter.B)
+    if config.method == "vblora":
+        adapter.topk = 4
+    adapter.scaling *= 3
+    vblora.save(model, tmp_path, form=form)
+    x = torch.randn(3, 16)
+    again = vblora.load(base, tmp_path)
+    torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-5)
+    if form == "resume" and config.method != "vblora":
+        assert again.vblora.default.scaling == pytest.approx(adapter.scaling)

@@ -128,7 +128,7 @@ def test_a_first_layer_computes_no_gradient_of_x():
 
 def test_autocast_casts_an_input_once_for_all_its_layers():
     layers = [vb_linear() for _ in range(3)]
-    x = torch.randn(2, 5, IN, requires_grad=True)
+    x = 1 * torch.randn(2, 5, IN, requires_grad=True)
     saved = []
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor),
@@ -145,6 +145,19 @@ def test_autocast_casts_an_input_once_for_all_its_layers():
     del x, outputs, changed
     saved.clear()
     assert fused._last.entry is None
+
+
+@pytest.mark.parametrize("refill", ["numpy", "data"])
+def test_an_input_that_is_refilled_is_cast_again(refill):
+    layer, x = vb_linear(), torch.randn(4, IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = layer(x)
+        if refill == "numpy":
+            x.numpy()[:] *= -3
+        else:
+            x.data.mul_(-3)
+        after = layer(x)
+        assert is_fused(after) and torch.equal(after, layer(x.clone())) and not torch.equal(after, before)
 
 
 def test_autocast_is_that_of_the_plain_layer():

@@ -52,7 +52,7 @@ def test_only_the_adapter_trains():
 def test_wraps_a_layer_and_keeps_it():
     base = nn.Linear(8, 16)
     layer = vblora.VBLinear(base_layer=base, num_vectors=4, vector_length=8)
-    assert layer.base_layer is base and layer.weight is base.weight and layer.bias is base.bias
+    assert layer.base_layer is base and layer.weight.shape == base.weight.shape and layer.bias is base.bias
     assert (layer.in_features, layer.out_features) == (8, 16)
 
 
@@ -176,3 +176,41 @@ def test_a_layer_that_adds_nothing_is_its_base_layer_to_all_but_who_looks_on():
     layer.set(enabled=True)
     with pytest.raises(AssertionError, match="way was taken"):
         layer(x)
+
+
+def test_a_fused_kernel_does_not_leave_out_the_update():
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    encoder.linear1 = vblora.VBLinear(base_layer=encoder.linear1, num_vectors=16, vector_length=8)
+    nn.init.normal_(encoder.linear1.adapter.bank.vectors)
+    encoder.requires_grad_(False)
+    x = torch.randn(2, 5, 16)
+    updated = encoder(x)
+    encoder.linear1.set(enabled=False)
+    assert (updated - encoder(x)).abs().max() > 0.1
+    encoder.linear1.set(enabled=True)
+    encoder.train()
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    encoder.self_attn.dropout = 0.0
+    torch.testing.assert_close(updated, encoder(x), rtol=1e-4, atol=1e-5)
+
+
+def test_code_that_reads_the_weight_is_warned_of():
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    attention.out_proj = vblora.VBLinear(base_layer=attention.out_proj, num_vectors=16, vector_length=8)
+    x = torch.randn(2, 5, 16)
+    with pytest.warns(
+        vblora.VBLoRAWarning, match=r"weight of a VBLinear was used without calling.*`layer.base_layer.weight`"
+    ):
+        attention(x, x, x)
+
+
+def test_a_layer_that_could_not_be_made_does_not_disturb_an_optimizer():
+    layer = vblora.VBLinear(16, 8, num_vectors=16, vector_length=8)
+    with pytest.raises(ValueError, match="topk") as failed:  # whose traceback keeps what was made until then
+        vblora.VBLinear(16, 8, num_vectors=16, vector_length=8, topk=17)
+    optimizer = torch.optim.AdamW(vblora.parameter_groups(layer))
+    layer(torch.randn(2, 16)).sum().backward()
+    optimizer.step()
+    assert failed.traceback

@@ -210,6 +210,22 @@ def test_growing_in_a_loop_that_keeps_its_loss():
     assert layer.adapter.logits.grad.shape[1] == 12
 
 
+def test_growing_extends_the_optimizers_state_or_is_refused():
+    layer = small()
+    optimizer = torch.optim.Rprop(vblora.parameter_groups(layer, lr_logits=0.25))
+    layer(torch.ones(1, 16)).sum().backward()
+    optimizer.step()
+    state = optimizer.state[layer.adapter.logits]
+    state["average"] = layer.adapter.logits.detach().clone()  # as some optimizers keep one
+    with pytest.raises(ValueError, match="state `average` differs between logits that were never selected"):
+        vblora.grow(layer, 20, optimizer)
+    assert layer.adapter.logits.shape[1] == state["step_size"].shape[1] == 8
+    del state["average"]
+    vblora.grow(layer, 20, optimizer)
+    assert state["step_size"].shape[1] == 20 and state["step_size"][:, 8:].eq(0.25).all()
+    assert state["prev"].shape[1] == 20 and not state["prev"][:, 8:].any()
+
+
 def test_growing_to_all_is_dense():
     layer, dense = small(), small(num_candidates=None)
     vblora.grow(layer, 40)

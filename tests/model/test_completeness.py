@@ -184,3 +184,22 @@ def test_training_goes_on_with_modules_that_were_moved_wrapped_or_taken_out():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net(x)
+
+
+def test_a_copy_of_an_adapted_layer_is_warned_of(tmp_path):
+    net = vblora.inject(Net(blocks=2), vblora.VBLoRAConfig(**SIZES, target_modules=["up"]))
+    net.blocks.append(copy.deepcopy(net.blocks[0]))
+    copied = r"`blocks.2.up` became part of the model after vblora.inject, as a copy"
+    for use in (lambda: vblora.parameter_groups(net), lambda: vblora.save(net, tmp_path)):
+        with pytest.warns(vblora.VBLoRAWarning, match=copied):
+            use()
+
+
+def test_what_trains_around_the_injected_model_is_warned_of(tmp_path):
+    net = vblora.inject(Net(blocks=1), vblora.VBLoRAConfig(**SIZES, target_modules=["up"]))
+    whole = nn.Sequential(OrderedDict(backbone=net, top=nn.Linear(3, 2)))
+    with pytest.warns(vblora.VBLoRAWarning, match=r"`top.weight`, `top.bias` changed in training or can.*yourself"):
+        vblora.save(whole, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vblora.save(net, tmp_path)

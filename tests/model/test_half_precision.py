@@ -106,3 +106,20 @@ def test_trains_in_float16_with_a_gradient_scaler():
     loss = (output.float() - wanted).square().mean() * 256
     halved = torch.autograd.grad(loss, whole.vblora.default.bank.vectors)[0] / 256
     assert relative_error(halved, reference) < 2e-2
+
+
+def test_factors_follow_layers_that_are_cast_alone():
+    net = injected(Net(blocks=2).bfloat16())
+    torch.nn.init.normal_(net.vblora.default.bank.vectors)
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        net(x.bfloat16())
+        for part in (net.embed, net.blocks, net.head):
+            part.float()
+        assert relative_error(net(x), injected_again(net)(x)) < 1e-6
+
+
+def injected_again(net: Net) -> Net:
+    other = injected()
+    other.load_state_dict(net.state_dict())
+    return other

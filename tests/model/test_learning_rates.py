@@ -123,3 +123,5 @@ def test_an_optimizer_of_frozen_parameters_alone_is_warned_of():
     model(torch.ones(2, 8)).sum().backward()
     with pytest.warns(vblora.VBLoRAWarning, match="SGD trains nothing"):
         late.step()
+    with pytest.warns(vblora.VBLoRAWarning, match="AdamW trains nothing"):  # it has trained before
+        first.step()

@@ -112,3 +112,35 @@ def test_as_in_a_model_of_transformers(tmp_path):
     loaded = vblora.load(copy.deepcopy(base), tmp_path)
     for ours, again in zip(outputs(model, given), outputs(loaded, given), strict=True):
         assert relative_error(again, ours) == 0.0
+
+
+def test_statistics_that_would_stay_reset_are_not_reset():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model[1].running_mean.fill_(3.0)
+    with pytest.warns(vblora.VBLoRAWarning, match="stay in evaluation mode"):
+        vblora.inject(model, vblora.VBLoRAConfig(target_modules=["0"], num_vectors=16, vector_length=8))
+    for net in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=r"`1` is frozen.*update_bn"):
+            torch.optim.swa_utils.update_bn([torch.randn(4, 8)], net)
+        assert net[1].running_mean.eq(3).all()
+    vblora.eject(model)
+    torch.optim.swa_utils.update_bn([torch.randn(4, 8)], model)
+    assert not model[1].running_mean.eq(3).any()
+
+
+def test_a_layer_that_replaced_a_frozen_one_is_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    with pytest.warns(vblora.VBLoRAWarning, match="stay in evaluation mode"):
+        vblora.inject(model, vblora.VBLoRAConfig(target_modules=["0"], num_vectors=16, vector_length=8))
+    model(torch.randn(4, 8)).sum().backward()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for use in (
+        lambda: model(torch.randn(4, 8)),
+        lambda: vblora.parameter_groups(model),
+        lambda: vblora.save(model, tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"something replaced `1` after vblora.inject, such as SyncBatchNorm"):
+            use()
+    vblora.eject(model)
+    vblora.inject(model, vblora.VBLoRAConfig(target_modules=["0"], num_vectors=16, vector_length=8)).eval()
+    vblora.save(model, tmp_path)

@@ -107,10 +107,13 @@ class ForwardFactors(NamedTuple):
     factors: Factors
     context: ForwardContext | None  # None while compiling
     part: str  # name of the submodule whose forward it is; "" for the whole model
+    differentiable: bool  # False if gradients were off, though parameters require them
 
     @property
     def is_current(self) -> bool:
-        """Whether the caller runs within that forward. Do not call it while compiling."""
+        """Whether the caller runs within that forward and gets the gradients that it asks for. Do not call it while compiling."""
+        if not self.differentiable and torch.is_grad_enabled():  # the model's code turned them on
+            return False
         return self.context == _context(self.factors.A.device)
 
 
@@ -185,6 +188,9 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
 SAVED_TENSORS_HOOKS = _pack, _unpack
 
 
+MERGED = "merged_layers"  # in an adapter's state dict, the number of layers that it is merged into
+
+
 class Adapter(nn.Module, ABC):
     """The trained tensors of one adapter, for all layers that it serves. Each method is a subclass.
 
@@ -204,15 +210,12 @@ class Adapter(nn.Module, ABC):
       counter. So after an adapter was captured, or any optimizer step was, each token of ``generate()`` composes.
     """
 
-    def __new__(cls, *_args: object, **_kwargs: object) -> Self:
-        adapter = super().__new__(cls)
-        _living.add(adapter)  # here and not in __init__, which copying and unpickling leave out
-        return adapter
-
     def __init__(self, targets: Sequence[Target]) -> None:
         super().__init__()
         self.targets = tuple(targets)
         self.active: bool | None = None  # whether it is active in the model that it is attached to
+        self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
+        self.merged_layers = 0  # how many of its layers hold its update in their weight
         self.slots = [Slot(self, index) for index in range(len(targets))]
         self.compute_dtype: torch.dtype | None = (
             None  # of the layers, cached by AttachedAdapter until something is cast
@@ -249,6 +252,10 @@ class Adapter(nn.Module, ABC):
     def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
         """The factors of all targets, or of those in ``span`` only, in ``dtype``."""
 
+    def current_config(self, config: Any) -> Any:
+        """``config`` with what you have set in the adapter since, such as its scaling."""
+        return config
+
     @abstractmethod
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters by optimizer group (:func:`vblora.parameter_groups`)."""
@@ -266,8 +273,9 @@ class Adapter(nn.Module, ABC):
         into the slots."""
         all_factors = self.all_factors(dtype, span)
         context = None if torch.compiler.is_compiling() else _context(all_factors[0].A.device)
+        differentiable = torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
         for slot, factors in zip(self._slots(span), all_factors, strict=True):
-            slot.forward_factors = ForwardFactors(factors, context, part)
+            slot.forward_factors = ForwardFactors(factors, context, part, differentiable)
 
     def end_forward(self, span: range | None = None) -> None:
         """Clears the slots."""
@@ -324,6 +332,35 @@ class Adapter(nn.Module, ABC):
         with torch.autograd.graph.saved_tensors_hooks(*SAVED_TENSORS_HOOKS):
             return self.compose(dtype, span)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged_layers:
+            destination[f"{prefix}{MERGED}"] = torch.tensor(self.merged_layers)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Reports an error if the state dict is of a model with this adapter merged, and this model's is not, or conversely."""
+        merged = int(state_dict.pop(f"{prefix}{MERGED}", 0))
+        if merged != self.merged_layers and any(name.startswith(prefix) for name in state_dict):
+            there, here = (
+                f"merged into {count} layers" if count else "not merged" for count in (merged, self.merged_layers)
+            )
+            error_msgs.append(
+                f"`{prefix.rstrip('.')}` is {there} in the state dict and {here} in the model, so weights would get its update "
+                "twice or not at all. Call vblora.merge or vblora.unmerge before you load the state dict."
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def _get_name(self) -> str:
         name = type(self).__name__
         return name if self.active is None else f"{name}[{'active' if self.active else 'inactive'}]"
@@ -339,6 +376,10 @@ class Adapter(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_captured": False}  # no CUDA graph refers to the copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        note_living(self)
 
 
 # What the call of `generate` that runs in this thread and asynchronous task keeps.
@@ -415,8 +456,13 @@ def is_plain(tensor: Tensor) -> bool:
 _living: "weakref.WeakSet[Adapter]" = weakref.WeakSet()
 
 
+def note_living(adapter: Adapter) -> None:
+    """Notes an adapter that some layer uses. One whose ``__init__`` failed is never noted."""
+    _living.add(adapter)
+
+
 def living_adapters() -> "list[Adapter]":
-    """Every adapter of this process, so that an optimizer's parameters can be told apart."""
+    """Every adapter of this process that a layer uses, so that an optimizer's parameters can be told apart."""
     return list(_living)
 
 

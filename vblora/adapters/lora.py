@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -95,6 +96,9 @@ class LoRAAdapter(Adapter):
             factors = rows_of(factors, self._starts[span.start], sum(sizes))
         parts = _scaled(factors, self.scaling).to(dtype).split_with_sizes(sizes)
         return [Factors(a.view(self.r, -1), b.view(self.r, -1)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+
+    def current_config(self, config: LoraConfig) -> LoraConfig:
+        return replace(config, lora_alpha=config.lora_alpha * (self.scaling / config.scaling))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"factors": [self.factors]}

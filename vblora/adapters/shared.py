@@ -42,12 +42,9 @@ class SharedPairAdapter(Adapter):
         """``A`` and ``B`` in ``dtype``."""
         return gather(self.A).to(dtype), gather(self.B).to(dtype)
 
-    def _register_vectors(
-        self, of_ranks: float, of_outputs: float, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        sizes = (len(self.targets), self.r), (sum(self._widths),)
-        for name, size, value in zip(self.VECTORS, sizes, (of_ranks, of_outputs), strict=True):
-            self.register_parameter(name, nn.Parameter(torch.full(size, value, device=device, dtype=dtype)))
+    def _register_vectors(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        for name, size in zip(self.VECTORS, ((len(self.targets), self.r), (sum(self._widths),)), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
 
     def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
         A, B = self.pair(dtype)

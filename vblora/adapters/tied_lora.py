@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -31,6 +32,8 @@ class TiedLoRAAdapter(SharedPairAdapter):
     """
 
     VECTORS = ("u", "v")
+    u: nn.Parameter
+    v: nn.Parameter
 
     def __init__(
         self,
@@ -44,17 +47,28 @@ class TiedLoRAAdapter(SharedPairAdapter):
         super().__init__(targets, r)
         self.scaling = scaling
         for name, size in self.pair_sizes(targets, r).items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(size, device=device, dtype=dtype)))
+            self.register_parameter(name, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
+        self._register_vectors(device, dtype)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws A again, from torch's generator, and resets the others."""
         bound = math.sqrt(6 / self.A.shape[1])
         if not self.A.is_meta:
-            nn.init.uniform_(self.A, -bound, bound)
-        self._register_vectors(1.0, 1.0, device, dtype)
+            self.A.uniform_(-bound, bound)
+        self.B.zero_()
+        self.u.fill_(1.0)
+        self.v.fill_(1.0)
 
     @classmethod
     def from_config(
         cls, config: TiedLoraConfig, targets: Sequence[Target], *, device: torch.device | str | None = None
     ) -> Self:
         return cls(targets, r=config.r, scaling=config.scaling, device=device, dtype=torch.float32)
+
+    def current_config(self, config: TiedLoraConfig) -> TiedLoraConfig:
+        return replace(config, lora_alpha=config.lora_alpha * (self.scaling / config.scaling))
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         B = gather(self.B)

@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,10 +18,11 @@ from ..config import VBLoRAConfig
 from ..config.vblora import check_start
 from ..distributed import gather, processes
 from ..errors import VBLoRAWarning
-from .base import Adapter, Factors, Target, is_plain
+from .base import Adapter, Factors, Target, is_plain, living_adapters
 from .recomputed import Mixtures
 from .rows import in_backward, rows_of
 
+BANK = "bank.vectors"  # the name of the bank's parameter in an adapter
 _DEFAULT_LENGTH = 256  # of bank vectors, as in the paper and PEFT
 
 
@@ -144,6 +146,7 @@ class VBLoRAAdapter(Adapter):
         self.scaling = check_positive("scaling", scaling)
         self.init = init
         self.bank = bank
+        bank.adapters += 1
         if init == "noop" and rows is None:
             check_noop(bank, topk, num_candidates)
         self._rows = rows_of_factors(self.targets, r, bank.vector_length)
@@ -275,6 +278,13 @@ class VBLoRAAdapter(Adapter):
         if self.scales is not None:
             self.scales.copy_(initial_scales(self._rows, self.scales))
 
+    def others_of_bank(self) -> list["VBLoRAAdapter"]:
+        """The other adapters over the same bank, in any model."""
+        if self.bank.adapters < 2:
+            return []
+        living = (adapter for adapter in living_adapters() if isinstance(adapter, VBLoRAAdapter))
+        return [adapter for adapter in living if getattr(adapter, "bank", None) is self.bank and adapter is not self]
+
     def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
         rows, targets = self._rows, self.targets
         start, count = 0, self.num_subvectors
@@ -331,6 +341,9 @@ class VBLoRAAdapter(Adapter):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_mixtures": None}
 
+    def current_config(self, config: VBLoRAConfig) -> VBLoRAConfig:
+        return replace(config, topk=self.topk, scaling=self.scaling)
+
     def groups(self) -> dict[str, list[nn.Parameter]]:
         own = {"logits": self.logits, "scales": self.scales}
         groups = {name: [] if parameter is None else [parameter] for name, parameter in own.items()}
@@ -352,6 +365,25 @@ class VBLoRAAdapter(Adapter):
         known, seed = state.tolist()
         self.seed = seed if known else None
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loads logits, candidates and seed, which belong together, also if the state dict lacks some of them."""
+        logits, candidates, seed = (state_dict.get(prefix + name) for name in ("logits", "candidates", "_extra_state"))
+        if candidates is None:
+            if logits is not None and self.candidates is not None and not self._may_have_drawn(logits):
+                _warn_of_another_draw(prefix)
+        elif seed is None and (
+            self.candidates is None or not torch.equal(candidates.to(self.candidates), self.candidates)
+        ):
+            self.seed = None  # it has not drawn these
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _may_have_drawn(self, logits: Tensor) -> bool:
+        """Whether logits of the same shape may come from the same draw: then they are equal where neither was trained."""
+        own = self.logits
+        if own is None or not is_plain(own) or own.shape != logits.shape:
+            return True
+        return bool((logits.to(own) == own).float().mean() > 0.01)
+
     def extra_repr(self) -> str:
         candidates = "" if self.candidates is None else f", num_candidates={self.candidates.shape[1]}"
         scales = "" if self.scales is None else ", train_scales=True"
@@ -359,6 +391,16 @@ class VBLoRAAdapter(Adapter):
             f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}{scales}, "
             f"targets={len(self.targets)}"
         )
+
+
+def _warn_of_another_draw(prefix: str) -> None:
+    warnings.warn(
+        f"the state dict has `{prefix}logits`, but lacks `{prefix}candidates`, the bank vectors that they stand for. This model "
+        "seems to have drawn others, so the logits would choose other bank vectors than in training. Write adapters with "
+        "vblora.save or vblora.adapter_state_dict; or set the same `seed` in the config of both models.",
+        VBLoRAWarning,
+        stacklevel=3,
+    )
 
 
 def _bank_for(

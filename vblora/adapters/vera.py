@@ -53,14 +53,14 @@ class VeRAAdapter(SharedPairAdapter):
     ) -> None:
         super().__init__(targets, r)
         self.key = key
+        self.d_initial, self.init = d_initial, init
         if projection is None:
             projection = draw_projection(targets, r, key, device=device, dtype=dtype)
         for name, tensor in zip("AB", projection, strict=True):
             self.register_buffer(name, tensor, persistent=save_projection)
         self._cast: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None  # with the key of the cast
-        self._register_vectors(d_initial, 0.0 if init else 1.0, device, dtype)
-        if not init and not self.d.is_meta:
-            nn.init.normal_(self.d)
+        self._register_vectors(device, dtype)
+        self._reset_vectors()
 
     @classmethod
     def from_config(
@@ -83,6 +83,20 @@ class VeRAAdapter(SharedPairAdapter):
             device=device,
             dtype=torch.float32,
         )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Resets the vectors, and draws the projections from their key, whatever they were."""
+        drawn = draw_projection(self.targets, self.r, self.key, device=self.A.device, dtype=self.A.dtype)
+        self.A.copy_(drawn[0])
+        self.B.copy_(drawn[1])
+        self._reset_vectors()
+        self.invalidate()
+
+    @torch.no_grad()
+    def _reset_vectors(self) -> None:
+        self.d.fill_(self.d_initial) if self.init else self.d.normal_()
+        self.e.fill_(0.0 if self.init else 1.0)
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` in ``dtype``. They are frozen, so a cast is cached, for the stream that made it.

@@ -77,7 +77,7 @@ def save(
     source = attached_adapter(model, adapter_name)
     if form not in (None, *FORMS):
         raise ValueError(f"`form` is {form!r}; allowed are {', '.join(map(repr, FORMS))}.")
-    check_completeness(adapted_model(model), source)
+    check_completeness(model, adapted_model(model), source)
     contents = contents_of(source)
     embeddings = embeddings_to_save(source.model, save_embedding_layers)
     copies = {tensor: gather_to_cpu(tensor) for tensor in embeddings.values()}  # tied ones stay one tensor
@@ -186,7 +186,8 @@ def contents_of(source: AttachedAdapter) -> Contents:
     """The contents of a model's adapter. If it is sharded, all processes must call this."""
     reshard(source.model)
     transposed = any(layer.kind is Conv1D for layer in source.layers)
-    config = replace(source.config, fan_in_fan_out=transposed)  # seen from the layers, whatever the user wrote
+    config = source.adapter.current_config(source.config)
+    config = replace(config, fan_in_fan_out=transposed)  # seen from the layers, whatever the user wrote
     copies: dict[Tensor, Tensor] = {}  # tied parameters stay one tensor
     extra = source.extra_tensors()
     for tensor in extra.values():

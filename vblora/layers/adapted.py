@@ -1,8 +1,8 @@
 """The layer that adds low-rank updates to a frozen layer, and merges them into its weight."""
 
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -276,8 +276,7 @@ class AdaptedLayer(nn.Module):
         unmerged = TensorSwap(self.base_layer, "weight", merged)
         unmerged.swap()
         self.unmerged = None if release else unmerged
-        self.merged += names
-        self.set()
+        self._set_merged(self.merged + names)
 
     @property
     def released(self) -> bool:
@@ -290,8 +289,42 @@ class AdaptedLayer(nn.Module):
             self.unmerged.swap()
             self.unmerged = None
             self.rounding = None
-            self.merged = ()
-            self.set()
+            self._set_merged(())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for update in self.updates.values():
+            update.slot.adapter.compute_dtype = None  # this layer may be cast without the others
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _set_merged(self, names: tuple[str, ...]) -> None:
+        for name, update in self.updates.items():
+            update.slot.adapter.merged_layers += (name in names) - (name in self.merged)
+        self.merged = names
+        self.set()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes the tensors of the base layer under the names that they have in the base model, too."""
+        own = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+        plain = [name for name in own if name.partition(".")[0] not in self._modules]
+        if plain and self.merged:
+            error_msgs.append(
+                f"`{prefix}{plain[0]}` is the base model's, but an adapter is merged into this layer: its update would be lost. "
+                "Call vblora.unmerge first."
+            )
+        for name in plain:
+            state_dict.setdefault(f"{prefix}base_layer.{name}", state_dict.pop(f"{prefix}{name}"))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         parts = []

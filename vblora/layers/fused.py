@@ -138,9 +138,14 @@ _last = _Last()
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``. Layers that get the same tensor, such as query, key and value, share the copy."""
+    """``x.to(dtype)``. Layers that get the same tensor, such as query, key and value, share the copy.
+
+    Only of what autograd has computed: you can refill a tensor of your own without a trace, through ``.data`` or NumPy's array.
+    """
     if x.dtype == dtype:
         return x
+    if x.is_leaf:
+        return x.to(dtype)
     if _last.entry is not None:
         of, version, copy = _last.entry
         if of() is x and version == x._version and copy.dtype == dtype:

@@ -1,13 +1,18 @@
 """A linear layer with its own VB-LoRA adapter."""
 
+import warnings
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import VBLoRAAdapter
+from ..adapters.base import note_living
 from ..adapters.vblora import default_length
 from ..bank import VectorBank
+from ..errors import VBLoRAWarning
 from .adapted import AdaptedLayer, Update
 from .kinds import is_linear, refusal, target_of
+from .reads import Watched
 from .weights import disable_packing
 
 
@@ -119,3 +124,23 @@ class VBLinear(AdaptedLayer):
         self.adapter = adapter
         self.updates["default"] = Update(adapter.slots[0], dropout)
         self.set(active=["default"])
+        note_living(adapter)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight. It warns when it is used, because code that does so leaves out the update."""
+        weight = super().weight
+        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or not self.applied:
+            return weight
+        # A fused kernel such as that of nn.TransformerEncoderLayer does not take it, so the layer is called.
+        return Watched.of(weight, _warn_of_read)
+
+
+def _warn_of_read() -> None:
+    warnings.warn(
+        "the weight of a VBLinear was used without calling the layer, which leaves out its update. If the model's code does "
+        "this, as nn.MultiheadAttention does with `out_proj`, keep the plain layer there. For the base layer's weight, take "
+        "`layer.base_layer.weight`.",
+        VBLoRAWarning,
+        stacklevel=4,
+    )

@@ -52,12 +52,14 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_
     Args:
         model: an injected model, or a :class:`VBLinear`.
         num_candidates: the new M, above the current one and at most h.
-        optimizers: the optimizers that train the logits. Their state for the new logits is zeros; it changes in place.
+        optimizers: the optimizers that train the logits. Their state changes in place. For the new logits it is that of logits
+            which were never selected: zeros, with most optimizers.
         adapter_name: the adapter of an injected model; by default the active one.
 
     Raises:
         ValueError: the adapter has no candidates or no seed to draw more, FSDP2 has sharded it, ``num_candidates`` is out of
-            range, or the graph of an earlier forward still exists.
+            range, the graph of an earlier forward still exists, or an optimizer's state differs between logits that were never
+            selected. Nothing changes then.
     """
     adapter, logits = _trained_adapter(model, adapter_name)
     check_count("num_candidates", num_candidates)
@@ -80,14 +82,20 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_
             "the graph of an earlier forward still refers to the current logits. Delete its outputs first: `del loss`."
         )
 
-    def extended(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor.new_zeros(rows, num_candidates - columns)], 1)
+    def extended(tensor: Tensor, value: float = 0.0) -> Tensor:
+        return torch.cat([tensor, tensor.new_full((rows, num_candidates - columns), value)], 1)
 
-    for optimizer in optimizers:
-        state = optimizer.state.get(logits, {})
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == logits.shape:
-                state[name] = extended(value)
+    states = [optimizer.state.get(logits, {}) for optimizer in optimizers]
+    found = [
+        (state, name, value)
+        for state in states
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == logits.shape
+    ]
+    for state, name, value in [
+        (state, name, extended(value, _untrained(name, value, adapter))) for state, name, value in found
+    ]:
+        state[name] = value
     gradient, logits.grad = logits.grad, None  # a gradient must have the size of its parameter
     drawn.logits[:, :columns] = logits
     logits.data = drawn.logits
@@ -98,6 +106,21 @@ def grow(model: nn.Module, num_candidates: int, *optimizers: Optimizer, adapter_
         config = attached_adapter(model, adapter_name).config
         assert isinstance(config, VBLoRAConfig)
         config.num_candidates = num_candidates
+
+
+def _untrained(name: str, state: Tensor, adapter: VBLoRAAdapter) -> float:
+    """What an optimizer's state is for logits that were never selected: zero, or the value that it starts with.
+
+    Raises:
+        ValueError: it is not the same for all of them.
+    """
+    last = state[:, -1] if adapter.exhausted is None else state[~adapter.exhausted, -1]
+    if (last != last[:1]).any():
+        raise ValueError(
+            f"the optimizer's state `{name}` differs between logits that were never selected, so it is unknown for new ones. "
+            "Finish the training with this number of candidates, or take AdamW or SGD without weight decay of the logits."
+        )
+    return last[0].item() if len(last) else 0.0
 
 
 def moves_untouched(model: nn.Module, optimizer: Optimizer) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VBLoRAWarning
+from ..layers.adapted import AdaptedLayer
 from ..layers.reads import listed
 from .peft_guard import refuse_peft_layers
 
@@ -52,8 +53,11 @@ def _has_changed(now: Tensor | None, then: _Buffer) -> bool:
     return now.shape != then.values.shape or not torch.equal(now, then.values.to(now.device, now.dtype))
 
 
-def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> None:
+def check_completeness(whole: nn.Module, record: "AdaptedModel", attached: "AttachedAdapter") -> None:
     """Refuses to save an adapter whose layers or modules the model has lost, and warns of what trained but is not part of it.
+
+    Args:
+        whole: the injected model, or one that contains it.
 
     Raises:
         ValueError: a layer or a module that the adapter trains was replaced in the model, or PEFT has adapted the model, too. The
@@ -64,10 +68,11 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
         raise _replaced(lost, attached)
     refuse_peft_layers(record.model)
     _refuse_new_ties(record, attached)
+    _check_additions(record)
     own = {id(p) for adapter in record.adapters.values() for p in adapter.parameters.values()}
     others = [
         name.replace(".base_layer.", ".")
-        for name, parameter in record.model.named_parameters()
+        for name, parameter in whole.named_parameters()
         if parameter.requires_grad and id(parameter) not in own
     ]
     swapped = {(extra.module, extra.name) for adapter in record.adapters.values() for extra in adapter.extra.values()}
@@ -79,7 +84,8 @@ def check_completeness(record: "AdaptedModel", attached: "AttachedAdapter") -> N
     if others:
         warnings.warn(
             f"{listed(others)} changed in training or can, but no adapter file holds them: a loaded adapter gets the base "
-            "model's. Name their modules in `modules_to_save`, or keep them from changing (`requires_grad_(False)`, `eval()`).",
+            "model's. Name their modules in `modules_to_save`, keep them from changing (`requires_grad_(False)`, `eval()`), or "
+            "save what is outside of the injected model yourself.",
             VBLoRAWarning,
             stacklevel=3,
         )
@@ -104,6 +110,7 @@ def check_replacements(record: "AdaptedModel", adapters: Iterable["AttachedAdapt
             if replaced := [name for name, module in at_their_places.items() if module not in known]:
                 raise _replaced(replaced, attached)
             _refuse_new_ties(record, attached)
+            _check_additions(record)
             if lost:
                 warnings.warn(
                     f"{listed(lost)} that adapter {attached.name!r} trains were taken out of the model. vblora.save refuses "
@@ -132,7 +139,7 @@ def _links(record: "AdaptedModel", attached: "AttachedAdapter", modules: set[nn.
     """What has to stay as it is so that the model keeps the layers, modules and tensors that the adapter trains."""
     parents = {child: (parent, name) for parent in modules for name, child in parent._modules.items()}
     links: dict[tuple[int, str], Link] = {}
-    for module in (*attached.layers, *(extra.module for extra in attached.extra.values())):
+    for module in (*attached.layers, *(extra.module for extra in attached.extra.values()), *record.statistics.modes):
         while module in parents and module is not record.model:
             parent, name = parents[module]
             links[id(parent), name] = parent._modules, name, module
@@ -145,6 +152,28 @@ def _links(record: "AdaptedModel", attached: "AttachedAdapter", modules: set[nn.
             if tensor in tensors:
                 links[id(module), f"parameter {name}"] = module._parameters, name, tensor
     return list(links.values())
+
+
+def _check_additions(record: "AdaptedModel") -> None:
+    """Refuses a normalization layer in the place of a frozen one, and warns of copies of adapted layers."""
+    if replaced := record.statistics.replaced(record.model):
+        raise ValueError(
+            f"something replaced {listed(replaced)} after vblora.inject, such as SyncBatchNorm.convert_sync_batchnorm. The new "
+            "layer is not frozen: training would change its statistics, which no adapter file holds. Convert the model first, "
+            "then inject."
+        )
+    copies = [
+        name
+        for name, module in record.model.named_modules()
+        if type(module) is AdaptedLayer and module not in record.names
+    ]
+    if copies:
+        warnings.warn(
+            f"{listed(copies)} became part of the model after vblora.inject, as a copy of an adapted layer. No optimizer trains "
+            "the copy of the adapter in it, and no file holds it. Copy such blocks first, then inject.",
+            VBLoRAWarning,
+            stacklevel=4,
+        )
 
 
 def _refuse_new_ties(record: "AdaptedModel", attached: "AttachedAdapter") -> None:

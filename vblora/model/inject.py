@@ -63,7 +63,8 @@ def inject(
         adapter_name: the name with which you activate, merge, save and delete the adapter.
         bank: VB-LoRA only: a bank to share with other adapters, or the path of its file (:meth:`VectorBank.save`), instead of a
             new bank. Its size must be that of the config.
-        freeze_bank: VB-LoRA only: do not train the bank; with ``train_scales=True`` in the config, the adapter learns more. An
+        freeze_bank: VB-LoRA only: this adapter does not train the bank. If another model trains the same bank, that stops, too,
+            because a parameter has one ``requires_grad``. With ``train_scales=True`` in the config, the adapter learns more. An
             adapter whose bank is unchanged since it was read from a file is saved without it.
 
     Cast the base model before you inject, not after: then the adapter stays float32. Casting logits changes which bank vectors
@@ -93,8 +94,6 @@ def inject(
     plan.adapter_class.warn_if_untrainable(plan.config)
     if plan.adapter_class.takes_bank:
         adapter = plan.new_adapter(bank=bank)
-        if freeze_bank:
-            cast(VectorBank, adapter.bank).requires_grad_(False)
     elif bank is not None or freeze_bank:
         given = "bank" if bank is not None else "freeze_bank"
         raise ValueError(
@@ -104,6 +103,8 @@ def inject(
         adapter = plan.new_adapter()
     warn_of_half_precision({name: parameter.dtype for name, parameter in adapter.named_parameters()})
     attached = plan.apply(adapter)
+    if freeze_bank:
+        attached.freeze_bank()
     if config.inference_mode:
         attached.requires_grad_(False)
     else:

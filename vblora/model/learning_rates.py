@@ -26,6 +26,7 @@ WARM_UP = 0.02  # share of the steps that warm up; with more, a task that starts
 _TOO_LOW = 0.2
 
 _checked: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+_idle: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
 def rates_of(recipe: str, model: nn.Module, widths: Sequence[int]) -> dict[str, float]:
@@ -50,15 +51,13 @@ def _generates(model: nn.Module) -> bool:
     return any(can() for can in asked if callable(can))
 
 
-def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: dict[str, object]) -> None:
-    if torch.compiler.is_compiling() or optimizer in _checked:
+def _check_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: dict[str, object]) -> None:
+    if torch.compiler.is_compiling():
         return
-    rates = [rate for group in optimizer.param_groups if (rate := _highest_rate(group)) is not None]
-    if rates and max(rates) == 0:
-        return  # the first step of a warm-up: the next one tells
-    _checked.add(optimizer)
+    # In each step: another adapter may have become the active one since the last.
     if not any(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"]):
-        if any(living_adapters()):
+        if optimizer not in _idle and any(living_adapters()):
+            _idle.add(optimizer)
             warnings.warn(
                 f"{type(optimizer).__name__} trains nothing: all its parameters are frozen. An optimizer that was made before "
                 "vblora.inject, or for another adapter, does not train the active one. Build it from "
@@ -66,7 +65,15 @@ def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: 
                 VBLoRAWarning,
                 stacklevel=2,
             )
-        return
+    elif optimizer not in _checked:
+        _check_rates(optimizer)
+
+
+def _check_rates(optimizer: Optimizer) -> None:
+    rates = [rate for group in optimizer.param_groups if (rate := _highest_rate(group)) is not None]
+    if rates and max(rates) == 0:
+        return  # the first step of a warm-up: the next one tells
+    _checked.add(optimizer)
     group_of: dict[nn.Parameter, str] = {}
     for adapter in living_adapters():
         for name, parameters in adapter.groups().items():
@@ -91,7 +98,7 @@ def _check_first_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: 
             "hardly learn. Build the optimizer from vblora.parameter_groups(model); for transformers' Trainer, "
             "pass **vblora.integrations.transformers.trainer_arguments(model).",
             VBLoRAWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -101,4 +108,4 @@ def _highest_rate(group: dict[str, object]) -> float | None:
     return max((float(rate) for rate in rates if isinstance(rate, (int, float, torch.Tensor))), default=None)
 
 
-register_optimizer_step_post_hook(_check_first_step)
+register_optimizer_step_post_hook(_check_step)

@@ -71,8 +71,10 @@ def parameter_groups(
     }
     groups: dict[str, dict[str, Any]] = {name: {"name": name, "params": [], "lr": rate} for name, rate in rates.items()}
     groups["logits"]["weight_decay"] = 0.0
+    idle = {p for attached in _attached(model) if not attached.active for p in attached.adapter.parameters()}
+    idle -= group_of.keys()  # what is left requires gradients only for another model, which trains the same bank
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter not in idle:
             groups[group_of.get(parameter, "other")]["params"].append(parameter)
     _check_that_adapters_train(model, found=any(group["params"] for group in groups.values()))
     return [group for group in groups.values() if group["params"]]

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters import Adapter, Factors, Slot
+from ..adapters import Adapter, Factors, Slot, VBLoRAAdapter
+from ..adapters.base import note_living
+from ..adapters.vblora import BANK
 from ..config import AdapterConfig
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, TensorSwap, Update
@@ -80,7 +82,6 @@ class AttachedAdapter:
         self.ran = False  # whether a forward of the model has completed
         self.links: list[Link] = []  # of check_replacements
         self.has_learned = False  # whether its values come from a file or from a trainer that has ended
-        self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -134,12 +135,43 @@ class AttachedAdapter:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(requires_grad and parameter.is_floating_point())
         else:
-            self.trainable_names = [
+            self.adapter.trainable_names = [
                 name for name, p in self.parameters.items() if requires_grad and p.is_floating_point()
             ]
 
-    def note_trainable_names(self) -> None:
-        self.trainable_names = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+    def freeze_bank(self) -> None:
+        """Keeps this adapter from training its bank. Another active one of this model still trains it, if they share it."""
+        if BANK in self.adapter.trainable_names:
+            self.adapter.trainable_names.remove(BANK)
+        if self.active:
+            self.parameters[BANK].requires_grad_(False)
+
+    def note_trainable_names(self, of_others: Collection[nn.Parameter] = ()) -> None:
+        """Notes which parameters require gradients.
+
+        Args:
+            of_others: parameters of other active adapters, which do not count if this adapter did not train them before.
+        """
+        known = self.adapter.trainable_names
+        self.adapter.trainable_names = [
+            name for name, p in self.parameters.items() if p.requires_grad and (name in known or p not in of_others)
+        ]
+
+    def note_idle_bank(self) -> None:
+        """Notes that it trains a bank which is frozen only because the adapters that train it are inactive."""
+        adapter = self.adapter
+        if isinstance(adapter, VBLoRAAdapter) and not adapter.bank.vectors.requires_grad:
+            idle = [other for other in adapter.others_of_bank() if other.active is False]
+            if any(BANK in other.trainable_names for other in idle):
+                adapter.trainable_names.append(BANK)
+
+    @property
+    def parameters_in_use(self) -> set[nn.Parameter]:
+        """Those of its parameters that active adapters use, too: of other models, and VBLinear layers. They share its bank."""
+        adapter = self.adapter
+        if not isinstance(adapter, VBLoRAAdapter):
+            return set()
+        return {adapter.bank.vectors for other in adapter.others_of_bank() if other.active is not False}
 
     def begin_forward(self) -> None:
         if any(self.name in layer.applied for layer in self.layers):
@@ -358,10 +390,12 @@ class AdaptedModel:
     def add(self, attached: AttachedAdapter) -> None:
         """Adds an adapter to its layers. The first adapter becomes active."""
         self.adapters[attached.name] = attached
+        note_living(attached.adapter)
         for slot, layer in zip(attached.adapter.slots, attached.layers, strict=True):
             layer.updates[attached.name] = Update(slot, attached.config.dropout)
         getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
         attached.note_trainable_names()
+        attached.note_idle_bank()
         self.activate([attached.name] if len(self.adapters) == 1 else self.active, added=[attached])
         self.hook_parts(attached.parts)
         self._keep_from_ddp(attached)
@@ -372,18 +406,20 @@ class AdaptedModel:
         Looks at the adapters that were active and those that become so, and at ``added`` ones, however many others there are.
         """
         for attached in self._active:
-            attached.note_trainable_names()
+            others = [other for other in self._active if other is not attached]
+            attached.note_trainable_names({p for other in others for p in other.adapter.parameters()})
             for extra in attached.extra.values():
                 extra.swap()
         for attached in (*self._active, *added):
             attached.active = attached.adapter.active = False
-            for parameter in attached.parameters.values():
+        for attached in (*self._active, *added):
+            for parameter in set(attached.parameters.values()) - attached.parameters_in_use:
                 parameter.requires_grad_(False)
         self._active = tuple(self.adapters[name] for name in names)
         for attached in self._active:
             attached.active = attached.adapter.active = True
             parameters = attached.parameters
-            for trainable in attached.trainable_names:
+            for trainable in attached.adapter.trainable_names:
                 parameters[trainable].requires_grad_(True)
             for extra in attached.extra.values():
                 extra.swap()

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters.base import MERGED
 from ..layers.adapted import AdaptedLayer
 from .extra_state import REPLACED, take_turns
 from .record import ADAPTERS_ATTRIBUTE, AdaptedModel, Adapters, adapted_models, refuse_if_disabled
@@ -176,11 +177,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         changing |= {id(module._buffers[name]) for module, name in record.buffers.changed()}
         extra = {id(extra.replacement) for extra in record.swapped_in()}
         changing = changing - extra if take_turns(record) else changing | extra  # they are among the adapters' then
-    frozen = tuple(f"{prefix}{REPLACED}." for prefix in adapters)
+    left_out = tuple(f"{prefix}{REPLACED}." for prefix in adapters)
+    # The base weights, which it leaves out, are what may be merged.
+    left_out += tuple(
+        f"{prefixes[attached.adapter]}{MERGED}" for record in records for attached in record.adapters.values()
+    )
     return {
         name: value.detach() if isinstance(value, Tensor) else value
         for name, value in model.state_dict(keep_vars=True).items()
-        if (name.startswith(adapters) and not name.startswith(frozen))
+        if (name.startswith(adapters) and not name.startswith(left_out))
         or id(value) in changing
         or not name.startswith(injected)
     }

@@ -1,0 +1,112 @@
+"""State dicts that do not fit the model as it is now: loaded correctly, or refused, or warned of."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+import vblora
+from tests.small_models import Net
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+X = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+
+
+def injected(seed: int, **fields) -> nn.Module:
+    torch.manual_seed(seed)
+    fields = {"r": 2, "num_vectors": 32, "vector_length": 8, "num_candidates": 8, "target_modules": ["up"]} | fields
+    return vblora.inject(Net(blocks=2), vblora.VBLoRAConfig(init_vector_bank_bound=1.0, **fields))
+
+
+def layer(seed: int) -> vblora.VBLinear:
+    torch.manual_seed(seed)
+    return vblora.VBLinear(16, 8, num_vectors=32, vector_length=8, num_candidates=8)
+
+
+@pytest.mark.parametrize("make", [injected, layer])
+def test_of_a_merged_model(make):
+    model, other, merged_other = (make(seed).eval() for seed in (1, 2, 3))
+    plain, expected = copy.deepcopy(model.state_dict()), model(X)
+    vblora.merge(model)
+    vblora.merge(merged_other)
+    merged_other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(merged_other(X), expected)
+    for target, state in ((other, model.state_dict()), (model, plain)):
+        with pytest.raises(RuntimeError, match=r"(not )?merged .*in the state dict and (not )?merged .*in the model"):
+            target.load_state_dict(state, strict=False)
+    other = make(4).eval()
+    other.load_state_dict(plain)
+    torch.testing.assert_close(other(X), expected)
+
+
+def test_of_a_merged_models_adapter():
+    model, other = injected(1).eval(), injected(2).eval()
+    vblora.merge(model)
+    assert any("merged" in name for name in get_model_state_dict(model))
+    other.load_state_dict(vblora.adapter_state_dict(model), strict=False)
+    assert torch.equal(other.vblora.default.logits, model.vblora.default.logits)
+    with pytest.raises(RuntimeError, match="merged into 2 layers in the model"):
+        model.load_state_dict(vblora.adapter_state_dict(other), strict=False)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding, nn.Conv1d])
+def test_of_the_base_model(kind):
+    def make(seed):
+        torch.manual_seed(seed)
+        return nn.ModuleDict(
+            {"layer": nn.Conv1d(8, 8, 3) if kind is nn.Conv1d else kind(8, 8), "norm": nn.LayerNorm(8)}
+        )
+
+    class Model(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.parts = make(seed)
+
+    base, model = Model(1), Model(2)
+    vblora.inject(model, vblora.VBLoRAConfig(target_modules=["layer"], num_vectors=16, vector_length=8))
+    report = model.load_state_dict(base.state_dict(), strict=False)
+    assert not report.unexpected_keys and all(name.startswith("vblora.") for name in report.missing_keys)
+    with pytest.raises(RuntimeError, match=r"`parts.layer.weight` is the base model's, but an adapter is merged"):
+        vblora.merge(copy.deepcopy(model)).load_state_dict(base.state_dict(), strict=False)
+    vblora.eject(model)
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_of_a_plain_layer():
+    plain, wrapped = nn.Linear(16, 8), layer(1)
+    assert not wrapped.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    assert torch.equal(wrapped.base_layer.weight, plain.weight) and torch.equal(wrapped.base_layer.bias, plain.bias)
+
+
+def test_of_trained_parameters_alone():
+    def state(model):
+        return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+    model, other, same = injected(1), injected(2), injected(1)
+    with torch.no_grad():
+        model.vblora.default.logits[:, :4] += 1
+    with pytest.warns(
+        vblora.VBLoRAWarning, match=r"has `vblora.default.logits`, but lacks `vblora.default.candidates`"
+    ):
+        other.load_state_dict(state(model), strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for target in (same, model):  # of the same draw
+            target.load_state_dict(state(model), strict=False)
+        injected(3, num_candidates=None).load_state_dict(state(injected(4, num_candidates=None)), strict=False)
+    torch.testing.assert_close(model(X), same(X))
+
+
+def test_of_a_draw_without_its_seed(tmp_path):
+    model, other = injected(1), injected(2)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for target, known in ((other, False), (model, True)):
+        target.load_state_dict(state, strict=False)
+        assert (target.vblora.default.seed is not None) == known
+        vblora.save(target, tmp_path)
+        assert torch.equal(vblora.load(vblora.eject(copy.deepcopy(target)), tmp_path)(X), model(X))
