@@ -75,14 +75,20 @@ struct Update {
   int64_t rows, positions, in, out, rank, count, A_stride, B_stride;  // count: of adapters
 };
 
-// Rows and factors of a low rank, of the CPU alone. products: of both, or what the factors are multiplied by.
-struct LowRank {
-  Type type;  // of rows and grads: f32 or bf16
-  int64_t count, width, rank;
-  void* rows;            // (count, width)
-  const float* factors;  // (rank, width)
-  float* products;       // (count, rank)
-  void* grads;           // (rank, width)
+// The gradients of an Update without `adapters`, of the CPU alone. Those of the factors, and what is added to the
+// gradient of x.
+struct UpdateBackward {
+  Type type;           // of all but the last two
+  const void* grad_y;  // (rows, out)
+  const void* x;       // (rows, in)
+  const void* A;       // (rank, in)
+  const void* B;       // (rank, out)
+  void* grad_x;        // (rows, in), or null
+  void* grad_A;        // (rank, in)
+  void* grad_B;        // (rank, out)
+  void* hidden;        // (rows, rank): x A^T, in the type of sums
+  void* grad_hidden;   // (rows, rank)
+  int64_t rows, in, out, rank;
 };
 
 // Initial logits (random.h): all numbers of a row, or the largest ones and their columns.

@@ -24,9 +24,8 @@ STABLE_TORCH_LIBRARY(vblora, m) {
       " -> (Tensor grad_logits, Tensor grad_bank)");
   m.def("compose(Tensor bank, Tensor indices, Tensor weights, ScalarType? out_dtype=None) -> Tensor");
   m.def("add_updates_(Tensor(a!) y, Tensor x, Tensor A, Tensor B, Tensor? adapters=None) -> ()");
-  m.def("low_rank_add_(Tensor(a!) y, Tensor x, Tensor A, Tensor B) -> Tensor hidden");
   m.def(
-      "low_rank_backward(Tensor grad_y, Tensor x, Tensor hidden, Tensor A, Tensor B, Tensor(a!)? grad_x)"
+      "low_rank_backward(Tensor grad_y, Tensor x, Tensor A, Tensor B, Tensor(a!)? grad_x=None)"
       " -> (Tensor grad_A, Tensor grad_B)");
   m.def("draw_logits_(Tensor(a!) logits, Tensor(b!)? candidates, SymInt num_vectors, int seed, float std) -> ()");
   m.def("draw_uniform_(Tensor(a!) values, int seed, int stream, float bound) -> ()");

@@ -99,12 +99,8 @@ def _add_updates(y: Tensor, x: Tensor, A: Tensor, B: Tensor, adapters: Tensor | 
     check_add_updates(y, x, A, B, adapters)
 
 
-def _low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], A.shape[0]), dtype=torch.float32)
-
-
 def _low_rank_backward(
-    grad_y: Tensor, x: Tensor, hidden: Tensor, A: Tensor, B: Tensor, grad_x: Tensor | None
+    grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, grad_x: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape), B.new_empty(B.shape)
 
@@ -124,7 +120,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "admixture_backward_parts": _admixture_backward_parts,
     "compose": _compose,
     "add_updates_": _add_updates,
-    "low_rank_add_": _low_rank_add,
     "low_rank_backward": _low_rank_backward,
     "draw_logits_": _draw_logits,
     "draw_uniform_": _draw_uniform,

@@ -7,22 +7,20 @@
 
 namespace vblora::cpu {
 
-#define VBLORA_DECLARE(isa)                                                                          \
-  namespace isa {                                                                                    \
-  void admixture(const Admixture&, int64_t, int64_t, void*);                                         \
-  void compose(const Composition&, int64_t, int64_t, void*);                                         \
-  void backward_logits(const AdmixtureBackward&, const Entries&, int64_t, int64_t);                  \
-  void backward_bank(const AdmixtureBackward&, const Entries&, const BankPart&, int64_t, int64_t);   \
-  void finish_bank(const AdmixtureBackward&, const BankPart&);                                       \
-  void add_updates(const Update&, int64_t, int64_t, void*);                                          \
-  void draw(const Draw&, int64_t, int64_t, uint64_t*);                                               \
-  void low_rank_products(const LowRank&, int64_t, int64_t);                                          \
-  void low_rank_add(const LowRank&, int64_t, int64_t);                                               \
-  void low_rank_gradients(const LowRank&, int64_t, int64_t);                                         \
-  void draw_uniform(const UniformDraw&, int64_t, int64_t);                                           \
-  constexpr Kernels table{                                                                           \
-      #isa,        admixture, compose,           backward_logits, backward_bank,      finish_bank,   \
-      add_updates, draw,      low_rank_products, low_rank_add,    low_rank_gradients, draw_uniform}; \
+#define VBLORA_DECLARE(isa)                                                                                 \
+  namespace isa {                                                                                           \
+  void admixture(const Admixture&, int64_t, int64_t, void*);                                                \
+  void compose(const Composition&, int64_t, int64_t, void*);                                                \
+  void backward_logits(const AdmixtureBackward&, const Entries&, int64_t, int64_t);                         \
+  void backward_bank(const AdmixtureBackward&, const Entries&, const BankPart&, int64_t, int64_t);          \
+  void finish_bank(const AdmixtureBackward&, const BankPart&);                                              \
+  void add_updates(const Update&, int64_t, int64_t, void*);                                                 \
+  void draw(const Draw&, int64_t, int64_t, uint64_t*);                                                      \
+  void update_rows(const UpdateBackward&, int64_t, int64_t);                                                \
+  void update_columns(const UpdateBackward&, int64_t, int64_t);                                             \
+  void draw_uniform(const UniformDraw&, int64_t, int64_t);                                                  \
+  constexpr Kernels table{#isa,        admixture, compose,     backward_logits, backward_bank, finish_bank, \
+                          add_updates, draw,      update_rows, update_columns,  draw_uniform};              \
   }
 
 VBLORA_DECLARE(baseline)

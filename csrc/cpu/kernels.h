@@ -8,6 +8,8 @@ namespace vblora::cpu {
 
 constexpr int64_t kScratch = 5;  // doubles per entry of a row: value, vector, column, address, weight
 
+constexpr int64_t kTogether = 2;  // rows that an update may take at a time
+
 constexpr int64_t kDrawn = 256;  // words drawn at a time
 // Capacity for a row's candidates before they are sorted, large enough that one sort usually suffices.
 [[maybe_unused]] static inline int64_t draw_keys(int64_t columns) { return 2 * columns + kDrawn; }
@@ -34,14 +36,13 @@ struct Kernels {
   // Adds the contribution of rows [begin, end) to a part's gradient; call it in ascending order of rows.
   void (*backward_bank)(const AdmixtureBackward&, const Entries&, const BankPart&, int64_t begin, int64_t end);
   void (*finish_bank)(const AdmixtureBackward&, const BankPart&);
-  // Positions [begin, end) of all rows. scratch: rank doubles.
+  // Positions [begin, end) of all rows. scratch: kTogether * rank doubles.
   void (*add_updates)(const Update&, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end) of the problem. scratch: 2 * draw_keys(columns) integers.
   void (*draw)(const Draw&, int64_t begin, int64_t end, uint64_t* scratch);
-  // Rows [begin, end): products = rows * factors^T; rows += products * factors. Columns: grads = products^T * rows.
-  void (*low_rank_products)(const LowRank&, int64_t begin, int64_t end);
-  void (*low_rank_add)(const LowRank&, int64_t begin, int64_t end);
-  void (*low_rank_gradients)(const LowRank&, int64_t begin, int64_t end);
+  // Rows [begin, end) of hidden, grad_hidden and grad_x; then columns [begin, end) of grad_A and grad_B side by side.
+  void (*update_rows)(const UpdateBackward&, int64_t begin, int64_t end);
+  void (*update_columns)(const UpdateBackward&, int64_t begin, int64_t end);
   void (*draw_uniform)(const UniformDraw&, int64_t begin, int64_t end);
 };
 
@@ -49,5 +50,9 @@ const Kernels& kernels();
 
 // The number of rows worth another thread, if a row takes about `work` elementary steps.
 [[maybe_unused]] static inline int64_t grain(int64_t work) { return work >= 32768 ? 1 : 32768 / (work + 1) + 1; }
+
+// The same for rows of which each takes `products` fused multiply-adds: a million of them take 20 to 50 us, and waking
+// a thread takes that long, too.
+[[maybe_unused]] static inline int64_t product_grain(int64_t products) { return (1 << 20) / (products + 1) + 1; }
 
 }  // namespace vblora::cpu

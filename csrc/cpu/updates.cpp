@@ -15,10 +15,11 @@ void add_updates(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor
   if (checked()) check_values(call);
   const Update& problem = call.problem;
   const int64_t work = problem.rank * (problem.in + problem.out);
-  torch::stable::parallel_for(0, problem.rows * problem.positions, grain(work), [&](int64_t begin, int64_t end) {
-    std::vector<double> scratch(static_cast<size_t>(problem.rank));
-    kernels().add_updates(problem, begin, end, scratch.data());
-  });
+  torch::stable::parallel_for(0, problem.rows * problem.positions, product_grain(work),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<double> scratch(static_cast<size_t>(kTogether * problem.rank));
+                                kernels().add_updates(problem, begin, end, scratch.data());
+                              });
   call.write_back();
 }
 

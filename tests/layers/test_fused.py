@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import vblora
 from tests.small_models import Made, relative_error
 from vblora.adapters import Factors
-from vblora.layers import fused
+from vblora.layers import fused, updates
 
 IN, OUT, R = 24, 40, 3
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -45,7 +45,7 @@ def oracle(layer: nn.Linear, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (1, 1), (0,), (2, 0)])
 @pytest.mark.parametrize("few", [0, 512], ids=["torch", "ours"])
 def test_is_the_layer_plus_the_update(shape, bias, dtype, few, monkeypatch):
-    monkeypatch.setattr(fused, "_FEW", few)
+    monkeypatch.setattr(updates, "_FEW", few - 1)
     layer, (A, B, *_) = frozen(bias, dtype), factors(dtype)
     x = torch.randn(*shape, IN).to(dtype).requires_grad_()
     y = fused.linear(layer, x, Factors(A, B))
@@ -96,8 +96,11 @@ def test_first_and_second_derivatives():
         torch.autograd.grad(y.sum(), [A], create_graph=True)
 
 
-def test_what_it_saves():
-    """x itself, not a copy, and beside the weight and factors only x Aᵀ; nothing of x's size without a trained factor."""
+@pytest.mark.parametrize("few", [True, False])
+def test_what_it_saves(few, monkeypatch):
+    """x itself, not a copy, and beside the weight and factors only x Aᵀ, for many rows; nothing of x's size without a trained
+    factor."""
+    monkeypatch.setattr(updates, "_FEW", 10**6 if few else -1)
     layer, (A, B, *_) = frozen(), factors()
     x = torch.randn(2, 50, IN, requires_grad=True)
     saved: list[Tensor] = []
@@ -112,7 +115,7 @@ def test_what_it_saves():
     forward(A, B)
     known = {tensor.data_ptr() for tensor in (x, layer.weight, A, B)}
     assert known <= {tensor.data_ptr() for tensor in saved}
-    assert [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in known] == [(100, R)]
+    assert [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in known] == ([] if few else [(100, R)])
     forward(A.detach(), B.detach())
     assert x.data_ptr() not in {tensor.data_ptr() for tensor in saved}
 
@@ -301,6 +304,25 @@ def test_selective_checkpointing_keeps_outputs_as_they_were():
 def test_a_copy_of_the_layer():
     layer, x = vb_linear(), torch.randn(4, IN)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 0)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_same_bits_with_and_without_gradients(shape, bias, autocast):
+    """Re-entrant checkpointing runs a layer without gradients, and then again with them."""
+    net = nn.Sequential(nn.Linear(IN, OUT, bias=bias))
+    vblora.inject(net, vblora.LoraConfig(r=R, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(*shape, IN)
+    for training in (True, False):
+        net.train(training)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = net(x)
+            with torch.no_grad():
+                assert torch.equal(net(x), y)
+                with Made():  # a mode, which may keep outputs
+                    assert torch.equal(net(x), y)
+        assert is_fused(y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import Slot
+from ..adapters import Factors, Slot
 from . import fused, rows, updates
 from .kinds import Linear, compute_dtype, kind_of
 from .reads import Watched
@@ -52,13 +52,6 @@ class Update(NamedTuple):
 
     slot: Slot
     dropout: float  # probability of dropping an element of the update's input
-
-
-def _has_hooks(own: dict[str, Any]) -> bool:
-    """Whether a module with these attributes has hooks that see its call."""
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
 
 
 class AdaptedLayer(nn.Module):
@@ -171,14 +164,14 @@ class AdaptedLayer(nn.Module):
         # A layer that adds nothing, for example a merged one, skips Module.__call__, which takes a tenth of a small layer's time.
         # So does one in inference. Hooks and a replaced `forward` (accelerate's) still see this layer called.
         own = self.__dict__
-        if "forward" in own or _has_hooks(own):
+        if "forward" in own or updates.has_hooks(own):
             return super().__call__(*args, **kwargs)
         if not (own["applied"] or own["rows_differ"]):
             return own["_modules"]["base_layer"](*args, **kwargs)
         if not args or self._compiled_call_impl is not None or not updates.is_plain():
             return super().__call__(*args, **kwargs)
         base = own["_modules"]["base_layer"]
-        y, in_place = base(*args, **kwargs), not _has_hooks(base.__dict__)
+        y, in_place = base(*args, **kwargs), not updates.has_hooks(base.__dict__)
         if own["rows_differ"]:
             return rows.updated(self, y, args[0], in_place=in_place)
         return self.add_applied(y, args[0], in_place=in_place)
@@ -206,19 +199,25 @@ class AdaptedLayer(nn.Module):
     def _added_in_place(self, update: Update, y: Tensor, x: Tensor) -> bool:
         """Adds an update to ``y`` in place if one operator can do it and is faster than several of torch.
 
-        Only in evaluation: a forward that re-entrant checkpointing runs in training must round as its recomputation does.
+        In training only where the fused layer would do so, too: what re-entrant checkpointing runs without gradients must round
+        as its recomputation does.
         """
-        factors = None if self.training else update.slot.ready_factors
+        factors = update.slot.ready_factors
         if (
             factors is None
             or factors.d is not None
             or factors.e is not None
             or not issubclass(self.kind, Linear)
             or not updates.can_add(y, x, factors.A, few=True)
+            or (self.training and not self._fuses(update, x, factors))
         ):
             return False
         updates.added(y, x, factors.A, factors.B, None, in_place=True)
         return True
+
+    def _fuses(self, update: Update, x: Tensor, factors: Factors) -> bool:
+        """Whether the layer's only update is part of the fused layer, where gradients are recorded."""
+        return not update.dropout and len(self.applied) == 1 and fused.can_fuse(self._modules["base_layer"], x, factors)  # type: ignore[arg-type]
 
     def _add(self, update: Update, y: Tensor | None, x: Tensor) -> Tensor:
         """Adds an update to the base layer's output ``y``, which is yet to be computed if it is None."""

@@ -15,22 +15,23 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..adapters.base import Factors
+from . import updates
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
-_FEW = 512  # products of a row and a factor: 128 rows of rank 4
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_add_updates = torch.ops.vblora.add_updates_.default
+_low_rank_backward = torch.ops.vblora.low_rank_backward.default
 
 
 def can_fuse(layer: nn.Module, x: Tensor, factors: Factors) -> bool:
     """Whether :func:`linear` may stand for a call of the frozen ``layer`` and an update of its output.
 
-    Not if something else needs to see the call: a hook, a graph or a function transform. And not without gradients, where this
-    saves nothing.
+    Not if something else needs to see the call: a hook, a graph or a function transform.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return False
-    own = vars(layer)
-    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    own = layer.__dict__
+    parameters = own["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
     return (
         type(weight) is nn.Parameter
         and not weight.requires_grad
@@ -46,7 +47,7 @@ def can_fuse(layer: nn.Module, x: Tensor, factors: Factors) -> bool:
         and type(layer).forward is nn.Linear.forward
         and "forward" not in own
         and layer._compiled_call_impl is None
-        and not any(map(own.__getitem__, _HOOKS))
+        and not updates.has_hooks(own)
         and not _has_any_global_hook()
         and not ops.is_recorded()
     )
@@ -72,14 +73,21 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
         need_x, _, _, need_A, need_B = ctx.needs_input_grad
-        cast = _cast(x, A.dtype)
-        rows = cast.reshape(-1, x.shape[-1])
-        weight = weight.to(A.dtype)  # as autocast does for each call, too, saving the copy
-        y = F.linear(rows, weight, None if bias is None else bias.to(A.dtype))
+        dtype = A.dtype
+        cast = x if x.dtype == dtype else _cast(x, dtype)
+        if weight.dtype != dtype:
+            weight = weight.to(dtype)  # as autocast does for each call, too, saving the copy
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        few = updates.are_few(cast, A)
+        direct = bias is None and few  # with a bias, torch makes a view, which could not be modified in place
+        rows = cast if direct else cast.reshape(-1, x.shape[-1])
+        y = F.linear(rows, weight, bias)
         if torch._C._len_torch_dispatch_stack() > 0:  # a mode may keep outputs: that of selective checkpointing does
             y = y.clone()
-        if _are_few(rows, A):
-            hidden = torch.ops.vblora.low_rank_add_.default(y, rows, A, B)
+        hidden = None
+        if few:
+            _add_updates(y, rows, A, B)
         else:
             hidden = rows @ A.T
             y.addmm_(hidden, B)
@@ -87,13 +95,20 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(
             cast if need_A or need_B else None, weight if need_x else None, A, B, hidden if need_B else None
         )
-        # Not a view, which could not be modified in place.
-        return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+        return y if y.dim() == x.dim() else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, _, _, need_A, need_B = ctx.needs_input_grad
         x, weight, A, B, hidden = ctx.saved_tensors
+        if hidden is None and need_A and need_B and not torch.is_grad_enabled():  # few rows
+            grad_x = None
+            if need_x:
+                grad_x = (grad if grad.is_contiguous() else grad.contiguous()) @ weight
+            grad_A, grad_B = _low_rank_backward(grad, x, A, B, grad_x)
+            if grad_x is not None and grad_x.dtype != ctx.x_dtype:
+                grad_x = grad_x.to(ctx.x_dtype)
+            return grad_x, None, None, grad_A, grad_B
         shape = (*grad.shape[:-1], A.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
         rows = None if x is None else x.reshape(-1, A.shape[1])
@@ -103,13 +118,9 @@ class _Linear(torch.autograd.Function):
                     f"an adapted layer that autocast ran in {A.dtype} cannot be differentiated twice, because its input of "
                     f"{ctx.x_dtype} is not saved. Leave out create_graph, or run the forward without autocast."
                 )
+            hidden = None
+        if hidden is None and rows is not None:
             hidden = rows @ A.T
-        elif rows is not None and need_A and need_B and _are_few(rows, A):
-            grad_x = grad @ weight if need_x else None
-            grad_A, grad_B = torch.ops.vblora.low_rank_backward.default(grad, rows, hidden, A, B, grad_x)
-            return None if grad_x is None else grad_x.view(shape).to(ctx.x_dtype), None, None, grad_A, grad_B
-        elif hidden is not None:
-            hidden = hidden.to(A.dtype)
         grad_x = grad_A = None
         grad_B = hidden.T @ grad if need_B else None
         if need_x or need_A:
@@ -119,13 +130,6 @@ class _Linear(torch.autograd.Function):
             if need_x:
                 grad_x = (grad @ weight).addmm_(grad_hidden, A).view(shape).to(ctx.x_dtype)
         return grad_x, None, None, grad_A, grad_B
-
-
-def _are_few(rows: Tensor, A: Tensor) -> bool:
-    """Whether to take our operators for the products with factors, which are then faster than torch's.
-
-    In float32 they are, too, but there an output keeps its bits when gradients are turned off."""
-    return rows.is_cpu and rows.dtype == torch.bfloat16 and rows.shape[0] * A.shape[0] <= _FEW
 
 
 class _Last(threading.local):
