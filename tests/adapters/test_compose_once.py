@@ -495,7 +495,7 @@ def test_compiling_block_by_block_shares_one_graph(x):
     net.vblora.default.compose = lambda dtype, index=None: indices.append(index) or compose(dtype, index)
     net(x).square().sum().backward()
     assert indices == [None]
-    assert_same(gradients(net), expected)
+    assert_same(gradients(net), expected, 3e-6)  # a graph uses torch's products, eager layers our operators
     assert compiled_graphs() == 1
 
 

@@ -227,7 +227,7 @@ class AdaptedLayer(nn.Module):
         factors = update.slot.factors(dtype).to(x.device, dtype)
         dropout = update.dropout if self.training and floating else 0.0
         if y is None:
-            if not dropout and fused.can_fuse(base, x, factors):
+            if not dropout and not x.is_inference() and fused.can_fuse(base, x, factors):
                 return fused.linear(cast(nn.Linear, base), x, factors)
             y = cast(Tensor, base(x))
         return self.kind.add_update(base, y, F.dropout(x, dropout) if dropout else x, factors)

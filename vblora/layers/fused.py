@@ -25,7 +25,8 @@ _low_rank_backward = torch.ops.vblora.low_rank_backward.default
 def can_fuse(layer: nn.Module, x: Tensor, factors: Factors) -> bool:
     """Whether :func:`linear` may stand for a call of the frozen ``layer`` and an update of its output.
 
-    Not if something else needs to see the call: a hook, a graph or a function transform.
+    Not if something else needs to see the call: a hook, a graph or a function transform. Autograd cannot save a tensor of
+    inference mode, so with such an x only :func:`updates.added` may.
     """
     if torch.compiler.is_compiling():
         return False
@@ -39,7 +40,6 @@ def can_fuse(layer: nn.Module, x: Tensor, factors: Factors) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and x.dim() > 1
         and not x.is_nested
-        and not x.is_inference()
         and x.device == weight.device
         and (x.dtype == weight.dtype == factors.A.dtype or _autocasts(x, weight, factors.A.dtype))
         and factors.d is None
