@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import vblora
 from tests.small_models import Made, relative_error
 from vblora.adapters import Factors
-from vblora.layers import fused, updates
+from vblora.layers import fused
 
 IN, OUT, R = 24, 40, 3
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -43,9 +43,9 @@ def oracle(layer: nn.Linear, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (1, 1), (0,), (2, 0)])
-@pytest.mark.parametrize("few", [0, 512], ids=["torch", "ours"])
+@pytest.mark.parametrize("few", [False, True], ids=["torch", "ours"])
 def test_is_the_layer_plus_the_update(shape, bias, dtype, few, monkeypatch):
-    monkeypatch.setattr(updates, "_FEW", few - 1)
+    monkeypatch.setattr(fused, "takes_operators", lambda x, A: few)
     layer, (A, B, *_) = frozen(bias, dtype), factors(dtype)
     x = torch.randn(*shape, IN).to(dtype).requires_grad_()
     y = fused.linear(layer, x, Factors(A, B))
@@ -100,7 +100,7 @@ def test_first_and_second_derivatives():
 def test_what_it_saves(few, monkeypatch):
     """x itself, not a copy, and beside the weight and factors only x Aᵀ, for many rows; nothing of x's size without a trained
     factor."""
-    monkeypatch.setattr(updates, "_FEW", 10**6 if few else -1)
+    monkeypatch.setattr(fused, "takes_operators", lambda x, A: few)
     layer, (A, B, *_) = frozen(), factors()
     x = torch.randn(2, 50, IN, requires_grad=True)
     saved: list[Tensor] = []
@@ -310,11 +310,11 @@ def test_a_copy_of_the_layer():
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 0)], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_same_bits_with_and_without_gradients(shape, bias, autocast):
-    """Re-entrant checkpointing runs a layer without gradients, and then again with them."""
+    """Re-entrant checkpointing runs a training layer without gradients, and then again with them."""
     net = nn.Sequential(nn.Linear(IN, OUT, bias=bias))
     vblora.inject(net, vblora.LoraConfig(r=R, target_modules=["0"], init_lora_weights=False))
     x = torch.randn(*shape, IN)
-    for training in (True, False):
+    for training in (True, False) if autocast else (True,):
         net.train(training)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = net(x)

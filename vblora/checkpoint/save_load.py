@@ -13,6 +13,7 @@ from ..distributed import gather_to_cpu, is_sharded, rank, reshard, shard_like
 from ..layers.kinds import Conv1D
 from ..model.completeness import check_completeness
 from ..model.inject import Plan
+from ..model.peft_guard import refuse_peft_layers
 from ..model.record import (
     AttachedAdapter,
     adapted_model,
@@ -174,6 +175,7 @@ def load(
 
 def _refuse_other_base(contents: Contents, model: nn.Module) -> None:
     """Refuses an adapter of layers that the model lacks, before its config, which was for another model, is applied."""
+    refuse_peft_layers(model)  # PEFT's layers stand where the adapter's were
     modules = base_modules(model)
     lacking = next((target.name for target in contents.targets if target.name not in modules), None)
     if lacking is not None:

@@ -199,8 +199,8 @@ class AdaptedLayer(nn.Module):
     def _added_in_place(self, update: Update, y: Tensor, x: Tensor) -> bool:
         """Adds an update to ``y`` in place if one operator can do it and is faster than several of torch.
 
-        In training only where the fused layer would do so, too: what re-entrant checkpointing runs without gradients must round
-        as its recomputation does.
+        In training only where the fused layer does so, too: what re-entrant checkpointing runs without gradients must round as
+        its recomputation does.
         """
         factors = update.slot.ready_factors
         if (
@@ -216,8 +216,13 @@ class AdaptedLayer(nn.Module):
         return True
 
     def _fuses(self, update: Update, x: Tensor, factors: Factors) -> bool:
-        """Whether the layer's only update is part of the fused layer, where gradients are recorded."""
-        return not update.dropout and len(self.applied) == 1 and fused.can_fuse(self._modules["base_layer"], x, factors)  # type: ignore[arg-type]
+        """Whether the fused layer adds the layer's only update with the same operator, where gradients are recorded."""
+        return (
+            fused.takes_operators(x, factors.A)
+            and not update.dropout
+            and len(self.applied) == 1
+            and fused.can_fuse(self._modules["base_layer"], x, factors)  # type: ignore[arg-type]
+        )
 
     def _add(self, update: Update, y: Tensor | None, x: Tensor) -> Tensor:
         """Adds an update to the base layer's output ``y``, which is yet to be computed if it is None."""
@@ -227,7 +232,7 @@ class AdaptedLayer(nn.Module):
         factors = update.slot.factors(dtype).to(x.device, dtype)
         dropout = update.dropout if self.training and floating else 0.0
         if y is None:
-            if not dropout and not x.is_inference() and fused.can_fuse(base, x, factors):
+            if not dropout and fused.can_fuse(base, x, factors) and not x.is_inference():
                 return fused.linear(cast(nn.Linear, base), x, factors)
             y = cast(Tensor, base(x))
         return self.kind.add_update(base, y, F.dropout(x, dropout) if dropout else x, factors)

@@ -63,6 +63,14 @@ def _autocasts(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def takes_operators(x: Tensor, A: Tensor) -> bool:
+    """Whether our operators compute the update of ``x`` in training.
+
+    In bfloat16 alone. In float32, torch's products take little longer, and layers that cannot be fused round as they do.
+    """
+    return A.dtype == torch.bfloat16 and updates.are_few(x, A)
+
+
 def linear(layer: nn.Linear, x: Tensor, factors: Factors) -> Tensor:
     """``layer(x)`` plus the update, in the factors' dtype."""
     y: Tensor = _Linear.apply(x, layer.weight, layer.bias, factors.A, factors.B)  # type: ignore[no-untyped-call]
@@ -79,7 +87,7 @@ class _Linear(torch.autograd.Function):
             weight = weight.to(dtype)  # as autocast does for each call, too, saving the copy
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
-        few = updates.are_few(cast, A)
+        few = takes_operators(cast, A)
         direct = bias is None and few  # with a bias, torch makes a view, which could not be modified in place
         rows = cast if direct else cast.reshape(-1, x.shape[-1])
         y = F.linear(rows, weight, bias)

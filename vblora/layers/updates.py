@@ -32,10 +32,7 @@ def has_hooks(own: dict[str, Any]) -> bool:
 
 
 def are_few(x: Tensor, A: Tensor) -> bool:
-    """Whether our operators take less time than torch's products for the update of ``x`` on the CPU.
-
-    Forwards with and without gradients ask this, so an output has the same bits in both.
-    """
+    """Whether our operators take less time than torch's products for the update of ``x`` on the CPU."""
     return x.is_cpu and x.numel() * A.size(0) ** 2 <= _FEW * x.size(-1)
 
 
