@@ -14,8 +14,8 @@
 # make test-peft VBLORA_PEFT_SOURCE=DIR   run PEFT's own tests of VB-LoRA with our operators
 PYTHON ?= python3
 # Takes under five minutes on two cores.
-DEMO ?= -m vblora.cli finetune --max-train 6000 --num-vectors 90 --output build/demo-adapter --overwrite
-DEMO_LLM ?= -m vblora.cli finetune --task causal-lm --batch-size 4 --epochs 1 --bleu 32 --output build/demo-llm-adapter --overwrite
+DEMO ?= -m vblora finetune --max-train 6000 --num-vectors 90 --output build/demo-adapter --overwrite
+DEMO_LLM ?= -m vblora finetune --task causal-lm --batch-size 4 --epochs 1 --bleu 32 --output build/demo-llm-adapter --overwrite
 BENCH ?=
 GPU_CHECK ?=
 QUALITY ?= --quick

@@ -238,7 +238,7 @@ def test_lengths_that_models_state_in_their_own_ways(tiny_model, tmp_path):
 def test_a_console_that_cannot_print_the_path(printing, table, tiny_model, tmp_path):
     """The work is done, so the exit code is 0. The path is also no markup of rich's."""
     out = tmp_path / "caf\u00e9 [/b]"
-    command = [sys.executable, "-m", "vblora.cli"]
+    command = [sys.executable, "-m", "vblora"]
     if printing:
         model = vblora.inject(
             torch.nn.Sequential(torch.nn.Linear(8, 8)),
@@ -538,7 +538,7 @@ def test_an_interrupt_after_training_loses_nothing(finetune, tiny_model, table, 
 
 def test_a_real_ctrl_c(tiny_model, table, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "vblora.cli", "finetune", "--data", table, "--model", tiny_model, "--output", out]
+    command = [sys.executable, "-m", "vblora", "finetune", "--data", table, "--model", tiny_model, "--output", out]
     command += ["--epochs", "100000", "--num-vectors", "16", "--vector-length", "16"]
     started = subprocess.Popen(
         command,
