@@ -522,12 +522,11 @@ def test_merges_into_a_gguf_file(tmp_path, capsys):
 def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     _, model = trained(bert)
     vblora.save(model, tmp_path / "src")
-    from vblora.checkpoint import folder
 
-    def full(path, data):
+    def full(path):
         raise OSError(27, "File too large", str(path))
 
-    monkeypatch.setattr(folder, "write_file", full)  # after the tensors
+    monkeypatch.setattr("vblora.files.sync", full)  # when files were written under temporary names
     before = files(tmp_path)
     assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy") == 1
     error = capsys.readouterr().err
