@@ -337,29 +337,18 @@ class Adapter(nn.Module, ABC):
         if self.merged_layers:
             destination[f"{prefix}{MERGED}"] = torch.tensor(self.merged_layers)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Reports an error if the state dict is of a model with this adapter merged, and this model's is not, or conversely."""
         merged = int(state_dict.pop(f"{prefix}{MERGED}", 0))
         if merged != self.merged_layers and any(name.startswith(prefix) for name in state_dict):
             there, here = (
                 f"merged into {count} layers" if count else "not merged" for count in (merged, self.merged_layers)
             )
-            error_msgs.append(
+            args[-1].append(  # the list of errors
                 f"`{prefix.rstrip('.')}` is {there} in the state dict and {here} in the model, so weights would get its update "
                 "twice or not at all. Call vblora.merge or vblora.unmerge before you load the state dict."
             )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _get_name(self) -> str:
         name = type(self).__name__

@@ -306,29 +306,18 @@ class AdaptedLayer(nn.Module):
         self.merged = names
         self.set()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the tensors of the base layer under the names that they have in the base model, too."""
         own = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
         plain = [name for name in own if name.partition(".")[0] not in self._modules]
         if plain and self.merged:
-            error_msgs.append(
+            args[-1].append(  # the list of errors
                 f"`{prefix}{plain[0]}` is the base model's, but an adapter is merged into this layer: its update would be lost. "
                 "Call vblora.unmerge first."
             )
         for name in plain:
             state_dict.setdefault(f"{prefix}base_layer.{name}", state_dict.pop(f"{prefix}{name}"))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         parts = []
