@@ -104,8 +104,15 @@ def test_converts_an_adapter_with_a_bank_of_its_own_file(tmp_path, capsys):
     assert run("convert", tmp_path / "src", tmp_path / "whole", "--form", "peft", *bank) == 0
     loaded = vblora.load(copy.deepcopy(base), tmp_path / "whole")
     assert torch.equal(outputs(loaded), outputs(model))
+    capsys.readouterr()
     assert run("info", tmp_path / "src", *bank) == 0
-    assert "SHA-256" in capsys.readouterr().out
+    whole = capsys.readouterr().out
+    assert "bank.safetensors, SHA-256" in whole and "missing" not in whole
+    # Without the bank, it says that the bank is missing, and all else.
+    assert run("info", tmp_path / "src") == 0
+    without = capsys.readouterr().out
+    assert [line for line in without.splitlines() if "missing here: give its file" not in line] == whole.splitlines()
+    assert len(without.splitlines()) == len(whole.splitlines()) + 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..bank import BankFile, VectorBank
 from ..errors import VBLoRAWarning
-from ..files import read_tensors, to_bytes, write_files
+from ..files import open_tensors, read_tensors, to_bytes, write_files
 from . import native
 from .contents import Contents
 from .formats import ANY_METHOD, METHODS, PEFT_DECODERS, encode_for_peft
@@ -102,6 +102,25 @@ def read(
         raise ValueError(f"{path}: {error}") from None
     _warn_if_edited(Path(directory) / CONFIG_FILE, description)
     return contents, shares_bank
+
+
+def read_description(directory: str | os.PathLike[str]) -> native.Description | None:
+    """What a folder tells of its adapter without the tensors; None for a folder that vblora has not written.
+
+    Raises:
+        FileNotFoundError: the folder or a file is missing.
+        ValueError: the file is damaged or its description invalid. The message names the file.
+    """
+    path = Path(directory) / TENSORS_FILE
+    _check_files(path)
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
+    if native.METADATA not in metadata:
+        return None
+    try:
+        return native.describe(parse_object(metadata[native.METADATA]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def folder_in(directory: Path, name: str) -> Path | None:
