@@ -360,14 +360,19 @@ def test_merges_as_the_model_does(make, choice, form, dtype, tmp_path, capsys):
     assert (shards > 2) == (form == "resume")
     (tmp_path / "base" / "tokenizer").mkdir()
     (tmp_path / "base" / "tokenizer" / "words.txt").write_text("a b")
-    (tmp_path / "base" / "pytorch_model.bin").write_text("what it was")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "linked.txt").write_text("c")
+    (tmp_path / "base" / "linked").symlink_to(tmp_path / "words")
+    (tmp_path / "base" / "openvino").mkdir()
+    others = {"pytorch_model.bin", "openvino/openvino_model.bin", "adapter_config.json"}
+    for other in others:
+        (tmp_path / "base" / other).write_text("what it was")
     vblora.save(model, tmp_path / "adapter", form=form)
     assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert (
         f"{len(model.vblora.default.targets)} weights updated" in printed
-        and "Left out" in printed
-        and "pytorch_model.bin" in printed
+        and f"or another adapter: {', '.join(sorted(others))}." in printed
     )
 
     vblora.load(wanted := copy.deepcopy(base), tmp_path / "adapter")
@@ -382,7 +387,7 @@ def test_merges_as_the_model_does(make, choice, form, dtype, tmp_path, capsys):
         assert torch.equal(outputs(merged), outputs(wanted))
         assert not torch.equal(outputs(merged), outputs(base))
     was, now = files(tmp_path / "base"), files(tmp_path / "out")
-    was.pop("pytorch_model.bin")
+    was = {name: data for name, data in was.items() if name not in others} | {"linked/linked.txt": b"c"}
     assert was.keys() == now.keys()
     assert all(was[name] == now[name] for name in was if not name.endswith(".safetensors"))
 
@@ -418,11 +423,26 @@ def test_merges_what_is_tied(tmp_path):
     assert torch.equal(outputs(type(base).from_pretrained(tmp_path / "out")), outputs(model))
 
 
-def test_refuses_to_merge_a_head_alone_that_is_tied(tmp_path, capsys):
-    base, model = trained(lambda: llama(tie_word_embeddings=True, vocab_size=56), target_modules=["lm_head"])
+@pytest.mark.parametrize("choice", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_refuses_to_merge_one_of_two_that_are_tied(choice, tmp_path, capsys):
+    base, model = trained(lambda: llama(tie_word_embeddings=True, vocab_size=56), **choice)
     base.save_pretrained(tmp_path / "base")
     vblora.save(model, tmp_path / "adapter")
     assert "`tie_word_embeddings`" in fails(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_refuses_links_that_lead_nowhere_or_back(tmp_path, capsys):
+    base, model = trained(bert)
+    base.save_pretrained(tmp_path / "base")
+    vblora.save(model, tmp_path / "adapter")
+    for link, message in {
+        tmp_path / "none": "none, which is missing",
+        tmp_path / "base": "a folder that it is in",
+    }.items():
+        (tmp_path / "base" / "link").symlink_to(link)
+        assert message in fails(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        (tmp_path / "base" / "link").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def change_base(folder, change):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Merges an adapter into the safetensors files of a base model, one file at a time. It adds the update of each layer to the weight
 in float32, and rounds to the weight's dtype. Trained biases and modules_to_save replace those of the base model. It copies all
-other files of the folder. OUT appears when it is complete.
+other files of the folder, except weights in other formats and hidden files. OUT appears when it is complete.
 
 A language model in a .gguf file is loaded, dequantised to float32, and saved as a folder of safetensors files with its
 tokenizer."""
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"in {done.shards} file{'s' * (done.shards > 1)}."
     )
     if done.left_out:
-        print(f"Left out, because they hold the base model's weights: {', '.join(done.left_out)}.")
+        print(f"Left out, because they hold the base model's weights or another adapter: {', '.join(done.left_out)}.")
     return 0
 
 
