@@ -5,6 +5,7 @@ Our folders and PEFT's have the same file names. Ours have a key of their own in
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from .json_objects import JsonObject, as_type, parse_object, read_object, shorte
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
 _PEFT_FORMS = dict.fromkeys(form for method in METHODS.values() for form in method.peft_encoders)
 FORMS = (*native.FORMS, *_PEFT_FORMS, *ANY_METHOD)
 METHOD_NAMES = {config.method: method.title for config, method in METHODS.items()}
@@ -63,13 +65,10 @@ def write(
         metadata = {"format": "pt"}  # as PEFT writes it
     folder.mkdir(parents=True, exist_ok=True)
     _warn_of_model(folder)
-    files = {
-        folder / CONFIG_FILE: json.dumps(description, indent=2).encode() + b"\n",
-        folder / TENSORS_FILE: to_bytes(tensors, metadata),
-    }
-    if not (folder / "README.md").exists():
-        card = _model_card(contents, description, base_model)
-        files[folder / "README.md"] = card.encode(errors="backslashreplace")
+    files = {folder / TENSORS_FILE: to_bytes(tensors, metadata)}
+    if (card := _renewed(folder / CARD_FILE, _model_card(contents, description, base_model))) is not None:
+        files[folder / CARD_FILE] = card.encode(errors="backslashreplace")
+    files[folder / CONFIG_FILE] = json.dumps(description, indent=2).encode() + b"\n"
     write_files(files)
 
 
@@ -236,3 +235,28 @@ An adapter of {base_model or "a model"}: {what}, {len(contents.targets)} layers.
 
     {how}"<this folder>")
 """
+
+
+# The parts of a model card that vblora writes, in a card that the user may have added to.
+_CARD_PARTS = (
+    re.compile(r"\A---\nlibrary_name: \w+\n(base_model: .*)?\n---\n"),
+    re.compile(r"An adapter of .*?: .*?, \d+ layers\. Load it into the model with\n\n    [^\n]*\n", re.DOTALL),
+)
+
+
+def _renewed(path: Path, card: str) -> str | None:
+    """The model card to write: of one that is there, the parts that vblora has written become those of ``card``.
+
+    None if nothing is to be written, as over a card of somebody else's.
+    """
+    if not path.exists():
+        return card
+    try:
+        before = text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # no card of vblora's
+        return None
+    for part in _CARD_PARTS:
+        old, new = part.search(text), part.search(card)
+        if old is not None and new is not None:
+            text = text[: old.start()] + new[0] + text[old.end() :]
+    return None if text == before else text
