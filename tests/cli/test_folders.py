@@ -431,6 +431,22 @@ def test_refuses_to_merge_one_of_two_that_are_tied(choice, tmp_path, capsys):
     assert "`tie_word_embeddings`" in fails(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
+def test_a_merged_classifier_has_the_labels_that_were_trained(tmp_path, capsys):
+    """Not those of the base model, which may have another order."""
+    base, model = trained(bert, modules_to_save=["classifier"])
+    base.config.id2label = {0: "POSITIVE", 1: "NEGATIVE"}
+    base.save_pretrained(tmp_path / "base")
+    vblora.save(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"labels": ["NEGATIVE", "POSITIVE"]}))
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
+    merged = type(base).from_pretrained(tmp_path / "out")
+    assert merged.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    assert merged.config.label2id == {"NEGATIVE": 0, "POSITIVE": 1}
+    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"scores": {"mean": 3.0, "deviation": 0.5}}))
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "scores") == 0
+    assert "score = output * 0.5 + 3.0" in capsys.readouterr().out
+
+
 def test_refuses_links_that_lead_nowhere_or_back(tmp_path, capsys):
     base, model = trained(bert)
     base.save_pretrained(tmp_path / "base")

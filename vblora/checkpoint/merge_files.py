@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..adapters import Target
-from ..files import atomic_replacement, open_tensors, refuse_lfs_pointer, sync
+from ..files import atomic_replacement, open_tensors, refuse_lfs_pointer, sync, write_file
 from .base_config import stores_in_out, tied_vocabularies
 from .contents import Contents
-from .json_objects import JsonObject, as_type, field, optional_field, read_object
+from .json_objects import Json, JsonObject, as_type, field, optional_field, read_object
 
 # Models without a head that their embeddings could be tied to, whatever their config says.
 _WITHOUT_WORD_HEAD = ("Classification", "QuestionAnswering", "MultipleChoice")
@@ -25,6 +25,7 @@ _OTHER_WEIGHTS = (".gguf", ".h5", ".mlmodel", ".msgpack", ".onnx", ".onnx_data",
 _OTHER_WEIGHTS_AT_TOP = (*_OTHER_WEIGHTS, ".bin", ".bin.index.json", ".pt", ".safetensors")
 # Sub-folders that have the whole model in another format. In others, such weights are modules of their own.
 _OTHER_FORMATS = ("coreml", "metal", "onnx", "openvino", "original")
+_CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"  # with it, transformers loads the model and the adapter that it names
 
 
@@ -50,7 +51,9 @@ class _Stored(NamedTuple):
     dtype: str
 
 
-def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
+def merge_into_shards(
+    contents: Contents, base: Path, out: Path, config_changes: Mapping[str, Json] | None = None
+) -> Merged:
     """Writes the files of ``base`` with an adapter merged into them to ``out``, as :func:`vblora.merge` merges it into a model.
 
     Extra parameters replace the tensors of their names and are rounded to the dtype of those. Each target's update is added to
@@ -61,6 +64,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
         contents: the adapter.
         base: a folder with ``model.safetensors``, or with shards and their ``model.safetensors.index.json``.
         out: a folder that does not exist or is empty.
+        config_changes: fields to set in ``config.json``.
 
     Raises:
         FileNotFoundError: a file of the base model is missing.
@@ -97,6 +101,8 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
     try:
         temporary.mkdir(parents=True)
         left_out = _copy_others(base, others, temporary, shards)
+        if config_changes:
+            write_file(temporary / _CONFIG, json.dumps(config | dict(config_changes), indent=2).encode() + b"\n")
         for shard in shards:
             with atomic_replacement(temporary / shard) as path:
                 _write_shard(base / shard, path, updates.keys() | replacements.keys(), changed)
@@ -246,7 +252,7 @@ def _find_replacements(contents: Contents, stored: dict[str, _Stored]) -> dict[s
 
 def _read_config(base: Path) -> JsonObject:
     try:
-        return read_object(base / "config.json")
+        return read_object(base / _CONFIG)
     except FileNotFoundError:
         return {}
 

@@ -67,7 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = None if arguments.bank_dtype is None else getattr(torch, arguments.bank_dtype)
     try:
         with removed_on_failure(arguments.dst):
-            (arguments.dst / RESULTS_FILE).unlink(missing_ok=True)  # is about the adapter that this one replaces
             write(
                 adapter.contents,
                 arguments.dst,
@@ -80,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
             if report:  # the labels, the chat template and more, without which the adapter may be used in another way
                 report["adapter_sha256"] = sha256(arguments.dst / TENSORS_FILE)
                 write_file(arguments.dst / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
+            else:
+                (arguments.dst / RESULTS_FILE).unlink(missing_ok=True)  # is about the adapter that this one replaces
     except ValueError as error:
         message = in_options(error, "bank_dtype", "form")
         raise CommandError(message if message.startswith("--") else f"--form: {message}") from None

@@ -50,9 +50,17 @@ def run(arguments: argparse.Namespace) -> int:
         )
     adapter = read_adapter("ADAPTER", arguments.adapter, arguments.bank)
     from ..checkpoint.merge_files import merge_into_shards
+    from ..finetune.adapters import read_report
 
+    report = read_report("ADAPTER", arguments.adapter)
+    labels = report.get("labels")
+    names = (
+        {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        if labels
+        else {}
+    )
     try:
-        done = merge_into_shards(adapter.contents, arguments.base, arguments.out)
+        done = merge_into_shards(adapter.contents, arguments.base, arguments.out, names)
     except FileNotFoundError as error:
         raise CommandError(f"BASE: {error}") from None
     except ValueError as error:
@@ -63,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {len(done.updated)} weights updated and {len(done.replaced)} tensors replaced "
         f"in {done.shards} file{'s' * (done.shards > 1)}."
     )
+    if scores := report.get("scores"):
+        print(f"The head gives scores in units: score = output * {scores['deviation']} + {scores['mean']}.")
     if done.left_out:
         print(f"Left out, because they hold the base model's weights or another adapter: {', '.join(done.left_out)}.")
     return 0

@@ -63,7 +63,7 @@ def read_run(folder: Path) -> AdapterRun:
     return AdapterRun(folder, _read("--adapter", folder / CONFIG_FILE, _CONFIG_TYPES), read_report("--adapter", folder))
 
 
-def read_report(argument: str, folder: Path) -> JsonObject:
+def read_report(argument: str, folder: Path) -> dict[str, Any]:
     """What ``finetune.json`` says of the adapter beside it; empty without that file.
 
     Args:
