@@ -172,5 +172,7 @@ def _trained_adapter(model: nn.Module, adapter_name: str | None) -> tuple[VBLoRA
         raise ValueError(f"`model` has {len(adapters) or 'no'} VB-LoRA adapters. Pass a model with exactly one.")
     (adapter,) = adapters
     if adapter.logits is None:
-        raise ValueError("the adapter is deployed, so it has no logits and no candidates.")
+        raise ValueError(
+            "the adapter is deployed, so it has no logits and no candidates. Load one that was saved with the default form."
+        )
     return adapter, adapter.logits

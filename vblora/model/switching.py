@@ -98,7 +98,9 @@ def disabled(model: ModuleT) -> Iterator[ModuleT]:
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if any(layer.released for layer in layers):
-        raise ValueError("`model` was merged with release=True, which freed its base weights.")
+        raise ValueError(
+            "`model` was merged with release=True, which freed its base weights. Load the base model again."
+        )
     enabled = [layer for layer in layers if layer.enabled]
     swapped = [layer.unmerged for layer in enabled if layer.unmerged is not None]
     if enabled:  # contexts can be nested: swap only once
