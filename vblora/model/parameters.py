@@ -97,8 +97,15 @@ def _check_that_adapters_train(model: nn.Module, found: bool) -> None:
 
 
 class ParameterCount(NamedTuple):
-    trainable: int  # elements that an optimizer updates
-    stored: int  # size of a trained adapter, as a number of float32 values
+    """What :func:`count_parameters` returns.
+
+    Attributes:
+        trainable: elements that an optimizer updates.
+        stored: size of the trained adapters, as a number of float32 values.
+    """
+
+    trainable: int
+    stored: int
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -107,6 +114,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     VB-LoRA stores the bank, and k weights and k bank indices per sub-vector. An index counts as a fraction of a float32: 1/4 for
     up to 256 vectors, 1/2 for up to 32,768, otherwise 1. The other methods store their parameters, without VeRA's projections,
     which a key generates. Biases and ``modules_to_save`` of the adapters also count, frozen or not. Only active adapters count.
+
+    Returns:
+        A tuple ``(trainable, stored)``, with these names.
 
     Raises:
         ValueError: the model has no active adapter.
