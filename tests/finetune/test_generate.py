@@ -166,7 +166,7 @@ def test_a_chat_that_ends_with_the_assistant_is_completed_as_in_training(base, t
         (["--prompt", "a", "--overwrite"], "--overwrite has no effect"),
         (["--prompt", "a", "--max-new-tokens", "64"], "--max-new-tokens: is 64, but this model takes at most 64 tokens"),
         (["--prompt", "a " * 55], "--prompt 'a a a"),
-        (["--data", "LONG"], "line 2: the prompt has 65 tokens, but the model takes 58 at most"),
+        (["--data", "LONG"], "line 2: the prompt has 65 tokens, but the model has room for at most 58"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_refused(base, adapters, tmp_path, capsys, options, expected):
