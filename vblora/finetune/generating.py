@@ -97,7 +97,7 @@ def _check_length(row: _Row, encoder: Encoder, room: int) -> None:
     length = len(encoder.prompt(row.prompt.asked, row.prompt.tools))
     if length > room:
         raise CommandError(
-            f"{row.where}: the prompt has {length} tokens, but the model takes {room} at most if --max-new-tokens follow. "
+            f"{row.where}: the prompt has {length} tokens, but the model has room for at most {room} besides --max-new-tokens. "
             "Shorten the prompt, or lower --max-new-tokens."
         )
 
