@@ -164,6 +164,7 @@ def test_a_chat_that_ends_with_the_assistant_is_completed_as_in_training(base, t
         (["--prompt", "a", "--prompt-column", "b"], "--prompt-column has no effect"),
         (["--prompt", "a", "--bank", "b"], "--bank has no effect"),
         (["--prompt", "a", "--overwrite"], "--overwrite has no effect"),
+        (["--prompt", "", "--chat-template", "none"], "--prompt '': the prompt has no tokens"),
         (["--prompt", "a", "--max-new-tokens", "64"], "--max-new-tokens: is 64, but this model takes at most 64 tokens"),
         (["--prompt", "a " * 55], "--prompt 'a a a"),
         (["--data", "LONG"], "line 2: the prompt has 65 tokens, but the model takes 58 at most"),

@@ -96,6 +96,8 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
 
 def _check_length(row: _Row, encoder: Encoder, room: int) -> None:
     length = len(encoder.prompt(row.prompt.asked, row.prompt.tools))
+    if not length:
+        raise CommandError(f"{row.where}: the prompt has no tokens, so there is nothing to complete.")
     if length > room:
         raise CommandError(
             f"{row.where}: the prompt has {length} tokens, but the model takes {room} at most if --max-new-tokens follow. "

@@ -81,10 +81,9 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
             rows.report(length)
         trainer = _trainer(arguments, model, tokenizer, train_data, held_out_data, length)
         few = fitting.warn_of_few_steps(arguments, len(train_data), _steps(trainer))
-        examples = _first_prompts(task.held_out, max(_SHOWN, arguments.bleu or 0))
-        generate = _Generator(
-            arguments, replace(encoder, chat=False) if plain else encoder, examples, min(length, room)
-        )
+        asking = replace(encoder, chat=False) if plain else encoder
+        examples = _first_prompts(task.held_out, max(_SHOWN, arguments.bleu or 0), asking)
+        generate = _Generator(arguments, asking, examples, min(length, room))
         say("Before training:")
         with vblora.disabled(model):
             before = trainer.evaluate()["eval_loss"]
@@ -105,7 +104,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
     results = _results(arguments, trainer, count, train, held_out, seconds)
     results.loss_before, results.loss_after = before, after
     results.perplexity_before, results.perplexity_after = math.exp(before), math.exp(after)
-    if arguments.bleu is not None:
+    if arguments.bleu is not None and examples:
         references = [reference for _, reference in examples[: arguments.bleu]]
         results.bleu_before, results.bleu_after = (
             bleu(written[: arguments.bleu], references) for written in (written_before, written_after)
@@ -229,15 +228,18 @@ def _first(texts: Texts, count: int) -> list[Example]:
     return [example for example, _ in zip(texts, range(count), strict=False)]
 
 
-def _first_prompts(texts: Texts, count: int) -> list[tuple[Example, list[str]]]:
-    """The first different prompts, each with all completions that there are for it: ``(example, references)``."""
+def _first_prompts(texts: Texts, count: int, encoder: Encoder) -> list[tuple[Example, list[str]]]:
+    """The first different prompts, each with all completions that there are for it: ``(example, references)``.
+
+    A text of a single character leaves a prompt without tokens, which is no prompt.
+    """
     found: dict[str, tuple[Example, list[str]]] = {}
     for example in texts:
         if example.prompt is None:
             example = _halved(example)
         key = repr(example.prompt)
         if key not in found:
-            if len(found) == count:
+            if len(found) == count or not encoder.prompt(example.prompt or "", example.tools):
                 continue
             found[key] = (example, [])
         found[key][1].append(_reference(example))
@@ -245,10 +247,14 @@ def _first_prompts(texts: Texts, count: int) -> list[tuple[Example, list[str]]]:
 
 
 def _halved(example: Example) -> Example:
-    """The first words of a text as a prompt, and the others."""
-    words = str(example.completion).split(" ")
-    asked = min(len(words) // 2, 16)
-    return Example(" ".join(words[:asked]), " " + " ".join(words[asked:]))
+    """The first words of a text as a prompt, and the others; of a text without spaces, as in Chinese, its first characters."""
+    text = str(example.completion)
+    start = text[: len(text) - len(text.lstrip())]
+    words = text.lstrip().split(" ")
+    asked = start + " ".join(words[: min(len(words) // 2, 16)])
+    if len(words) == 1:
+        asked = text[: min(len(text) // 2, 64)]
+    return Example(asked, text[len(asked) :])
 
 
 def _reference(example: Example) -> str:
