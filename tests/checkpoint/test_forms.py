@@ -206,7 +206,7 @@ def test_a_deployed_adapter_does_not_train_unless_told_how(tmp_path):
     assert not torch.equal(other.vblora.default.logits, before)
     with pytest.raises(ValueError, match="no seed"):
         vblora.grow(other, 5)
-    with pytest.raises(ValueError, match="without logits to go on with"):
+    with pytest.raises(ValueError, match="without logits to train"):
         vblora.save(loaded(tmp_path), tmp_path / "x", form="resume")
     assert not (tmp_path / "x").exists()
 

@@ -131,7 +131,7 @@ def test_widths_that_the_vectors_do_not_divide(given, length, tiny_model, table,
 
 
 def test_exhausted_candidates_are_said_once(finetune, table, tmp_path):
-    with pytest.warns(UserWarning, match=r"rows have used up their 2 candidates.*`num_candidates=4`") as caught:
+    with pytest.warns(UserWarning, match=r"sub-vectors have used up their 2 candidates.*`num_candidates=4`") as caught:
         assert finetune("--data", table, "--epochs", "3", "--num-candidates", "2", "--no-baseline") == 0
     assert len([w for w in caught if "candidates" in str(w.message)]) == 1
     with warnings.catch_warnings():

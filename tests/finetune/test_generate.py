@@ -167,7 +167,7 @@ def test_a_chat_that_ends_with_the_assistant_is_completed_as_in_training(base, t
         (["--prompt", "", "--chat-template", "none"], "--prompt '': the prompt has no tokens"),
         (["--prompt", "a", "--max-new-tokens", "64"], "--max-new-tokens: is 64, but this model takes at most 64 tokens"),
         (["--prompt", "a " * 55], "--prompt 'a a a"),
-        (["--data", "LONG"], "line 2: the prompt has 65 tokens, but the model takes 58 at most"),
+        (["--data", "LONG"], "line 2: the prompt has 65 tokens, but the model has room for at most 58"),
         (["--data", "OTHERS", "--output", "out.csv"], "some rows have the column 'id' and others do not"),
     ],
 )  # fmt: skip

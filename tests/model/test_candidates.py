@@ -406,7 +406,7 @@ def test_the_trainer_is_told(optimizer, tmp_path):
         trainer.train()
     messages = [str(w.message) for w in caught if "candidates" in str(w.message)]
     coupled = [m for m in messages if "Adam adds `weight_decay`=0.1" in m]
-    exhausted = [m for m in messages if "rows have used up their 2 candidates" in m and "num_candidates=4" in m]
+    exhausted = [m for m in messages if "sub-vectors have used up their 2 candidates" in m and "num_candidates=4" in m]
     assert len(coupled) == (optimizer == "coupled")
     assert len(exhausted) == 1
 

@@ -207,7 +207,7 @@ def _find_updates(contents: Contents, stored: dict[str, _Stored], config: JsonOb
         if name is None:
             raise ValueError(
                 f"the base model has no tensor `{target.name}.weight`, which the adapter updates. If transformers gives it "
-                "another name when it loads the model, merge that: vblora.load(model, adapter); vblora.merge(model); "
+                "another name when it loads the model, merge the loaded model: vblora.load(model, adapter); vblora.merge(model); "
                 "model.save_pretrained(out)."
             )
         if name in updates:
@@ -236,8 +236,8 @@ def _find_updates(contents: Contents, stored: dict[str, _Stored], config: JsonOb
         found = stores_in_out(config, name)
         if found is None and len(others) > 1:
             raise ValueError(
-                f"the adapter is for layers of both layouts, nn.Linear's and Conv1D's, and which of them the square `{name}` has "
-                "cannot be told. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
+                f"the adapter is for layers of both layouts, nn.Linear's and Conv1D's, and `{name}` is square, so vblora cannot "
+                "tell its layout. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
             )
         updates[name] = updates[name][0], contents.config.fan_in_fan_out if found is None else found
     return updates
@@ -300,7 +300,7 @@ def _refuse_tied(contents: Contents, config: JsonObject) -> None:
             other = "head" if target.kind == "embedding" else "embeddings"
             raise ValueError(
                 f"`{target.name}.weight` is also that of the {other} (`tie_word_embeddings` in the base model's config.json), "
-                "which the update is not for. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
+                "which must not get the update. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
             )
 
 

@@ -191,7 +191,10 @@ def _decode_target(entry: list[Json]) -> Target:
         or is_convolution != bool(target.kernel)
         or (is_convolution and math.prod(target.kernel) != target.in_features)
     ):
-        raise ValueError(f"{target} is impossible.")
+        raise ValueError(
+            f"{target} is impossible: its kind must be one of {', '.join(_TARGET_KINDS)}; only a convolution has a kernel, "
+            "whose product is its input width."
+        )
     return target
 
 

@@ -29,16 +29,18 @@ class VBLoRAConfig(AdapterConfig):
         init: ``"paper"``, or ``"noop"``, which makes the first forward equal the base model's exactly while bank and logits
             still get gradients: the bank starts as pairs ``v, -v``, and each sub-vector of B mixes both of a pair equally.
             ``"noop"`` requires ``topk=2``.
-        scaling: factor that multiplies every update; 1 in the paper.
-        train_scales: also train a factor of each sub-vector, which may be negative. It starts at 1 for A and at 0 for B, so the
-            first forward equals the base model's exactly. Use it with a frozen bank, whose vectors cannot grow. In the deploy
-            form the factors are part of the weights and take no space. PEFT's formats cannot store them.
+        scaling: multiplies every update; 1 in the paper.
+        train_scales: also train a scale for each sub-vector: a number that multiplies it, and may be negative. It starts at 1
+            for A and at 0 for B, so the first forward equals the base model's exactly. Use it with a frozen bank, whose vectors
+            cannot grow. In the deploy form, scales are part of the weights and take no space. PEFT's VB-LoRA formats cannot
+            store them.
         pad: allow any ``vector_length``. Each rank then uses enough sub-vectors to cover the layer's width, and the excess of
-            the last one is cut off. No effect if ``vector_length`` divides every width; otherwise PEFT's format cannot store
-            the adapter.
+            the last one is cut off. It has no effect if ``vector_length`` divides every width; otherwise PEFT's VB-LoRA formats
+            cannot store the adapter.
         num_candidates: M, the number of bank vectors that a sub-vector can choose from during training: those with its M
-            largest initial logits. Logits take M / h of the memory. Training matches dense training until a row exhausts its
-            candidates, which :func:`vblora.stats` counts. None, or ``num_vectors``, is the paper's dense form.
+            largest initial logits. Logits take M / h of the memory. Training gives the same result as with all h logits until a
+            sub-vector has used up its candidates; :func:`vblora.stats` counts those that have. None, or ``num_vectors``, keeps
+            all h logits, as in the paper.
         seed: seed of the initial logits, a signed 64-bit integer. None draws one from torch's generator (set it with
             ``torch.manual_seed``), and the adapter stores it. Set it if several processes train together.
         save_only_topk_weights: make ``"deploy"`` the default form of :func:`vblora.save`.

@@ -13,10 +13,10 @@ class VeraConfig(AdapterConfig):
     fields of :class:`AdapterConfig`.
 
     Args:
-        r: rank of each layer's update: the rows of the frozen random projections that all layers share.
+        r: rank of each layer's update: the rows of A and B, the frozen random projections that all layers share.
         projection_prng_key: seed of these projections, a signed 64-bit integer. The same key gives the same bits on every
             device, but not the projections that PEFT draws with it.
-        save_projection: whether to save the projections. If False, loading draws them again from the key, bit for bit.
+        save_projection: whether files contain the projections. If False, loading draws them again from the key, bit for bit.
         vera_dropout: dropout probability of the update's input during training.
         d_initial: initial value of the vectors ``d`` (the paper's table 6).
         init_weights: False initializes ``d`` with normal numbers and the vectors ``e`` (the paper's b) with ones instead of

@@ -100,7 +100,7 @@ def _check_length(row: _Row, encoder: Encoder, room: int) -> None:
         raise CommandError(f"{row.where}: the prompt has no tokens, so there is nothing to complete.")
     if length > room:
         raise CommandError(
-            f"{row.where}: the prompt has {length} tokens, but the model takes {room} at most if --max-new-tokens follow. "
+            f"{row.where}: the prompt has {length} tokens, but the model has room for at most {room} besides --max-new-tokens. "
             "Shorten the prompt, or lower --max-new-tokens."
         )
 

@@ -85,8 +85,9 @@ class Encoder:
             after = self._render(messages[: index + 1], example.tools)
             if not (whole.startswith(before) and whole.startswith(after) and end <= len(before) < len(after)):
                 raise CommandError(
-                    "--loss: the tokenizer's chat template renders a conversation's earlier messages in another way than its "
-                    "last, so the assistant's part cannot be told. Give --loss last, or --loss all, or another --chat-template."
+                    "--loss: the chat template renders earlier messages of a chat in another way than its last message, so "
+                    "vblora cannot tell which tokens are the assistant's. Give --loss last, --loss all, or another "
+                    "--chat-template."
                 )
             yield whole[end : len(before)], False
             yield whole[len(before) : len(after)], True

@@ -50,7 +50,7 @@ class VBLoRACallback(Callback):  # type: ignore[misc]  # lightning may not be in
         base = next(cls for cls in type(strategy).__mro__ if cls.__name__ == "Strategy")
         if any(getattr(type(strategy), name) is not getattr(base, name) for name in (_SAVE, _LOAD)):
             raise ValueError(
-                f"VBLoRACallback cannot save under {type(strategy).__name__}, which writes models in a way of its own. Use DDP, "
+                f"VBLoRACallback cannot save under {type(strategy).__name__}, which writes models in its own way. Use DDP, "
                 "or leave out the callback and call vblora.save(model, directory) after training."
             )
         setattr(strategy, _SAVE, partial(adapter_state_dict, pl_module))

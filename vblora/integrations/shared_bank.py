@@ -167,10 +167,10 @@ def bank_of(models: Mapping[str, nn.Module]) -> VectorBank:
     banks = {}
     for name, model in models.items():
         if not name or name in (".", "..", BANK_FILE) or "/" in name or "\\" in name or "\0" in name:
-            raise ValueError(f"`models` has a name {name!r}, which cannot be a folder's. Give another.")
+            raise ValueError(f"`models` has the name {name!r}, which cannot name a folder. Give another one.")
         adapter = attached_adapter(model).adapter
         if not isinstance(adapter, VBLoRAAdapter):
-            raise ValueError(f"the adapter of `models[{name!r}]` is no VB-LoRA, so it has no bank to share.")
+            raise ValueError(f"the adapter of `models[{name!r}]` is not a VB-LoRA adapter, so it has no bank to share.")
         banks[name] = adapter.bank
     first, bank = next(iter(banks.items()))
     for name, other in banks.items():

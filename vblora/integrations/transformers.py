@@ -181,7 +181,7 @@ class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             self._warned = True
             more = min(2 * found.num_candidates, found.num_vectors)
             warnings.warn(
-                f"step {state.global_step}: {found.exhausted} of {found.num_subvectors} rows have used up their "
+                f"step {state.global_step}: {found.exhausted} of {found.num_subvectors} sub-vectors have used up their "
                 f"{found.num_candidates} candidates, so training may now differ from training with all logits. "
                 f"Set `num_candidates={more}`, or call vblora.grow(model, {more}, optimizer) during training.",
                 VBLoRAWarning,

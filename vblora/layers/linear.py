@@ -35,11 +35,16 @@ class VBLinear(AdaptedLayer):
         num_candidates: M, the number of bank vectors that a sub-vector can choose from in training (:class:`VBLoRAConfig`).
         dropout: probability of dropping an element of the update's input in training.
         init_logits_std: standard deviation of the initial logits, which are normal.
-        init, scaling: the initial values, and the factor of the update (:class:`VBLoRAConfig`).
-        train_scales: also train a factor of each sub-vector (:class:`VBLoRAConfig`).
+        init, scaling: the initial values, and a number that multiplies the update (:class:`VBLoRAConfig`).
+        train_scales: also train a scale for each sub-vector (:class:`VBLoRAConfig`).
         pad: allow any ``vector_length`` (:class:`VBLoRAConfig`).
         seed: of the initial logits. None draws one from torch's generator.
         device, dtype: of a new ``nn.Linear``. Adapter parameters are float32 on the layer's device.
+
+    Attributes:
+        base_layer: the frozen layer.
+        adapter: the adapter, with the parameters ``bank.vectors`` ``(h, b)``, ``logits`` ``(S, M)`` and, with ``train_scales``,
+            ``scales`` ``(S,)``. S is ``r * (in_features + out_features) / b``.
 
     Raises:
         ValueError: an argument is out of range or contradicts another.

@@ -82,7 +82,9 @@ def unmerge(model: ModuleT) -> ModuleT:
     refuse_if_disabled([layer for _, layer in layers])
     for name, layer in layers:
         if layer.released:
-            raise ValueError(f"layer `{name}` was merged with release=True, which freed its original weight.")
+            raise ValueError(
+                f"layer `{name}` was merged with release=True, which freed its original weight. Load the base model again."
+            )
     taken_out = [layer for record in adapted_models(model) for layer in record.layers]  # among them, after the merge
     for layer in (*(layer for _, layer in layers), *taken_out):
         layer.unmerge()
