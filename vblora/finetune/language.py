@@ -91,31 +91,30 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
         count = vblora.count_parameters(model)
         say(f"  held-out loss {before:.4f}, perplexity {math.exp(before):.2f}")
         seconds = fitting.fit(arguments, task, trainer, checkpoint)
-        try:
+        with fitting.saved_in(arguments.output):
             # of the best epoch, which is loaded
             best = trainer.state.best_metric
             after = trainer.evaluate()["eval_loss"] if best is None else best
             same = _reload(arguments, trainer, held_out_data)
             written_after = generate(trainer.model, "Completions after")
-        except KeyboardInterrupt:
-            raise CommandError(f"interrupted; the trained adapter is in {arguments.output}.", 130) from None
     if not is_main_process():
         return 0
-    results = _results(arguments, trainer, count, train, held_out, seconds)
-    results.loss_before, results.loss_after = before, after
-    results.perplexity_before, results.perplexity_after = math.exp(before), math.exp(after)
-    if arguments.bleu is not None and examples:
-        references = [reference for _, reference in examples[: arguments.bleu]]
-        results.bleu_before, results.bleu_after = (
-            bleu(written[: arguments.bleu], references) for written in (written_before, written_after)
-        )
-    results.generations = [
-        Generation(_as_text(prompt), reference[0], one, other)
-        for (prompt, reference), one, other in zip(examples[:_SHOWN], written_before, written_after, strict=False)
-    ]
-    results.warnings = [few] if few else []
-    bank = fitting.draw(arguments, trainer)
-    save_results(arguments, task, bank=bank, results=results.as_json(), log=trainer.state.log_history)
+    with fitting.saved_in(arguments.output):
+        results = _results(arguments, trainer, count, train, held_out, seconds)
+        results.loss_before, results.loss_after = before, after
+        results.perplexity_before, results.perplexity_after = math.exp(before), math.exp(after)
+        if arguments.bleu is not None and examples:
+            references = [reference for _, reference in examples[: arguments.bleu]]
+            results.bleu_before, results.bleu_after = (
+                bleu(written[: arguments.bleu], references) for written in (written_before, written_after)
+            )
+        results.generations = [
+            Generation(_as_text(prompt), reference[0], one, other)
+            for (prompt, reference), one, other in zip(examples[:_SHOWN], written_before, written_after, strict=False)
+        ]
+        results.warnings = [few] if few else []
+        bank = fitting.draw(arguments, trainer)
+        save_results(arguments, task, bank=bank, results=results.as_json(), log=trainer.state.log_history)
     console = Console()
     print_generations(results.generations, console)
     print_language_table(results, console)
