@@ -22,7 +22,8 @@ class VBLoRAConfig(AdapterConfig):
         num_vectors: h, the number of vectors in the bank.
         vector_length: b, the length of a bank vector. It must divide ``in_features`` and ``out_features`` of each target,
             unless ``pad`` is True.
-        topk: k, the number of bank vectors mixed into each sub-vector. The paper recommends 2, and so do we.
+        topk: k, the number of bank vectors mixed into each sub-vector. 2 is best in the paper (table 5). With 1, the logits get
+            no gradient.
         vblora_dropout: dropout probability of the update's input during training.
         init_vector_bank_bound: the bank is initialized uniformly in ``[-bound, bound]``.
         init_logits_std: standard deviation of the initial logits, which are normal.
