@@ -13,7 +13,7 @@ import pytest
 
 from tests.tables import make_rows
 from vblora.errors import CommandError
-from vblora.finetune import data
+from vblora.finetune import data, tables
 
 COLUMNS = data.Columns("text", "label")
 
@@ -42,6 +42,8 @@ def test_columns_that_are_not_read_may_share_a_name(tmp_path):
     path = write(tmp_path / "rows.csv", "v1,v2,,,\nham,hello,,,\nspam,win,now,,\n")
     rows = data.read_rows(path, data.Columns("v2", "v1"), "--data")
     assert [(row.text, row.label) for row in rows] == [("hello", "ham"), ("win", "spam")]
+    path.write_text("a,b,a,a,a.1\n1,2,3,4,5\n")  # and are there in the output of predict
+    assert tables.first_row(path, "--data") == {"a": "1", "b": "2", "a.2": "3", "a.3": "4", "a.1": "5"}
 
 
 def test_errors_name_the_line_on_which_a_row_begins(tmp_path):
@@ -147,10 +149,13 @@ def test_columns_are_found_in_any_case_if_that_is_unambiguous(tmp_path):
 
 
 def test_labels_that_look_alike_or_are_rare_are_said(tmp_path, capsys):
-    rows = [data.Row("", label, None, None) for label in ["1", "1.0", "neg", "NEG", "b"] * 2 + ["rare"]]
+    labels = ["1", "1.0", "neg", "NEG", "b", "caf\u00e9", "cafe\u0301", "nan"]
+    rows = [data.Row("", label, None, None) for label in labels * 2 + ["rare"]]
     data.warn_of_odd_labels(rows, tmp_path, "finetune")
     told = capsys.readouterr().err
     assert "the labels '1', '1.0' look alike" in told and "the labels 'NEG', 'neg' look alike" in told
-    assert "only one row has the label 'rare'" in told and told.count("\n") == 3
+    assert "the labels 'cafe\u0301', 'caf\u00e9' look alike" in told
+    assert "the label 'nan' is a class, though it looks like a missing value" in told
+    assert "only one row has the label 'rare'" in told and told.count("\n") == 5
     data.warn_of_odd_labels(rows[4:6] * 2, tmp_path, "finetune")
     assert not capsys.readouterr().err

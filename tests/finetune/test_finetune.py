@@ -400,8 +400,9 @@ def test_no_report_of_another_adapter_stays(finetune, table, tmp_path, capsys, m
     out.mkdir()
     (out / "finetune.json").write_text('{"labels": ["no", "yes"]}')
 
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
+    def fail(arguments, task, checkpoint=None, **_):
+        if checkpoint is None:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vblora.finetune.fitting.save_results", fail)
     assert finetune("--data", table, "--max-train", "8", "--overwrite", "--no-baseline") == 1

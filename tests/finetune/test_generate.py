@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,17 @@ def test_an_adapter_knows_its_base_and_its_template(base, adapters, tmp_path, ca
         template.write_text(TEMPLATE)
         assert main(["generate", *map(str, options), "--chat-template", str(template)]) == 0
         assert capsys.readouterr().out.strip() == completion(base, adapter, "who")
+        # What it knows goes with it into another form, and counts for no other adapter.
+        options[1] = tmp_path / "converted"
+        assert main(["convert", str(adapter), str(options[1]), "--form", "deploy"]) == 0
+        capsys.readouterr()
+        assert main(["generate", *map(str, options)]) == 0
+        assert capsys.readouterr().out.strip() == completion(base, adapter, "who", chat=False)
+        shutil.copy(adapter / "adapter_model.safetensors", options[1])
+        assert main(["generate", *map(str, options)]) == 2
+        assert "has changed since vblora finetune wrote finetune.json" in capsys.readouterr().err
+        assert main(["convert", str(adapters / "one"), str(options[1]), "--form", "deploy", "--overwrite"]) == 0
+        assert not (options[1] / "finetune.json").exists()
     finally:
         (adapter / "finetune.json").unlink()
 

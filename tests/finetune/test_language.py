@@ -128,6 +128,15 @@ def test_chats_and_long_rows(finetune, tmp_path, capsys):
     assert results["steps"] == math.ceil(math.ceil(results["train_rows"] / 8) / 2)
 
 
+def test_a_row_that_is_refused_as_it_is_tokenised_is_one_line(finetune, tmp_path, capsys):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ raise_exception('no user') }}")
+    data = write_jsonl(tmp_path / "chats.jsonl", make_chats(4))
+    assert finetune("--data", data, "--chat-template", template) == 2
+    assert re.search(r"error: the chat template fails on .*: no user$", capsys.readouterr().err.strip())
+    assert not (tmp_path / "out").exists()
+
+
 def tensors(folder: Path) -> dict:
     return load_file(folder / "adapter_model.safetensors")
 

@@ -367,18 +367,29 @@ class VBLoRAAdapter(Adapter):
         return torch.tensor([self.seed is not None, self.seed or 0], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        known, seed = state.tolist()
+        known, seed = map(int, state.tolist())
         self.seed = seed if known else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads logits, candidates and seed, which belong together, also if the state dict lacks some of them."""
         logits, candidates, seed = (state_dict.get(prefix + name) for name in ("logits", "candidates", "_extra_state"))
+        own = self.candidates
+        same = False
+        if candidates is not None and own is not None and not (own.is_meta or candidates.is_meta):
+            same = torch.equal(candidates.to(own), own)
+        if not same and (reason := _no_candidates(candidates, seed, self.bank.num_vectors)):
+            args[-1].append(  # the list of errors
+                f"`{prefix}candidates` {reason}, so they are not what an adapter has. Perhaps they are an average of several "
+                "state dicts: average those of adapters with the same `seed`, and only the tensors that are floating-point."
+            )
+            return
+        if seed is not None and self.seed is not None and (same or seed.is_floating_point()):
+            # An average of state dicts rounds the seed, too. If the candidates are equal, or there are none, this one is right.
+            state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
         if candidates is None:
             if logits is not None and self.candidates is not None and not self._may_have_drawn(logits):
                 _warn_of_another_draw(prefix)
-        elif seed is None and (
-            self.candidates is None or not torch.equal(candidates.to(self.candidates), self.candidates)
-        ):
+        elif seed is None and not same:
             self.seed = None  # it has not drawn these
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -396,6 +407,20 @@ class VBLoRAAdapter(Adapter):
             f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}{scales}, "
             f"targets={len(self.targets)}"
         )
+
+
+def _no_candidates(candidates: Tensor | None, seed: Tensor | None, num_vectors: int) -> str | None:
+    """Why these cannot be the candidates of a state dict; None if they can."""
+    if candidates is None or candidates.is_meta or not candidates.numel():
+        return None
+    if candidates.is_floating_point() or (seed is not None and seed.is_floating_point()):
+        return "or their seed are floating-point numbers"
+    ordered = candidates.sort(1).values
+    if ordered.min() < 0 or ordered.max() >= num_vectors:
+        return f"hold {int(ordered.max())}, but there are only bank vectors 0 to {num_vectors - 1}"
+    if ordered.shape[1] > 1 and (ordered[:, 1:] == ordered[:, :-1]).any():
+        return "hold a bank vector twice in one row"
+    return None
 
 
 def _warn_of_another_draw(prefix: str) -> None:

@@ -265,6 +265,12 @@ class VBLoRAContents(Contents):
                 tensors["candidates"] = rows.candidates
         else:
             initial, candidates = self.initial(rows.seed)
+            if rows.candidates is not None and not torch.equal(candidates, rows.candidates.long()):
+                raise ValueError(
+                    f"the adapter's candidates are not those that its seed {rows.seed} draws, so something has written into "
+                    "them, such as an average that takes integers, too. If they are right nevertheless, set the adapter's `seed` "
+                    "to None: then its file holds them."
+                )
             values = rows.logits if rows.candidates is not None else rows.logits.gather(1, candidates)
             tensors["logits.lengths"], tensors["logits.values"] = pack_prefixes(values, initial.logits)
         if rows.exhausted is not None:

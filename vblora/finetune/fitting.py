@@ -1,7 +1,6 @@
 """What all tasks do with a Trainer: its settings, checkpoints, Ctrl-C, resuming, and the warning of too few steps."""
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -32,14 +31,14 @@ import vblora
 from ..checkpoint.folder import read
 from ..checkpoint.vblora import VBLoRAContents
 from ..errors import CommandError
-from ..files import is_failed_file, write_file
+from ..files import is_failed_file
 from ..model.learning_rates import WARM_UP
 from . import pictures
 from .bank_use import bank_use
-from .checkpoints import ARGUMENTS_FILE, incomplete
+from .checkpoints import incomplete
 from .models import computes_in_bfloat16
 from .notices import is_main_process, print_warning, say
-from .task import RESULTS_FILE, LanguageTask, Task, as_json, save_results
+from .task import RESULTS_FILE, LanguageTask, Task, save_results
 
 # On 300 rows the default recipe was 10 points below the frozen encoder after 10 steps, and 8 above it after 60.
 _FEW_STEPS = 60
@@ -121,7 +120,7 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
         CommandError: training diverged or was interrupted, or the adapter cannot be written.
     """
     output: Path = arguments.output
-    stop = _Stop(arguments, trainer)
+    stop = _Stop(arguments, task, trainer)
     progress = show_progress(trainer)
     trainer.add_callback(stop)
     if arguments.patience is not None:
@@ -250,8 +249,9 @@ class _Progress(ProgressCallback):  # type: ignore[misc]  # transformers is not 
 class _Stop(TrainerCallback):  # type: ignore[misc]
     """Ends training between two steps after Ctrl-C or SIGTERM, with a checkpoint; stops where parameters are not finite."""
 
-    def __init__(self, arguments: argparse.Namespace, trainer: Trainer) -> None:
+    def __init__(self, arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Trainer) -> None:
         self.arguments = arguments
+        self.task = task
         self.trainer = trainer
         self.asked = False
 
@@ -290,4 +290,4 @@ class _Stop(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if is_main_process():
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_file(folder / ARGUMENTS_FILE, json.dumps(as_json(self.arguments), indent=2).encode() + b"\n")
+            save_results(self.arguments, self.task, folder, steps=state.global_step)

@@ -176,6 +176,8 @@ class _Rows:
                 cache_dir=folder,
                 fingerprint="vblora",  # the folder is this run's own
             )
+        except datasets.exceptions.DatasetGenerationError as error:  # hides what a row is refused for
+            raise error.__cause__ or error from None
         except ValueError:  # datasets refuses to make an empty one
             if self.left_out < len(self.texts):
                 raise

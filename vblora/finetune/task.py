@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..checkpoint.folder import TENSORS_FILE
 from ..errors import CommandError
-from ..files import byte_order_mark, refuse_lfs_pointer, write_file
+from ..files import byte_order_mark, refuse_lfs_pointer, sha256, write_file
 from . import data, demo, tables, texts
 from .notices import print_warning
 
@@ -248,6 +249,7 @@ def save_results(
     Args:
         folder: the adapter's; None is ``--output``.
     """
+    folder = folder or arguments.output
     if isinstance(task, Task):
         about: dict[str, object] = {"labels": task.labels, "scores": task.scale}
     else:
@@ -258,13 +260,14 @@ def save_results(
         }
     report = {
         "task": arguments.task,
+        "adapter_sha256": sha256(folder / TENSORS_FILE),
         "model": task.model,
         "fingerprint": task.fingerprint,
         **about,
         "arguments": as_json(arguments),
         **results,
     }
-    write_file((folder or arguments.output) / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
+    write_file(folder / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
 
 
 def most_frequent(rows: list[data.Row]) -> float:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..layers.adapted import adapted_layers
-from .averaging import guard_averaging
 from .record import ModuleT, adapted_model, adapted_models, check_adapter_name, refuse_if_disabled, refuse_if_merged
 
 
@@ -37,8 +36,6 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
             owners[place] = name
     refuse_if_disabled(record.layers)
     refuse_if_merged(record.layers)
-    if any(record.adapters[name].extra for name in (*names, *record.active)):
-        guard_averaging()
     record.activate(names)
 
 
