@@ -90,7 +90,7 @@ def test_trains_measures_saves_and_reloads(finetune, base, pairs, tmp_path, caps
     assert results["perplexity_after"] == pytest.approx(math.exp(results["loss_after"]))
     losses = [entry["eval_loss"] for entry in saved["log"] if "eval_loss" in entry]
     assert results["loss_after"] == min(losses)  # the best of all epochs
-    assert "Loaded again" in printed.out and "to the bit" in printed.out
+    assert "Loaded again" in printed.out and "bit for bit" in printed.out
     assert results["steps"] == 60 == len([entry for entry in saved["log"] if "loss" in entry])
 
     widths = 2 * (2 * 64 + 2 * 48 + 3 * 96)

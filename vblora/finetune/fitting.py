@@ -93,8 +93,8 @@ def warn_of_few_steps(arguments: argparse.Namespace, rows: int, steps: int, comm
         if arguments.epochs >= _FEW_EPOCHS:
             return None
         message = (
-            f"the paper's learning rates are for {_FEW_EPOCHS} epochs or more, but this run has {arguments.epochs}. "
-            f"Give --epochs {_FEW_EPOCHS}, or leave out --recipe paper."
+            "the paper's learning rates are slow: with them, it trains 20 to 160 epochs on GLUE, and this run has "
+            f"{arguments.epochs}. Give --epochs {_FEW_EPOCHS}, or leave out --recipe paper."
         )
     else:
         if steps >= _FEW_STEPS:

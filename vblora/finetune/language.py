@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
         raise CommandError(
             f"the adapter in {arguments.output}, loaded again, gives other logits than the trained one.", 1
         )
-    print(f"Loaded again from {arguments.output}: the same logits, to the bit.")
+    print(f"Loaded again from {arguments.output}: the same logits, bit for bit.")
     return 0
 
 
@@ -363,7 +363,7 @@ def _steps(trainer: _Trainer) -> int:
 
 
 def _reload(arguments: argparse.Namespace, trainer: _Trainer, rows: datasets.Dataset) -> bool:
-    """Puts the saved adapter in the place of the trained one. Whether a few rows get the same logits, to the bit."""
+    """Puts the saved adapter in the place of the trained one. Whether a few rows get the same logits, bit for bit."""
     if not is_main_process():
         return True
     model = trainer.model.eval()

@@ -105,7 +105,7 @@ def _refuse_for_plain_texts(arguments: argparse.Namespace, template: str | None)
     for option, given in (("--chat-template", template is not None), ("--loss last", arguments.loss == "last")):
         if given:
             raise CommandError(
-                f"{option} has no effect, because the rows are plain texts, which are learnt whole. Leave it out."
+                f"{option} has no effect, because the rows are plain texts, all of which the model learns. Leave it out."
             )
 
 

@@ -157,7 +157,7 @@ def _compare(arguments: argparse.Namespace, after: PredictionOutput, again: Pred
             1,
         )
     print(
-        f"Loaded from {arguments.output} into a fresh model: the same logits, to the bit, for {equal:,} of {rows:,} rows."
+        f"Loaded from {arguments.output} into a fresh model: the same logits, bit for bit, for {equal:,} of {rows:,} rows."
     )
     return 0
 
