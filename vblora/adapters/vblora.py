@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bank import VectorBank
-from ..checks import check_count, check_positive
+from ..checks import check_count, check_not_negative, check_positive, check_seed
 from ..config import VBLoRAConfig
 from ..config.vblora import check_start
 from ..distributed import gather, processes
@@ -35,7 +35,7 @@ class Trained(NamedTuple):
         candidates: ``(S, M)``, the bank vector of each logit; None if M is h and the columns are all bank vectors in order.
         exhausted: ``(S,)``, the rows that have used up their candidates; None without candidates or without a seed.
         seed: the seed that drew the initial logits, or None if it is unknown.
-        scales: ``(S,)``, the factor of each sub-vector; None for ones.
+        scales: ``(S,)``, the number that multiplies each sub-vector; None for ones.
     """
 
     logits: Tensor
@@ -54,7 +54,7 @@ class Deployed(NamedTuple):
 
     Attributes:
         indices: ``(S, k)``, the bank vectors.
-        weights: ``(S, k)``. With factors of the sub-vectors, their products, which may be negative and need not sum to 1.
+        weights: ``(S, k)``. With scales, their products, which may be negative and need not sum to 1.
     """
 
     indices: Tensor
@@ -80,13 +80,13 @@ class VBLoRAAdapter(Adapter):
         targets: the layers.
         bank: the vector bank ``V``, ``(h, b)``. Several adapters may share one.
         r: rank of the update.
-        topk: k, the number of bank vectors mixed into a sub-vector (eq. 2: top-k, softmax over them, weighted sum).
+        topk: k, the number of bank vectors mixed into a sub-vector (eq. 3.3: top-k, softmax over them, weighted sum).
         num_candidates: M. None, or at least h, means the paper's dense form.
         init_logits_std: standard deviation of the initial logits, which are normal.
         init: ``"paper"``, or ``"noop"``, whose first update is exactly 0 while bank and logits still get gradients. ``"noop"``
             needs a bank of pairs (``VectorBank(..., pairs=True)``); each row of B starts with one pair at equal weights.
-        scaling: factor of the update, 1 in the paper. Its square root multiplies the bank.
-        train_scales: also train a factor of each sub-vector, which starts at 1 for A and 0 for B.
+        scaling: multiplies the update; 1 in the paper. Its square root multiplies the bank.
+        train_scales: also train a scale for each sub-vector, which starts at 1 for A and 0 for B.
         pad: allow targets whose widths ``b`` does not divide.
         seed: of the initial logits, which are the same on every device. None draws one from torch's generator.
         rows: rows from a file, instead of a draw.
@@ -94,15 +94,16 @@ class VBLoRAAdapter(Adapter):
 
     Attributes:
         logits: parameter ``(S, M)``; None in a deployed adapter.
-        scales: parameter ``(S,)``, the factor of each sub-vector; None without ``train_scales`` and in a deployed adapter.
+        scales: parameter ``(S,)``, the number that multiplies each sub-vector; None without ``train_scales`` and in a deployed
+            adapter.
         indices, weights: buffers ``(S, k)`` of a deployed adapter, otherwise None.
         candidates: buffer ``(S, M)``, the bank vector of each logit; None if M = h and the columns are the bank in order.
         exhausted: buffer ``(S,)``, the rows that may differ from dense training; None if M = h.
         seed: the seed that drew the logits, or None if it is unknown.
 
     Raises:
-        ValueError: ``r``, ``topk`` or ``num_candidates`` is out of range, or ``b`` does not divide a target's width and ``pad``
-            is False.
+        ValueError: a number is out of range, ``init`` is unknown, or ``b`` does not divide a target's width and ``pad`` is False.
+        TypeError: an argument has the wrong type.
     """
 
     logits: nn.Parameter | None
@@ -137,13 +138,17 @@ class VBLoRAAdapter(Adapter):
         check_count("topk", topk)
         if topk > bank.num_vectors:
             raise ValueError(f"`topk` is {topk}, but must be at most `num_vectors`, {bank.num_vectors}.")
-        if num_candidates is not None and num_candidates < topk:
-            raise ValueError(f"`num_candidates` is {num_candidates}, but must be at least `topk`, {topk}.")
+        if num_candidates is not None:
+            check_count("num_candidates", num_candidates)
+            if num_candidates < topk:
+                raise ValueError(f"`num_candidates` is {num_candidates}, but must be at least `topk`, {topk}.")
+        if seed is not None:
+            check_seed("seed", seed)
         check_widths(self.targets, bank.vector_length, pad)
         check_start(init, train_scales)
         self.r = r
         self.topk = topk
-        self.init_logits_std = init_logits_std
+        self.init_logits_std = check_not_negative("init_logits_std", init_logits_std)
         self.scaling = check_positive("scaling", scaling)
         self.init = init
         self.bank = bank
