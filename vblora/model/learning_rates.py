@@ -32,6 +32,7 @@ _TOO_LOW = 0.2
 
 _checked: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 _idle: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+_stale: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
 def rates_of(recipe: str, model: nn.Module, widths: Sequence[int]) -> dict[str, float]:
@@ -77,8 +78,29 @@ def _check_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: dict[s
                 VBLoRAWarning,
                 stacklevel=2,
             )
-    elif optimizer not in _checked:
+        return
+    if optimizer not in _checked:
         _check_rates(optimizer)
+    _check_inactive(optimizer)
+
+
+def _check_inactive(optimizer: Optimizer) -> None:
+    """Warns once of an adapter that is not active but has gradients, perhaps of zeros: momentum and decay still change it."""
+    inactive = [adapter for adapter in living_adapters() if adapter.active is False]
+    stale = {p for adapter in inactive for p in adapter.parameters() if p.grad is not None and not p.requires_grad}
+    if (
+        stale
+        and optimizer not in _stale
+        and any(p in stale for group in optimizer.param_groups for p in group["params"])
+    ):
+        _stale.add(optimizer)
+        warnings.warn(
+            f"{type(optimizer).__name__} has also changed an adapter that is not active, because its parameters still have "
+            "gradients: of an earlier backward, or zeros, which momentum and weight decay do not stop at. Call "
+            "optimizer.zero_grad(set_to_none=True) before vblora.set_adapter.",
+            VBLoRAWarning,
+            stacklevel=3,
+        )
 
 
 def _check_rates(optimizer: Optimizer) -> None:
