@@ -78,15 +78,16 @@ def adapted() -> dict[str, Any]:
 def classifier() -> dict[str, Any]:
     from datasets import Dataset
 
-    encoded = tokenizer()(TEXTS, padding=True)
-    return {"dataset": Dataset.from_dict(dict(encoded) | {"labels": [1, 0] * 4})}
+    Dataset.from_dict({"text": TEXTS, "label": ["good", "bad"] * 4}).to_csv("reviews.csv")
+    return {}
 
 
 def chat() -> dict[str, Any]:
     from datasets import Dataset
 
     turns = [[{"role": "user", "content": "hello"}, {"role": "assistant", "content": text}] for text in TEXTS]
-    return {"conversations": Dataset.from_dict({"messages": turns})}
+    Dataset.from_dict({"messages": turns}).to_json("chats.jsonl")
+    return {}
 
 
 def pairs() -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Files that are written all or not at all, and files that other processes replace meanwhile."""
 
 import hashlib
+import threading
+import time
 
 import pytest
 import torch
@@ -18,6 +20,32 @@ def test_either_all_files_are_replaced_or_none(tmp_path):
     assert old.read_bytes() == b"before" and list(tmp_path.iterdir()) == [old]
     files.write_files({old: b"after", new: b"too"})
     assert (old.read_bytes(), new.read_bytes()) == (b"after", b"too") and len(list(tmp_path.iterdir())) == 2
+
+
+def test_of_two_that_write_at_once_no_mixture_stays(tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = threading.Event()
+    replace = files.os.replace
+
+    def slow_replace(source, path):
+        replace(source, path)
+        if not first.is_set():
+            first.set()
+            time.sleep(0.3)  # in which the other would write both
+
+    monkeypatch.setattr(files.os, "replace", slow_replace)
+    other = threading.Thread(target=lambda: first.wait() and files.write_files({two: b"2", one: b"2"}))
+    other.start()
+    files.write_files({one: b"1", two: b"1"})
+    other.join()
+    assert (one.read_bytes(), two.read_bytes()) == (b"2", b"2")
+
+
+def test_a_locked_folder_is_written_to_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_LOCK_TRIALS", 2)
+    with files._locked({tmp_path}):
+        files.write_file(tmp_path / "one", b"1")
+    assert (tmp_path / "one").read_bytes() == b"1"
 
 
 def test_a_full_disk_leaves_the_adapter_as_it_was(tmp_path, monkeypatch):

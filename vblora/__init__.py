@@ -10,7 +10,7 @@ from .checkpoint import load, pack_optimizer, save, unpack_optimizer
 from .config import LoraConfig, TiedLoraConfig, VBLoRAConfig, VeraConfig
 from .errors import VBLoRAWarning
 from .layers.linear import VBLinear
-from .model import learning_rates  # noqa: F401  (it watches every optimizer)
+from .model import averaging, learning_rates  # noqa: F401  (they watch averages of models, and every optimizer)
 from .model.candidates import grow, stats
 from .model.inject import inject
 from .model.merging import merge, unmerge

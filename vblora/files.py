@@ -1,11 +1,14 @@
 """Atomic writes, and safetensors files."""
 
 import codecs
+import fcntl
+import hashlib
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +25,8 @@ _BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that o
     codecs.BOM_UTF8: "UTF-8",
 }
 
+_LOCK_TRIALS = 200  # 10 seconds; files are renamed in a moment
+
 
 def refuse_lfs_pointer(path: Path) -> None:
     """Raises ValueError if a file is what Git leaves in place of a large file that it has not downloaded."""
@@ -30,6 +35,12 @@ def refuse_lfs_pointer(path: Path) -> None:
             raise ValueError(
                 f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull` in its repository to download it."
             )
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def byte_order_mark(start: bytes) -> str | None:
@@ -98,21 +109,43 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def write_files(files: dict[Path, bytes]) -> None:
-    """Writes several files. They are renamed, one after the other, once all are on disk: a full one leaves the old files."""
+    """Writes several files. They are renamed, one after the other, once all are on disk: a full one leaves the old files.
+
+    Of several processes that write the same files at once, all files of the last one stay.
+    """
     temporaries = {_temporary(path): path for path in files}
     try:
         for temporary, path in temporaries.items():
             with open(temporary, "xb") as file:
                 file.write(files[path])
             sync(temporary)
-        for temporary, path in temporaries.items():
-            os.replace(temporary, path)
+        with _locked({path.parent for path in files}):
+            for temporary, path in temporaries.items():
+                os.replace(temporary, path)
     except BaseException:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
         raise
     for folder in {path.parent for path in files}:
         sync(folder)  # makes the new names durable
+
+
+@contextmanager
+def _locked(folders: set[Path]) -> Iterator[None]:
+    """Keeps other processes that use this function out of the folders."""
+    with ExitStack() as stack:
+        for folder in sorted(folders):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)  # which unlocks it
+            for _ in range(_LOCK_TRIALS):  # not for ever: somebody may lock the folder during all of a training
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.05)
+                except OSError:  # some network file systems have no locks
+                    break
+        yield
 
 
 @contextmanager

@@ -15,10 +15,15 @@ _library.vblora_build_info.restype = ctypes.c_char_p
 
 
 def build_info() -> dict[str, str | bool]:
-    """What was built: versions of vblora, the compiler, torch and CUDA, the CUDA architectures, and the CPU kernels in use.
+    """Facts about the native library.
+
+    Returns:
+        A dict with ``version``, ``compiler``, ``torch_target`` (the oldest torch that it runs on), ``built_with_torch``, ``cuda``
+        (the CUDA version, or "none"), ``cuda_architectures``, ``cpu_instruction_set`` (of the CPU kernels in use) and ``debug``.
 
     Raises:
-        RuntimeError: ``VBLORA_CPU_ISA`` names CPU kernels that there are none of, or that the processor cannot run.
+        RuntimeError: the environment variable ``VBLORA_CPU_ISA`` is not one of its values, or names an instruction set that the
+            processor lacks.
     """
     fields = dict(line.split("=", 1) for line in _library.vblora_build_info().decode().splitlines())
     if "error" in fields:

@@ -283,7 +283,7 @@ def scaled_admixture(
 ) -> Tensor:
     """The sub-vectors ``(S, b)``, each times its element of ``scales`` ``(S,)``. Sets ``exhausted`` as above.
 
-    The factor goes into the weights, as a deploy form stores them, so both give the same bits.
+    The scale goes into the weights, as a deploy form stores them, so both give the same bits.
     """
     if is_transformed():
         subvectors, _, _ = reference.admixture(logits, bank, candidates, k)

@@ -114,6 +114,24 @@ def test_changed_parameters_are_composed_again(change):
     assert composed.rows == adapter.num_subvectors
 
 
+def test_a_step_within_a_backward_that_recomputes_is_refused():
+    net, expected = injected(True), injected(None)
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in net.vblora.parameters()}
+    for parameter, optimizer in optimizers.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, step=optimizer.step: step())
+    with pytest.raises(RuntimeError, match="in the middle of a backward"):
+        step(net)
+    net = injected(False)  # each parameter's gradient is complete before its hook runs
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in net.vblora.parameters()}
+    for parameter, optimizer in optimizers.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, step=optimizer.step: step())
+    step(net)
+    step(expected)
+    torch.optim.SGD(expected.vblora.parameters(), lr=0.1).step()
+    for ours, theirs in zip(net.vblora.parameters(), expected.vblora.parameters(), strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
 @pytest.mark.parametrize("which", ["logits", "bank"])
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_hooks_on_parameters_still_run(register, which):

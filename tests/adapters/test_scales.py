@@ -1,4 +1,4 @@
-"""``train_scales``: a trained factor of each sub-vector. The oracle is plain PyTorch, in float64."""
+"""``train_scales``: a trained scale for each sub-vector. The oracle is plain PyTorch, in float64."""
 
 import copy
 

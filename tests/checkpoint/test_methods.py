@@ -525,7 +525,7 @@ def test_loras_of_embeddings_and_convolutions(tmp_path):
 
 def test_vera_of_embeddings_and_convolutions_is_not_pefts(tmp_path):
     model = vblora.inject(Mixed(), vblora.VeraConfig(r=4, target_modules=["table", "filter"]))
-    with pytest.raises(ValueError, match='`form` is "peft", but `table` is no linear layer'):
+    with pytest.raises(ValueError, match='`form` is "peft", but `table` is not a linear layer'):
         vblora.save(model, tmp_path / "a", form="peft")
     shaken(model)
     vblora.save(model, tmp_path / "b")

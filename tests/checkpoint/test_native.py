@@ -69,6 +69,24 @@ def test_the_model_card_names_the_base_model(name, tmp_path):
     assert yaml.safe_load(header) == {"library_name": "vblora", "base_model": name}
 
 
+def test_a_model_card_tells_of_the_adapter_that_is_there(tmp_path):
+    """What the user has added stays, and so does a card of somebody else's."""
+    card = tmp_path / "README.md"
+    for name, r in (("org/one", 2), ("org/two", 4)):
+        _, model = trained(bert, r=r)
+        model.config._name_or_path = name
+        vblora.save(model, tmp_path, form="deploy" if r == 2 else "lora")
+        if r == 2:
+            card.write_text(card.read_text() + "\nMy notes: An adapter.\n")
+    text = card.read_text()
+    assert text.startswith('---\nlibrary_name: peft\nbase_model: "org/two"\n---\nAn adapter of org/two: LoRA, r=4, ')
+    assert "PeftModel.from_pretrained(" in text and text.endswith("\nMy notes: An adapter.\n")
+    assert "org/one" not in text and "vblora.load" not in text
+    card.write_text("---\nlicense: mit\n---\nNobody's business.\n")
+    vblora.save(model, tmp_path)
+    assert card.read_text() == "---\nlicense: mit\n---\nNobody's business.\n"
+
+
 def test_saves_what_trains_beside(tmp_path):
     base, model = trained(bert, modules_to_save=["classifier", "pooler"], bias="vblora_only")
     vblora.save(model, tmp_path)

@@ -17,6 +17,7 @@ from tests.small_models import bert, gpt2, llama, relative_error
 from vblora.checkpoint.folder import METHOD_NAMES
 from vblora.cli import main
 from vblora.cli.info import sizes_by_part
+from vblora.finetune.fingerprints import fingerprint
 
 SIZES = {"r": 2, "num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 0.5, "num_candidates": 8}
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -104,8 +105,15 @@ def test_converts_an_adapter_with_a_bank_of_its_own_file(tmp_path, capsys):
     assert run("convert", tmp_path / "src", tmp_path / "whole", "--form", "peft", *bank) == 0
     loaded = vblora.load(copy.deepcopy(base), tmp_path / "whole")
     assert torch.equal(outputs(loaded), outputs(model))
+    capsys.readouterr()
     assert run("info", tmp_path / "src", *bank) == 0
-    assert "SHA-256" in capsys.readouterr().out
+    whole = capsys.readouterr().out
+    assert "bank.safetensors, SHA-256" in whole and "missing" not in whole
+    # Without the bank, it says that the bank is missing, and all else.
+    assert run("info", tmp_path / "src") == 0
+    without = capsys.readouterr().out
+    assert [line for line in without.splitlines() if "missing here: give its file" not in line] == whole.splitlines()
+    assert len(without.splitlines()) == len(whole.splitlines()) + 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
@@ -353,14 +361,19 @@ def test_merges_as_the_model_does(make, choice, form, dtype, tmp_path, capsys):
     assert (shards > 2) == (form == "resume")
     (tmp_path / "base" / "tokenizer").mkdir()
     (tmp_path / "base" / "tokenizer" / "words.txt").write_text("a b")
-    (tmp_path / "base" / "pytorch_model.bin").write_text("what it was")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "linked.txt").write_text("c")
+    (tmp_path / "base" / "linked").symlink_to(tmp_path / "words")
+    (tmp_path / "base" / "openvino").mkdir()
+    others = {"pytorch_model.bin", "openvino/openvino_model.bin", "adapter_config.json"}
+    for other in others:
+        (tmp_path / "base" / other).write_text("what it was")
     vblora.save(model, tmp_path / "adapter", form=form)
     assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert (
         f"{len(model.vblora.default.targets)} weights updated" in printed
-        and "Left out" in printed
-        and "pytorch_model.bin" in printed
+        and f"or another adapter: {', '.join(sorted(others))}." in printed
     )
 
     vblora.load(wanted := copy.deepcopy(base), tmp_path / "adapter")
@@ -375,7 +388,7 @@ def test_merges_as_the_model_does(make, choice, form, dtype, tmp_path, capsys):
         assert torch.equal(outputs(merged), outputs(wanted))
         assert not torch.equal(outputs(merged), outputs(base))
     was, now = files(tmp_path / "base"), files(tmp_path / "out")
-    was.pop("pytorch_model.bin")
+    was = {name: data for name, data in was.items() if name not in others} | {"linked/linked.txt": b"c"}
     assert was.keys() == now.keys()
     assert all(was[name] == now[name] for name in was if not name.endswith(".safetensors"))
 
@@ -411,11 +424,56 @@ def test_merges_what_is_tied(tmp_path):
     assert torch.equal(outputs(type(base).from_pretrained(tmp_path / "out")), outputs(model))
 
 
-def test_refuses_to_merge_a_head_alone_that_is_tied(tmp_path, capsys):
-    base, model = trained(lambda: llama(tie_word_embeddings=True, vocab_size=56), target_modules=["lm_head"])
+@pytest.mark.parametrize("choice", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_refuses_to_merge_one_of_two_that_are_tied(choice, tmp_path, capsys):
+    base, model = trained(lambda: llama(tie_word_embeddings=True, vocab_size=56), **choice)
     base.save_pretrained(tmp_path / "base")
     vblora.save(model, tmp_path / "adapter")
     assert "`tie_word_embeddings`" in fails(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_merged_classifier_has_the_labels_that_were_trained(tmp_path, capsys):
+    """Not those of the base model, which may have another order."""
+    base, model = trained(bert, modules_to_save=["classifier"])
+    base.config.id2label = {0: "POSITIVE", 1: "NEGATIVE"}
+    base.save_pretrained(tmp_path / "base")
+    vblora.save(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"labels": ["NEGATIVE", "POSITIVE"]}))
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
+    merged = type(base).from_pretrained(tmp_path / "out")
+    assert merged.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    assert merged.config.label2id == {"NEGATIVE": 0, "POSITIVE": 1}
+    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"scores": {"mean": 3.0, "deviation": 0.5}}))
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "scores") == 0
+    assert "score = output * 0.5 + 3.0" in capsys.readouterr().out
+
+
+def test_merge_says_that_the_base_model_is_another(tmp_path, capsys):
+    base, model = trained(bert)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    vblora.save(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"fingerprint": fingerprint(base)}))
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
+    assert "warning" not in capsys.readouterr().err
+    with torch.no_grad():
+        base.bert.embeddings.word_embeddings.weight.mul_(1.1)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "other") == 0
+    assert "(among others embeddings.word_embeddings differs)" in capsys.readouterr().err
+
+
+def test_refuses_links_that_lead_nowhere_or_back(tmp_path, capsys):
+    base, model = trained(bert)
+    base.save_pretrained(tmp_path / "base")
+    vblora.save(model, tmp_path / "adapter")
+    for link, message in {
+        tmp_path / "none": "none, which is missing",
+        tmp_path / "base": "a folder that it is in",
+    }.items():
+        (tmp_path / "base" / "link").symlink_to(link)
+        assert message in fails(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        (tmp_path / "base" / "link").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def change_base(folder, change):

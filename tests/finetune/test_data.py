@@ -2,10 +2,8 @@
 
 import bz2
 import gzip
+import itertools
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 
 from tests.tables import make_rows
 from vblora.errors import CommandError
-from vblora.finetune import data
+from vblora.finetune import data, tables
 
 COLUMNS = data.Columns("text", "label")
 
@@ -42,6 +40,8 @@ def test_columns_that_are_not_read_may_share_a_name(tmp_path):
     path = write(tmp_path / "rows.csv", "v1,v2,,,\nham,hello,,,\nspam,win,now,,\n")
     rows = data.read_rows(path, data.Columns("v2", "v1"), "--data")
     assert [(row.text, row.label) for row in rows] == [("hello", "ham"), ("win", "spam")]
+    path.write_text("a,b,a,a,a.1\n1,2,3,4,5\n")  # and are there in the output of predict
+    assert tables.first_row(path, "--data") == {"a": "1", "b": "2", "a.2": "3", "a.3": "4", "a.1": "5"}
 
 
 def test_errors_name_the_line_on_which_a_row_begins(tmp_path):
@@ -94,16 +94,24 @@ def test_labels_are_in_order():
 
 
 def test_labels_that_are_equal_as_numbers_have_one_order_in_every_process():
-    script = (
-        "from pathlib import Path; from vblora.finetune import data\n"
-        "rows = [data.Row('', label, None, None) for label in ('1', '01', '001', '2', '02') * 3]\n"
-        "print(data.labels_of(rows, Path('rows.csv'), 'label'))"
-    )
-    orders = {
-        subprocess.check_output([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, text=True)
-        for seed in ("1", "2", "3")
-    }
-    assert orders == {"['001', '01', '1', '02', '2']\n"}
+    """In each, texts have other hashes, and so sets another order."""
+    labels = ["001", "01", "1", "02", "2"]
+
+    class Label(str):
+        __slots__ = ("hash",)
+
+        def __hash__(self) -> int:
+            return self.hash
+
+    orders = set()
+    for hashes in itertools.permutations(range(5)):
+        given = [Label(label) for label in labels]
+        for label, hash_ in zip(given, hashes, strict=True):
+            label.hash = hash_
+        orders.add(tuple(set(given)))
+        rows = [data.Row("", label, None, None) for label in given * 3]
+        assert data.labels_of(rows, Path("rows.csv"), "label") == labels
+    assert len(orders) > 1
 
 
 def rows_of(count: int) -> list[data.Row]:
@@ -147,10 +155,13 @@ def test_columns_are_found_in_any_case_if_that_is_unambiguous(tmp_path):
 
 
 def test_labels_that_look_alike_or_are_rare_are_said(tmp_path, capsys):
-    rows = [data.Row("", label, None, None) for label in ["1", "1.0", "neg", "NEG", "b"] * 2 + ["rare"]]
+    labels = ["1", "1.0", "neg", "NEG", "b", "caf\u00e9", "cafe\u0301", "nan"]
+    rows = [data.Row("", label, None, None) for label in labels * 2 + ["rare"]]
     data.warn_of_odd_labels(rows, tmp_path, "finetune")
     told = capsys.readouterr().err
     assert "the labels '1', '1.0' look alike" in told and "the labels 'NEG', 'neg' look alike" in told
-    assert "only one row has the label 'rare'" in told and told.count("\n") == 3
+    assert "the labels 'cafe\u0301', 'caf\u00e9' look alike" in told
+    assert "the label 'nan' is a class, though it looks like a missing value" in told
+    assert "only one row has the label 'rare'" in told and told.count("\n") == 5
     data.warn_of_odd_labels(rows[4:6] * 2, tmp_path, "finetune")
     assert not capsys.readouterr().err

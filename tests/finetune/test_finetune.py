@@ -1,6 +1,7 @@
 """`vblora finetune` from its arguments to what it leaves behind."""
 
 import argparse
+import io
 import json
 import math
 import os
@@ -78,7 +79,7 @@ def test_trains_measures_saves_and_reloads(finetune, tiny_model, table, tmp_path
     assert f"{100 * results['frozen']:.2f} %" in printed
     assert f"{100 * results['adapted']:.2f} %" in printed
     held_out = results["held_out_rows"]
-    assert f"the same logits, to the bit, for {held_out} of {held_out} rows" in printed
+    assert f"the same logits, bit for bit, for {held_out} of {held_out} rows" in printed
 
     # Widths of the tiny BERT: two layers of q, k, v, o (32 -> 32) and the feed-forward pair, and the pooler; the head is 32 -> 2.
     widths = 2 * (4 * 64 + 2 * 96) + 64
@@ -125,13 +126,13 @@ def test_the_baseline_changes_nothing_else(finetune, table, tmp_path):
 def test_widths_that_the_vectors_do_not_divide(given, length, tiny_model, table, tmp_path, capsys):
     folders = ["--model", str(tiny_model), "--data", str(table), "--output", str(tmp_path / "out")]
     assert main(["finetune", *folders, "--epochs", "1", "--r", "2", "--pad", "--no-baseline", *given]) == 0
-    assert "the same logits, to the bit" in capsys.readouterr().out
+    assert "the same logits, bit for bit" in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["vector_length"], config["pad"]) == (length, True)
 
 
 def test_exhausted_candidates_are_said_once(finetune, table, tmp_path):
-    with pytest.warns(UserWarning, match=r"rows have used up their 2 candidates.*`num_candidates=4`") as caught:
+    with pytest.warns(UserWarning, match=r"sub-vectors have used up their 2 candidates.*`num_candidates=4`") as caught:
         assert finetune("--data", table, "--epochs", "3", "--num-candidates", "2", "--no-baseline") == 0
     assert len([w for w in caught if "candidates" in str(w.message)]) == 1
     with warnings.catch_warnings():
@@ -201,7 +202,7 @@ def test_an_encoder_decoder_model(finetune, table, tiny_model, tmp_path, capsys)
     config = BartConfig(vocab_size=40, d_model=32, max_position_embeddings=64, **layers, **heads, **tokens)
     model = save_with_tokenizer(BartForSequenceClassification(config), tiny_model, tmp_path / "bart")
     assert finetune("--data", table, model=model) == 0
-    assert re.search(r"same logits, to the bit, for (\d+) of \1 rows", capsys.readouterr().out)
+    assert re.search(r"same logits, bit for bit, for (\d+) of \1 rows", capsys.readouterr().out)
 
 
 def test_lengths_that_models_state_in_their_own_ways(tiny_model, tmp_path):
@@ -235,25 +236,23 @@ def test_lengths_that_models_state_in_their_own_ways(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("printing", [False, True], ids=["results", "table"])
-def test_a_console_that_cannot_print_the_path(printing, table, tiny_model, tmp_path):
+def test_a_console_that_cannot_print_the_path(printing, finetune, table, tmp_path, monkeypatch):
     """The work is done, so the exit code is 0. The path is also no markup of rich's."""
     out = tmp_path / "caf\u00e9 [/b]"
-    command = [sys.executable, "-m", "vblora"]
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace"))
     if printing:
         model = vblora.inject(
             torch.nn.Sequential(torch.nn.Linear(8, 8)),
             vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"]),
         )
         vblora.save(model, out)
-        command += ["info", out]
+        assert main(["info", str(out)]) == 0
     else:
-        command += ["finetune", "--data", table, "--model", tiny_model, "--output", out, "--epochs", "1"]
-        command += ["--num-vectors", "16", "--vector-length", "16", "--no-baseline"]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONIOENCODING": "ascii:strict", "OMP_NUM_THREADS": "1"}, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert rb"caf\xe9[/b]" in b"".join(done.stdout.split())  # a title may be wrapped
+        assert finetune("--data", table, "--no-baseline", output=out) == 0
+    console.flush()
+    assert rb"caf\xe9[/b]" in b"".join(console.buffer.getvalue().split())  # a title may be wrapped
     assert (out / "adapter_model.safetensors").is_file()
 
 
@@ -400,8 +399,9 @@ def test_no_report_of_another_adapter_stays(finetune, table, tmp_path, capsys, m
     out.mkdir()
     (out / "finetune.json").write_text('{"labels": ["no", "yes"]}')
 
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
+    def fail(arguments, task, checkpoint=None, **_):
+        if checkpoint is None:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vblora.finetune.fitting.save_results", fail)
     assert finetune("--data", table, "--max-train", "8", "--overwrite", "--no-baseline") == 1
@@ -525,13 +525,11 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(finetune, table, tmp_
 
 
 def test_an_interrupt_after_training_loses_nothing(finetune, tiny_model, table, tmp_path, capsys, monkeypatch):
-    from vblora.finetune import training
-
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "frozen_score", interrupt)
-    assert finetune("--data", table) == 130
+    monkeypatch.setattr("vblora.finetune.fitting.draw", interrupt)  # of the last things that it does
+    assert finetune("--data", table, "--no-baseline") == 130
     assert "interrupted; the trained adapter is in" in capsys.readouterr().err
     assert logits_of(tiny_model, tmp_path / "out", "a film").isfinite().all()
 

@@ -1,6 +1,7 @@
 """Texts for language models: reading, splitting, and what of them is learnt."""
 
 import json
+import re
 
 import pytest
 
@@ -48,7 +49,13 @@ def test_the_columns_tell_what_rows_are(tmp_path):
         ([{"messages": [{"role": "bot", "content": "a"}]}], "whose roles are system, developer, user, assistant, tool"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "has no message of the assistant"),
         ([{"messages": [{"role": "user", "content": 3}]}], "content of a message is 3; it must be text"),
+        ([{"messages": [{"role": "assistant", "content": " "}]}], "line 1: a message of the assistant is empty"),
         ([{"text": "a"}, {"text": " "}], "line 2: column 'text' is empty"),
+        ([{"text": float("nan")}], "line 1: column 'text' is NaN, as of a missing value"),
+        (
+            [{"prompt": '[{"role": "user", "content": "a"}]', "completion": "b"}],
+            "line 1: column 'prompt' is a list of messages that was written as text",
+        ),
         ([{"text": "a"}, {"txt": "b"}], "--text-column: .*line 2, has no column 'text'"),
         ([{"text": "\ud800"}], "half of a surrogate pair"),
         ([{"text": "a\0b"}], "contains a NUL character"),
@@ -82,6 +89,9 @@ def test_rows_with_one_prompt_are_on_one_side(tmp_path):
     assert not {row.prompt for row in train} & {row.prompt for row in held_out}
     assert 60 <= len(held_out) < 100
     assert split() == [train, held_out]
+    whole = texts.whole(path, columns, "--eval-data", 50, 0)
+    assert texts.count_common(texts.whole(path, columns, "--data", None, 0), whole) == 50
+    assert texts.count_common(*texts.split(path, columns, fraction=0.3, max_train=None, max_eval=None, seed=0)) == 0
     assert split(seed=1) != [train, held_out]
     some, few = split(max_train=30, max_eval=20)
     assert len(some) == 30 and len(few) == 20
@@ -129,6 +139,25 @@ def test_a_completion_is_generated_from_the_tokens_that_were_trained_on():
         prompt = encoder.prompt(PAIR.prompt)
         assert tokens[: len(prompt)] == prompt and labels[: len(prompt)] == [IGNORED] * len(prompt)
         assert labels[len(prompt)] != IGNORED
+
+
+def test_a_template_that_leaves_out_tools_is_refused():
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "cat"}}}
+    spoken = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    encoder = Encoder(make_tokenizer(), chat=True)
+    for example, left_out in (
+        (CHAT._replace(tools=[call]), "the column `tools`"),
+        (CHAT._replace(completion=spoken), 'the tool call {"type": "function", "function": {"name": "look_up"'),
+    ):
+        with pytest.raises(CommandError, match=f"chat template leaves out {re.escape(left_out)}"):
+            encoder.encode(example)
+    with pytest.raises(CommandError, match="leaves out the column `tools`"):
+        encoder.prompt(CHAT.prompt, [call])
+    encoder.tokenizer.chat_template += (
+        "{% for t in tools or [] %}{{t.function.name}}{% endfor %}"
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{c.function.name}}{% endfor %}{% endfor %}"
+    )
+    assert encoder.prompt(CHAT.prompt, [call])
 
 
 def test_a_template_that_changes_earlier_messages_is_refused():

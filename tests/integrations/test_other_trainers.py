@@ -116,7 +116,7 @@ def test_trls_reference_is_the_bare_base_model_which_is_warned_of(preferences, t
     model = loaded()  # a living copy, which is no reference
     reward, loss, warned = train(loaded())
     assert abs(reward) > 1e-3 and abs(loss - math.log(2)) > 1e-4
-    assert len(warned) == 1 and "without adapter 'default', which has learned before" in warned[0]
+    assert len(warned) == 1 and "without adapter 'default', which is already trained" in warned[0]
     assert (
         "pass `ref_model=copy.deepcopy(model)`, or set `precompute_ref_log_probs=True` in the arguments, or merge"
         in warned[0]

@@ -147,7 +147,7 @@ def test_evaluates_each_task_and_loads_the_best(tmp_path):
 
 
 def test_warns_of_each_task_whose_rows_used_up_their_candidates(tmp_path):
-    with pytest.warns(vblora.VBLoRAWarning, match="rows have used up their 3 candidates") as caught:
+    with pytest.warns(vblora.VBLoRAWarning, match="sub-vectors have used up their 3 candidates") as caught:
         make_trainer(make_models(num_candidates=3), tmp_path).train()
     assert len(caught) == 2
 
@@ -175,13 +175,13 @@ def test_what_is_no_shared_bank_is_refused_by_name(tmp_path):
     refused(tmp_path, "has 1, but a shared bank takes at least two", {"score": one["score"]})
     refused(tmp_path, r"`models\['classes'\]` and `models\['score'\]` have different banks",
             {"classes": one["classes"], "score": other["score"]})  # fmt: skip
-    refused(tmp_path, "a name 'a/b', which cannot be a folder's", {"a/b": one["score"], "classes": one["classes"]})
+    refused(tmp_path, "the name 'a/b', which cannot name a folder", {"a/b": one["score"], "classes": one["classes"]})
     refused(tmp_path, "`train_dataset` is for 'score', but `models` has 'classes', 'score'",
             train_dataset={"score": DATA["score"]})  # fmt: skip
     refused(tmp_path, "`eval_dataset` is for 'x'", eval_dataset={"x": []})
     refused(tmp_path, "the data set 'score' has no length", train_dataset=DATA | {"score": iter([])})
     lora = vblora.inject(bert(), vblora.LoraConfig(r=2, target_modules="all-linear"))
-    refused(tmp_path, "is no VB-LoRA", {"classes": lora, "score": one["score"]})
+    refused(tmp_path, "is not a VB-LoRA adapter", {"classes": lora, "score": one["score"]})
     one["score"].vblora.default.bank.requires_grad_(False)
     refused(tmp_path, "the bank of `models` is frozen", one)
     with pytest.raises(ValueError, match="which includes the bank"):

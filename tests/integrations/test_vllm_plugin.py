@@ -162,7 +162,7 @@ def test_what_cannot_be_served_is_unknown_and_logged(plugin, folders, caplog):
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("VBLORA_ADAPTERS", "/nowhere", "VBLORA_ADAPTERS is '/nowhere', which is no directory"),
+        ("VBLORA_ADAPTERS", "/nowhere", "VBLORA_ADAPTERS is '/nowhere', which is not a directory"),
         ("VBLORA_BANK", "/nowhere", "/nowhere is missing"),
         ("VBLORA_CAPACITY_BYTES", "1 GB", "VBLORA_CAPACITY_BYTES is '1 GB', but must be a number of bytes"),
     ],

@@ -463,7 +463,7 @@ def test_a_lora_of_convolutions_that_peft_computes_otherwise_is_refused(layer, w
 @pytest.mark.parametrize("layer", [nn.Embedding(12, 8), nn.Conv1d(8, 12, 3)], ids=["embedding", "convolution"])
 def test_pefts_vb_lora_holds_linear_layers_alone(layer, form, tmp_path):
     model = vblora.inject(Holder(copy.deepcopy(layer)), vblora.VBLoRAConfig(target_modules=["layers.0"], **SIZES))
-    with pytest.raises(ValueError, match=rf'`form` is "{form}", but `layers\.0` is no linear layer.*form="lora"'):
+    with pytest.raises(ValueError, match=rf'`form` is "{form}", but `layers\.0` is not a linear layer.*form="lora"'):
         vblora.save(model, tmp_path / form, form=form)
     assert not (tmp_path / form).exists()
 

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 import vblora
 from tests.small_models import Net, llama, relative_error
@@ -37,6 +38,19 @@ def test_hooks_of_the_adapted_layer_are_right():
         warnings.simplefilter("error")
         vblora.merge(net)
     assert relative_error(net(X), adapted) < 1e-5
+
+
+def test_folding_a_normalization_into_an_adapted_layer_is_warned_of():
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)).eval()
+    nn.init.uniform_(model[1].weight, 1, 2)
+    vblora.inject(model, config("0"))
+    expected = model(X)
+    with pytest.warns(vblora.VBLoRAWarning, match="the weight of an adapted layer was replaced"):
+        assert relative_error(fuse_linear_bn_eval(*model[:2])(X), expected) > 1e-3  # this is why
+    vblora.merge(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative_error(fuse_linear_bn_eval(*model[:2])(X), expected) < 1e-5
 
 
 def test_layers_that_share_a_weight_are_named():

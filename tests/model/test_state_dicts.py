@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import vblora
 from tests.small_models import Net
@@ -38,9 +39,14 @@ def test_of_a_merged_model(make):
     for target, state in ((other, model.state_dict()), (model, plain)):
         with pytest.raises(RuntimeError, match=r"(not )?merged .*in the state dict and (not )?merged .*in the model"):
             target.load_state_dict(state, strict=False)
-    other = make(4).eval()
-    other.load_state_dict(plain)
-    torch.testing.assert_close(other(X), expected)
+    with vblora.disabled(model):
+        within = copy.deepcopy(model.state_dict())  # the base weights: that of a model that is not merged
+        with pytest.raises(RuntimeError, match="Load the state dict outside the block"):
+            model.load_state_dict(within)
+    for state in (plain, within):
+        other = make(4).eval()
+        other.load_state_dict(state)
+        torch.testing.assert_close(other(X), expected)
 
 
 def test_of_a_merged_models_adapter():
@@ -110,3 +116,47 @@ def test_of_a_draw_without_its_seed(tmp_path):
         assert (target.vblora.default.seed is not None) == known
         vblora.save(target, tmp_path)
         assert torch.equal(vblora.load(vblora.eject(copy.deepcopy(target)), tmp_path)(X), model(X))
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda mean, like: mean, lambda mean, like: mean.to(like.dtype)], ids=["floats", "rounded"]
+)
+def test_of_averages(cast, tmp_path):
+    def average(one, other):
+        pairs = {name: (value, other.state_dict()[name]) for name, value in one.state_dict().items()}
+        return {name: cast((a.float() + b.float()) / 2, a) for name, (a, b) in pairs.items()}
+
+    model, other = injected(1), injected(2)
+    with pytest.raises(
+        RuntimeError, match=r"`vblora.default.candidates` (or their seed are floating|hold a bank vector twice)"
+    ):
+        model.load_state_dict(average(model, other))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.vblora.default.logits[:, :4] += 1
+    seed = model.vblora.default.seed
+    model.load_state_dict(average(model, twin))
+    assert model.vblora.default.seed == seed
+    vblora.save(model, tmp_path)
+    torch.testing.assert_close(vblora.load(vblora.eject(copy.deepcopy(model)), tmp_path)(X), model(X), rtol=0, atol=0)
+    model.vblora.default.candidates += 1
+    with pytest.raises(ValueError, match="not those that its seed"):
+        vblora.save(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"use_buffers": True}, {"use_buffers": True, "multi_avg_fn": get_ema_multi_avg_fn(0.7)}]
+)
+def test_of_averaged_models(arguments):
+    model = injected(1)
+    average = AveragedModel(model, **arguments)
+    average.update_parameters(model)
+    with torch.no_grad():
+        model.vblora.default.logits[:, :4] += 1
+        model.vblora.default.exhausted[:3] = True
+    average.update_parameters(model)
+    own, other = average.module.vblora.default, model.vblora.default
+    assert torch.equal(own.candidates, other.candidates) and torch.equal(own.exhausted, other.exhausted)
+    assert not torch.equal(own.logits, other.logits)
+    with pytest.raises(ValueError, match="the adapters' `candidates` differ"):
+        average.update_parameters(injected(2))

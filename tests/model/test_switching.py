@@ -156,6 +156,11 @@ def test_what_was_frozen_stays_frozen():
     vblora.set_adapter(model, "default")
     assert not model.vblora.default.logits.requires_grad
     assert not model.vblora.second.logits.requires_grad
+    for trains in (False, True):
+        model.vblora.second.requires_grad_(trains)  # while it is inactive
+        vblora.set_adapter(model, ["default", "second"])
+        assert all(p.requires_grad == trains for p in model.vblora.second.parameters())
+        vblora.set_adapter(model, "default")
 
 
 def test_a_bank_of_two_adapters():

@@ -114,7 +114,7 @@ def test_a_folder_that_a_user_names_is_read_again(world, folders):
     second = adapters.read(path)
     assert not torch.equal(second.indices, first.indices)
     (folders / "user-0" / "adapter_model.safetensors").write_bytes(b"no")
-    with pytest.warns(vblora.VBLoRAWarning, match="what was read of .* before is served, because now: .*damaged"):
+    with pytest.warns(vblora.VBLoRAWarning, match="so the adapter that was read before is served: .*damaged"):
         assert adapters.read(path) is second
     with pytest.raises(ValueError, match="damaged"):
         adapters_of(world).read(path)

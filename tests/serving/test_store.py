@@ -234,6 +234,22 @@ def test_a_changed_folder_is_read_again_once_it_is_discarded(world, ids, tmp_pat
         )
 
 
+def test_an_adapter_that_is_discarded_while_it_is_read_is_read_again(world, ids):
+    versions = iter(("user-0", "user-1", "user-2"))
+
+    def locate(name: str) -> Path:
+        version = next(versions)
+        if version == "user-0":
+            store.discard(name)  # as another thread does, once it has written the next version
+        return world.folder / version
+
+    store, model = store_of(world, locate)
+    for _ in range(2):
+        with torch.no_grad():
+            found = model(input_ids=ids, adapter_names=["mine"] * 8).logits
+        assert relative_error(found, world.alone("user-1")(input_ids=ids).logits) < 1e-6
+
+
 def damaged(folder, how: str) -> None:
     file = folder / "adapter_model.safetensors"
     data = file.read_bytes()

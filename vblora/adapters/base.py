@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops, streams
 from ..errors import VBLoRAWarning
+from .rows import in_backward
 
 
 class Factors(NamedTuple):
@@ -227,11 +228,15 @@ class Adapter(nn.Module, ABC):
         self.active: bool | None = None  # whether it is active in the model that it is attached to
         self.trainable_names: list[str] = []  # the parameters that require gradients once it is active again
         self.merged_layers = 0  # how many of its layers hold its update in their weight
+        self.disabled_layers = 0  # how many of those have their base weight while the model is disabled
         self.slots = [Slot(self, index) for index in range(len(targets))]
         self.compute_dtype: torch.dtype | None = (
             None  # of the layers, cached by AttachedAdapter until something is cast
         )
         self._captured = False
+        self._recomputing: tuple[int, dict[int, int]] | None = (
+            None  # the last backward that recomputed a layer, see there
+        )
         self.traced = False  # whether some layer was compiled: its slot's `was_called` then says nothing
         # Slots of the layers whose weight this forward accessed without calling them, and whether it used the values.
         self.weight_reads: dict[Slot, bool] = {}
@@ -288,6 +293,17 @@ class Adapter(nn.Module, ABC):
         for slot, factors in zip(self._slots(span), all_factors, strict=True):
             slot.forward_factors = ForwardFactors(factors, context, part, differentiable)
 
+    def _changed_in_backward(self) -> bool:
+        """Whether a parameter has changed since the running backward first asked. FSDP2 exchanges them, which does not count."""
+        backward = torch._C._current_graph_task_id()
+        versions = {
+            id(parameter): parameter._version for parameter in self.parameters() if not parameter.is_inference()
+        }
+        if self._recomputing is None or self._recomputing[0] != backward:
+            self._recomputing = backward, versions
+        before = self._recomputing[1]
+        return any(before.get(key, version) != version for key, version in versions.items())
+
     def end_forward(self, span: range | None = None) -> None:
         """Clears the slots."""
         for slot in self._slots(span):
@@ -303,7 +319,18 @@ class Adapter(nn.Module, ABC):
         self.end_forward()
 
     def factors_of(self, index: int, dtype: torch.dtype) -> Factors:
-        """The factors of one layer that runs outside an outermost forward."""
+        """The factors of one layer that runs outside an outermost forward.
+
+        Raises:
+            RuntimeError: activation checkpointing recomputes the layer, and the parameters have changed since this backward
+                recomputed another one.
+        """
+        if in_backward() and torch.is_grad_enabled() and self._changed_in_backward():
+            raise RuntimeError(
+                "the adapter's parameters have changed in the middle of a backward that recomputes layers, so the gradients "
+                "would be wrong: all layers share the parameters. Step after backward; or, with an optimizer that steps in a "
+                "hook on each parameter, checkpoint with use_reentrant=False."
+            )
         if self._needs_composition():
             return self._compose(dtype, range(index, index + 1))[0]
         return self.all_factors(dtype)[index]
@@ -345,13 +372,18 @@ class Adapter(nn.Module, ABC):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged_layers:
-            destination[f"{prefix}{MERGED}"] = torch.tensor(self.merged_layers)
+        if merged := self.merged_layers - self.disabled_layers:
+            destination[f"{prefix}{MERGED}"] = torch.tensor(merged)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Reports an error if the state dict is of a model with this adapter merged, and this model's is not, or conversely."""
         merged = int(state_dict.pop(f"{prefix}{MERGED}", 0))
-        if merged != self.merged_layers and any(name.startswith(prefix) for name in state_dict):
+        if self.disabled_layers:
+            args[-1].append(
+                f"`{prefix.rstrip('.')}` is merged, and the model is disabled, so its weights would have the present update "
+                "again afterwards. Load the state dict outside the block of `with vblora.disabled(model)`."
+            )
+        elif merged != self.merged_layers and any(name.startswith(prefix) for name in state_dict):
             there, here = (
                 f"merged into {count} layers" if count else "not merged" for count in (merged, self.merged_layers)
             )
@@ -360,6 +392,14 @@ class Adapter(nn.Module, ABC):
                 "twice or not at all. Call vblora.merge or vblora.unmerge before you load the state dict."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As in ``nn.Module``. An adapter that is not active in its model changes once it becomes active."""
+        if self.active is not False:
+            return super().requires_grad_(requires_grad)
+        own = [name for name, p in self.named_parameters() if p.is_floating_point()]
+        self.trainable_names = [name for name in self.trainable_names if name not in own] + own * requires_grad
+        return self
 
     def _get_name(self) -> str:
         name = type(self).__name__
@@ -375,7 +415,7 @@ class Adapter(nn.Module, ABC):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_captured": False}  # no CUDA graph refers to the copy
+        return self.__dict__ | {"_captured": False, "_recomputing": None}  # no CUDA graph or forward refers to the copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped

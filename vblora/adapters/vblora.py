@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bank import VectorBank
-from ..checks import check_count, check_positive
+from ..checks import check_count, check_not_negative, check_positive, check_seed
 from ..config import VBLoRAConfig
 from ..config.vblora import check_start
 from ..distributed import gather, processes
@@ -34,7 +34,7 @@ class Trained(NamedTuple):
         candidates: ``(S, M)``, the bank vector of each logit; None if M is h and the columns are all bank vectors in order.
         exhausted: ``(S,)``, the rows that have used up their candidates; None without candidates or without a seed.
         seed: the seed that drew the initial logits, or None if it is unknown.
-        scales: ``(S,)``, the factor of each sub-vector; None for ones.
+        scales: ``(S,)``, the number that multiplies each sub-vector; None for ones.
     """
 
     logits: Tensor
@@ -53,7 +53,7 @@ class Deployed(NamedTuple):
 
     Attributes:
         indices: ``(S, k)``, the bank vectors.
-        weights: ``(S, k)``. With factors of the sub-vectors, their products, which may be negative and need not sum to 1.
+        weights: ``(S, k)``. With scales, their products, which may be negative and need not sum to 1.
     """
 
     indices: Tensor
@@ -79,13 +79,13 @@ class VBLoRAAdapter(Adapter):
         targets: the layers.
         bank: the vector bank ``V``, ``(h, b)``. Several adapters may share one.
         r: rank of the update.
-        topk: k, the number of bank vectors mixed into a sub-vector (eq. 2: top-k, softmax over them, weighted sum).
+        topk: k, the number of bank vectors mixed into a sub-vector (eq. 3.3: top-k, softmax over them, weighted sum).
         num_candidates: M. None, or at least h, means the paper's dense form.
         init_logits_std: standard deviation of the initial logits, which are normal.
         init: ``"paper"``, or ``"noop"``, whose first update is exactly 0 while bank and logits still get gradients. ``"noop"``
             needs a bank of pairs (``VectorBank(..., pairs=True)``); each row of B starts with one pair at equal weights.
-        scaling: factor of the update, 1 in the paper. Its square root multiplies the bank.
-        train_scales: also train a factor of each sub-vector, which starts at 1 for A and 0 for B.
+        scaling: multiplies the update; 1 in the paper. Its square root multiplies the bank.
+        train_scales: also train a scale for each sub-vector, which starts at 1 for A and 0 for B.
         pad: allow targets whose widths ``b`` does not divide.
         seed: of the initial logits, which are the same on every device. None draws one from torch's generator.
         rows: rows from a file, instead of a draw.
@@ -93,15 +93,16 @@ class VBLoRAAdapter(Adapter):
 
     Attributes:
         logits: parameter ``(S, M)``; None in a deployed adapter.
-        scales: parameter ``(S,)``, the factor of each sub-vector; None without ``train_scales`` and in a deployed adapter.
+        scales: parameter ``(S,)``, the number that multiplies each sub-vector; None without ``train_scales`` and in a deployed
+            adapter.
         indices, weights: buffers ``(S, k)`` of a deployed adapter, otherwise None.
         candidates: buffer ``(S, M)``, the bank vector of each logit; None if M = h and the columns are the bank in order.
         exhausted: buffer ``(S,)``, the rows that may differ from dense training; None if M = h.
         seed: the seed that drew the logits, or None if it is unknown.
 
     Raises:
-        ValueError: ``r``, ``topk`` or ``num_candidates`` is out of range, or ``b`` does not divide a target's width and ``pad``
-            is False.
+        ValueError: a number is out of range, ``init`` is unknown, or ``b`` does not divide a target's width and ``pad`` is False.
+        TypeError: an argument has the wrong type.
     """
 
     logits: nn.Parameter | None
@@ -136,13 +137,17 @@ class VBLoRAAdapter(Adapter):
         check_count("topk", topk)
         if topk > bank.num_vectors:
             raise ValueError(f"`topk` is {topk}, but must be at most `num_vectors`, {bank.num_vectors}.")
-        if num_candidates is not None and num_candidates < topk:
-            raise ValueError(f"`num_candidates` is {num_candidates}, but must be at least `topk`, {topk}.")
+        if num_candidates is not None:
+            check_count("num_candidates", num_candidates)
+            if num_candidates < topk:
+                raise ValueError(f"`num_candidates` is {num_candidates}, but must be at least `topk`, {topk}.")
+        if seed is not None:
+            check_seed("seed", seed)
         check_widths(self.targets, bank.vector_length, pad)
         check_start(init, train_scales)
         self.r = r
         self.topk = topk
-        self.init_logits_std = init_logits_std
+        self.init_logits_std = check_not_negative("init_logits_std", init_logits_std)
         self.scaling = check_positive("scaling", scaling)
         self.init = init
         self.bank = bank
@@ -362,18 +367,29 @@ class VBLoRAAdapter(Adapter):
         return torch.tensor([self.seed is not None, self.seed or 0], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        known, seed = state.tolist()
+        known, seed = map(int, state.tolist())
         self.seed = seed if known else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads logits, candidates and seed, which belong together, also if the state dict lacks some of them."""
         logits, candidates, seed = (state_dict.get(prefix + name) for name in ("logits", "candidates", "_extra_state"))
+        own = self.candidates
+        same = False
+        if candidates is not None and own is not None and not (own.is_meta or candidates.is_meta):
+            same = torch.equal(candidates.to(own), own)
+        if not same and (reason := _no_candidates(candidates, seed, self.bank.num_vectors)):
+            args[-1].append(  # the list of errors
+                f"`{prefix}candidates` {reason}, so they are not what an adapter has. Perhaps they are an average of several "
+                "state dicts: average those of adapters with the same `seed`, and only the tensors that are floating-point."
+            )
+            return
+        if seed is not None and self.seed is not None and (same or seed.is_floating_point()):
+            # An average of state dicts rounds the seed, too. If the candidates are equal, or there are none, this one is right.
+            state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
         if candidates is None:
             if logits is not None and self.candidates is not None and not self._may_have_drawn(logits):
                 _warn_of_another_draw(prefix)
-        elif seed is None and (
-            self.candidates is None or not torch.equal(candidates.to(self.candidates), self.candidates)
-        ):
+        elif seed is None and not same:
             self.seed = None  # it has not drawn these
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -391,6 +407,20 @@ class VBLoRAAdapter(Adapter):
             f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}{scales}, "
             f"targets={len(self.targets)}"
         )
+
+
+def _no_candidates(candidates: Tensor | None, seed: Tensor | None, num_vectors: int) -> str | None:
+    """Why these cannot be the candidates of a state dict; None if they can."""
+    if candidates is None or candidates.is_meta or not candidates.numel():
+        return None
+    if candidates.is_floating_point() or (seed is not None and seed.is_floating_point()):
+        return "or their seed are floating-point numbers"
+    ordered = candidates.sort(1).values
+    if ordered.min() < 0 or ordered.max() >= num_vectors:
+        return f"hold {int(ordered.max())}, but there are only bank vectors 0 to {num_vectors - 1}"
+    if ordered.shape[1] > 1 and (ordered[:, 1:] == ordered[:, :-1]).any():
+        return "hold a bank vector twice in one row"
+    return None
 
 
 def _warn_of_another_draw(prefix: str) -> None:

@@ -94,7 +94,10 @@ class Contents(ABC):
             raise ValueError(f"it names `{max(names, key=names.count)}` more than once.")
         for target in self.targets:
             if target.in_features < 1 or target.out_features < 1:
-                raise ValueError(f"its layer `{target.name}` is {target.in_features} -> {target.out_features}.")
+                raise ValueError(
+                    f"its layer `{target.name}` is {target.in_features} -> {target.out_features}, but both widths must be at "
+                    "least 1."
+                )
         adapter_class(self.config).check_targets(self.config, self.targets)
         self.check_extra_parameters()
 

@@ -5,6 +5,7 @@ Our folders and PEFT's have the same file names. Ours have a key of their own in
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..bank import BankFile, VectorBank
 from ..errors import VBLoRAWarning
-from ..files import read_tensors, to_bytes, write_files
+from ..files import open_tensors, read_tensors, to_bytes, write_files
 from . import native
 from .contents import Contents
 from .formats import ANY_METHOD, METHODS, PEFT_DECODERS, encode_for_peft
@@ -21,6 +22,7 @@ from .json_objects import JsonObject, as_type, parse_object, read_object, shorte
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
 _PEFT_FORMS = dict.fromkeys(form for method in METHODS.values() for form in method.peft_encoders)
 FORMS = (*native.FORMS, *_PEFT_FORMS, *ANY_METHOD)
 METHOD_NAMES = {config.method: method.title for config, method in METHODS.items()}
@@ -63,13 +65,10 @@ def write(
         metadata = {"format": "pt"}  # as PEFT writes it
     folder.mkdir(parents=True, exist_ok=True)
     _warn_of_model(folder)
-    files = {
-        folder / CONFIG_FILE: json.dumps(description, indent=2).encode() + b"\n",
-        folder / TENSORS_FILE: to_bytes(tensors, metadata),
-    }
-    if not (folder / "README.md").exists():
-        card = _model_card(contents, description, base_model)
-        files[folder / "README.md"] = card.encode(errors="backslashreplace")
+    files = {folder / TENSORS_FILE: to_bytes(tensors, metadata)}
+    if (card := _renewed(folder / CARD_FILE, _model_card(contents, description, base_model))) is not None:
+        files[folder / CARD_FILE] = card.encode(errors="backslashreplace")
+    files[folder / CONFIG_FILE] = json.dumps(description, indent=2).encode() + b"\n"
     write_files(files)
 
 
@@ -102,6 +101,25 @@ def read(
         raise ValueError(f"{path}: {error}") from None
     _warn_if_edited(Path(directory) / CONFIG_FILE, description)
     return contents, shares_bank
+
+
+def read_description(directory: str | os.PathLike[str]) -> native.Description | None:
+    """What a folder tells of its adapter without the tensors; None for a folder that vblora has not written.
+
+    Raises:
+        FileNotFoundError: the folder or a file is missing.
+        ValueError: the file is damaged or its description invalid. The message names the file.
+    """
+    path = Path(directory) / TENSORS_FILE
+    _check_files(path)
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
+    if native.METADATA not in metadata:
+        return None
+    try:
+        return native.describe(parse_object(metadata[native.METADATA]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def folder_in(directory: Path, name: str) -> Path | None:
@@ -217,3 +235,28 @@ An adapter of {base_model or "a model"}: {what}, {len(contents.targets)} layers.
 
     {how}"<this folder>")
 """
+
+
+# The parts of a model card that vblora writes, in a card that the user may have added to.
+_CARD_PARTS = (
+    re.compile(r"\A---\nlibrary_name: \w+\n(base_model: .*)?\n---\n"),
+    re.compile(r"An adapter of .*?: .*?, \d+ layers\. Load it into the model with\n\n    [^\n]*\n", re.DOTALL),
+)
+
+
+def _renewed(path: Path, card: str) -> str | None:
+    """The model card to write: of one that is there, the parts that vblora has written become those of ``card``.
+
+    None if nothing is to be written, as over a card of somebody else's.
+    """
+    if not path.exists():
+        return card
+    try:
+        before = text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # no card of vblora's
+        return None
+    for part in _CARD_PARTS:
+        old, new = part.search(text), part.search(card)
+        if old is not None and new is not None:
+            text = text[: old.start()] + new[0] + text[old.end() :]
+    return None if text == before else text

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 
 from ..adapters import Target
-from ..files import atomic_replacement, open_tensors, refuse_lfs_pointer, sync
+from ..files import atomic_replacement, open_tensors, refuse_lfs_pointer, sync, write_file
 from .base_config import stores_in_out, tied_vocabularies
 from .contents import Contents
-from .json_objects import JsonObject, as_type, field, optional_field, read_object
+from .json_objects import Json, JsonObject, as_type, field, optional_field, read_object
 
 # Models without a head that their embeddings could be tied to, whatever their config says.
 _WITHOUT_WORD_HEAD = ("Classification", "QuestionAnswering", "MultipleChoice")
 # Weights in other formats, which are not merged and so are left out.
 _OTHER_WEIGHTS = (".gguf", ".h5", ".mlmodel", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pth")
 _OTHER_WEIGHTS_AT_TOP = (*_OTHER_WEIGHTS, ".bin", ".bin.index.json", ".pt", ".safetensors")
+# Sub-folders that have the whole model in another format. In others, such weights are modules of their own.
+_OTHER_FORMATS = ("coreml", "metal", "onnx", "openvino", "original")
+_CONFIG = "config.json"
+_ADAPTER = "adapter_config.json"  # with it, transformers loads the model and the adapter that it names
 
 
 class Merged(NamedTuple):
@@ -32,7 +36,7 @@ class Merged(NamedTuple):
         shards: number of files with tensors.
         updated: names of the weights that an update was added to.
         replaced: names of the tensors that were replaced by extra parameters.
-        left_out: files with the base model's weights in other formats, which were not copied.
+        left_out: files that were not copied: the base model's weights in other formats, and another adapter.
     """
 
     shards: int
@@ -47,17 +51,20 @@ class _Stored(NamedTuple):
     dtype: str
 
 
-def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
+def merge_into_shards(
+    contents: Contents, base: Path, out: Path, config_changes: Mapping[str, Json] | None = None
+) -> Merged:
     """Writes the files of ``base`` with an adapter merged into them to ``out``, as :func:`vblora.merge` merges it into a model.
 
     Extra parameters replace the tensors of their names and are rounded to the dtype of those. Each target's update is added to
     its weight in float32 (float64 for a float64 weight) and rounded to the weight's dtype. All other files of the folder are
-    copied, except weights in other formats. ``out`` appears only once it is complete.
+    copied, except weights in other formats, an adapter, and hidden files. ``out`` appears only once it is complete.
 
     Args:
         contents: the adapter.
         base: a folder with ``model.safetensors``, or with shards and their ``model.safetensors.index.json``.
         out: a folder that does not exist or is empty.
+        config_changes: fields to set in ``config.json``.
 
     Raises:
         FileNotFoundError: a file of the base model is missing.
@@ -69,6 +76,7 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
     _refuse_tied(contents, config)
     updates = _find_updates(contents, stored, config)
     replacements = _find_replacements(contents, stored)
+    others = list(_files(base))
     of_base = {id(tensor) for tensor in contents.base_tensors.values()}
     for name in updates.keys() & replacements.keys():
         if id(replacements[name]) not in of_base:
@@ -92,7 +100,9 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
 
     try:
         temporary.mkdir(parents=True)
-        left_out = _copy_others(base, temporary, shards)
+        left_out = _copy_others(base, others, temporary, shards)
+        if config_changes:
+            write_file(temporary / _CONFIG, json.dumps(config | dict(config_changes), indent=2).encode() + b"\n")
         for shard in shards:
             with atomic_replacement(temporary / shard) as path:
                 _write_shard(base / shard, path, updates.keys() | replacements.keys(), changed)
@@ -102,6 +112,24 @@ def merge_into_shards(contents: Contents, base: Path, out: Path) -> Merged:
         raise
     sync(out.parent)
     return Merged(len(shards), list(updates), list(replacements), left_out)
+
+
+def read_weights(base: Path, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of those of the modules that the base model's files have, by the module's name. They are maps of the files.
+
+    Raises:
+        FileNotFoundError: a file of the base model is missing.
+        ValueError: a file is damaged.
+    """
+    stored = _read_headers(base)
+    for module in modules:
+        try:
+            name = _find(f"{module}.weight", stored)
+        except ValueError:  # there are several
+            continue
+        if name is not None:
+            with open_tensors(base / stored[name].shard) as file:
+                yield module, file.get_tensor(name)
 
 
 def _read_headers(base: Path) -> dict[str, _Stored]:
@@ -179,7 +207,7 @@ def _find_updates(contents: Contents, stored: dict[str, _Stored], config: JsonOb
         if name is None:
             raise ValueError(
                 f"the base model has no tensor `{target.name}.weight`, which the adapter updates. If transformers gives it "
-                "another name when it loads the model, merge that: vblora.load(model, adapter); vblora.merge(model); "
+                "another name when it loads the model, merge the loaded model: vblora.load(model, adapter); vblora.merge(model); "
                 "model.save_pretrained(out)."
             )
         if name in updates:
@@ -208,8 +236,8 @@ def _find_updates(contents: Contents, stored: dict[str, _Stored], config: JsonOb
         found = stores_in_out(config, name)
         if found is None and len(others) > 1:
             raise ValueError(
-                f"the adapter is for layers of both layouts, nn.Linear's and Conv1D's, and which of them the square `{name}` has "
-                "cannot be told. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
+                f"the adapter is for layers of both layouts, nn.Linear's and Conv1D's, and `{name}` is square, so vblora cannot "
+                "tell its layout. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
             )
         updates[name] = updates[name][0], contents.config.fan_in_fan_out if found is None else found
     return updates
@@ -242,39 +270,70 @@ def _find_replacements(contents: Contents, stored: dict[str, _Stored]) -> dict[s
 
 def _read_config(base: Path) -> JsonObject:
     try:
-        return read_object(base / "config.json")
+        return read_object(base / _CONFIG)
     except FileNotFoundError:
         return {}
 
 
 def _refuse_tied(contents: Contents, config: JsonObject) -> None:
-    """Checks that no update is of a weight that is tied to another when the model is loaded.
+    """Checks that neither an update nor a trained copy is of a weight that is tied to another when the model is loaded.
 
     Raises:
         ValueError: one is of a tied head or of tied embeddings.
     """
     tied = tied_vocabularies(config)
     architectures = optional_field(config, "architectures", list, []) or [""]
+    without_head = all(str(name).endswith(_WITHOUT_WORD_HEAD) for name in architectures)
+    extra, of_base = contents.extra_parameters, contents.base_tensors
+    trained = [name for name, tensor in extra.items() if tensor.dim() == 2 and tensor.shape[0] in tied]
+    if len(trained) == 1 and trained[0] not in of_base and not without_head:  # two are both of the tied ones
+        raise ValueError(
+            f"`{trained[0]}` was trained alone, but embeddings and head are one tensor when the base model is loaded "
+            "(`tie_word_embeddings` in its config.json). Load the model, then: vblora.load(model, adapter); "
+            "vblora.merge(model); model.save_pretrained(out)."
+        )
     for target in contents.targets:
-        if target.kind == "embedding" and all(str(name).endswith(_WITHOUT_WORD_HEAD) for name in architectures):
+        if target.kind == "embedding" and without_head:
             continue
         of_vocabulary = target.in_features if target.kind == "embedding" else target.out_features
         if of_vocabulary in tied:
             other = "head" if target.kind == "embedding" else "embeddings"
             raise ValueError(
                 f"`{target.name}.weight` is also that of the {other} (`tie_word_embeddings` in the base model's config.json), "
-                "which the update is not for. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
+                "which must not get the update. Load the model, then: vblora.load(model, adapter); vblora.merge(model)."
             )
 
 
-def _copy_others(base: Path, out: Path, shards: list[str]) -> list[str]:
-    """Copies all files except weights and hidden files. Returns the weights in other formats."""
-    left_out = []
-    for path in sorted(base.rglob("*")):
-        inner = path.relative_to(base)
-        if any(part.startswith(".") for part in inner.parts) or not path.is_file() or str(inner) in shards:
+def _files(folder: Path, within: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files of a folder and of its sub-folders, also of those that are links. Hidden ones are left out.
+
+    Raises:
+        FileNotFoundError: a link leads nowhere.
+        ValueError: a link leads to a folder that it is in.
+    """
+    within = (*within, folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
             continue
-        if path.name.endswith(_OTHER_WEIGHTS if len(inner.parts) > 1 else _OTHER_WEIGHTS_AT_TOP):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which is missing.")
+        if path.is_file():
+            yield path
+        elif path.is_dir():
+            if path.resolve() in within:
+                raise ValueError(f"{path} is a link to a folder that it is in. Remove it.")
+            yield from _files(path, within)
+
+
+def _copy_others(base: Path, files: list[Path], out: Path, shards: list[str]) -> list[str]:
+    """Copies all files except weights and another adapter. Returns the names of what it left out."""
+    left_out = []
+    for path in files:
+        inner = path.relative_to(base)
+        if str(inner) in shards:
+            continue
+        everything = len(inner.parts) == 1 or inner.parts[0] in _OTHER_FORMATS
+        if path.name.endswith(_OTHER_WEIGHTS_AT_TOP if everything else _OTHER_WEIGHTS) or str(inner) == _ADAPTER:
             left_out.append(str(inner))
             continue
         (out / inner).parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ replaced at the same time, so the tensors' file alone counts.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..adapters import Target
 from ..bank import BankFile, VectorBank
 from ..config import METHODS as CONFIGS
+from ..config import AdapterConfig
 from ..distributed import gather_to_cpu
 from .contents import Contents
 from .formats import METHODS
@@ -63,6 +65,21 @@ def encode(
     return description, tensors
 
 
+class Description(NamedTuple):
+    """What the description of an adapter says.
+
+    Attributes:
+        aliases: further names of extra parameters, and the first name of each.
+        bank_file: name and SHA-256 of the file that holds the bank, if it is not in the adapter's own.
+    """
+
+    config: AdapterConfig
+    targets: tuple[Target, ...]
+    form: str
+    aliases: dict[str, str]
+    bank_file: tuple[str, str] | None
+
+
 def decode(description: JsonObject, tensors: dict[str, Tensor], bank: VectorBank | None) -> Contents:
     """The contents that :func:`encode` was called with; not checked yet.
 
@@ -71,6 +88,25 @@ def decode(description: JsonObject, tensors: dict[str, Tensor], bank: VectorBank
 
     Raises:
         ValueError: the version is unknown, a field or tensor is missing, unknown or invalid, or ``bank`` is another one.
+    """
+    config, targets, form, aliases, bank_file = describe(description)
+    contents_class = METHODS[type(config)].contents
+    vectors = _vectors_of(bank_file, bank, contents_class, type(config).__name__)
+    tensors = dict(tensors)
+    extra_parameters = {
+        name.removeprefix(_EXTRA): tensors.pop(name) for name in list(tensors) if name.startswith(_EXTRA)
+    }
+    if missing := sorted(set(aliases.values()) - extra_parameters.keys()):
+        raise ValueError(f"it lacks tensor `{_EXTRA}{missing[0]}`.")
+    extra_parameters |= {alias: extra_parameters[name] for alias, name in aliases.items()}
+    return contents_class.decode(config, targets, tensors, form, vectors, extra_parameters)
+
+
+def describe(description: JsonObject) -> Description:
+    """What a description says, without the tensors.
+
+    Raises:
+        ValueError: the version is unknown, or a field is missing or invalid.
     """
     version = description.get("version")
     if version != VERSION or isinstance(version, bool):
@@ -91,16 +127,7 @@ def decode(description: JsonObject, tensors: dict[str, Tensor], bank: VectorBank
         raise ValueError(f"its description is invalid: {error}") from None
     if form not in FORMS:
         raise ValueError(f"it is of form {form!r}; known are 'resume' and 'deploy'.")
-    contents_class = METHODS[type(config)].contents
-    vectors = _vectors_of(bank_file, bank, contents_class, type(config).__name__)
-    tensors = dict(tensors)
-    extra_parameters = {
-        name.removeprefix(_EXTRA): tensors.pop(name) for name in list(tensors) if name.startswith(_EXTRA)
-    }
-    if missing := sorted(set(aliases.values()) - extra_parameters.keys()):
-        raise ValueError(f"it lacks tensor `{_EXTRA}{missing[0]}`.")
-    extra_parameters |= {alias: extra_parameters[name] for alias, name in aliases.items()}
-    return contents_class.decode(config, targets, tensors, form, vectors, extra_parameters)
+    return Description(config, targets, form, aliases, bank_file)
 
 
 def named_bank(description: JsonObject) -> tuple[str, str] | None:
@@ -164,7 +191,10 @@ def _decode_target(entry: list[Json]) -> Target:
         or is_convolution != bool(target.kernel)
         or (is_convolution and math.prod(target.kernel) != target.in_features)
     ):
-        raise ValueError(f"{target} is impossible.")
+        raise ValueError(
+            f"{target} is impossible: its kind must be one of {', '.join(_TARGET_KINDS)}; only a convolution has a kernel, "
+            "whose product is its input width."
+        )
     return target
 
 

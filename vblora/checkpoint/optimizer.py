@@ -26,6 +26,9 @@ def pack_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     Args:
         model: an injected model, or one with :class:`VBLinear` layers.
         optimizer: any optimizer whose per-element state has the shape of the parameter.
+
+    Returns:
+        A state dict for :func:`unpack_optimizer`, on the CPU where it is packed.
     """
     return pack_state(model, optimizer, optimizer.state_dict())
 
@@ -33,11 +36,16 @@ def pack_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def unpack_optimizer(model: nn.Module, optimizer: Optimizer, packed: dict[str, Any]) -> None:
     """Loads the result of :func:`pack_optimizer` into an optimizer of the same parameters.
 
-    It goes by the names of the adapters and parameters, so you may have loaded the adapters in another order. A single adapter
-    may have another name now.
+    It finds parameters by the names of the adapters and of the parameters, so you may have loaded the adapters in another order.
+    A single adapter may have another name now.
+
+    Args:
+        model: the model with the same adapters.
+        optimizer: a new optimizer over its parameters, made in the same way as the one that was packed.
+        packed: the result of :func:`pack_optimizer`.
 
     Raises:
-        ValueError: it is of other parameters, or of logits of another seed. The optimizer is not changed.
+        ValueError: ``packed`` is of other parameters, or of logits of another seed. The optimizer is not changed.
     """
     optimizer.load_state_dict(unpack_state(model, optimizer, packed))
 

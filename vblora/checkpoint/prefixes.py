@@ -52,7 +52,9 @@ def fit_names(contents: _Contents, model: nn.Module) -> _Contents:
     missing = [name for name in contents.extra_parameters if name not in present or not name.startswith(removed)]
     if missing:
         warnings.warn(
-            f"the model has no {listed(missing)}, which the adapter also holds: left out.", VBLoRAWarning, stacklevel=4
+            f"the adapter also holds {listed(missing)}, which the model does not have; it is loaded without them.",
+            VBLoRAWarning,
+            stacklevel=4,
         )
     extra = {fitted(name): tensor for name, tensor in contents.extra_parameters.items() if name not in missing}
     saved = [entry.removeprefix(removed) for entry in contents.config.modules_to_save or []]

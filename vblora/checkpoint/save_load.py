@@ -56,19 +56,19 @@ def save(
         form: what to write. None is ``"resume"`` for an adapter that can train and ``"deploy"`` for one that was loaded from
             that form or whose config says ``save_only_topk_weights``.
 
-            - ``"resume"``: everything that training needs to continue exactly. Of VB-LoRA the seed of the logits, and the part
-              of each row that training changed.
-            - ``"deploy"``: what inference needs, with bit-identical outputs. Of VB-LoRA k bank vectors and their weights per
-              sub-vector; of the other methods the same as ``"resume"``.
+            - ``"resume"``: everything that training needs to continue exactly. For VB-LoRA the bank, the seed of the logits, and
+              the logits that training changed.
+            - ``"deploy"``: what inference needs to give the same outputs, bit for bit. For VB-LoRA the bank, and k indices and k
+              weights per sub-vector; for the other methods the same as ``"resume"``.
             - ``"peft"``: PEFT's format of VB-LoRA (all logits, so that PEFT can train), VeRA or LoRA.
             - ``"peft-topk"``: PEFT's format of VB-LoRA for inference.
             - ``"lora"``: the same update as a plain LoRA, for PEFT and for servers. Any method.
 
             The last three include a shared bank.
-        bank_dtype: makes the bank of a deploy form smaller: ``torch.bfloat16``, ``torch.float16``, or ``torch.int8`` with one
-            scale per vector. None keeps it exactly.
+        bank_dtype: rounds the bank of a deploy form, to make it smaller: ``torch.bfloat16``, ``torch.float16``, or ``torch.int8``
+            with one float32 scale per bank vector. None keeps it exactly.
         save_embedding_layers: whether the file also holds the base model's input and output embeddings, as in PEFT. ``"auto"``
-            means if the vocabulary was resized after the model was loaded: nobody else can know its new rows.
+            stores them if the vocabulary was resized after the model was loaded, because no other file has their new rows.
 
     Raises:
         ValueError: the model has no such adapter, or has lost a module that this trains; or ``form`` or ``bank_dtype`` does not
@@ -126,8 +126,8 @@ def load(
             VB-LoRA adapter can train if PEFT saved all its logits; with ``save_only_topk_weights`` it is a deploy form.
         adapter_name: the adapter to overwrite, or the name of a new one. None is the active adapter, or ``"default"`` in a
             base model.
-        bank: the bank of an adapter that was saved without it: the path of its file, or what :meth:`VectorBank.from_file`
-            returned for that, to share it among adapters. It stays frozen.
+        bank: the bank of an adapter that was saved without it: its path, or what :meth:`VectorBank.from_file` returned for this
+            path, to share it among adapters. It stays frozen.
         is_trainable: whether the adapter's parameters require gradients. None: a new adapter's do not, and those of an
             existing adapter stay as they are.
         train_kept: make a deploy form trainable, with the k vectors of each row as its only candidates.

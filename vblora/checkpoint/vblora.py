@@ -61,7 +61,8 @@ class VBLoRAContents(Contents):
             scales = scales.to(self.bank.dtype)
         if not are_mixtures(weights):
             raise ValueError(
-                "some of its weights are negative or do not sum to 1, so no logits have them. Do not train it."
+                "some of its weights are negative or do not sum to 1, so no logits can give them. Load it without train_kept; it "
+                "cannot train."
             )
         rows = Trained(weights.log().to(self.bank.dtype), self.rows.indices, scales=scales)
         return replace(self, rows=rows, config=replace(self.config, num_candidates=self.config.topk, seed=None))
@@ -243,7 +244,9 @@ class VBLoRAContents(Contents):
             bits = _index_bits(self.config.num_vectors)
             tensors = {"indices": pack_bits(deployed.indices, bits), "weights": deployed.weights}
         elif isinstance(self.rows, Deployed):
-            raise ValueError('`form` is "resume", but the adapter is a deployed one, without logits to go on with.')
+            raise ValueError(
+                '`form` is "resume", but the adapter is a deployed one, without logits to train. Use "deploy".'
+            )
         elif bank_dtype is not None:
             raise ValueError(
                 f'`bank_dtype` is {bank_dtype}, but `form` "resume" keeps the bank as it is. Leave it out, or take "deploy".'
@@ -262,6 +265,12 @@ class VBLoRAContents(Contents):
                 tensors["candidates"] = rows.candidates
         else:
             initial, candidates = self.initial(rows.seed)
+            if rows.candidates is not None and not torch.equal(candidates, rows.candidates.long()):
+                raise ValueError(
+                    f"the adapter's candidates are not those that its seed {rows.seed} draws, so something has written into "
+                    "them, such as an average that takes integers, too. If they are right nevertheless, set the adapter's `seed` "
+                    "to None: then its file holds them."
+                )
             values = rows.logits if rows.candidates is not None else rows.logits.gather(1, candidates)
             tensors["logits.lengths"], tensors["logits.values"] = pack_prefixes(values, initial.logits)
         if rows.exhausted is not None:

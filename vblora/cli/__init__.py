@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> _Parser:
-    parser = _Parser(prog="vblora", description="VB-LoRA adapters: fine-tune a model, keep a few kilobytes.")
+    parser = _Parser(prog="vblora", description="Trains, runs, inspects and converts VB-LoRA adapters.")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)

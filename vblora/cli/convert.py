@@ -1,6 +1,7 @@
 """``vblora convert``: from one file format of adapters to another."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..checkpoint.folder import CONFIG_FILE, TENSORS_FILE, write
+    from ..files import sha256, write_file
+    from ..finetune.adapters import read_report
+    from ..finetune.task import RESULTS_FILE
+
+    report = read_report("SRC", arguments.src)
 
     dtype = None if arguments.bank_dtype is None else getattr(torch, arguments.bank_dtype)
     try:
@@ -70,6 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
                 base_model=adapter.base_model,
                 about=adapter.about,
             )
+            if report:  # the labels, the chat template and more, without which the adapter may be used in another way
+                report["adapter_sha256"] = sha256(arguments.dst / TENSORS_FILE)
+                write_file(arguments.dst / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
+            else:
+                (arguments.dst / RESULTS_FILE).unlink(missing_ok=True)  # is about the adapter that this one replaces
     except ValueError as error:
         message = in_options(error, "bank_dtype", "form")
         raise CommandError(message if message.startswith("--") else f"--form: {message}") from None

@@ -19,8 +19,8 @@ _DESCRIPTION = """\
 Fine-tunes a Hugging Face model on a file of rows, and measures the gain.
 
 It freezes the model, and trains a VB-LoRA adapter of its linear layers and, for a classifier, the head. After each epoch it
-evaluates them on held-out rows. It saves those of the best epoch to --output, loads them again, and checks that they give the
-same results. The last checkpoint stays in --output, so you can continue with --resume. Defaults are in parentheses.
+evaluates the held-out rows. It saves adapter and head of the best epoch to --output, loads them again, and checks that they
+give the same results. The last checkpoint stays in --output, so you can continue with --resume. Defaults are in parentheses.
 
   --task classification   texts with labels (the default)
   --task regression       texts with scores (the default if all labels are numbers and some have a fraction)
@@ -56,7 +56,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--task", choices=TASKS, help="what to train (depends on the labels)")
+    parser.add_argument("--task", choices=TASKS, help="what to train (see above)")
     _add_data(parser)
     _add_model(parser)
     _add_training(parser)
@@ -166,7 +166,7 @@ def add_adapter(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--train-scales",
         action=argparse.BooleanOptionalAction,
-        help="also train a factor of each sub-vector, which a frozen bank needs (the default with --bank)",
+        help="also train a scale for each sub-vector, which a frozen bank needs (on with finetune --bank, otherwise off)",
     )
     group.add_argument(
         "--target-modules",
@@ -208,8 +208,8 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
     positive = number(float, "above 0 and at most 100", lambda x: 0 < x <= 100)
     group.add_argument(
         "--recipe", choices=["auto", *RECIPES], default="auto",
-        help="learning rates of the bank and of the logits: language for causal-lm and default for the other tasks, which "
-        "auto chooses; paper for many epochs (%(default)s)",
+        help="learning rates of bank and logits; auto: language for causal-lm, and default for other tasks; paper: the "
+        "paper's, which are slow (%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--lr-bank", type=positive, metavar="X", help="learning rate of the bank, instead of the recipe's"
@@ -247,7 +247,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         dest="baseline",
         action="store_false",
         default=None,
-        help="do not train the head on the frozen encoder for comparison (classification)",
+        help="do not also train a head on the frozen encoder, for comparison (classification, regression)",
     )
     group.add_argument(
         "--max-new-tokens",

@@ -82,22 +82,25 @@ def read_adapter(argument: str, folder: Path, bank: Path | None) -> AdapterFolde
         raise CommandError(f"{argument}: {in_options(error, 'bank')}") from None
     for warning in caught:
         print(f"{argument}: warning: {warning.message}", file=sys.stderr)
-    config = _read_config(folder / CONFIG_FILE)
-    about = {name: config[name] for name in ("auto_mapping", "task_type", "revision") if config.get(name) is not None}
-    base_model = config.get("base_model_name_or_path")
-    base_model = base_model if isinstance(base_model, str) else None
+    base_model, about = read_about(folder / CONFIG_FILE)
     bank_file = loaded.file if loaded is not None and shares_bank else None
     return AdapterFolder(contents, bank_file, base_model, about)
 
 
-def _read_config(path: Path) -> "JsonObject":
-    """The contents of ``adapter_config.json``; empty without a valid one, because vblora's own tensors' file has it all."""
+def read_about(path: Path) -> "tuple[str | None, JsonObject]":
+    """The name of the base model in ``adapter_config.json``, and what PEFT tells about it besides.
+
+    Without a valid file there is nothing: vblora's own tensors' file has all that an adapter needs.
+    """
     from ..checkpoint.json_objects import read_object
 
     try:
-        return read_object(path)
+        config = read_object(path)
     except (OSError, ValueError):
-        return {}
+        config = {}
+    about = {name: config[name] for name in ("auto_mapping", "task_type", "revision") if config.get(name) is not None}
+    base_model = config.get("base_model_name_or_path")
+    return base_model if isinstance(base_model, str) else None, about
 
 
 def refuse_undecodable(argument: str, folder: Path) -> None:

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders = adapters.find_folders(arguments.adapter)
     if len(folders) > 1 and arguments.adapter_column is None:
         raise CommandError(
-            f"--adapter-column: there are {len(folders)} adapters. Name the column that tells each row's."
+            f"--adapter-column: there are {len(folders)} adapters. Name the column with the adapter of each row."
         )
     runs = [adapters.read_run(folder) for folder in folders.values()]
     for run in runs:

@@ -6,10 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .folders import AdapterFolder, add_adapter, add_bank, read_adapter, require
+from .folders import add_adapter, add_bank, read_about, read_adapter, require
 
 if TYPE_CHECKING:
+    from ..adapters import Target
     from ..checkpoint.contents import Contents
+    from ..checkpoint.native import Description
+    from ..config import AdapterConfig
     from .folders import Subparsers
 
 # The parts of an adapter by the names of their tensors: vblora's, then PEFT's.
@@ -40,7 +43,8 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "info",
         help="show what an adapter contains",
-        description="Shows what the folder of an adapter contains, and how large each part is.",
+        description="Shows what the folder of an adapter contains, and how large each part is. If the adapter was saved without "
+        "its bank, --bank also checks that the bank is the right one.",
     )
     parser.set_defaults(run=run)
     add_adapter(parser, "folder")
@@ -49,38 +53,58 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("rich")
-    adapter = read_adapter("FOLDER", arguments.folder, arguments.bank)
-    _print(arguments.folder, adapter)
+    folder: Path = arguments.folder
+    description = _description(folder)
+    bank = None
+    if description is not None and description.bank_file is not None:
+        bank = f"{description.bank_file[0]}, SHA-256 {description.bank_file[1]}"
+    if description is not None and bank is not None and arguments.bank is None:
+        bank += "\nmissing here: give its file, or the folder of the adapter that holds it, as --bank"
+        config, targets, form = description.config, description.targets, _form(description, None)
+    else:
+        contents = read_adapter("FOLDER", folder, arguments.bank).contents
+        config, targets, form = contents.config, contents.targets, _form(description, contents)
+    _print(folder, config, targets, form, bank)
     return 0
 
 
-def _print(folder: Path, adapter: AdapterFolder) -> None:
+def _description(folder: Path) -> "Description | None":
+    """What vblora's own file tells of itself; None for PEFT's, and for a damaged one, which :func:`read_adapter` refuses."""
+    from ..checkpoint.folder import read_description
+
+    try:
+        return read_description(folder)
+    except (OSError, ValueError):
+        return None
+
+
+def _print(folder: Path, config: "AdapterConfig", targets: "tuple[Target, ...]", form: str, bank: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from ..checkpoint.folder import METHOD_NAMES
-    from ..checkpoint.vblora import VBLoRAContents
+    from ..adapters.vblora import rows_of_factors
+    from ..checkpoint.folder import CONFIG_FILE, METHOD_NAMES
+    from ..config import VBLoRAConfig
 
-    contents = adapter.contents
     table = Table(title=Text(str(folder)), show_header=False)
 
     def add(name: str, value: str, style: str = "") -> None:
         table.add_row(Text(name, style), Text(value, style))  # Text: brackets in a value are no markup
 
-    add("form", _form(folder, contents))
-    add("base model", adapter.base_model or "unknown")
-    add("method", METHOD_NAMES[contents.config.method])
-    for name, value in contents.config.to_dict().items():
+    add("form", form)
+    add("base model", read_about(folder / CONFIG_FILE)[0] or "unknown")
+    add("method", METHOD_NAMES[config.method])
+    for name, value in config.to_dict().items():
         if name not in _HIDDEN_FIELDS:
             add(name, str(value))
-    names = [f"{t.name} ({_kind(t.kind)}{t.in_features or '?'} -> {t.out_features})" for t in contents.targets]
+    names = [f"{t.name} ({_kind(t.kind)}{t.in_features or '?'} -> {t.out_features})" for t in targets]
     more = f"\n... and {len(names) - _SHOWN_TARGETS} more" if len(names) > _SHOWN_TARGETS else ""
     add(f"{len(names)} layers", "\n".join(names[:_SHOWN_TARGETS]) + more)
-    if isinstance(contents, VBLoRAContents):
-        add("sub-vectors", f"{contents.num_rows:,}")
-    if adapter.bank_file is not None:
-        add("bank file", f"{adapter.bank_file.name}, SHA-256 {adapter.bank_file.sha256}")
+    if isinstance(config, VBLoRAConfig):
+        add("sub-vectors", f"{sum(rows_of_factors(targets, config.r, config.vector_length)):,}")
+    if bank is not None:
+        add("bank file", bank)
     table.add_section()
     sizes = sizes_by_part(folder)
     for part, size in sizes.items():
@@ -96,18 +120,12 @@ def _kind(kind: str) -> str:
     return "" if kind == "linear" else f"{kind} "
 
 
-def _form(folder: Path, contents: "Contents") -> str:
-    import json
-
-    from ..checkpoint import native
-    from ..checkpoint.folder import TENSORS_FILE
-    from ..files import open_tensors
-
-    with open_tensors(folder / TENSORS_FILE) as file:
-        metadata = file.metadata() or {}
-    if native.METADATA in metadata:
-        form = json.loads(metadata[native.METADATA])["form"]
+def _form(description: "Description | None", contents: "Contents | None") -> str:
+    """``contents``: needed only of PEFT's file, which has no description."""
+    if description is not None:
+        form = description.form
         return f"vblora, {form}: " + ("training can continue from it" if form == "resume" else "for inference")
+    assert contents is not None
     if contents.config.method != "vblora":
         return "PEFT: training can continue from it"
     return (

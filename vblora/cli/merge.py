@@ -1,6 +1,7 @@
 """``vblora merge``: an adapter into a base model's files, without loading the model."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Merges an adapter into the safetensors files of a base model, one file at a time. It adds the update of each layer to the weight
 in float32, and rounds to the weight's dtype. Trained biases and modules_to_save replace those of the base model. It copies all
-other files of the folder. OUT appears when it is complete.
+other files of the folder, except weights in other formats and hidden files. OUT appears when it is complete.
 
 A language model in a .gguf file is loaded, dequantised to float32, and saved as a folder of safetensors files with its
 tokenizer."""
@@ -49,10 +50,21 @@ def run(arguments: argparse.Namespace) -> int:
             f"BASE: there is no folder {arguments.base}. Give the folder that save_pretrained wrote, or a .gguf file."
         )
     adapter = read_adapter("ADAPTER", arguments.adapter, arguments.bank)
-    from ..checkpoint.merge_files import merge_into_shards
+    from ..checkpoint.merge_files import merge_into_shards, read_weights
+    from ..finetune.adapters import read_report
+    from ..finetune.fingerprints import differing, hash_of
 
+    report = read_report("ADAPTER", arguments.adapter)
+    labels = report.get("labels")
+    names = (
+        {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        if labels
+        else {}
+    )
+    trained = report.get("fingerprint") or {}
     try:
-        done = merge_into_shards(adapter.contents, arguments.base, arguments.out)
+        others = differing(trained, {name: hash_of(weight) for name, weight in read_weights(arguments.base, trained)})
+        done = merge_into_shards(adapter.contents, arguments.base, arguments.out, names)
     except FileNotFoundError as error:
         raise CommandError(f"BASE: {error}") from None
     except ValueError as error:
@@ -63,8 +75,16 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {len(done.updated)} weights updated and {len(done.replaced)} tensors replaced "
         f"in {done.shards} file{'s' * (done.shards > 1)}."
     )
+    if others:
+        print(
+            f"vblora merge: warning: the weights of {arguments.base} are not those that the adapter was trained with (among "
+            f"others {others[0]} differs), so the merged model may write nonsense.",
+            file=sys.stderr,
+        )
+    if scores := report.get("scores"):
+        print(f"The head gives scores in units: score = output * {scores['deviation']} + {scores['mean']}.")
     if done.left_out:
-        print(f"Left out, because they hold the base model's weights: {', '.join(done.left_out)}.")
+        print(f"Left out, because they hold the base model's weights or another adapter: {', '.join(done.left_out)}.")
     return 0
 
 

@@ -73,7 +73,7 @@ def add_inference(parser: argparse.ArgumentParser, *, base_alone: bool) -> "argp
     group.add_argument("--model", metavar="PATH_OR_NAME", help="the base model (the one that the adapter names)")
     group.add_argument(
         "--adapter", type=Path, action="append", default=[], metavar="DIR",
-        help="folder of an adapter, or a folder of such folders; may be given several times"
+        help="folder of an adapter, or a folder of such folders; may be given several times, with --adapter-column"
         + " (none: the base model)" * base_alone,
     )  # fmt: skip
     group.add_argument(

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders = adapters.find_folders(arguments.adapter)
     if len(folders) > 1 and arguments.adapter_column is None:
         raise CommandError(
-            f"--adapter-column: there are {len(folders)} adapters. Name the column that tells each row's."
+            f"--adapter-column: there are {len(folders)} adapters. Name the column with the adapter of each row."
         )
     runs = {name: adapters.read_run(folder) for name, folder in folders.items()}
     for run in runs.values():

@@ -18,8 +18,8 @@ _DESCRIPTION = """\
 Trains one vector bank on several tables of labelled texts, and for each table an adapter with its own head. Defaults are in
 parentheses.
 
-The model is frozen, and batches alternate between the tables. --output then has the bank, bank.safetensors, and a folder for
-each adapter. Each folder holds indices, weights and the head, but no bank:
+The model is frozen, and batches alternate between the tables. The command writes the bank, bank.safetensors, and a folder for
+each adapter into --output. Each folder contains indices, weights and the head, but no bank:
 
   vblora train-bank --data reviews=reviews.csv --data topics=news.jsonl --label-column topics=topic --output shared
   vblora finetune --data mails.csv --bank shared/bank.safetensors     another adapter of the bank, which stays as it is"""

@@ -25,7 +25,7 @@ class AdapterConfig:
         layers_to_transform: adapt only layers with these indices. Requires ``target_modules`` to be a list or
             ``"all-linear"``.
         layers_pattern: name of the module list that the indices refer to, such as ``"layers"`` or ``"h"``.
-        fan_in_fan_out: used only in PEFT's files; otherwise the layer's type determines how it stores its weight.
+        fan_in_fan_out: has no effect: the layer's type determines how it stores its weight. PEFT's files contain it.
         bias: which biases to train: ``"none"``, ``"all"``, or those of the target modules: ``"vblora_only"``,
             ``"vera_only"``, ``"tied_lora_only"`` or ``"lora_only"``.
         modules_to_save: other modules to train in full and save, such as a classification head.
@@ -84,7 +84,9 @@ class AdapterConfig:
                 try:
                     re.compile(value)
                 except re.error as error:
-                    raise ValueError(f"`{name}` is {value!r}, which is no regular expression: {error}.") from None
+                    raise ValueError(
+                        f"`{name}` is {value!r}, which is not a valid regular expression: {error}."
+                    ) from None
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` requires `layers_to_transform`. Set both, or neither.")
         layers = self.layers_to_transform
@@ -127,13 +129,6 @@ class AdapterConfig:
         for name in names:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` is {getattr(self, name)!r}, but must be True or False.")
-
-    def _check_seed(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"`{name}` is {value!r}, but must be an integer.")
-        if not -(2**63) <= value < 2**63:
-            raise ValueError(f"`{name}` is {value}, but must be a signed 64-bit integer.")
 
     def to_dict(self) -> dict[str, Any]:
         """What files hold. ``inference_mode`` is a choice of the moment, so they lack it."""

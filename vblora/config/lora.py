@@ -47,5 +47,5 @@ class LoraConfig(AdapterConfig):
 
     @property
     def scaling(self) -> float:
-        """The factor that multiplies every update."""
+        """The number that multiplies every update."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)

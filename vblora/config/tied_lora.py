@@ -7,12 +7,12 @@ from .base import AdapterConfig
 
 @dataclass
 class TiedLoraConfig(AdapterConfig):
-    """A Tied-LoRA adapter (arXiv 2311.09578) in the paper's form vBuA, which trains both projections and both vectors. PEFT
-    lacks this method, so the fields are named like those of its ``LoraConfig``. It also has the fields of
-    :class:`AdapterConfig`.
+    """A Tied-LoRA adapter (arXiv 2311.09578) in the paper's form vBuA, which trains one pair A, B for all layers, and two vectors
+    u, v for each layer. PEFT lacks this method, so the fields are named like those of its ``LoraConfig``. It also has the fields
+    of :class:`AdapterConfig`.
 
     Args:
-        r: rank of each layer's update: the rows of the trained projections that all layers share.
+        r: rank of each layer's update: the rows of the pair that all layers share.
         lora_alpha: scales the update by ``lora_alpha / r``.
         tied_lora_dropout: dropout probability of the update's input during training.
 
@@ -33,5 +33,5 @@ class TiedLoraConfig(AdapterConfig):
 
     @property
     def scaling(self) -> float:
-        """The factor that multiplies every update."""
+        """The number that multiplies every update."""
         return self.lora_alpha / self.r

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..checks import check_seed
 from .base import AdapterConfig
 from .peft_fields import accepts_peft_fields
 
@@ -13,10 +14,10 @@ class VeraConfig(AdapterConfig):
     fields of :class:`AdapterConfig`.
 
     Args:
-        r: rank of each layer's update: the rows of the frozen random projections that all layers share.
+        r: rank of each layer's update: the rows of A and B, the frozen random projections that all layers share.
         projection_prng_key: seed of these projections, a signed 64-bit integer. The same key gives the same bits on every
             device, but not the projections that PEFT draws with it.
-        save_projection: whether to save the projections. If False, loading draws them again from the key, bit for bit.
+        save_projection: whether files contain the projections. If False, loading draws them again from the key, bit for bit.
         vera_dropout: dropout probability of the update's input during training.
         d_initial: initial value of the vectors ``d`` (the paper's table 6).
         init_weights: False initializes ``d`` with normal numbers and the vectors ``e`` (the paper's b) with ones instead of
@@ -39,6 +40,6 @@ class VeraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_seed("projection_prng_key")
+        check_seed("projection_prng_key", self.projection_prng_key)
         self._check_numbers("d_initial")
         self._check_flags("save_projection", "init_weights")

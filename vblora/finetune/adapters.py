@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..bank import VectorBank
-from ..checkpoint.folder import CONFIG_FILE
+from ..checkpoint.folder import CONFIG_FILE, TENSORS_FILE
 from ..checkpoint.json_objects import JsonObject, as_list, optional_field, read_object, shortened
 from ..errors import CommandError
+from ..files import sha256
 from .task import RESULTS_FILE
 
 
@@ -59,19 +60,40 @@ def read_run(folder: Path) -> AdapterRun:
     """
     if not (folder / CONFIG_FILE).is_file():
         raise CommandError(f"--adapter: {folder} has no {CONFIG_FILE}. Give the folder of an adapter.")
-    found = []
-    for name, types in ((CONFIG_FILE, _CONFIG_TYPES), (RESULTS_FILE, _REPORT_TYPES)):
-        path = folder / name
-        try:
-            values = read_object(path) if path.is_file() else {}
-            _check_types(values, types)
-        except OSError as error:
-            raise CommandError(f"--adapter: {path} cannot be read: {error}.") from None
-        except ValueError as error:
-            message = str(error) if str(path) in str(error) else f"{path} is damaged: {error}"
-            raise CommandError(f"--adapter: {message}") from None
-        found.append(values)
-    return AdapterRun(folder, *found)
+    return AdapterRun(folder, _read("--adapter", folder / CONFIG_FILE, _CONFIG_TYPES), read_report("--adapter", folder))
+
+
+def read_report(argument: str, folder: Path) -> dict[str, Any]:
+    """What ``finetune.json`` says of the adapter beside it; empty without that file.
+
+    Args:
+        argument: what the user calls the folder, for messages.
+
+    Raises:
+        CommandError: the file is damaged, or was written with another adapter.
+    """
+    path, tensors = folder / RESULTS_FILE, folder / TENSORS_FILE
+    if not path.is_file():
+        return {}
+    report = _read(argument, path, _REPORT_TYPES)
+    if tensors.is_file() and report.get("adapter_sha256") not in (None, sha256(tensors)):
+        raise CommandError(
+            f"{argument}: {tensors} has changed since vblora finetune wrote {RESULTS_FILE}, which may be about another adapter. "
+            f"Remove {RESULTS_FILE}, and give what it told as options, such as --model, --labels or --chat-template."
+        )
+    return report
+
+
+def _read(argument: str, path: Path, types: dict[str, type]) -> JsonObject:
+    try:
+        values = read_object(path)
+        _check_types(values, types)
+    except OSError as error:
+        raise CommandError(f"{argument}: {path} cannot be read: {error}.") from None
+    except ValueError as error:
+        message = str(error) if str(path) in str(error) else f"{path} is damaged: {error}"
+        raise CommandError(f"{argument}: {message}") from None
+    return values
 
 
 def read_bank(path: Path | None) -> VectorBank | None:
@@ -89,7 +111,7 @@ def read_bank(path: Path | None) -> VectorBank | None:
 # What commands read of the two files. A field may also be missing or null.
 _CONFIG_TYPES: dict[str, type] = {"base_model_name_or_path": str, "task_type": str, "auto_mapping": dict, "r": int}
 _REPORT_TYPES: dict[str, type] = {
-    "model": str, "task": str, "chat_template": str,
+    "model": str, "task": str, "chat_template": str, "adapter_sha256": str,
     "labels": list, "scores": dict, "fingerprint": dict, "arguments": dict,
 }  # fmt: skip
 _ARGUMENT_TYPES: dict[str, type] = {"text_column": str, "pair_column": str, "max_length": int}

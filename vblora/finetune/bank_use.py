@@ -74,7 +74,7 @@ def _entropies(weights: Tensor) -> Tensor:
     k = weights.shape[1]
     if k == 1:
         return weights.new_zeros(len(weights))
-    shares = torch.nn.functional.normalize(weights.abs(), p=1, dim=1)  # without the sub-vector's factor
+    shares = torch.nn.functional.normalize(weights.abs(), p=1, dim=1)  # without the sub-vector's scale
     return torch.special.entr(shares).sum(1) / torch.log(torch.tensor(float(k)))
 
 

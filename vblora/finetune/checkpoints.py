@@ -1,16 +1,15 @@
 """The checkpoints of ``vblora finetune``: which one to resume from, and whether it is of the same run."""
 
 import argparse
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint.folder import TENSORS_FILE
-from ..checkpoint.json_objects import optional_field, read_object
+from ..checkpoint.json_objects import field, optional_field, read_object
 from ..errors import CommandError
-from .task import as_json
+from ..files import sha256
+from .task import RESULTS_FILE, as_json
 
-ARGUMENTS_FILE = "finetune.json"  # in each checkpoint: what it was trained with
 # Arguments that a run which is resumed may have otherwise: they change neither data, model nor learning rates.
 _MAY_CHANGE = frozenset(
     {"epochs", "patience", "output", "overwrite", "resume", "baseline", "bleu", "run", "command", "max_new_tokens"}
@@ -25,7 +24,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
         CommandError: there is none, or it was trained with other arguments or files.
     """
     digests = arguments.sha256 = {
-        f"--{name.replace('_', '-')}": _sha256(path)
+        f"--{name.replace('_', '-')}": sha256(path / TENSORS_FILE if path.is_dir() else path)
         for name in _FILES
         if (path := getattr(arguments, name, None)) is not None and (path.is_file() or name == "bank")
     }
@@ -35,7 +34,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
                 f"--output: {folder} is another program's checkpoint, or an incomplete one. Remove it, or give another folder."
             )
         return None
-    complete = [file.parent for file in arguments.output.glob(f"checkpoint-*/{ARGUMENTS_FILE}")]
+    complete = [file.parent for file in arguments.output.glob(f"checkpoint-*/{RESULTS_FILE}")]
     complete = [folder for folder in complete if folder.name.rpartition("-")[2].isdecimal()]
     found = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     if found is None:
@@ -43,7 +42,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
             f"--resume: there is no checkpoint in {arguments.output}. Leave out --resume to start a new run."
         )
     try:
-        before = read_object(found / ARGUMENTS_FILE)
+        before = field(read_object(found / RESULTS_FILE), "arguments", dict)
         digests_before = optional_field(before, "sha256", dict, {})
     except (OSError, ValueError) as error:
         raise CommandError(f"--resume: {found} is not a checkpoint of vblora finetune: {error}.") from None
@@ -73,9 +72,4 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
 
 def incomplete(output: Path) -> Iterator[Path]:
     """Checkpoints without the file that is written last."""
-    return (folder for folder in output.glob("checkpoint-*") if not (folder / ARGUMENTS_FILE).is_file())
-
-
-def _sha256(path: Path) -> str:
-    with open(path / TENSORS_FILE if path.is_dir() else path, "rb") as file:  # --bank may be an adapter's folder
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return (folder for folder in output.glob("checkpoint-*") if not (folder / RESULTS_FILE).is_file())

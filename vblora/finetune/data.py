@@ -2,6 +2,7 @@
 
 import math
 import random
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 from ..errors import CommandError
 from . import tables
 from .notices import print_warning
+
+_MISSING = ("nan", "none", "null", "na", "n/a", "<na>")  # what programs write where there is no label
 
 
 class Columns(NamedTuple):
@@ -111,6 +114,11 @@ def warn_of_odd_labels(rows: list[Row], path: Path, command: str) -> None:
                 "them alike.",
                 command,
             )
+    missing = [label for label in sorted(counts) if label.casefold() in _MISSING]
+    if missing:
+        print_warning(
+            f"{path}: the label {tables.quoted(missing)} is a class, though it looks like a missing value.", command
+        )
     single = sorted(label for label, count in counts.items() if count == 1)
     if single:
         print_warning(f"{path}: only one row has the label {tables.quoted(single)}.", command)
@@ -120,7 +128,7 @@ def _meaning(label: str) -> object:
     try:
         return float(label)
     except ValueError:
-        return " ".join(label.split()).casefold()
+        return " ".join(unicodedata.normalize("NFKC", label).split()).casefold()
 
 
 def are_scores(rows: list[Row]) -> bool:
@@ -141,7 +149,8 @@ def check_scores(rows: list[Row], where: str) -> None:
             finite = False
         if not finite:
             raise CommandError(
-                f"{where} have the label {row.label!r}, but for --task regression it must be a finite number."
+                f"{where} have the label {row.label!r}, but for --task regression it must be a finite number. Remove "
+                "these rows, or give --task classification if the labels are classes."
             )
     if len({float(row.label) for row in rows}) < 2:
         raise CommandError(f"{where} all have the score {rows[0].label}, so there is nothing to learn or to compare.")

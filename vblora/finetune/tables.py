@@ -4,7 +4,9 @@ import bz2
 import csv
 import difflib
 import gzip
+import itertools
 import json
+import math
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -90,6 +92,10 @@ def value(fields: Fields, column: str, where: str) -> str:
     found = fields[column]
     if not isinstance(found, (int, float, str)):
         raise CommandError(f"{where}: column {column!r} is {json.dumps(found):.100}; it must be a string or a number.")
+    if isinstance(found, float) and not math.isfinite(found):
+        raise CommandError(
+            f"{where}: column {column!r} is {json.dumps(found)}, as of a missing value. Remove the line."
+        )
     text = str(found)
     if not text.strip():
         raise CommandError(f"{where}: column {column!r} is empty. Fill it in, or remove the line.")
@@ -153,6 +159,7 @@ def _read_table(path: Path, columns: Mapping[str, str], option: str) -> Iterator
                     fault = f"several columns {name!r}" if name in header else f"no column {name!r}"
                     raise CommandError(f"{needed}: {path} has {fault}{_hint(name, header, columns_of_csv=not tabs)}")
             line = reader.line_num + 1
+            header = _distinct(header)
             for fields in reader:
                 if fields and len(fields) != len(header):
                     advice = (
@@ -163,12 +170,20 @@ def _read_table(path: Path, columns: Mapping[str, str], option: str) -> Iterator
                     raise CommandError(
                         f"{option}: {path}, line {line}: {len(fields)} fields, but the header has {len(header)}. {advice}"
                     )
-                # Other columns may share a name, such as the empty ones that spreadsheets add: one of them is left.
                 if fields:  # not an empty line
                     yield line, dict(zip(header, fields, strict=True))
                 line = reader.line_num + 1
         except csv.Error as error:
             raise CommandError(f"{option}: {path}, line {line}: {error}.") from None
+
+
+def _distinct(header: list[str]) -> list[str]:
+    """The names of columns, of which none may be lost: of two with one name, such as an empty one, the second gets a number."""
+    names: list[str] = []
+    for name in header:
+        numbered = (f"{name}.{number}" for number in itertools.count(1))
+        names.append(name if name not in names else next(other for other in numbered if other not in (*names, *header)))
+    return names
 
 
 def _read_jsonl(path: Path, columns: Mapping[str, str], option: str) -> Iterator[tuple[int, Fields]]:

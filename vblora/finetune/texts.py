@@ -5,6 +5,7 @@ Files are read as they are needed, and only a number a row is kept, so they may 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def read_examples(path: Path, columns: Columns, option: str) -> Iterator[Example
     names = columns.names
     for where, fields in tables.read(path, option, columns.by_option()):
         if columns.kind == "text":
-            yield Example(None, tables.value(fields, names["text"], where))
+            yield Example(None, _text(fields, names["text"], where))
         elif columns.kind == "messages":
             messages = _messages(fields, names["messages"], where)
             first = _first_of_assistant(messages)
@@ -133,9 +134,7 @@ def read_examples(path: Path, columns: Columns, option: str) -> Iterator[Example
                 )
             yield Example(prompt, completion, _tools(fields, where))
         else:
-            yield Example(
-                tables.value(fields, names["prompt"], where), tables.value(fields, names["completion"], where)
-            )
+            yield Example(_text(fields, names["prompt"], where), _text(fields, names["completion"], where))
 
 
 class Prompt(NamedTuple):
@@ -171,7 +170,7 @@ def read_prompt(fields: tables.Fields, column: str | None, where: str) -> Prompt
             f"{where}: there is no column {wanted}, only {tables.quoted(fields)}. Give the prompt's as --prompt-column."
         )
     if name.lower() != "messages" and not isinstance(fields[name], list):
-        return Prompt(tables.value(fields, name, where))
+        return Prompt(_text(fields, name, where))
     messages = _messages(fields, name, where)
     shortened = messages[-1]["role"] == "assistant"
     if shortened:
@@ -223,6 +222,14 @@ def whole(path: Path, columns: Columns, option: str, count: int | None, seed: in
     return Texts(path, columns, option, _sample(np.arange(rows), count, np.random.default_rng(seed)))
 
 
+def count_common(train: Texts, held_out: Texts) -> int:
+    """How many of the rows to evaluate on are also trained on."""
+    of_train, of_held_out = (
+        np.fromiter((_hash(example[:2]) for example in rows), np.uint64) for rows in (train, held_out)
+    )
+    return int(np.isin(of_held_out, of_train).sum())
+
+
 def _sample(rows: "np.ndarray[Any, Any]", count: int | None, generator: np.random.Generator) -> "np.ndarray[Any, Any]":
     if count is None or count >= len(rows):
         return rows
@@ -231,8 +238,23 @@ def _sample(rows: "np.ndarray[Any, Any]", count: int | None, generator: np.rando
 
 def _key(example: Example, seed: int) -> int:
     """A number that rows with the same prompt share, different for each seed."""
-    text = json.dumps(example.completion if example.prompt is None else example.prompt, sort_keys=True)
+    return _hash(example.completion if example.prompt is None else example.prompt, seed)
+
+
+def _hash(value: object, seed: int = 0) -> int:
+    text = json.dumps(value, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest(), "little")
+
+
+def _text(fields: tables.Fields, column: str, where: str) -> str:
+    """A field that is plain text. A chat that became text, as in a .csv file, would be learnt with all its brackets."""
+    text = tables.value(fields, column, where)
+    if re.match(r"""\s*\[\s*\{\s*["'](role|content)["']""", text):
+        raise CommandError(
+            f"{where}: column {column!r} is a list of messages that was written as text, {text!r:.60}. Give whole chats as JSON "
+            "in a column `messages`, or lists of messages in a .jsonl file."
+        )
+    return text
 
 
 def _messages(fields: tables.Fields, column: str, where: str) -> list[Message]:
@@ -255,6 +277,8 @@ def _messages(fields: tables.Fields, column: str, where: str) -> list[Message]:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise CommandError(f"{where}: the content of a message is {json.dumps(content):.100}; it must be text.")
+        if role == "assistant" and not (content and content.strip()) and not message.get("tool_calls"):
+            raise CommandError(f"{where}: a message of the assistant is empty. Fill it in, or remove the line.")
         tables.check_characters(json.dumps(message, ensure_ascii=False), f"{where}: column {column!r}")
     return found
 

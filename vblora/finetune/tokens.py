@@ -1,5 +1,6 @@
 """Examples as tokens: the chat template, and which tokens are learnt."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,9 @@ class Encoder:
         if isinstance(asked, str):
             return self._start() + self._ids(asked)
         assert asked is not None
-        return self._ids(self._render(asked, tools, ask=True))
+        text = self._render(asked, tools, ask=True)
+        self._check_tools(asked, tools, text)
+        return self._ids(text)
 
     def _in_chat(self, example: Example) -> Example:
         if not self.chat or not isinstance(example.prompt, str) or not isinstance(example.completion, str):
@@ -74,6 +77,7 @@ class Encoder:
         assert isinstance(example.prompt, list)
         messages = example.prompt + example.completion
         whole = self._render(messages, example.tools)
+        self._check_tools(messages, example.tools, whole)
         spoken = [i for i in range(len(example.prompt), len(messages)) if messages[i]["role"] == "assistant"]
         end = 0
         for index in spoken[-1:] if self.loss == "last" else [] if self.loss == "all" else spoken:
@@ -81,8 +85,9 @@ class Encoder:
             after = self._render(messages[: index + 1], example.tools)
             if not (whole.startswith(before) and whole.startswith(after) and end <= len(before) < len(after)):
                 raise CommandError(
-                    "--loss: the tokenizer's chat template renders a conversation's earlier messages in another way than its "
-                    "last, so the assistant's part cannot be told. Give --loss last, or --loss all, or another --chat-template."
+                    "--loss: the chat template renders earlier messages of a chat in another way than its last message, so "
+                    "vblora cannot tell which tokens are the assistant's. Give --loss last, --loss all, or another "
+                    "--chat-template."
                 )
             yield whole[end : len(before)], False
             yield whole[len(before) : len(after)], True
@@ -97,6 +102,22 @@ class Encoder:
         except Exception as error:  # Jinja's own errors, and whatever a template raises
             raise CommandError(f"the chat template fails on {messages!s:.100}: {error}") from None
         return text
+
+    def _check_tools(self, messages: list[Message], tools: list[Any] | None, text: str) -> None:
+        """Refuses a template that leaves out tools, or calls of them: many do so without a word."""
+        lacking = None
+        if tools and self._render(messages, None) == self._render(messages, tools):
+            lacking = "the column `tools`"
+        for call in (call for message in messages for call in message.get("tool_calls") or []):
+            about = call.get("function", call) if isinstance(call, dict) else call
+            name = about.get("name") if isinstance(about, dict) else None
+            if not isinstance(name, str) or name not in text:
+                lacking = f"the tool call {json.dumps(call):.60}"
+        if lacking:
+            raise CommandError(
+                f"--chat-template: the tokenizer's chat template leaves out {lacking}. Give a template that has it, or remove it "
+                "from the rows."
+            )
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

@@ -44,7 +44,7 @@ def accelerate(model: Model) -> Model:
     """
     if ".".join(peft.__version__.split(".")[:2]) not in KNOWN_VERSIONS:
         raise RuntimeError(
-            f"peft {peft.__version__} is not known to vblora, whose layers stand on peft's own code: "
+            f"peft {peft.__version__} is not known to vblora, which replaces methods of peft's layers: "
             f"install one of {', '.join(version + '.*' for version in KNOWN_VERSIONS)}, or do without accelerate()."
         )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, VBLoRALayer)}

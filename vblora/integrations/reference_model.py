@@ -41,7 +41,7 @@ def warn_of_reference(model: nn.Module, reference: nn.Module, args: TrainingArgu
                 ]
             warnings.warn(
                 f"{type(args).__name__} compares the model with a reference model, which TRL makes from the base model's files: "
-                f"without adapter {attached.name!r}, which has learned before. For a reference with it, {', or '.join(ways)}. "
+                f"without adapter {attached.name!r}, which is already trained. For a reference with it, {', or '.join(ways)}. "
                 "See docs/how-to/trainers.md.",
                 VBLoRAWarning,
                 stacklevel=3,

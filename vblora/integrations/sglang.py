@@ -31,15 +31,18 @@ def load_request(
         request = load_request("adapters/user-17", "user-17", bank="bank.safetensors")
         requests.post(f"{server}/load_lora_adapter_from_tensors", json=request).raise_for_status()
 
-    The server neither needs vblora nor the folder. It unpickles the tensors with an unpickler that allows little else.
+    The server needs neither vblora nor the folder. It unpickles the tensors with an unpickler that allows little else.
 
     Args:
         directory: a folder that :func:`vblora.load` reads, of any method.
-        lora_name: what requests to SGLang call the adapter.
-        bank: the bank of an adapter that was saved without it, or its file.
-        dtype: of the tensors that are sent. The model's saves half of the size.
+        lora_name: the name by which requests to SGLang choose the adapter.
+        bank: the bank of an adapter that was saved without it, or its path (:meth:`vblora.VectorBank.from_file`).
+        dtype: dtype of the tensors in the request. A 16-bit dtype, such as the model's, takes half of the space.
         pinned: whether SGLang keeps the adapter on its devices.
-        tp_size: SGLang's ``--tp-size``; each of its processes gets a copy of its own.
+        tp_size: SGLang's ``--tp-size``: the number of copies of the tensors, one for each of its processes.
+
+    Returns:
+        A dict that ``json.dumps`` accepts.
 
     Raises:
         FileNotFoundError, ValueError: the folder or the bank is missing or damaged, or SGLang cannot serve such an adapter.

@@ -54,7 +54,7 @@ def register() -> None:
         if any(name in os.environ for name in (_ADAPTERS, _BANK)):
             known = ", ".join(version + ".*" for version in KNOWN_VERSIONS)
             raise RuntimeError(
-                f"vllm {vllm.__version__} is not known to vblora, which replaces methods of vllm's: install one of {known}, or "
+                f"vllm {vllm.__version__} is not known to vblora, which replaces methods of vllm: install one of {known}, or "
                 f"unset {_ADAPTERS} and {_BANK} to do without vblora's adapters."
             )
         return
@@ -64,7 +64,7 @@ def register() -> None:
     directory = os.environ.get(_ADAPTERS)
     if directory is not None:
         if not Path(directory).is_dir():
-            raise ValueError(f"{_ADAPTERS} is {directory!r}, which is no directory.")
+            raise ValueError(f"{_ADAPTERS} is {directory!r}, which is not a directory.")
         if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
             _logger.warning(
                 "%s is set, but a server looks up names there only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.", _ADAPTERS

@@ -1,6 +1,7 @@
 """The layer that adds low-rank updates to a frozen layer, and merges them into its weight."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Self, cast
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Factors, Slot
+from ..errors import VBLoRAWarning
 from . import fused, rows, updates
 from .kinds import Linear, compute_dtype, kind_of
 from .reads import Watched
@@ -97,8 +99,10 @@ class AdaptedLayer(nn.Module):
         own = vars(self)  # set_adapter does this for each layer, and Module.__setattr__ takes most of its time
         if active is not None:
             own["active"] = tuple([name for name in active if name in self.updates])
-        if enabled is not None:
+        if enabled is not None and enabled != self.enabled:
             own["enabled"] = enabled
+            for name in self.merged:
+                self.updates[name].slot.adapter.disabled_layers += -1 if enabled else 1
         applied = [name for name in self.active if self.enabled and name not in self.merged]
         own["applied"] = {name: self.updates[name] for name in applied}
 
@@ -114,6 +118,14 @@ class AdaptedLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name in ("weight", "bias"):
+            if name == "weight" and self.applied and value is not self.base_layer.weight:
+                warnings.warn(
+                    "the weight of an adapted layer was replaced: the new one becomes the base layer's, to which the layer adds "
+                    "the adapter's update as before. Code that folds a normalization or a scale into the weight "
+                    "(torch.nn.utils.fusion) leaves out the update: call vblora.merge(model) first.",
+                    VBLoRAWarning,
+                    stacklevel=2,
+                )
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)

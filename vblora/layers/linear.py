@@ -9,6 +9,7 @@ from ..adapters import VBLoRAAdapter
 from ..adapters.base import note_living
 from ..adapters.vblora import default_length
 from ..bank import VectorBank
+from ..checks import check_number
 from ..errors import VBLoRAWarning
 from .adapted import AdaptedLayer, Update
 from .kinds import is_linear, refusal, target_of
@@ -35,15 +36,20 @@ class VBLinear(AdaptedLayer):
         num_candidates: M, the number of bank vectors that a sub-vector can choose from in training (:class:`VBLoRAConfig`).
         dropout: probability of dropping an element of the update's input in training.
         init_logits_std: standard deviation of the initial logits, which are normal.
-        init, scaling: the initial values, and the factor of the update (:class:`VBLoRAConfig`).
-        train_scales: also train a factor of each sub-vector (:class:`VBLoRAConfig`).
+        init, scaling: the initial values, and a number that multiplies the update (:class:`VBLoRAConfig`).
+        train_scales: also train a scale for each sub-vector (:class:`VBLoRAConfig`).
         pad: allow any ``vector_length`` (:class:`VBLoRAConfig`).
         seed: of the initial logits. None draws one from torch's generator.
         device, dtype: of a new ``nn.Linear``. Adapter parameters are float32 on the layer's device.
 
+    Attributes:
+        base_layer: the frozen layer.
+        adapter: the adapter, with the parameters ``bank.vectors`` ``(h, b)``, ``logits`` ``(S, M)`` and, with ``train_scales``,
+            ``scales`` ``(S,)``. S is ``r * (in_features + out_features) / b``.
+
     Raises:
         ValueError: an argument is out of range or contradicts another.
-        TypeError: ``base_layer`` is of another type or cannot be adapted.
+        TypeError: an argument has the wrong type, or ``base_layer`` cannot be adapted.
 
     Shape:
         ``(*, in_features)`` to ``(*, out_features)``.
@@ -87,7 +93,7 @@ class VBLinear(AdaptedLayer):
             raise ValueError(
                 "`num_vectors` and `vector_length` apply to a new bank, but `bank` was given. Leave out one or the other."
             )
-        if not 0.0 <= dropout < 1.0:
+        if not 0.0 <= check_number("dropout", dropout) < 1.0:
             raise ValueError(f"`dropout` is {dropout}, but must be at least 0 and below 1.")
         if base_layer is None:
             if in_features is None or out_features is None:

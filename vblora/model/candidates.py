@@ -15,14 +15,14 @@ from .record import adapted_models, attached_adapter
 
 
 class Stats(NamedTuple):
-    """The state of one adapter's rows.
+    """The state of one adapter's rows. A row is the logits of one sub-vector.
 
     Attributes:
         num_subvectors: S, the number of rows.
-        num_vectors: h.
+        num_vectors: h, the number of bank vectors.
         num_candidates: M, the number of logits in a row; h for a dense adapter.
-        exhausted: the number of rows that may differ from dense training, because a bank vector that is no candidate might have
-            been selected next. An exhausted row stays exhausted.
+        exhausted: the number of rows that have used up their candidates. Training with all h logits might have selected another
+            bank vector for them. An exhausted row stays exhausted.
     """
 
     num_subvectors: int
@@ -32,7 +32,14 @@ class Stats(NamedTuple):
 
 
 def stats(model: nn.Module, adapter_name: str | None = None) -> Stats:
-    """Counts the exhausted rows of an adapter, by default the active one. This waits for the device; training never does.
+    """Counts the exhausted rows of an adapter: sub-vectors that have used up their candidates. This waits for the device.
+
+    Args:
+        model: an injected model, or a :class:`VBLinear`.
+        adapter_name: the adapter of an injected model; by default the active one.
+
+    Returns:
+        A tuple ``(num_subvectors, num_vectors, num_candidates, exhausted)``, with these names.
 
     Raises:
         ValueError: the model has no adapter, or several, or the adapter is deployed and has no logits.
@@ -172,5 +179,7 @@ def _trained_adapter(model: nn.Module, adapter_name: str | None) -> tuple[VBLoRA
         raise ValueError(f"`model` has {len(adapters) or 'no'} VB-LoRA adapters. Pass a model with exactly one.")
     (adapter,) = adapters
     if adapter.logits is None:
-        raise ValueError("the adapter is deployed, so it has no logits and no candidates.")
+        raise ValueError(
+            "the adapter is deployed, so it has no logits and no candidates. Load one that was saved with the default form."
+        )
     return adapter, adapter.logits

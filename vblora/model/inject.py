@@ -48,27 +48,27 @@ def inject(
     """Adapts a model in place: wraps its target layers, freezes everything else, and adds one adapter for all targets.
 
     The adapter becomes the module ``model.vblora[adapter_name]``. Its parameters train (for VB-LoRA, ``logits`` ``(S, M)`` and
-    ``bank.vectors`` ``(h, b)``), and so do copies of the biases and ``modules_to_save`` that the config names. :func:`eject` puts
-    the originals back; :func:`disabled` does for a while. Normalization layers with running statistics, such as BatchNorm, are
-    frozen, too: they stay in evaluation mode in training, unless ``modules_to_save`` names them. If an argument is refused, the
-    model does not change.
+    ``bank.vectors`` ``(h, b)``, both float32), and so do copies of the biases and ``modules_to_save`` that the config names.
+    :func:`eject` puts the originals back; within :func:`disabled`, the model uses them. Normalization layers with running
+    statistics, such as BatchNorm, are frozen, too: they stay in evaluation mode in training, unless ``modules_to_save`` names
+    them. If an argument is refused, the model does not change.
 
     You can inject several adapters into a model, each with its own name, method, config and layers. The first one is active; call
     :func:`set_adapter` to activate another.
+
+    Cast the base model before you inject, not after: then the adapter stays float32. A later cast to half precision would round
+    the logits, which then select other bank vectors, so vblora warns about it.
 
     Args:
         model: any module. For a Hugging Face model, the config may leave ``target_modules`` to the architecture's default.
         config: what to adapt, and how: a :class:`VBLoRAConfig`, :class:`VeraConfig`, :class:`TiedLoraConfig` or
             :class:`LoraConfig`; or PEFT's config object of one of these methods.
         adapter_name: the name with which you activate, merge, save and delete the adapter.
-        bank: VB-LoRA only: a bank to share with other adapters, or the path of its file (:meth:`VectorBank.save`), instead of a
-            new bank. Its size must be that of the config.
+        bank: VB-LoRA only: a bank to share with other adapters, or its path (:meth:`VectorBank.from_file`), instead of a new
+            bank. Its size must be that of the config.
         freeze_bank: VB-LoRA only: this adapter does not train the bank. If another model trains the same bank, that stops, too,
             because a parameter has one ``requires_grad``. With ``train_scales=True`` in the config, the adapter learns more. An
             adapter whose bank is unchanged since it was read from a file is saved without it.
-
-    Cast the base model before you inject, not after: then the adapter stays float32. Casting logits changes which bank vectors
-    they select, so a later cast to half precision warns.
 
     Returns:
         The same model.

@@ -75,6 +75,9 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
 def unmerge(model: ModuleT) -> ModuleT:
     """Restores the weights from before :func:`merge`, bit for bit. A model that is not merged does not change.
 
+    Returns:
+        The same model.
+
     Raises:
         ValueError: the weights were released, or the model is disabled.
     """
@@ -82,7 +85,9 @@ def unmerge(model: ModuleT) -> ModuleT:
     refuse_if_disabled([layer for _, layer in layers])
     for name, layer in layers:
         if layer.released:
-            raise ValueError(f"layer `{name}` was merged with release=True, which freed its original weight.")
+            raise ValueError(
+                f"layer `{name}` was merged with release=True, which freed its original weight. Load the base model again."
+            )
     taken_out = [layer for record in adapted_models(model) for layer in record.layers]  # among them, after the merge
     for layer in (*(layer for _, layer in layers), *taken_out):
         layer.unmerge()

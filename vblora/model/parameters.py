@@ -33,17 +33,19 @@ def parameter_groups(
 
     Args:
         model: an injected model, or a module with :class:`VBLinear` layers.
-        recipe: learning rates for VB-LoRA: ``"language"`` for models that generate text, slower for wide ones, and ``"default"``
-            for all others, both for a few epochs; ``"auto"`` chooses one of these two; ``"paper"``, from the paper's appendix B,
-            is for 20 to 80 epochs.
-        lr_bank, lr_logits: learning rates of VB-LoRA's vector bank and logits, instead of the recipe's.
-        lr_scales: learning rate of the factors that ``train_scales`` adds.
-        lr_factors: learning rate of LoRA's factors and of Tied-LoRA's shared pair.
-        lr_vectors: learning rate of VeRA's and Tied-LoRA's vectors.
+        recipe: learning rates of VB-LoRA's bank and logits. ``"default"`` (3e-3 and 0.5) and ``"language"`` (up to 1.2e-2, less
+            if the layers are wider than 576, and 0.4) are for a few epochs. ``"auto"`` chooses ``"language"`` for models that
+            generate text, and ``"default"`` for all others. ``"paper"`` (1e-3 and 1e-2, from the paper's appendix A.1) is slow:
+            with these, the paper trains 20 to 160 epochs on GLUE.
+        lr_bank, lr_logits: learning rates of VB-LoRA's bank and logits, instead of the recipe's.
+        lr_scales: learning rate of the scales of ``train_scales=True``.
+        lr_factors: learning rate of LoRA's A and B, and of the A and B that all layers of Tied-LoRA share.
+        lr_vectors: learning rate of VeRA's d and e, and of Tied-LoRA's u and v.
         lr_other: learning rate of all other trainable parameters, such as biases and ``modules_to_save``.
 
     Returns:
-        The groups ``bank``, ``logits``, ``scales``, ``factors``, ``vectors`` and ``other``, without empty ones.
+        Parameter groups as torch's optimizers take them, each with ``name``, ``params`` and ``lr``: ``bank``, ``logits``,
+        ``scales``, ``factors``, ``vectors`` and ``other``, without empty ones.
 
     Raises:
         ValueError: the recipe is unknown, the adapters are disabled, the model has no active adapter or a merged one, no
@@ -95,8 +97,15 @@ def _check_that_adapters_train(model: nn.Module, found: bool) -> None:
 
 
 class ParameterCount(NamedTuple):
-    trainable: int  # elements that an optimizer updates
-    stored: int  # size of a trained adapter, as a number of float32 values
+    """What :func:`count_parameters` returns.
+
+    Attributes:
+        trainable: elements that an optimizer updates.
+        stored: size of the trained adapters, as a number of float32 values.
+    """
+
+    trainable: int
+    stored: int
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -105,6 +114,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     VB-LoRA stores the bank, and k weights and k bank indices per sub-vector. An index counts as a fraction of a float32: 1/4 for
     up to 256 vectors, 1/2 for up to 32,768, otherwise 1. The other methods store their parameters, without VeRA's projections,
     which a key generates. Biases and ``modules_to_save`` of the adapters also count, frozen or not. Only active adapters count.
+
+    Returns:
+        A tuple ``(trainable, stored)``, with these names.
 
     Raises:
         ValueError: the model has no active adapter.

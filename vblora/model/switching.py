@@ -6,15 +6,19 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..layers.adapted import adapted_layers
-from .averaging import guard_averaging
 from .record import ModuleT, adapted_model, adapted_models, check_adapter_name, refuse_if_disabled, refuse_if_merged
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
-    """Makes one or several adapters of a model active; an empty list makes none active. The updates of several adapters add up.
+    """Makes one or several adapters of a model active, and all others inactive. The updates of several adapters add up.
 
     Only the parameters of active adapters require gradients; when an adapter becomes active again, the same ones do as before.
-    The biases and ``modules_to_save`` of an adapter, and base tensors that its file brought, are in the model while it is active.
+    The biases and ``modules_to_save`` of an adapter, and the base model's embeddings that its file contains, are in the model
+    while it is active.
+
+    Args:
+        model: an injected model.
+        adapter_name: the name of an adapter, or a list of names. An empty list runs the base model.
 
     Raises:
         ValueError: a name is unknown, the model is merged or disabled, or several adapters replace the same tensor.
@@ -32,13 +36,15 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
             owners[place] = name
     refuse_if_disabled(record.layers)
     refuse_if_merged(record.layers)
-    if any(record.adapters[name].extra for name in (*names, *record.active)):
-        guard_averaging()
     record.activate(names)
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the active adapters; ``list(model.vblora)`` has those of all adapters."""
+    """The names of the active adapters, in the order of their activation; ``list(model.vblora)`` has those of all adapters.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
     return adapted_model(model).active
 
 
@@ -63,7 +69,7 @@ def eject(model: ModuleT) -> ModuleT:
     """Removes all adapters from a model and restores its parameters from before :func:`inject`, bit for bit.
 
     After ``merge(model, release=True)`` you get the merged model instead, with the trained biases and ``modules_to_save``.
-    Other buffers that forwards update keep their values.
+    Buffers that a forward pass changes, such as counters, keep their values.
 
     Returns:
         The same model.
@@ -98,7 +104,9 @@ def disabled(model: ModuleT) -> Iterator[ModuleT]:
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if any(layer.released for layer in layers):
-        raise ValueError("`model` was merged with release=True, which freed its base weights.")
+        raise ValueError(
+            "`model` was merged with release=True, which freed its base weights. Load the base model again."
+        )
     enabled = [layer for layer in layers if layer.enabled]
     swapped = [layer.unmerged for layer in enabled if layer.unmerged is not None]
     if enabled:  # contexts can be nested: swap only once

@@ -32,8 +32,8 @@ def warn_of_unmatched(model: nn.Module, config: AdapterConfig, targets: list[str
         share = sum(parameter.numel() for parameter in unreached.values()) / total
         more = f" and {len(others)} more" if others else ""
         warnings.warn(
-            f"`target_modules` cannot reach `{first}`{more}, {share:.0%} of the model's parameters: they are no layers but "
-            "parameters of their own, such as the fused weights of experts, and stay without an update.",
+            f"`target_modules` cannot reach `{first}`{more}, {share:.0%} of the model's parameters. They get no update, because "
+            "they do not belong to layers that vblora can adapt, such as the fused weights of experts.",
             VBLoRAWarning,
             stacklevel=3,
         )

@@ -80,7 +80,7 @@ def _save(records: list[AdaptedModel], module: Any, write: Callable[..., Any], /
         refuse_if_disabled(record.layers)
         if not is_plain(record):
             raise ValueError(
-                "`save_pretrained` would write the model without its adapters, or with names that nobody can load. To write the "
+                "`save_pretrained` would write the model without its adapters, or with names that no model loads. To write the "
                 "adapter: vblora.save(model, directory). To write the merged model: vblora.merge(model), then "
                 "model.save_pretrained(directory). In a Trainer, pass "
                 "**vblora.integrations.transformers.trainer_arguments(model)."

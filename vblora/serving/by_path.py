@@ -111,7 +111,9 @@ class AdaptersByPath:
         except (OSError, ValueError) as error:
             if held is None:
                 raise
-            warnings.warn(f"what was read of {path} before is served, because now: {error}", VBLoRAWarning)
+            warnings.warn(
+                f"{path} cannot be read any more, so the adapter that was read before is served: {error}", VBLoRAWarning
+            )
             return held
 
     def _forget(self, path: str) -> None:

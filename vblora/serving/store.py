@@ -102,6 +102,7 @@ class AdapterStore:
         self._warm: OrderedDict[str, int] = OrderedDict()  # slots
         self._free = list(range(slots))
         self._pinned: set[str] = set()
+        self._discards = 0
         self._running: weakref.WeakSet[SlotRows] = weakref.WeakSet()  # their slots must not change
         self._metrics = Metrics()
         self._record.row_source = self._rows
@@ -153,6 +154,7 @@ class AdapterStore:
     def discard(self, name: str) -> None:
         """Removes an adapter from memory. The next batch that names it reads it again. Call this after its folder has changed."""
         with self._lock:
+            self._discards += 1
             self._pinned.discard(name)
             self._drop_cold(name)
             if name in self._warm:
@@ -199,8 +201,11 @@ class AdapterStore:
         """A context in which all ``wanted`` adapters have slots: which, by name. It holds the lock, so no other thread evicts
         them."""
         packed: dict[str, PackedAdapter] = {}
+        discards = self._discards
         while True:
             with self._lock:
+                if discards != self._discards:  # one of `packed` may be what its folder held before
+                    packed, discards = {}, self._discards
                 room = len(self._slots.arena) - len(self._pinned - set(wanted))
                 if len(wanted) > room:
                     raise ValueError(
@@ -275,6 +280,7 @@ class AdapterStore:
                 if name in self._cold:
                     return self._cold[name]
                 self._metrics.counts["cold misses"] += 1
+                discards = self._discards
             try:
                 with timed() as timer:
                     adapter = self._read(name)
@@ -286,6 +292,8 @@ class AdapterStore:
             with self._lock:
                 self._metrics.note_duration("load", timer.seconds)
                 self._loading.pop(name, None)
+                if discards != self._discards:  # its folder may have changed while it was read
+                    return adapter
                 self._drop_cold(name)  # another thread can have read it, if it was evicted between their turns
                 self._cold[name] = adapter
                 self._cold_bytes += adapter.nbytes

@@ -53,8 +53,8 @@ def refuse_other_kinds(contents: Contents, form: str, method: str) -> None:
     for target in contents.targets:
         if target.kind != "linear":
             raise ValueError(
-                f'`form` is "{form}", but `{target.name}` is no linear layer (its kind is "{target.kind}"), and PEFT\'s {method} '
-                'adapts no others; form="lora" holds the same update.'
+                f'`form` is "{form}", but `{target.name}` is not a linear layer (its kind is "{target.kind}"), and PEFT\'s '
+                f'{method} adapts no others; form="lora" holds the same update.'
             )
 
 

@@ -73,7 +73,7 @@ def _check_layers(contents: VBLoRAContents, form: str) -> None:
     refuse_other_kinds(contents, form, "VB-LoRA")
     if config.train_scales:
         raise ValueError(
-            f'`form` is "{form}", but the adapter has a factor for each sub-vector (`train_scales`), which PEFT\'s VB-LoRA does '
+            f'`form` is "{form}", but the adapter has a scale for each sub-vector (`train_scales`), which PEFT\'s VB-LoRA does '
             'not support; form="lora" holds the same update.'
         )
     for target in uneven(contents.targets, config.vector_length):
