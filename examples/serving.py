@@ -48,7 +48,7 @@ config = vblora.VBLoRAConfig(r=4, num_vectors=256, vector_length=64, target_modu
 names = ["Grace", "Linus", "Radia"]
 texts = {name: f"> Hello {name}!\n" for name in names}
 
-# One adapter learns all texts, and its bank from then on serves the others, which store only how they mix its vectors.
+# One adapter learns all texts. The others share its bank, which is frozen, so their files contain only indices and weights.
 model = vblora.inject(load_base(), config)
 train(model, encode(*texts.values()))
 model.vblora.default.bank.save(bank_file)

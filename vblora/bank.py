@@ -101,7 +101,7 @@ class VectorBank(nn.Module):
             ValueError: another dtype, or the bank is not finite in it.
         """
         path = Path(path)
-        tensors = encode_vectors(gather_to_cpu(self.vectors), dtype)
+        tensors = encode_vectors(gather_to_cpu(self.vectors), dtype, "dtype")
         data = to_bytes(tensors)
         write_file(path, data)
         sha256 = _sha256(data)
@@ -154,14 +154,21 @@ class VectorBank(nn.Module):
         return f"num_vectors={self.num_vectors}, vector_length={self.vector_length}"
 
 
-def encode_vectors(vectors: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def encode_vectors(
+    vectors: Tensor, dtype: torch.dtype | None = None, argument: str = "bank_dtype"
+) -> dict[str, Tensor]:
     """Encodes a bank as a file's tensors: ``vectors``, and for int8 also float32 ``scales`` ``(h,)``.
+
+    Args:
+        argument: the caller's name of ``dtype``, for messages.
 
     Raises:
         ValueError: the dtype is not supported, or the vectors are not finite in it.
     """
     if not vectors.isfinite().all():
-        raise ValueError("the vector bank holds an infinite or NaN element.")
+        raise ValueError(
+            "the vector bank holds an infinite or NaN element: training diverged. Train again with lower learning rates."
+        )
     if dtype is None:
         return {"vectors": vectors}
     if dtype == torch.int8:
@@ -170,11 +177,11 @@ def encode_vectors(vectors: Tensor, dtype: torch.dtype | None = None) -> dict[st
         return {"vectors": steps.round().clamp(-127, 127).to(torch.int8), "scales": scales}
     if dtype not in _DTYPES:
         allowed = ", ".join(map(str, (*_DTYPES, torch.int8)))
-        raise ValueError(f"`bank_dtype` is {dtype}; allowed are {allowed}.")
+        raise ValueError(f"`{argument}` is {dtype}; allowed are {allowed}.")
     rounded = vectors.to(dtype)
     if not rounded.isfinite().all():
         raise ValueError(
-            f"`bank_dtype` is {dtype}, in which the largest element of the bank is infinite; use torch.bfloat16."
+            f"`{argument}` is {dtype}, in which the largest element of the bank is infinite; use torch.bfloat16."
         )
     return {"vectors": rounded}
 

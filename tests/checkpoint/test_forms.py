@@ -176,6 +176,8 @@ def test_a_bank_of_zeros_and_one_beyond_float16(tmp_path):
         vblora.save(model, tmp_path, form="deploy", bank_dtype=torch.float16)
     with pytest.raises(ValueError, match=r"`bank_dtype` is torch.int32; allowed"):
         vblora.save(model, tmp_path, form="deploy", bank_dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"`dtype` is torch.int32; allowed"):
+        model.vblora.default.bank.save(tmp_path / "bank.safetensors", torch.int32)
     with pytest.raises(ValueError, match="keeps the bank"):
         vblora.save(model, tmp_path, form="resume", bank_dtype=torch.int8)
     with pytest.raises(ValueError, match="`form` is 'x'"):

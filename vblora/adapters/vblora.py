@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bank import VectorBank
-from ..checks import check_count, check_positive
+from ..checks import check_count, check_not_negative, check_positive, check_seed
 from ..config import VBLoRAConfig
 from ..config.vblora import check_start
 from ..distributed import gather, processes
@@ -101,8 +101,8 @@ class VBLoRAAdapter(Adapter):
         seed: the seed that drew the logits, or None if it is unknown.
 
     Raises:
-        ValueError: ``r``, ``topk`` or ``num_candidates`` is out of range, or ``b`` does not divide a target's width and ``pad``
-            is False.
+        ValueError: a number is out of range, ``init`` is unknown, or ``b`` does not divide a target's width and ``pad`` is False.
+        TypeError: an argument has the wrong type.
     """
 
     logits: nn.Parameter | None
@@ -137,13 +137,17 @@ class VBLoRAAdapter(Adapter):
         check_count("topk", topk)
         if topk > bank.num_vectors:
             raise ValueError(f"`topk` is {topk}, but must be at most `num_vectors`, {bank.num_vectors}.")
-        if num_candidates is not None and num_candidates < topk:
-            raise ValueError(f"`num_candidates` is {num_candidates}, but must be at least `topk`, {topk}.")
+        if num_candidates is not None:
+            check_count("num_candidates", num_candidates)
+            if num_candidates < topk:
+                raise ValueError(f"`num_candidates` is {num_candidates}, but must be at least `topk`, {topk}.")
+        if seed is not None:
+            check_seed("seed", seed)
         check_widths(self.targets, bank.vector_length, pad)
         check_start(init, train_scales)
         self.r = r
         self.topk = topk
-        self.init_logits_std = init_logits_std
+        self.init_logits_std = check_not_negative("init_logits_std", init_logits_std)
         self.scaling = check_positive("scaling", scaling)
         self.init = init
         self.bank = bank

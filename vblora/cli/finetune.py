@@ -209,7 +209,7 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--recipe", choices=["auto", *RECIPES], default="auto",
         help="learning rates of bank and logits; auto: language for causal-lm, and default for other tasks; paper: the "
-        "paper's, for 20 epochs or more (%(default)s)",
+        "paper's, which are slow (%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--lr-bank", type=positive, metavar="X", help="learning rate of the bank, instead of the recipe's"

@@ -130,13 +130,6 @@ class AdapterConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` is {getattr(self, name)!r}, but must be True or False.")
 
-    def _check_seed(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"`{name}` is {value!r}, but must be an integer.")
-        if not -(2**63) <= value < 2**63:
-            raise ValueError(f"`{name}` is {value}, but must be a signed 64-bit integer.")
-
     def to_dict(self) -> dict[str, Any]:
         """What files hold. ``inference_mode`` is a choice of the moment, so they lack it."""
         values = asdict(self)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..checks import check_count
+from ..checks import check_count, check_not_negative, check_seed
 from .base import AdapterConfig
 from .default_targets import FOR_VBLORA
 from .peft_fields import accepts_peft_fields
@@ -22,7 +22,8 @@ class VBLoRAConfig(AdapterConfig):
         num_vectors: h, the number of vectors in the bank.
         vector_length: b, the length of a bank vector. It must divide ``in_features`` and ``out_features`` of each target,
             unless ``pad`` is True.
-        topk: k, the number of bank vectors mixed into each sub-vector. The paper recommends 2, and so do we.
+        topk: k, the number of bank vectors mixed into each sub-vector. 2 is best in the paper (table 5). With 1, the logits get
+            no gradient.
         vblora_dropout: dropout probability of the update's input during training.
         init_vector_bank_bound: the bank is initialized uniformly in ``[-bound, bound]``.
         init_logits_std: standard deviation of the initial logits, which are normal.
@@ -73,7 +74,8 @@ class VBLoRAConfig(AdapterConfig):
         super().__post_init__()
         for name in ("num_vectors", "vector_length", "topk"):
             check_count(name, getattr(self, name))
-        self._check_numbers("init_vector_bank_bound", "init_logits_std", "scaling")
+        self._check_numbers("init_vector_bank_bound", "scaling")
+        self.init_logits_std = check_not_negative("init_logits_std", self.init_logits_std)
         if self.topk > self.num_vectors:
             raise ValueError(f"`topk` is {self.topk}, but must be at most `num_vectors`, {self.num_vectors}.")
         if self.num_candidates is not None:
@@ -83,18 +85,16 @@ class VBLoRAConfig(AdapterConfig):
                     f"`num_candidates` is {self.num_candidates}, but must be at least `topk`, {self.topk}."
                 )
         if self.seed is not None:
-            self._check_seed("seed")
+            check_seed("seed", self.seed)
         self._check_positive("init_vector_bank_bound", "scaling")
         self._check_flags("pad", "save_only_topk_weights", "train_scales")
-        if not self.init_logits_std >= 0:
-            raise ValueError(f"`init_logits_std` is {self.init_logits_std}, but must be at least 0.")
-        if self.init not in ("paper", "noop"):
-            raise ValueError(f'`init` is {self.init!r}; allowed are "paper" and "noop".')
         check_start(self.init, self.train_scales)
 
 
 def check_start(init: str, train_scales: bool) -> None:
-    """Refuses two reasons for the first update to be 0: together they make every gradient 0."""
+    """Refuses an unknown ``init``, and two reasons for the first update to be 0: together they make every gradient 0."""
+    if init not in ("paper", "noop"):
+        raise ValueError(f'`init` is {init!r}; allowed are "paper" and "noop".')
     if init == "noop" and train_scales:
         raise ValueError(
             '`init` is "noop" and `train_scales` is True. Each makes the first update 0, and together nothing would train. '

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..checks import check_seed
 from .base import AdapterConfig
 from .peft_fields import accepts_peft_fields
 
@@ -39,6 +40,6 @@ class VeraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_seed("projection_prng_key")
+        check_seed("projection_prng_key", self.projection_prng_key)
         self._check_numbers("d_initial")
         self._check_flags("save_projection", "init_weights")

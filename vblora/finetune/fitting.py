@@ -93,8 +93,8 @@ def warn_of_few_steps(arguments: argparse.Namespace, rows: int, steps: int, comm
         if arguments.epochs >= _FEW_EPOCHS:
             return None
         message = (
-            f"the paper's learning rates are for {_FEW_EPOCHS} epochs or more, but this run has {arguments.epochs}. "
-            f"Give --epochs {_FEW_EPOCHS}, or leave out --recipe paper."
+            "the paper's learning rates are slow: with them, it trains 20 to 160 epochs on GLUE, and this run has "
+            f"{arguments.epochs}. Give --epochs {_FEW_EPOCHS}, or leave out --recipe paper."
         )
     else:
         if steps >= _FEW_STEPS:
@@ -170,6 +170,15 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
             130,
         )
     return progress.seconds / max(progress.steps, 1)
+
+
+@contextmanager
+def saved_in(output: Path, what: str = "the trained adapter is") -> Iterator[None]:
+    """Within it, Ctrl-C ends the command with the message that what was trained is saved."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise CommandError(f"interrupted; {what} in {output}.", 130) from None
 
 
 def show_progress(trainer: Trainer) -> "_Progress":

@@ -96,6 +96,8 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
     else:
         train = texts.whole(path, columns, "--data", arguments.max_train, arguments.seed)
         held_out = texts.whole(evaluate, columns, "--eval-data", arguments.max_eval, arguments.seed)
+        if common := texts.count_common(train, held_out):
+            print_warning(_of_common_rows(common, len(held_out)))
     return LanguageTask(model, template, train, held_out)
 
 
@@ -103,7 +105,7 @@ def _refuse_for_plain_texts(arguments: argparse.Namespace, template: str | None)
     for option, given in (("--chat-template", template is not None), ("--loss last", arguments.loss == "last")):
         if given:
             raise CommandError(
-                f"{option} has no effect, because the rows are plain texts, which are learnt whole. Leave it out."
+                f"{option} has no effect, because the rows are plain texts, all of which the model learns. Leave it out."
             )
 
 
@@ -191,7 +193,13 @@ def _common_rows(train: list[data.Row], held_out: list[data.Row]) -> str | None:
     common = sum((row.text, row.pair) in seen for row in held_out)
     if not common:
         return None
-    return f"--eval-data: {common:,} of its {len(held_out):,} rows are also in --data, so the score is not that of unseen rows."
+    return _of_common_rows(common, len(held_out))
+
+
+def _of_common_rows(common: int, total: int) -> str:
+    return (
+        f"--eval-data: {common:,} of its {total:,} rows are also in --data, so the result is not that of unseen rows."
+    )
 
 
 def find_model(name: str) -> str:

@@ -20,10 +20,10 @@ _SAVE, _LOAD = (
 
 
 class VBLoRACallback(Callback):  # type: ignore[misc]  # lightning may not be installed
-    """Has a Lightning Trainer save the adapter alone in its checkpoints, and resume from them bit for bit.
+    """Makes the checkpoints of a Lightning Trainer contain only the adapter, so that the Trainer resumes from them bit for bit.
 
-    Works with ``lightning`` and ``pytorch_lightning``. Inject a model that the module holds, in its ``__init__`` or in
-    ``configure_model``, and return the optimizer that it needs from ``configure_optimizers``::
+    It works with ``lightning`` and ``pytorch_lightning``. Inject the model within the module's ``__init__`` or
+    ``configure_model``, and return an optimizer over :func:`vblora.parameter_groups` from ``configure_optimizers``::
 
         class Classifier(LightningModule):
             def __init__(self):
@@ -41,7 +41,7 @@ class VBLoRACallback(Callback):  # type: ignore[misc]  # lightning may not be in
     module. ``vblora.save(module.model, directory)`` writes the adapter's own folder.
 
     Raises:
-        ValueError: the module has no adapter; the strategy has a way of its own to write models (FSDP, DeepSpeed, model
+        ValueError: the module has no adapter; the strategy writes models in its own way (FSDP, DeepSpeed, model
             parallelism); or a checkpoint's adapter is not the module's.
     """
 

@@ -25,9 +25,9 @@ _Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 class SharedBankTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
-    """Trains one bank and an adapter for each of several tasks.
+    """Trains one bank, and an adapter for each of several tasks.
 
-    Give it one injected model for each task. All of them share a :class:`VectorBank`, and may differ in everything else: data,
+    Pass one injected model for each task. All of them share a :class:`VectorBank`. They may differ in everything else: data,
     head, targets, even the base model, as long as ``vector_length`` fits its layers::
 
         bank = vblora.VectorBank(256, 64)
@@ -37,23 +37,24 @@ class SharedBankTrainer(Trainer):  # type: ignore[misc]  # transformers is not t
         trainer.train()
         trainer.save_model("shared")  # shared/bank.safetensors, and an adapter's folder for each task
 
-    Each batch is of one task. An epoch has every row of every task once, in batches in a random order, so a task with twice the
-    rows gets twice the steps. Each model computes its own loss, so classifiers, regressions and language models mix.
+    Each batch contains rows of one task. An epoch contains every row of every task once, in batches in a random order, so a task
+    with twice the rows gets twice the steps. Each model computes its own loss, so you can mix classifiers, regressions and
+    language models.
 
-    Its checkpoints hold the same files as ``save_model``; ``resume_from_checkpoint`` and ``load_best_model_at_end`` read them.
+    Checkpoints contain the same files as ``save_model``; ``resume_from_checkpoint`` and ``load_best_model_at_end`` read them.
 
     Args:
-        models: the models by task. The names become names of folders.
-        args: as for the ``Trainer``.
-        train_dataset, eval_dataset: the rows by task. Metrics are named ``eval_TASK_...``.
-        data_collator: makes a batch of rows of one task; or one collator for each task, by its name.
+        models: the injected models, by the names of their tasks. The names become names of folders.
+        args: the ``TrainingArguments``.
+        train_dataset, eval_dataset: the data sets, by the same names. Metrics are named ``eval_TASK_...``.
+        data_collator: a function that makes a batch from rows of one task; or one such function for each task, by its name.
         rates: arguments of :func:`vblora.parameter_groups`, such as ``{"lr_bank": 2e-3}``.
         callbacks, trainer_arguments: further arguments of the ``Trainer``.
 
     Raises:
-        ValueError: fewer than two models, a name that is no folder's name, a model without an active VB-LoRA adapter or with
-            another bank than the first's, a bank that is frozen, data sets of other names than the models, or training with
-            several processes.
+        ValueError: there are fewer than two models, a name cannot name a folder, a model has no active VB-LoRA adapter or
+            another bank than the first one, the bank is frozen, data sets and models have different names, or several processes
+            train.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class SharedBankTrainer(Trainer):  # type: ignore[misc]  # transformers is not t
 
 
 def save_shared(models: Mapping[str, nn.Module], directory: str | os.PathLike[str], form: str | None = None) -> None:
-    """Saves models whose adapters share a bank: the bank as ``bank.safetensors``, and a folder for each adapter without it.
+    """Saves the adapters of models that share a bank: the bank as ``bank.safetensors``, and a folder without it per adapter.
 
     Load them with ``vblora.load(model, "DIRECTORY/NAME", bank="DIRECTORY/bank.safetensors")``.
 
@@ -144,7 +145,7 @@ def save_shared(models: Mapping[str, nn.Module], directory: str | os.PathLike[st
         form: ``"resume"`` or ``"deploy"``, as for :func:`vblora.save`.
 
     Raises:
-        ValueError: the models do not share a bank, a name is no folder's name, or the form includes the bank.
+        ValueError: the models do not share a bank, a name cannot name a folder, or the form includes the bank.
     """
     if form not in (None, "resume", "deploy"):
         raise ValueError(f'`form` is {form!r}, which includes the bank; allowed are "resume" and "deploy".')

@@ -33,21 +33,21 @@ _NAME = _PREFIX + "adapter_name"
 
 
 def trainer_arguments(model: nn.Module, *, weight_decay: float = 0.0, **groups: Any) -> dict[str, Any]:
-    """What ``transformers.Trainer`` and its subclasses need to train an injected model: an optimizer and the callback.
+    """The arguments with which ``transformers.Trainer`` and its subclasses train an injected model: optimizer and callback.
 
-    The optimizer is AdamW over :func:`vblora.parameter_groups`; the Trainer makes the schedule. Its own optimizer would
-    train the adapter at ``TrainingArguments.learning_rate``, whose default is far too low. Works for TRL's ``SFTTrainer``
-    and sentence-transformers' ``SentenceTransformerTrainer`` too::
+    The optimizer is AdamW over :func:`vblora.parameter_groups`; the Trainer makes the schedule. The Trainer's own optimizer
+    would train the adapter at ``TrainingArguments.learning_rate``, whose default is far too low. This also works for TRL's
+    ``SFTTrainer`` and sentence-transformers' ``SentenceTransformerTrainer``::
 
         trainer = Trainer(model, arguments, train_dataset=data, **trainer_arguments(model))
 
     Args:
         model: an injected model.
-        weight_decay: of all parameters but the logits, which have none.
+        weight_decay: AdamW's weight decay for all parameters but the logits, which get none.
         groups: other arguments of :func:`vblora.parameter_groups`, such as ``recipe`` or ``lr_bank``.
 
     Returns:
-        ``optimizers`` and ``callbacks``. To pass callbacks of your own, add them to the list.
+        A dict with ``optimizers`` and ``callbacks``. To pass callbacks of your own, add them to the list ``callbacks``.
 
     Raises:
         ValueError: the model has no active adapter.
@@ -58,40 +58,42 @@ def trainer_arguments(model: nn.Module, *, weight_decay: float = 0.0, **groups: 
 
 
 class VBLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """Has a Trainer save the adapter alone in its checkpoints, and resume from them bit for bit.
+    """Makes the checkpoints of a Trainer contain only the adapter, so that the Trainer resumes from them bit for bit.
 
-    Each checkpoint folder, and what ``trainer.save_model()`` writes, is an adapter's folder in its resume form, which
+    Each checkpoint, and what ``trainer.save_model()`` writes, is an adapter's folder in the resume form, which
     :func:`vblora.load` reads. ``trainer.train(resume_from_checkpoint=...)`` and ``load_best_model_at_end`` restore it. The
     state of an optimizer that you pass to the Trainer is stored packed (:func:`vblora.pack_optimizer`).
 
-    It warns, once each, where training with candidates differs from training with all logits: when training begins, of an
-    optimizer that changes logits which were never selected; when the Trainer logs or ends, of exhausted rows. When training
-    with one of TRL's trainers begins, it warns of a reference model without the adapter that training starts from.
+    The callback also warns, once each:
+
+    - when training begins, if the optimizer changes logits that were never selected, or if the reference model of one of TRL's
+      trainers lacks the adapter that training starts from;
+    - when the Trainer logs or ends, if sub-vectors have used up their candidates.
 
     Inject the model first, and pass the callback when you make the Trainer; :func:`trainer_arguments` does that::
 
         trainer = Trainer(model, arguments, ..., **trainer_arguments(model))
 
-    A Trainer with ``model_init`` makes a new model when training begins, before it calls its callbacks. To resume, prepare each
-    one there::
+    A Trainer with ``model_init`` makes a new model when training begins, before it calls its callbacks. To resume, call
+    ``VBLoRACallback(model)`` on each new model::
 
         def model_init():
             model = vblora.inject(AutoModelForSequenceClassification.from_pretrained(name), config)
             VBLoRACallback(model)
             return model
 
-    The Trainer calls the model's ``save_pretrained`` and ``load_state_dict``, so the callback replaces these two of the
-    model. They stay replaced after training; after :func:`vblora.eject` they do what the model's own do. In a
+    The Trainer calls the model's ``save_pretrained`` and ``load_state_dict``, so the callback replaces these two methods of the
+    model. They stay replaced after training; after :func:`vblora.eject` they do what they did before. In a
     ``SentenceTransformer`` only ``save_pretrained`` is replaced: its trainer saves the adapter, but cannot resume.
 
     Args:
-        model: the injected model. It is needed if the base model is quantised, because the Trainer asks whether such a model has
+        model: the injected model. Pass it if the base model is quantised, because the Trainer checks whether such a model has
             an adapter before it calls its callbacks.
 
     Raises:
         TypeError: ``model`` has no ``save_pretrained``.
-        ValueError: ``model`` has no adapter. Or, when training begins: the checkpoint's adapter was not restored, because the
-            Trainer got the callback too late; its optimizer state is packed, but the Trainer was not passed an optimizer; or
+        ValueError: ``model`` has no adapter. When training begins: the checkpoint's adapter was not restored, because the
+            Trainer got the callback too late; the checkpoint's optimizer state is packed, but you did not pass an optimizer;
             the Trainer uses its FSDP or DeepSpeed, which save and load models without ``save_pretrained``; or
             ``load_best_model_at_end`` is on for a ``SentenceTransformer``.
     """

@@ -9,6 +9,7 @@ from ..adapters import VBLoRAAdapter
 from ..adapters.base import note_living
 from ..adapters.vblora import default_length
 from ..bank import VectorBank
+from ..checks import check_number
 from ..errors import VBLoRAWarning
 from .adapted import AdaptedLayer, Update
 from .kinds import is_linear, refusal, target_of
@@ -48,7 +49,7 @@ class VBLinear(AdaptedLayer):
 
     Raises:
         ValueError: an argument is out of range or contradicts another.
-        TypeError: ``base_layer`` is of another type or cannot be adapted.
+        TypeError: an argument has the wrong type, or ``base_layer`` cannot be adapted.
 
     Shape:
         ``(*, in_features)`` to ``(*, out_features)``.
@@ -92,7 +93,7 @@ class VBLinear(AdaptedLayer):
             raise ValueError(
                 "`num_vectors` and `vector_length` apply to a new bank, but `bank` was given. Leave out one or the other."
             )
-        if not 0.0 <= dropout < 1.0:
+        if not 0.0 <= check_number("dropout", dropout) < 1.0:
             raise ValueError(f"`dropout` is {dropout}, but must be at least 0 and below 1.")
         if base_layer is None:
             if in_features is None or out_features is None:

@@ -75,6 +75,9 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
 def unmerge(model: ModuleT) -> ModuleT:
     """Restores the weights from before :func:`merge`, bit for bit. A model that is not merged does not change.
 
+    Returns:
+        The same model.
+
     Raises:
         ValueError: the weights were released, or the model is disabled.
     """
