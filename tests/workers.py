@@ -1,5 +1,6 @@
 """Several processes on this machine, as ``torch.distributed`` has them."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ def _work(rank: int, count: int, folder: str, function: Callable, arguments: tup
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    gc.freeze()  # as tests/conftest.py does
     store = torch.distributed.FileStore(f"{folder}/store", count)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
     try:

@@ -7,6 +7,19 @@ import pytest
 
 from tests.tables import make_rows, write_csv
 from vblora.cli import main
+from vblora.finetune import pictures
+
+
+@pytest.fixture
+def rendered() -> None:
+    """For tests that want the pictures, too."""
+
+
+@pytest.fixture(autouse=True)
+def unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn, but not rendered into their files, which takes longer than training a tiny model."""
+    if "rendered" not in request.fixturenames:
+        monkeypatch.setattr(pictures, "_save", lambda _, path: path.touch())
 
 
 @pytest.fixture

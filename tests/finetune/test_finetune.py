@@ -58,6 +58,7 @@ def test_learning_rates_rise_over_the_first_fiftieth_of_the_steps_and_fall(finet
     assert rates[-1] == pytest.approx(3e-3 / 98)
 
 
+@pytest.mark.usefixtures("rendered")
 def test_trains_measures_saves_and_reloads(finetune, tiny_model, table, tmp_path, capsys):
     out = tmp_path / "out"
     assert finetune("--data", table, "--epochs", "6", "--group-column", "film", "--precision", "float32") == 0
@@ -141,6 +142,7 @@ def test_exhausted_candidates_are_said_once(finetune, table, tmp_path):
         assert finetune("--data", table, *options) == 0
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_bank_of_another_task_is_used_as_it_is(finetune, tiny_model, table, tmp_path, capsys):
     bank = tmp_path / "bank.safetensors"
     vblora.VectorBank(16, 16).save(bank)
@@ -579,6 +581,7 @@ def test_a_reload_that_differs_is_a_failure(finetune, table, capsys, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rendered")
 def test_the_demo_on_a_few_rows(tmp_path, capsys):
     try:
         demo.find_model(), demo.find_data()

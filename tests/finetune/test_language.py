@@ -73,6 +73,7 @@ def held_out_loss(model, base: Path, rows: list[dict]) -> float:
     return torch.cat(losses).mean().item()
 
 
+@pytest.mark.usefixtures("rendered")
 def test_trains_measures_saves_and_reloads(finetune, base, pairs, tmp_path, capsys):
     rows = make_pairs(7, seed=1)
     rows[0]["completion"] += " the film" * 5  # batches whose tokens differ in number

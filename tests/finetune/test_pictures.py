@@ -10,6 +10,8 @@ import vblora
 from tests.small_models import Net
 from vblora.cli import main
 
+pytestmark = pytest.mark.usefixtures("rendered")
+
 CONFIG = vblora.VBLoRAConfig(
     r=2, num_vectors=12, vector_length=4, topk=2, num_candidates=6, target_modules=["up", "down"], seed=3
 )

@@ -50,6 +50,7 @@ def test_numbers_with_fractions_are_scores():
     assert not data.are_scores(rows("1.5", "good"))
 
 
+@pytest.mark.usefixtures("rendered")
 def test_scores_are_learnt_and_predicted_in_their_own_units(finetune, tiny_model, tmp_path, capsys):
     table = write_csv(tmp_path / "scores.csv", make_scores(240))
     options = ["--epochs", "8", "--batch-size", "4", "--lr-bank", "0.02", "--precision", "float32"]
