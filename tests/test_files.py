@@ -35,6 +35,7 @@ def test_of_two_that_write_at_once_no_mixture_stays(tmp_path, monkeypatch):
             time.sleep(0.3)  # in which the other would write both
 
     monkeypatch.setattr(files.os, "replace", slow_replace)
+    monkeypatch.setattr(files, "_LOCK_TRIALS", 10_000)
     other = threading.Thread(target=lambda: first.wait() and files.write_files({two: b"2", one: b"2"}))
     other.start()
     files.write_files({one: b"1", two: b"1"})
@@ -61,6 +62,7 @@ def test_no_mixture_is_read_while_files_are_replaced(tmp_path, monkeypatch):
         time.sleep(0.1)
 
     monkeypatch.setattr(files.os, "replace", slow_replace)
+    monkeypatch.setattr(files, "_LOCK_TRIALS", 10_000)
     other = threading.Thread(target=save, args=[2])
     other.start()
     first.wait()

@@ -158,6 +158,13 @@ def test_a_template_that_leaves_out_tools_is_refused():
         "{% for m in messages %}{% for c in m.tool_calls or [] %}{{c.function.name}}{% endfor %}{% endfor %}"
     )
     assert encoder.prompt(CHAT.prompt, [call])
+    encoder.tokenizer.chat_template = encoder.tokenizer.chat_template.replace(
+        "{{c.function.name}}", "{{c.function|tojson}}"
+    )
+    assert encoder.encode(CHAT._replace(completion=spoken))
+    call["function"]["arguments"] = '{"word": "cat"}'
+    with pytest.raises(CommandError, match="as a string in JSON, because the row has a string"):
+        encoder.encode(CHAT._replace(completion=spoken))
 
 
 def test_a_template_that_changes_earlier_messages_is_refused():

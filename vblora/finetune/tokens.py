@@ -104,7 +104,7 @@ class Encoder:
         return text
 
     def _check_tools(self, messages: list[Message], tools: list[Any] | None, text: str) -> None:
-        """Refuses a template that leaves out tools, or calls of them: many do so without a word."""
+        """Refuses a template that leaves out tools or calls of them, or encodes arguments twice: many do so without a word."""
         lacking = None
         if tools and self._render(messages, None) == self._render(messages, tools):
             lacking = "the column `tools`"
@@ -113,6 +113,12 @@ class Encoder:
             name = about.get("name") if isinstance(about, dict) else None
             if not isinstance(name, str) or name not in text:
                 lacking = f"the tool call {json.dumps(call):.60}"
+            arguments = about.get("arguments") if isinstance(about, dict) else None
+            if isinstance(arguments, str) and '"' in arguments and json.dumps(arguments, ensure_ascii=False) in text:
+                raise CommandError(
+                    f"the chat template writes the arguments of the tool call {json.dumps(call):.60} as a string in JSON, "
+                    "because the row has a string. Give an object, as the template expects."
+                )
         if lacking:
             raise CommandError(
                 f"--chat-template: the tokenizer's chat template leaves out {lacking}. Give a template that has it, or remove it "
