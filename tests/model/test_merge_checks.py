@@ -69,6 +69,11 @@ def test_layers_that_share_a_weight_are_named():
     )
     with pytest.warns(vblora.VBLoRAWarning, match="`model.embed_tokens` and `lm_head` share one weight"):
         vblora.merge(model)
+    merged = model.lm_head.weight
+    with pytest.raises(ValueError, match="its original weight would take the place of the merged one"):
+        model.tie_weights()
+    assert model.lm_head.weight is merged
+    vblora.unmerge(model).tie_weights()
 
 
 def test_a_layer_without_weights_is_left_out():
