@@ -40,6 +40,20 @@ def test_hooks_of_the_adapted_layer_are_right():
     assert relative_error(net(X), adapted) < 1e-5
 
 
+def test_a_base_layer_that_was_replaced_is_refused():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = vblora.inject(Net(blocks=1), config("up"))
+    net.blocks[0].up.base_layer = Doubled(16, 32)
+    with pytest.raises(TypeError, match=r"base layer of `blocks.0.up` is a Doubled now, which is no plain nn.Linear"):
+        vblora.merge(net)
+    net.blocks[0].up.base_layer = nn.Linear(16, 32)
+    expected = net(X)
+    assert relative_error(vblora.merge(net)(X), expected) < 1e-5
+
+
 def test_folding_a_normalization_into_an_adapted_layer_is_warned_of():
     model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)).eval()
     nn.init.uniform_(model[1].weight, 1, 2)
@@ -69,6 +83,11 @@ def test_layers_that_share_a_weight_are_named():
     )
     with pytest.warns(vblora.VBLoRAWarning, match="`model.embed_tokens` and `lm_head` share one weight"):
         vblora.merge(model)
+    merged = model.lm_head.weight
+    with pytest.raises(ValueError, match="its original weight would take the place of the merged one"):
+        model.tie_weights()
+    assert model.lm_head.weight is merged
+    vblora.unmerge(model).tie_weights()
 
 
 def test_a_layer_without_weights_is_left_out():

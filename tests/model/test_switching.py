@@ -206,7 +206,10 @@ def test_deleting_frees_it_and_unwraps_its_layers(nets):
 
 def test_a_deleted_name_can_be_used_again(nets):
     net, model, x = nets
-    vblora.delete_adapter(model, "default")
+    with pytest.warns(
+        vblora.VBLoRAWarning, match="'default' was the only active one, so the model is its base model now"
+    ):
+        vblora.delete_adapter(model, "default")
     assert vblora.active_adapters(model) == []
     assert torch.equal(model(x), net(x))
     vblora.inject(model, FIRST)

@@ -126,6 +126,11 @@ class AdaptedLayer(nn.Module):
                     VBLoRAWarning,
                     stacklevel=2,
                 )
+            if name == "weight" and self.unmerged is not None and value is self.unmerged.original:
+                raise ValueError(
+                    "an adapter is merged into this layer, and its original weight would take the place of the merged one, such "
+                    "as when a model ties its weights again. Call vblora.unmerge first."
+                )
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, adapted_layers
+from ..layers.kinds import refusal
 from ..layers.weights import Rounding, can_merge_into, format_name
 from .merge_checks import warn_before_merging
 from .record import ModuleT, adapted_models, refuse_if_disabled
@@ -32,7 +33,8 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
     Raises:
         ValueError: the model has no adapted layers or is disabled, an adapter is not active or is already merged, a forward read
             the weight of a layer without calling it, or a sum is not finite in the weight's dtype. Nothing is merged then.
-        TypeError: a base weight is computed from other tensors, or its quantisation format is unknown.
+        TypeError: a base weight is computed from other tensors, or its quantisation format is unknown; or a base layer was
+            replaced by one of another kind.
     """
     layers = adapted_layers(model)
     refuse_if_disabled([layer for _, layer in layers])
@@ -55,6 +57,11 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
         if "weight" not in layer.base_layer._parameters:
             raise TypeError(
                 f"the weight of layer `{name}` is parametrized: it is computed from other tensors and cannot be replaced."
+            )
+        if reason := refusal(layer.base_layer):
+            raise TypeError(
+                f"the base layer of `{name}` is a {type(layer.base_layer).__name__} now{reason}. Something replaced it after "
+                "vblora.inject, so merging could change what the layer computes. Nothing was merged."
             )
         weight = layer.merged_weight(chosen[layer])
         if not weight.isfinite().all():

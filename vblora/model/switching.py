@@ -1,10 +1,12 @@
 """Switches, disables and removes the adapters of a model."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
+from ..errors import VBLoRAWarning
 from ..layers.adapted import adapted_layers
 from .record import ModuleT, adapted_model, adapted_models, check_adapter_name, refuse_if_disabled, refuse_if_merged
 
@@ -49,7 +51,8 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Removes one adapter from a model and frees its memory. Which of the others are active does not change.
+    """Removes one adapter from a model and frees its memory. Which of the others are active does not change: if none is, the
+    model is its base model, and a warning says so.
 
     Removing the last adapter leaves the model as :func:`eject` does.
 
@@ -60,9 +63,17 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     check_adapter_name(record, adapter_name)
     refuse_if_disabled(record.layers)
     refuse_if_merged(record.layers)
+    was_active = adapter_name in record.active
     record.remove(adapter_name)
     if not record.adapters:
         record.take_out()
+    elif was_active and not record.active:
+        warnings.warn(
+            f"adapter {adapter_name!r} was the only active one, so the model is its base model now. Activate one of "
+            f"{', '.join(record.adapters)} with vblora.set_adapter.",
+            VBLoRAWarning,
+            stacklevel=2,
+        )
 
 
 def eject(model: ModuleT) -> ModuleT:
