@@ -131,7 +131,7 @@ class _Linear(torch.autograd.Function):
             return grad_x, None, None, grad_A, grad_B
         shape = (*grad.shape[:-1], A.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
-        rows = None if x is None else x.reshape(-1, A.shape[1])
+        rows: Any = None if x is None else x.reshape(-1, A.shape[1])
         if torch.is_grad_enabled() and rows is not None:  # a derivative of this backward
             if ctx.x_dtype != A.dtype:
                 raise RuntimeError(
