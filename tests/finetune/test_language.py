@@ -143,6 +143,18 @@ def test_prompts_are_cut_out_of_plain_texts(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("completion", "told"), [("Paris", True), (" Paris", False), ("\nParis", False), ("你好", False)]
+)
+def test_says_that_prompts_and_completions_are_joined_without_a_space(completion, told, capsys):
+    from vblora.finetune import language
+
+    language._warn_of_joined([texts.Example("The capital of France?", completion)] * 2)
+    assert (
+        "no space is between prompts and completions: 'e capital of France?Paris'" in capsys.readouterr().err
+    ) == told
+
+
 def test_a_row_that_is_refused_as_it_is_tokenised_is_one_line(finetune, tmp_path, capsys):
     template = tmp_path / "template.jinja"
     template.write_text("{{ raise_exception('no user') }}")

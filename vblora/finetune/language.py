@@ -220,7 +220,21 @@ def _encoder(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, 
     if tokenizer.eos_token_id is None:
         raise CommandError(f"--model: the tokenizer of {task.model!r} has no token that ends a text.")
     chat = arguments.chat_template != "none" and tokenizer.chat_template is not None
+    if not chat:
+        _warn_of_joined(_first(task.train, 100))
     return Encoder(tokenizer, chat, arguments.loss)
+
+
+def _warn_of_joined(examples: list[Example]) -> None:
+    """Says so if no space is between plain prompts and completions, which the model would learn."""
+    pairs = [(one.prompt, one.completion) for one in examples if isinstance(one.prompt, str)]
+    ends = [prompt[-1] + str(completion)[0] for prompt, completion in pairs]
+    if ends and all(end.isascii() and not end[0].isspace() and end[1].isalnum() for end in ends):
+        prompt, completion = pairs[0]
+        print_warning(
+            f"no space is between prompts and completions: {prompt[-20:] + str(completion)[:20]!r}. Without a chat template, "
+            "they are joined as they are: begin each completion with a space or a line break."
+        )
 
 
 def _first(texts: Texts, count: int) -> list[Example]:

@@ -70,6 +70,7 @@ def check_completeness(whole: nn.Module, record: "AdaptedModel", attached: "Atta
     refuse_peft_layers(record.model)
     _refuse_new_ties(record, attached)
     _check_additions(record)
+    _warn_of_moved(record, attached, names)
     own = {id(p) for adapter in record.adapters.values() for p in adapter.parameters.values()}
     others = [
         name.replace(".base_layer.", ".")
@@ -132,6 +133,20 @@ def _refuse_blocked_gradients(record: "AdaptedModel", attached: "AttachedAdapter
                 f"`{record.names[layer][0]}` also quantises its input since something quantised the model after vblora.inject, "
                 "and passes no gradient to the layers before it. Quantise only weights, as torchao's Int8WeightOnlyConfig does."
             )
+
+
+def _warn_of_moved(record: "AdaptedModel", attached: "AttachedAdapter", names: dict[nn.Module, str]) -> None:
+    """Warns of layers whose names in the file are those of other modules now, because the model's blocks were reordered."""
+    taken = set(names.values())
+    before = {layer: record.names[layer][0] for layer in attached.layers}
+    moved = [name for layer, name in before.items() if names[layer] not in record.names[layer] and name in taken]
+    if moved:
+        warnings.warn(
+            f"{listed(moved)} are names of other modules now than when the adapter was injected. Its file holds the layers under "
+            "the names that they had: load it into the model as it was, and change the order of its modules then.",
+            VBLoRAWarning,
+            stacklevel=4,
+        )
 
 
 def _lost(record: "AdaptedModel", attached: "AttachedAdapter", modules: Container[nn.Module]) -> list[str]:
