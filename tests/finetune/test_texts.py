@@ -51,7 +51,7 @@ def test_the_columns_tell_what_rows_are(tmp_path):
         ([{"messages": [{"role": "user", "content": 3}]}], "content of a message is 3; it must be text"),
         ([{"messages": [{"role": "assistant", "content": " "}]}], "line 1: a message of the assistant is empty"),
         ([{"text": "a"}, {"text": " "}], "line 2: column 'text' is empty"),
-        ([{"text": float("nan")}], "line 1: column 'text' is NaN, as of a missing value"),
+        ([{"text": float("nan")}], "line 1: column 'text' is NaN, which stands for a missing value"),
         (
             [{"prompt": '[{"role": "user", "content": "a"}]', "completion": "b"}],
             "line 1: column 'prompt' is a list of messages that was written as text",
