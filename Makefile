@@ -27,7 +27,8 @@ PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 COVERAGE ?= 1
 
 SHELL := /bin/bash
-PIP = bin/python -m pip install -qq
+# Without --no-compile, pip would compile 700 MB of Python files, of which few are ever imported.
+PIP = bin/python -m pip install -qq --no-compile
 # FLOOR is the oldest supported torch. TORCH is the one to build and test with; some package indexes serve a CPU build of
 # this version.
 FLOOR := torch==2.11.0

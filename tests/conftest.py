@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
 from collections.abc import Iterator
@@ -45,6 +46,12 @@ def _backends() -> dict[str, Backend]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(*names): run on these backends only; on all there are, if not given")
+
+
+def pytest_collection_finish() -> None:
+    # Trainers and benchmarks collect garbage hundreds of times, which takes half a second if all that was imported is searched.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -184,29 +183,31 @@ FSDP = [
 ]
 
 
-def each(function, cases, folder):
-    return [function(*case, folder / str(number)) for number, case in enumerate(cases)]
+MIXED = [True, False]
+
+
+def each_case(folder):
+    return {
+        "ddp": [train_ddp(*case, folder / f"ddp-{number}") for number, case in enumerate(DDP)],
+        "fsdp": [train_fsdp(*case, folder / f"fsdp-{number}") for number, case in enumerate(FSDP)],
+        "mixed": [train_mixed(own_group) for own_group in MIXED],
+    }
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """What each case returns in each process. Two processes for all cases: it is their start that takes the time."""
-
-    @functools.cache
-    def run(function, cases):
-        folder = tmp_path_factory.mktemp(function.__name__)
-        return folder, run_in_processes(each, folder, function, cases, folder)
-
-    return run
+    folder = tmp_path_factory.mktemp("together")
+    return folder, run_in_processes(each_case, folder, folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", DDP)
 def test_ddp(case, together):
-    folder, returned = together(train_ddp, tuple(DDP))
+    folder, returned = together
     number = DDP.index(case)
-    returned = [ours[number] for ours in returned]
-    check(folder / str(number), returned, *case)
+    returned = [ours["ddp"][number] for ours in returned]
+    check(folder / f"ddp-{number}", returned, *case)
     assert [buffers for *_, buffers in returned] == [[], []]
     assert returned[0][2] > 0 or case[-1] != 4
 
@@ -214,15 +215,15 @@ def test_ddp(case, together):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FSDP)
 def test_fsdp2(case, together):
-    folder, returned = together(train_fsdp, tuple(FSDP))
+    folder, returned = together
     number = FSDP.index(case)
-    returned = [ours[number] for ours in returned]
-    check(folder / str(number), returned, *case[1:])
+    returned = [ours["fsdp"][number] for ours in returned]
+    check(folder / f"fsdp-{number}", returned, *case[1:])
     for *_, outputs in returned:
         torch.testing.assert_close(outputs, alone(*case[1:])[-1], **ROUNDING)
 
 
-def train_mixed(own_group, folder):
+def train_mixed(own_group):
     """Losses of layers in bfloat16, and the dtypes of logits that the operator got."""
     model = injected(num_candidates=4)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -251,9 +252,9 @@ class Logits(TorchDispatchMode):
 
 @pytest.mark.slow
 def test_fsdp2_rounds_no_logits_of_a_group_of_their_own(together):
-    _, returned = together(train_mixed, ((True,), (False,)))
+    _, returned = together
     losses = alone(None, 4)[2]
-    for own, roots in returned:
+    for own, roots in (ours["mixed"] for ours in returned):
         assert own[1] == {torch.float32} and roots[1] == {torch.bfloat16}
         torch.testing.assert_close(own[0], losses, rtol=2e-2, atol=0)
 

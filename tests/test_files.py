@@ -10,6 +10,7 @@ import torch
 import vblora
 from tests.small_models import Net
 from vblora import bank, files
+from vblora.checkpoint import folder
 
 
 def test_either_all_files_are_replaced_or_none(tmp_path):
@@ -41,9 +42,37 @@ def test_of_two_that_write_at_once_no_mixture_stays(tmp_path, monkeypatch):
     assert (one.read_bytes(), two.read_bytes()) == (b"2", b"2")
 
 
+def test_no_mixture_is_read_while_files_are_replaced(tmp_path, monkeypatch):
+    """Of PEFT's forms, both files count: here the factors, and by how much their product is multiplied."""
+
+    def save(alpha):
+        config = vblora.LoraConfig(r=1, lora_alpha=alpha, target_modules=["up"])
+        model = vblora.inject(Net(blocks=1), config)
+        with torch.no_grad():
+            model.vblora.default.factors.fill_(alpha)
+        vblora.save(model, tmp_path, form="peft")
+
+    save(1)
+    replace, first = files.os.replace, threading.Event()
+
+    def slow_replace(source, path):
+        replace(source, path)
+        first.set()
+        time.sleep(0.1)
+
+    monkeypatch.setattr(files.os, "replace", slow_replace)
+    other = threading.Thread(target=save, args=[2])
+    other.start()
+    first.wait()
+    during, _ = folder.read(tmp_path)
+    other.join()
+    after, _ = folder.read(tmp_path)
+    assert during.config == after.config and torch.equal(during.tensors["factors"], after.tensors["factors"])
+
+
 def test_a_locked_folder_is_written_to_in_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_LOCK_TRIALS", 2)
-    with files._locked({tmp_path}):
+    with files.locked({tmp_path}):
         files.write_file(tmp_path / "one", b"1")
     assert (tmp_path / "one").read_bytes() == b"1"
 

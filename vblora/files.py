@@ -8,7 +8,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +25,7 @@ _BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that o
     codecs.BOM_UTF8: "UTF-8",
 }
 
-_LOCK_TRIALS = 200  # 10 seconds; files are renamed in a moment
+_LOCK_TRIALS = 100  # a second; files are renamed in a moment
 
 
 def refuse_lfs_pointer(path: Path) -> None:
@@ -119,7 +119,7 @@ def write_files(files: dict[Path, bytes]) -> None:
             with open(temporary, "xb") as file:
                 file.write(files[path])
             sync(temporary)
-        with _locked({path.parent for path in files}):
+        with locked({path.parent for path in files}):
             for temporary, path in temporaries.items():
                 os.replace(temporary, path)
     except BaseException:
@@ -131,21 +131,28 @@ def write_files(files: dict[Path, bytes]) -> None:
 
 
 @contextmanager
-def _locked(folders: set[Path]) -> Iterator[None]:
-    """Keeps other processes that use this function out of the folders."""
+def locked(folders: set[Path], shared: bool = False) -> Iterator[None]:
+    """Keeps other processes from renaming files in the folders with :func:`write_files`.
+
+    Args:
+        shared: several readers may be in a folder at once.
+    """
     with ExitStack() as stack:
         for folder in sorted(folders):
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)  # which unlocks it
-            for _ in range(_LOCK_TRIALS):  # not for ever: somebody may lock the folder during all of a training
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.05)
-                except OSError:  # some network file systems have no locks
-                    break
+            with suppress(OSError):  # a folder that cannot be listed, or a network file system without locks
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)  # which unlocks it
+                _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
+
+
+def _lock(descriptor: int, kind: int) -> None:
+    """Waits for a lock, but not for ever: somebody may hold one on the folder during all of a training."""
+    for _ in range(_LOCK_TRIALS):
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -237,7 +237,7 @@ def is_recorded() -> bool:
 
     Then write to no tensor from outside, and call the same operators with and without gradients: a trace is checked without.
     """
-    return is_transformed() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
+    return not torch.compiler.is_compiling() and (is_transformed() or torch._C._is_tracing())
 
 
 def admixture_in_parts(

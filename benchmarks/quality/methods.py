@@ -97,10 +97,8 @@ LANGUAGE_RECIPES = {
     "frozen": Recipe(None),
     "frozen, 3 examples": Recipe(None, {"shots": 3}),
     "LoRA r=8": Recipe("lora", {"r": 8, "lora_alpha": 8} | _ALL, {"lr_factors": 4e-3}),
-    "VeRA r=256": Recipe("vera", {"r": 256, "d_initial": 0.03} | _ALL, {"lr_vectors": 2e-2}),
-    "Tied-LoRA r=24": Recipe(
-        "tied_lora", {"r": 24, "lora_alpha": 96} | _ALL, {"lr_factors": 1.5e-3, "lr_vectors": 3e-2}
-    ),
+    "VeRA r=256": Recipe("vera", {"r": 256, "d_initial": 0.03} | _ALL, {"lr_vectors": 8e-2}),
+    "Tied-LoRA r=24": Recipe("tied_lora", {"r": 24, "lora_alpha": 96} | _ALL, {"lr_factors": 3e-3, "lr_vectors": 3e-2}),
     "VB-LoRA": _language_vb("language"),
     "VB-LoRA, the paper's rates": _language_vb("paper"),
 }
@@ -137,10 +135,10 @@ SPACES = {method: _ANY | space for method, space in SPACES.items()}
 _LANGUAGE_ANY: Space = {"warm_up": (0.02, 0.06, 0.15)}
 LANGUAGE_SPACES: dict[str | None, Space] = {
     None: {},
-    "lora": _LANGUAGE_ANY | {"lr_factors": (5e-4, 1e-3, 2e-3, 4e-3), "lora_alpha": (8, 16)},
-    "vera": _LANGUAGE_ANY | {"lr_vectors": (5e-3, 1e-2, 2e-2, 4e-2), "d_initial": (0.03, 0.1, 0.3)},
+    "lora": _LANGUAGE_ANY | {"lr_factors": (1e-3, 2e-3, 4e-3, 8e-3), "lora_alpha": (8, 16)},
+    "vera": _LANGUAGE_ANY | {"lr_vectors": (2e-2, 4e-2, 8e-2, 0.16), "d_initial": (0.03, 0.1, 0.3)},
     "tied_lora": _LANGUAGE_ANY
-    | {"lr_factors": (5e-4, 1.5e-3, 3e-3), "lr_vectors": (1e-2, 3e-2), "lora_alpha": (24, 48, 96)},
+    | {"lr_factors": (1.5e-3, 3e-3, 6e-3), "lr_vectors": (1e-2, 3e-2), "lora_alpha": (24, 48, 96)},
     "vblora": _LANGUAGE_ANY | {"lr_bank": (1.5e-3, 3e-3, 6e-3, 1.2e-2), "lr_logits": (0.05, 0.15, 0.5)},
 }
 

@@ -57,9 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _shared(
-    arguments: argparse.Namespace, left_out: str, rows: tasks.Rows, settings: Settings
-) -> dict[str, torch.Tensor]:
+def _shared(arguments: argparse.Namespace, left_out: str, rows: tasks.Rows, settings: Settings) -> torch.Tensor:
     """The bank of all tasks but this one and its relatives, trained now if it is not in its file."""
     names = [name for name in tasks.others(left_out) if name in arguments.bank_tasks]
     path = arguments.output.parent / f"bank-{'+'.join(names)}-{rows.train}x{settings.epochs}.safetensors".replace(
@@ -67,11 +65,11 @@ def _shared(
     )
     if not path.exists():
         read = [tasks.read(name, arguments.glue, arguments.e2e, rows) for name in names]
-        state, about = train_bank(read, VARIANTS["own"], 0, settings)
+        bank, about = train_bank(read, VARIANTS["own"], 0, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, state)
+        write_tensors(path, {"bank": bank})
         print(f"{path.name}: {about['scores']}", file=sys.stderr)
-    return read_tensors(path)[0]
+    return read_tensors(path)[0]["bank"]
 
 
 def _label(name: str, changes: list[str]) -> str:

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import vblora
 from vblora.bank import VectorBank
@@ -18,13 +17,8 @@ def adapt(
     bank: VectorBank,
     *,
     train_bank: bool,
-    start: dict[str, Tensor] | None,
 ) -> dict[str, dict[str, Any]]:
-    """Gives the model an adapter and returns the optimizer's groups by name.
-
-    Args:
-        start: logits to begin with, and their candidates, instead of a draw.
-    """
+    """Gives the model an adapter and returns the optimizer's groups by name."""
     config = vblora.VBLoRAConfig(
         r=variant.r,
         num_vectors=bank.num_vectors,
@@ -36,14 +30,6 @@ def adapt(
         modules_to_save=["classifier"],
     )
     vblora.inject(model, config, bank=bank, freeze_bank=not train_bank)
-    if start is not None:
-        adapter = model.vblora["default"]
-        with torch.no_grad():
-            adapter.logits.copy_(start["logits"])
-            if adapter.candidates is not None:
-                adapter.candidates.copy_(start["candidates"])
-            if adapter.scales is not None:
-                adapter.scales.fill_(1.0)
     groups = vblora.parameter_groups(
         model,
         lr_bank=variant.lr_bank,

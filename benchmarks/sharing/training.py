@@ -20,19 +20,14 @@ from ..quality.training import Settings, _Batches, _loss, _predict
 from .adapter import adapt
 from .variants import Variant
 
-State = dict[
-    str, Tensor
-]  # a bank, and the logits that it was trained with and their candidates, if they are not all vectors
 
-
-def run(task: Task, variant: Variant, seed: int, settings: Settings, shared: State | None = None) -> dict[str, Any]:
+def run(task: Task, variant: Variant, seed: int, settings: Settings, shared: Tensor | None = None) -> dict[str, Any]:
     """Trains one adapter and scores it on ``task.dev``."""
     tokenizer = _begin(seed, settings)
     own = variant.bank == "own"
     bank = _bank(variant, seed, shared)
     model = _model(task, settings)
-    start = shared if variant.start else None
-    groups = [*adapt(model, variant, seed, bank, train_bank=own, start=start).values()]
+    groups = [*adapt(model, variant, seed, bank, train_bank=own).values()]
     begin = time.perf_counter()
     losses = _train([(task, model)], groups, seed, settings, tokenizer)
     seconds = time.perf_counter() - begin
@@ -48,7 +43,7 @@ def run(task: Task, variant: Variant, seed: int, settings: Settings, shared: Sta
     }
 
 
-def train_bank(tasks: list[Task], variant: Variant, seed: int, settings: Settings) -> tuple[State, dict[str, Any]]:
+def train_bank(tasks: list[Task], variant: Variant, seed: int, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
     """Trains a bank and one adapter, with a head for each task, in batches that alternate."""
     tokenizer = _begin(seed, settings)
     bank = _bank(variant, seed, None)
@@ -56,19 +51,15 @@ def train_bank(tasks: list[Task], variant: Variant, seed: int, settings: Setting
     groups: list[dict] = []
     for task in tasks:
         model = _model(task, settings)
-        own = adapt(model, variant, seed, bank, train_bank=True, start=None)
+        own = adapt(model, variant, seed, bank, train_bank=True)
         if pairs:
             model.vblora["default"].logits = pairs[0][1].vblora["default"].logits
             own = {"other": own["other"]}  # the head
         groups += own.values()
         pairs.append((task, model))
     losses = _train(pairs, groups, seed, settings, tokenizer)
-    adapter = pairs[0][1].vblora["default"]
-    state = {"bank": bank.vectors.detach(), "logits": adapter.logits.detach()}
-    if adapter.candidates is not None:
-        state["candidates"] = adapter.candidates
     scores = {t.name: t.score(_predict(model, _Batches(t.dev, tokenizer, settings), settings)) for t, model in pairs}
-    return state, {"scores": scores, "losses": losses}
+    return bank.vectors.detach(), {"scores": scores, "losses": losses}
 
 
 def user_bytes(model: nn.Module, variant: Variant) -> int:
@@ -86,11 +77,11 @@ def _begin(seed: int, settings: Settings) -> Any:
     return AutoTokenizer.from_pretrained(settings.model)
 
 
-def _bank(variant: Variant, seed: int, shared: State | None) -> VectorBank:
+def _bank(variant: Variant, seed: int, shared: Tensor | None) -> VectorBank:
     if variant.bank == "shared":
         assert shared is not None
-        bank = VectorBank(*shared["bank"].shape)
-        bank.vectors.data.copy_(shared["bank"])
+        bank = VectorBank(*shared.shape)
+        bank.vectors.data.copy_(shared)
         return bank
     bank = VectorBank(variant.num_vectors, variant.vector_length)
     generator = torch.Generator().manual_seed(1000 + (seed if variant.bank == "own" else 0))

@@ -1,10 +1,11 @@
-// The two gradients of the admixture, in at most three launches:
+// The two gradients of the admixture, in at most four launches:
 //
 //   1  backward_rows      some blocks sort ranges of entries by bank vector (backward_sort.cuh); all others write rows
-//   of
-//                         grad_logits (backward_rows.cuh)
+//                         of grad_logits (backward_rows.cuh)
 //   2  backward_bank      a warp a bank vector (backward_bank.cuh)
-//   3  backward_popular   blocks for those vectors that very many rows chose
+//   3  backward_popular   blocks for those vectors that many rows chose, if there are more than workspace.popular_from
+//                         entries
+//   4  backward_split     adds up the parts of those that very many rows chose, if there are more than kSplitFrom
 //
 // No kernel communicates between its blocks; there are no atomics on floating-point numbers; every sum has one order.
 #pragma once

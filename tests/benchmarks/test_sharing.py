@@ -47,7 +47,7 @@ def test_what_a_user_stores():
         "own": Variant(**SMALL), "int8": Variant(int8=True, **SMALL), "shared": Variant("random", train_scales=True, **SMALL),
     }.items():  # fmt: skip
         model = bert()
-        adapt(model, variant, 0, vblora.VectorBank(16, 16), train_bank=variant.bank == "own", start=None)
+        adapt(model, variant, 0, vblora.VectorBank(16, 16), train_bank=variant.bank == "own")
         sizes[name] = training.user_bytes(model, variant)
     mixtures = model.vblora["default"].num_subvectors * 2 * (4 + 0.5)  # k weights, k indices of 4 bits
     assert sizes == {"own": mixtures + 1024, "int8": mixtures + 256 + 64, "shared": mixtures}
@@ -61,7 +61,7 @@ def test_runs_each_once_and_compares_with_the_first(tiny_model, tmp_path, monkey
         read.append((name, report))
         return Task(name, examples[:32], examples[32:], ["0", "1"])
 
-    small = {"own": Variant(**SMALL), "shared": Variant("shared", train_scales=True, start=True, **SMALL)}
+    small = {"own": Variant(**SMALL), "shared": Variant("shared", train_scales=True, **SMALL)}
     monkeypatch.setattr(tasks, "read", read_small)
     monkeypatch.setattr(sharing, "VARIANTS", small)
     out = tmp_path / "runs.jsonl"
@@ -95,11 +95,10 @@ def test_a_shared_bank_is_trained_by_all_its_tasks_and_frozen_for_another(tiny_m
     examples = [Example((row["text"],), int(row["label"] == "fresh")) for row in make_rows(40)]
     some = [Task(name, examples[:32], examples[32:], ["0", "1"]) for name in ("a", "b")]
     settings = training.Settings(tiny_model, bfloat16=False, epochs=1)
-    state, about = training.train_bank(some, Variant(**SMALL), 0, settings)
+    bank, about = training.train_bank(some, Variant(**SMALL), 0, settings)
     assert about["scores"].keys() == {"a", "b"} and len(about["losses"]) == 2
     by_one, _ = training.train_bank(some[:1], Variant(**SMALL), 0, settings)
-    for name in ("bank", "logits"):
-        assert not torch.equal(state[name], by_one[name])
-    before = state["bank"].clone()
-    training.run(some[0], Variant("shared", train_scales=True, **SMALL), 0, settings, state)
-    assert torch.equal(state["bank"], before)
+    assert not torch.equal(bank, by_one)
+    before = bank.clone()
+    training.run(some[0], Variant("shared", train_scales=True, **SMALL), 0, settings, bank)
+    assert torch.equal(bank, before)

@@ -1,6 +1,7 @@
 """What each form of a folder brings back: all of the outputs, all of the training, or a bank that others share."""
 
 import copy
+import itertools
 import os
 import shutil
 import signal
@@ -492,38 +493,45 @@ def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path):
         vblora.save(model, tmp_path / name)
         outputs[name] = loaded(tmp_path / name)(IDS).logits
 
-    def save_and_die_at(line):
-        """In a child: saves, and is killed when so many lines of ours have run. Returns whether it was."""
+    def traced(see):
+        """Saves, and calls `see` at each line of ours that runs, with its place."""
+
+        def trace(frame, event, _):
+            if frame.f_code.co_filename not in (files.__file__, folder.__file__, native.__file__):
+                return None
+            if event == "line":
+                see((frame.f_code.co_filename, frame.f_lineno))
+            return trace
+
+        shutil.rmtree(target, ignore_errors=True)
+        vblora.save(old, target)
+        before = sys.gettrace()
+        sys.settrace(trace)
+        vblora.save(new, target)
+        sys.settrace(before)
+
+    def save_and_die_at(moment):
+        """In a child: saves, and is killed when so many lines have run. Returns whether it was."""
         child = os.fork()
         if child == 0:
-            seen = 0
-
-            def trace(frame, event, _):
-                nonlocal seen
-                if frame.f_code.co_filename not in (files.__file__, folder.__file__, native.__file__):
-                    return None
-                seen += event == "line"
-                if seen > line:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return trace
-
             torch.set_num_threads(1)
-            sys.settrace(trace)
-            vblora.save(new, target)
+            count = itertools.count()
+            traced(lambda _: next(count) == moment and os.kill(os.getpid(), signal.SIGKILL))
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
-    results, line, killed = [], 0, True
-    while killed:
-        shutil.rmtree(target, ignore_errors=True)
-        vblora.save(old, target)
-        killed = save_and_die_at(line)
+    ran = []
+    traced(ran.append)
+    first = {place: moment for moment, place in reversed(list(enumerate(ran)))}
+    last = {place: moment for moment, place in enumerate(ran)}
+    results = []
+    for moment in [*sorted({*first.values(), *last.values()}), len(ran)]:
+        assert save_and_die_at(moment) == (moment < len(ran))
         with warnings.catch_warnings():  # the two files may differ, of which one counts
             warnings.simplefilter("ignore")
             after = loaded(target)(IDS).logits
         results.append("new" if torch.equal(after, outputs["new"]) else "old")
-        assert results[-1] == "new" or torch.equal(after, outputs["old"]), line
-        line += 1
+        assert results[-1] == "new" or torch.equal(after, outputs["old"]), ran[moment:][:1]
     assert len(results) > 50
     assert results == sorted(results, key=["old", "new"].index)  # old up to some line, new from there on
     assert {"old", "new"} == set(results)

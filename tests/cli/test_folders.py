@@ -17,6 +17,7 @@ from tests.small_models import bert, gpt2, llama, relative_error
 from vblora.checkpoint.folder import METHOD_NAMES
 from vblora.cli import main
 from vblora.cli.info import sizes_by_part
+from vblora.finetune.fingerprints import fingerprint
 
 SIZES = {"r": 2, "num_vectors": 16, "vector_length": 8, "init_vector_bank_bound": 0.5, "num_candidates": 8}
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -445,6 +446,20 @@ def test_a_merged_classifier_has_the_labels_that_were_trained(tmp_path, capsys):
     (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"scores": {"mean": 3.0, "deviation": 0.5}}))
     assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "scores") == 0
     assert "score = output * 0.5 + 3.0" in capsys.readouterr().out
+
+
+def test_merge_says_that_the_base_model_is_another(tmp_path, capsys):
+    base, model = trained(bert)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    vblora.save(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"fingerprint": fingerprint(base)}))
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
+    assert "warning" not in capsys.readouterr().err
+    with torch.no_grad():
+        base.bert.embeddings.word_embeddings.weight.mul_(1.1)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "other") == 0
+    assert "(among others embeddings.word_embeddings differs)" in capsys.readouterr().err
 
 
 def test_refuses_links_that_lead_nowhere_or_back(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """`vblora finetune` from its arguments to what it leaves behind."""
 
 import argparse
+import io
 import json
 import math
 import os
@@ -235,25 +236,23 @@ def test_lengths_that_models_state_in_their_own_ways(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("printing", [False, True], ids=["results", "table"])
-def test_a_console_that_cannot_print_the_path(printing, table, tiny_model, tmp_path):
+def test_a_console_that_cannot_print_the_path(printing, finetune, table, tmp_path, monkeypatch):
     """The work is done, so the exit code is 0. The path is also no markup of rich's."""
     out = tmp_path / "caf\u00e9 [/b]"
-    command = [sys.executable, "-m", "vblora"]
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace"))
     if printing:
         model = vblora.inject(
             torch.nn.Sequential(torch.nn.Linear(8, 8)),
             vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"]),
         )
         vblora.save(model, out)
-        command += ["info", out]
+        assert main(["info", str(out)]) == 0
     else:
-        command += ["finetune", "--data", table, "--model", tiny_model, "--output", out, "--epochs", "1"]
-        command += ["--num-vectors", "16", "--vector-length", "16", "--no-baseline"]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONIOENCODING": "ascii:strict", "OMP_NUM_THREADS": "1"}, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert rb"caf\xe9[/b]" in b"".join(done.stdout.split())  # a title may be wrapped
+        assert finetune("--data", table, "--no-baseline", output=out) == 0
+    console.flush()
+    assert rb"caf\xe9[/b]" in b"".join(console.buffer.getvalue().split())  # a title may be wrapped
     assert (out / "adapter_model.safetensors").is_file()
 
 
@@ -526,13 +525,11 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(finetune, table, tmp_
 
 
 def test_an_interrupt_after_training_loses_nothing(finetune, tiny_model, table, tmp_path, capsys, monkeypatch):
-    from vblora.finetune import training
-
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "frozen_score", interrupt)
-    assert finetune("--data", table) == 130
+    monkeypatch.setattr("vblora.finetune.fitting.draw", interrupt)  # of the last things that it does
+    assert finetune("--data", table, "--no-baseline") == 130
     assert "interrupted; the trained adapter is in" in capsys.readouterr().err
     assert logits_of(tiny_model, tmp_path / "out", "a film").isfinite().all()
 

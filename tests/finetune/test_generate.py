@@ -164,16 +164,21 @@ def test_a_chat_that_ends_with_the_assistant_is_completed_as_in_training(base, t
         (["--prompt", "a", "--prompt-column", "b"], "--prompt-column has no effect"),
         (["--prompt", "a", "--bank", "b"], "--bank has no effect"),
         (["--prompt", "a", "--overwrite"], "--overwrite has no effect"),
+        (["--prompt", "", "--chat-template", "none"], "--prompt '': the prompt has no tokens"),
         (["--prompt", "a", "--max-new-tokens", "64"], "--max-new-tokens: is 64, but this model takes at most 64 tokens"),
         (["--prompt", "a " * 55], "--prompt 'a a a"),
         (["--data", "LONG"], "line 2: the prompt has 65 tokens, but the model has room for at most 58"),
+        (["--data", "OTHERS", "--output", "out.csv"], "some rows have the column 'id' and others do not"),
     ],
 )  # fmt: skip
-def test_a_bad_argument_is_refused(base, adapters, tmp_path, capsys, options, expected):
+def test_a_bad_argument_is_refused(base, adapters, tmp_path, capsys, monkeypatch, options, expected):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "who": "three"}])
     long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a"}, {"prompt": "a " * 60}])
-    options = [{"ADAPTERS": adapters, "ROWS": rows, "LONG": long}.get(option, option) for option in options]
+    others = write_jsonl(tmp_path / "others.jsonl", [{"prompt": "a"}, {"prompt": "a", "id": 1}])
+    monkeypatch.setattr("vblora.finetune.generating.complete", None)  # nothing is generated
+    words = {"ADAPTERS": adapters, "ROWS": rows, "LONG": long, "OTHERS": others}
+    options = [words.get(option, option) for option in options]
     assert generate(base, *options) == 2
     error = capsys.readouterr().err
     assert re.search(re.escape(expected), error) and error.count("\n") == 1, error
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "long.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "long.jsonl", "others.jsonl"}

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import vblora
-from tests.finetune.chats import make_chats, make_pairs, save_model, write_jsonl
+from tests.finetune.chats import make_chats, make_pairs, make_tokenizer, save_model, write_jsonl
 from tests.small_models import relative_error
 from vblora.cli import main
+from vblora.finetune import texts
 
 pytest.importorskip("trl")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -126,6 +127,32 @@ def test_chats_and_long_rows(finetune, tmp_path, capsys):
     assert results["left_out_rows"] == 1 and results["cut_rows"] == 2
     assert results["train_rows"] + results["held_out_rows"] == 29
     assert results["steps"] == math.ceil(math.ceil(results["train_rows"] / 8) / 2)
+
+
+def test_prompts_are_cut_out_of_plain_texts(tmp_path):
+    """Also of those without spaces; a single character leaves none."""
+    from vblora.finetune import language
+
+    rows = ["one two three four", "你好世界", " five six", "x"]
+    path = write_jsonl(tmp_path / "texts.jsonl", [{"text": row} for row in rows])
+    columns = texts.find_columns(path, "--data", dict.fromkeys(["text", "prompt", "completion", "messages"]))
+    encoder = language.Encoder(make_tokenizer(), chat=False)
+    found = language._first_prompts(texts.whole(path, columns, "--data", None, 0), 9, encoder)
+    assert [(example.prompt, references) for example, references in found] == [
+        ("one two", [" three four"]), ("你好", ["世界"]), (" five", [" six"])
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("completion", "told"), [("Paris", True), (" Paris", False), ("\nParis", False), ("你好", False)]
+)
+def test_says_that_prompts_and_completions_are_joined_without_a_space(completion, told, capsys):
+    from vblora.finetune import language
+
+    language._warn_of_joined([texts.Example("The capital of France?", completion)] * 2)
+    assert (
+        "no space is between prompts and completions: 'e capital of France?Paris'" in capsys.readouterr().err
+    ) == told
 
 
 def test_a_row_that_is_refused_as_it_is_tokenised_is_one_line(finetune, tmp_path, capsys):

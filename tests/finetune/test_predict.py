@@ -162,6 +162,17 @@ def test_a_damaged_report_is_refused(tiny_model, tmp_path, capsys, report, expec
     assert re.search(rf"--adapter: .*finetune.json .*{expected}", error) and error.count("\n") == 1, error
 
 
+def test_all_rows_are_checked_before_the_model_is_loaded(tiny_model, tmp_path, capsys, monkeypatch):
+    for name, value in {"_CHUNK": 1, "_Predictor": None}.items():
+        monkeypatch.setattr(f"vblora.finetune.predicting.{name}", value)
+    adapter = adapter_of(tmp_path / "adapter", tiny_model, {"labels": ["a", "b"]})
+    rows = make_rows(3)
+    rows[2]["text"] = " "
+    table = write_csv(tmp_path / "rows.csv", rows)
+    assert main(["predict", "--data", str(table), "--adapter", str(adapter)]) == 2
+    assert "line 4: column 'text' is empty" in capsys.readouterr().err
+
+
 def test_adapters_that_were_trained_on_other_columns_are_not_mixed(tiny_model, tmp_path, capsys):
     for name, columns in {"one": {}, "two": {"pair_column": "title"}}.items():
         adapter_of(tmp_path / "adapters" / name, tiny_model, {"labels": ["a", "b"], "arguments": columns})

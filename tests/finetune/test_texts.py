@@ -89,6 +89,9 @@ def test_rows_with_one_prompt_are_on_one_side(tmp_path):
     assert not {row.prompt for row in train} & {row.prompt for row in held_out}
     assert 60 <= len(held_out) < 100
     assert split() == [train, held_out]
+    whole = texts.whole(path, columns, "--eval-data", 50, 0)
+    assert texts.count_common(texts.whole(path, columns, "--data", None, 0), whole) == 50
+    assert texts.count_common(*texts.split(path, columns, fraction=0.3, max_train=None, max_eval=None, seed=0)) == 0
     assert split(seed=1) != [train, held_out]
     some, few = split(max_train=30, max_eval=20)
     assert len(some) == 30 and len(few) == 20
@@ -162,7 +165,7 @@ def test_a_template_that_changes_earlier_messages_is_refused():
     encoder.tokenizer.chat_template = (
         "{% for m in messages %}{{m.role}} {% if loop.last %}says {% endif %}{{m.content}} {% endfor %}"
     )
-    with pytest.raises(CommandError, match="Give --loss last, or --loss all"):
+    with pytest.raises(CommandError, match="Give --loss last, --loss all, or"):
         encoder.encode(CHAT)
     encoder.tokenizer.chat_template = "{{ raise_exception('no system') }}"
     with pytest.raises(CommandError, match=r"the chat template fails on .*no system"):

@@ -1,6 +1,8 @@
 """A frozen linear layer and its update as one step of autograd: the same results, less saved, and hooks are still called."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -98,8 +100,8 @@ def test_first_and_second_derivatives():
 
 @pytest.mark.parametrize("few", [True, False])
 def test_what_it_saves(few, monkeypatch):
-    """x itself, not a copy, and beside the weight and factors only x Aᵀ, for many rows; nothing of x's size without a trained
-    factor."""
+    """x itself, not a copy, and x Aᵀ for many rows; nothing without a trained factor. Hooks on saved tensors get neither the
+    weight nor the factors: those of checkpointing take time for each."""
     monkeypatch.setattr(fused, "takes_operators", lambda x, A: few)
     layer, (A, B, *_) = frozen(), factors()
     x = torch.randn(2, 50, IN, requires_grad=True)
@@ -113,11 +115,75 @@ def test_what_it_saves(few, monkeypatch):
             fused.linear(layer, x, Factors(*parts))
 
     forward(A, B)
-    known = {tensor.data_ptr() for tensor in (x, layer.weight, A, B)}
-    assert known <= {tensor.data_ptr() for tensor in saved}
-    assert [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in known] == ([] if few else [(100, R)])
+    assert saved[0].data_ptr() == x.data_ptr()
+    assert [tuple(tensor.shape) for tensor in saved] == [(2, 50, IN)] + ([] if few else [(100, R)])
     forward(A.detach(), B.detach())
-    assert x.data_ptr() not in {tensor.data_ptr() for tensor in saved}
+    assert saved == []
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("changed", ["weight", "A", "B"])
+def test_what_backward_needs_must_not_change(changed, checkpointed):
+    layer, (A, B, *_) = frozen(), factors()
+    x = torch.randn(4, IN, requires_grad=True)
+
+    def forward(x: Tensor) -> Tensor:
+        return fused.linear(layer, x, Factors(A, B))
+
+    y = checkpoint(forward, x, use_reentrant=False) if checkpointed else forward(x)
+    with torch.no_grad():
+        {"weight": layer.weight, "A": A, "B": B}[changed].add_(0)
+    with pytest.raises(
+        RuntimeError, match=rf"{changed} of an adapted layer.* modified by an inplace operation.*version 1"
+    ):
+        y.sum().backward()
+    forward(x).sum().backward()
+
+
+def test_tensors_are_released_as_those_that_autograd_saves():
+    """By a backward that does not retain the graph, while the output lives; or with the output. No cycle keeps them."""
+    gc.disable()
+    try:
+        for backward in (False, True):
+            layer, x = frozen(), torch.randn(4, IN, requires_grad=True)
+            made = [1 * leaf for leaf in factors()[:2]]
+            y = fused.linear(layer, x, Factors(*made))
+            kept = [weakref.ref(tensor) for tensor in (layer.weight, *made)]
+            del layer, made
+            assert all(ref() is not None for ref in kept)
+            if backward:
+                y.sum().backward()
+            else:
+                del y
+            assert all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_graph_that_is_retained_runs_again(trained):
+    layer, (A, B, *_) = frozen(), factors()
+    x = torch.randn(4, IN, requires_grad=True)
+    y = fused.linear(layer, x, Factors(A, B) if trained else Factors(A.detach(), B.detach())).sum()
+    first = torch.autograd.grad(y, [x], retain_graph=True)
+    assert torch.equal(*first, *torch.autograd.grad(y, [x]))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, [x])
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_subclass_with_a_forward_of_its_own(inference):
+    class Doubled(vblora.VBLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer, x = vb_linear().eval(), torch.randn(4, IN)
+    doubled = Doubled(base_layer=layer.base_layer, bank=layer.adapter.bank, r=R, seed=1).eval()
+    doubled.adapter.load_state_dict(layer.adapter.state_dict())
+    with torch.inference_mode(inference):
+        assert relative_error(doubled(x), 2 * layer(x)) < 1e-6
 
 
 def test_a_first_layer_computes_no_gradient_of_x():

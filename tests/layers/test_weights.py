@@ -336,6 +336,10 @@ def test_what_quantises_activations_is_loaded_but_not_trained(tmp_path):
     with pytest.raises(TypeError, match="passes no gradient"):
         vblora.load(net, tmp_path, is_trainable=True)
     assert not hasattr(net, "vblora")
+    late = torchao_int8(injected(Net()), "Int8DynamicActivationInt8WeightConfig")
+    for use in (vblora.parameter_groups, lambda net: net(torch.randn(3, 64))):
+        with pytest.raises(TypeError, match="passes no gradient"):
+            use(late)
     x = torch.randn(3, 64)
     before = net(x)
     vblora.load(net, tmp_path)

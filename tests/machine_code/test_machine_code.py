@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -22,6 +23,13 @@ def test_compiles_for_every_architecture_without_warnings(unit):
     instances = {arch: {k.instance for k in kernels(unit) if k.arch == arch} for arch in toolkit.architectures()}
     assert len(set(map(frozenset, instances.values()))) == 1
     assert all(len(found) >= 4 for found in instances.values())
+
+
+def test_architectures_that_share_ptx_share_sources():
+    asked = {
+        int(arch) for path in toolkit.sources() for arch in re.findall(r"__CUDA_ARCH__ \S+ (\d+)", path.read_text())
+    }
+    assert asked and asked <= {10 * arch for arch in toolkit.PTX}
 
 
 @UNITS
@@ -55,6 +63,7 @@ def test_occupancy_is_reckoned_as_nvidia_documents_it(share):
 DISASSEMBLED = pytest.mark.parametrize("arch", sorted({toolkit.ARCHITECTURES[i] for i in (0, 1, -1)}))
 
 
+@functools.cache
 def instructions(unit: str, arch: int) -> dict[str, set[str]]:
     code = toolkit.disassemble(unit, arch)
     return {

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # what cmake/cuda.cmake compiles for, if nothing else is asked for
+# What cmake/cuda.cmake compiles for, if nothing else is asked for, by the oldest architecture with the same PTX. nvcc's front end
+# takes most of the time and runs once for each PTX here: the machine code is that of a build for each architecture of its own.
+PTX = {75: (75,), 80: (80, 86, 89, 90), 100: (100, 120)}
+ARCHITECTURES = tuple(arch for same in PTX.values() for arch in same)
 # What results depend on, and so what is compiled here is compiled with too; as in CMakeLists.txt.
 FLAGS = ("-std=c++20", "-O3", "--fmad=false")
 
@@ -132,7 +135,10 @@ def _compile(unit: str, folder: Path, log: Path) -> None:
     folder.mkdir(parents=True)
     source = folder / f"{unit}.cu"
     source.write_text(f'#include "cuda/{unit}.cuh"\nauto* launcher = &vblora::cuda::launch_{unit};\n')
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()]
+    targets = []
+    for ptx, same in PTX.items():
+        if codes := ",".join(f"sm_{arch}" for arch in same if arch in architectures()):
+            targets.append(f"-gencode=arch=compute_{ptx},code=[{codes}]")
     output = run(
         tool("nvcc"), *FLAGS, *targets, "--threads", os.cpu_count() or 1, "-Xptxas", "-v",
         "-Xcompiler", "-Wall,-Wextra", "-I", ROOT / "csrc", "--keep", "--keep-dir", folder,

@@ -80,20 +80,20 @@ class Run:
 SGD_LR = {"bank": 0.1, "logits": 3e3, "other": 0.1}
 # So few steps that rows use at most two thirds of 128 candidates: none is exhausted with another machine's rounding either.
 OPTIMIZERS = {
-    "AdamW": (lambda groups: torch.optim.AdamW(groups), {}, 200),
+    "AdamW": (lambda groups: torch.optim.AdamW(groups), {}, 100),
     "AdamW, accumulated, scheduled": (
         lambda groups: torch.optim.AdamW(groups),
         {"accumulate": 2, "scheduled": True},
-        100,
+        50,
     ),
-    "AdamW, decayed": (lambda groups: torch.optim.AdamW(groups), {"decay": 0.1}, 150),
-    "AdamW, amsgrad": (lambda groups: torch.optim.AdamW(groups, amsgrad=True), {}, 100),
+    "AdamW, decayed": (lambda groups: torch.optim.AdamW(groups), {"decay": 0.1}, 75),
+    "AdamW, amsgrad": (lambda groups: torch.optim.AdamW(groups, amsgrad=True), {}, 50),
     "SGD with momentum": (
         lambda groups: torch.optim.SGD([g | {"lr": SGD_LR[g["name"]]} for g in groups], momentum=0.9),
         {},
-        200,
+        100,
     ),
-    "Lion": (lambda groups: Lion([g | {"lr": 0.1 * g["lr"]} for g in groups]), {"decay": 0.1}, 100),
+    "Lion": (lambda groups: Lion([g | {"lr": 0.1 * g["lr"]} for g in groups]), {"decay": 0.1}, 50),
 }
 
 
@@ -126,11 +126,11 @@ def test_is_dense_training_to_the_bit(name):
 @pytest.mark.slow
 def test_the_count_rises_before_the_equality_breaks():
     make = OPTIMIZERS["AdamW"][0]
-    dense = Run(None, make).train(120)
-    for num_candidates in (3, 4, 6, 10):
-        few = Run(num_candidates, make).train(120)
-        broken = [step for step in range(120) if few.losses[step] != dense.losses[step]]
-        counted = [step for step in range(120) if few.exhausted[step]]
+    dense = Run(None, make).train(60)
+    for num_candidates in (3, 4, 6):
+        few = Run(num_candidates, make).train(60)
+        broken = [step for step in range(60) if few.losses[step] != dense.losses[step]]
+        counted = [step for step in range(60) if few.exhausted[step]]
         assert counted, num_candidates
         if broken:
             assert counted[0] <= broken[0]
@@ -156,13 +156,13 @@ def test_gradient_clipping_and_fused_steps_are_equal_to_rounding():
 @pytest.mark.parametrize("name", ["AdamW", "AdamW, amsgrad", "SGD with momentum"])
 def test_growing_goes_on_as_if_there_had_been_more_from_the_start(name):
     make, options, _ = OPTIMIZERS[name]
-    from_start = Run(96, make, **options).train(80)
-    grown = Run(48, make, **options).train(40)
+    from_start = Run(96, make, **options).train(40)
+    grown = Run(48, make, **options).train(20)
     assert grown.exhausted[-1] == 0
     parameter = grown.adapter.logits
     vblora.grow(grown.model, 96, grown.optimizer)
     assert grown.adapter.logits is parameter
-    grown.train(40)
+    grown.train(20)
     assert grown.losses == from_start.losses
     for ours, theirs in zip(grown.adapter.rows, from_start.adapter.rows, strict=True):
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs

@@ -111,6 +111,17 @@ def test_ejecting_leaves_what_was_replaced_and_follows_what_was_moved():
     assert net.blocks[0].up is own and net.blocks[1][0].up is ups[1] and not hasattr(net, "vblora")
 
 
+def test_blocks_that_were_reordered_are_warned_of(tmp_path):
+    net = vblora.inject(Net(blocks=3), vblora.VBLoRAConfig(**SIZES, target_modules=["up"]))
+    net.blocks[2] = nn.Sequential(net.blocks[2])  # only its name is longer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vblora.save(net, tmp_path)
+    net.blocks[0], net.blocks[1] = net.blocks[1], net.blocks[0]
+    with pytest.warns(vblora.VBLoRAWarning, match=r"`blocks.0.up`, `blocks.1.up` are names of other modules now"):
+        vblora.save(net, tmp_path)
+
+
 def pruned(blocks: slice):
     net = vblora.inject(Net(blocks=2).eval(), vblora.VBLoRAConfig(**SIZES, target_modules=["up", "down"]))
     net.blocks = net.blocks[blocks]

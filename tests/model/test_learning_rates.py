@@ -125,3 +125,24 @@ def test_an_optimizer_of_frozen_parameters_alone_is_warned_of():
         late.step()
     with pytest.warns(vblora.VBLoRAWarning, match="AdamW trains nothing"):  # it has trained before
         first.step()
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_step_that_changes_an_inactive_adapter_is_warned_of_once(set_to_none):
+    model = injected()
+    vblora.inject(model, CONFIG, adapter_name="second")
+    vblora.set_adapter(model, ["default", "second"])
+    optimizer = torch.optim.AdamW(vblora.parameter_groups(model))
+    found = []
+    for active in (["default", "second"], ["default"], ["default"]):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        vblora.set_adapter(model, active)
+        before = model.vblora.second.logits.clone()
+        model(torch.ones(2, 8)).sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        if active == ["default"]:
+            assert torch.equal(model.vblora.second.logits, before) == set_to_none  # this is why
+            found.append(len(caught))
+    assert found == [0, 0] if set_to_none else [1, 0]

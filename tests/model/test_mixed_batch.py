@@ -304,6 +304,32 @@ def test_a_layer_that_does_not_see_rows_is_named():
 
 
 @torch.no_grad()
+def test_rows_that_are_not_the_first_dimension_are_refused():
+    def encoder(**how):
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, **how), 1, enable_nested_tensor=False)
+
+    x = torch.randn(2, 2, 16)
+    targets = {name: ["linear1"] for name in METHODS}
+    with pytest.raises(ValueError, match=r"`layers.0` has batch_first=False"):
+        with_adapters(encoder(), targets)(x, adapter_names=["lora", None])
+    model = with_adapters(encoder(batch_first=True), targets)
+    assert_rows(
+        model(x, adapter_names=["lora", None]),
+        rows_alone(model, ["lora", None], lambda: model(x)),
+        ["lora", None],
+        1e-5,
+    )
+
+
+@torch.no_grad()
+def test_an_empty_batch():
+    model = with_adapters(Net(blocks=1))
+    assert model(torch.randn(0, 16), adapter_names=[]).shape == (0, 3)
+    with pytest.raises(ValueError, match="0 names, but the batch has 2 rows"):
+        model(torch.randn(2, 16), adapter_names=[])
+
+
+@torch.no_grad()
 def test_an_interrupted_call_leaves_nothing_behind():
     model = with_adapters(Net(blocks=2))
     vblora.set_adapter(model, [])

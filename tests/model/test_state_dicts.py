@@ -160,3 +160,17 @@ def test_of_averaged_models(arguments):
     assert not torch.equal(own.logits, other.logits)
     with pytest.raises(ValueError, match="the adapters' `candidates` differ"):
         average.update_parameters(injected(2))
+
+
+def test_of_another_config():
+    model, other = injected(1, topk=3, scaling=2.5).eval(), injected(2).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(X), model(X))
+    config = vblora.VBLoRAConfig(r=2, num_vectors=32, vector_length=8, num_candidates=8, target_modules=["up"])
+    around = vblora.inject(Net(blocks=2), config)
+    within = vblora.inject(nn.Sequential(Net(blocks=2)), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        within[0].vblora.default.load_state_dict(around.vblora.default.state_dict())
+    with pytest.warns(vblora.VBLoRAWarning, match="of other layers or another rank"):
+        injected(1, target_modules=["down"]).load_state_dict(vblora.adapter_state_dict(injected(1)), strict=False)

@@ -97,6 +97,15 @@ class ForwardContext(NamedTuple):
     stream: torch.cuda.Stream | None
     capturing: bool
 
+    def is_current(self, device: torch.device) -> bool:
+        """Whether it is that of the caller. Each layer asks, so this makes no other context to compare with."""
+        return (
+            self.thread == threading.get_ident()
+            and self.steps == _optimizer_steps
+            and self.stream == streams.current(device)
+            and self.capturing == streams.capturing(device)
+        )
+
 
 def _context(device: torch.device) -> ForwardContext:
     return ForwardContext(threading.get_ident(), _optimizer_steps, streams.current(device), streams.capturing(device))
@@ -115,7 +124,7 @@ class ForwardFactors(NamedTuple):
         """Whether the caller runs within that forward and gets the gradients that it asks for. Do not call it while compiling."""
         if not self.differentiable and torch.is_grad_enabled():  # the model's code turned them on
             return False
-        return self.context == _context(self.factors.A.device)
+        return self.context is not None and self.context.is_current(self.factors.A.device)
 
 
 class Slot:
@@ -136,10 +145,12 @@ class Slot:
         """This layer's factors: those of the forward in progress, or else composed now, in ``dtype``."""
         if torch.compiler.is_compiling():
             self._note_tracing()
+            current = self.forward_factors
+            factors = None if current is None else current.factors
         else:
             self.was_called = True
-        current = self.current
-        return self.adapter.factors_of(self.index, dtype) if current is None else current.factors
+            factors = self.ready_factors
+        return self.adapter.factors_of(self.index, dtype) if factors is None else factors
 
     @property
     def ready_factors(self) -> Factors | None:

@@ -1,5 +1,6 @@
 """VB-LoRA: every sub-vector of every factor is a mixture of vectors from one bank (arXiv 2405.15179)."""
 
+import hashlib
 import itertools
 import math
 import os
@@ -363,33 +364,49 @@ class VBLoRAAdapter(Adapter):
         return round(self.num_subvectors * self.topk * (1 + index))
 
     def get_extra_state(self) -> Tensor:
-        """The seed, so that a state dict holds the seed of its logits."""
-        return torch.tensor([self.seed is not None, self.seed or 0], dtype=torch.int64)
+        """What makes a state dict compute the same elsewhere: the seed of its logits, ``topk`` and ``scaling``; and a hash of the
+        layers that its rows are of."""
+        scaling = torch.tensor(self.scaling, dtype=torch.float64, device="cpu").view(torch.int64).item()
+        values = [self.seed is not None, self.seed or 0, self.topk, scaling, layout_hash(self.targets, self.r)]
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        known, seed = map(int, state.tolist())
+        if state.is_floating_point():  # an average of state dicts, in which it has been rounded
+            return
+        known, seed, topk, scaling, layout = state.tolist()
         self.seed = seed if known else None
+        if layout != layout_hash(self.targets, self.r):
+            warnings.warn(
+                "the state dict is of an adapter of other layers or another rank than this one, whose tensors have the same "
+                "sizes by chance. Inject the model with the config that it was saved with. (Or its integers were averaged "
+                "and rounded: leave them out.)",
+                VBLoRAWarning,
+                stacklevel=2,
+            )
+            return
+        self.topk = topk
+        self.scaling = torch.tensor(scaling, dtype=torch.int64, device="cpu").view(torch.float64).item()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads logits, candidates and seed, which belong together, also if the state dict lacks some of them."""
-        logits, candidates, seed = (state_dict.get(prefix + name) for name in ("logits", "candidates", "_extra_state"))
+        logits, candidates, extra = (state_dict.get(prefix + name) for name in ("logits", "candidates", "_extra_state"))
         own = self.candidates
         same = False
         if candidates is not None and own is not None and not (own.is_meta or candidates.is_meta):
             same = torch.equal(candidates.to(own), own)
-        if not same and (reason := _no_candidates(candidates, seed, self.bank.num_vectors)):
+        if not same and (reason := _no_candidates(candidates, extra, self.bank.num_vectors)):
             args[-1].append(  # the list of errors
                 f"`{prefix}candidates` {reason}, so they are not what an adapter has. Perhaps they are an average of several "
                 "state dicts: average those of adapters with the same `seed`, and only the tensors that are floating-point."
             )
             return
-        if seed is not None and self.seed is not None and (same or seed.is_floating_point()):
-            # An average of state dicts rounds the seed, too. If the candidates are equal, or there are none, this one is right.
-            state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
+        if extra is not None and same and self.seed is not None:
+            # This seed is right. An average of state dicts may have rounded the other one.
+            state_dict[f"{prefix}_extra_state"] = torch.cat([self.get_extra_state()[:2], extra[2:].cpu()])
         if candidates is None:
             if logits is not None and self.candidates is not None and not self._may_have_drawn(logits):
                 _warn_of_another_draw(prefix)
-        elif seed is None and not same:
+        elif extra is None and not same:
             self.seed = None  # it has not drawn these
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -409,11 +426,24 @@ class VBLoRAAdapter(Adapter):
         )
 
 
-def _no_candidates(candidates: Tensor | None, seed: Tensor | None, num_vectors: int) -> str | None:
+def layout_hash(targets: Sequence[Target], r: int) -> int:
+    """A number for what the rows of an adapter are of: the rank, and the layers by their sizes and names. What the names begin
+    with in common does not count, because it depends on which module was injected."""
+    parts = [target.name.split(".") for target in targets]
+    columns = zip(*(names[:-1] for names in parts), strict=False)
+    common = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, columns)))
+    layers = [
+        (names[common:], target.kind, target.in_features, target.out_features)
+        for names, target in zip(parts, targets, strict=True)
+    ]
+    return int.from_bytes(hashlib.sha256(repr((r, layers)).encode()).digest()[:8], signed=True)
+
+
+def _no_candidates(candidates: Tensor | None, extra: Tensor | None, num_vectors: int) -> str | None:
     """Why these cannot be the candidates of a state dict; None if they can."""
     if candidates is None or candidates.is_meta or not candidates.numel():
         return None
-    if candidates.is_floating_point() or (seed is not None and seed.is_floating_point()):
+    if candidates.is_floating_point() or (extra is not None and extra.is_floating_point()):
         return "or their seed are floating-point numbers"
     ordered = candidates.sort(1).values
     if ordered.min() < 0 or ordered.max() >= num_vectors:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..bank import BankFile, VectorBank
 from ..errors import VBLoRAWarning
-from ..files import open_tensors, read_tensors, to_bytes, write_files
+from ..files import locked, open_tensors, read_tensors, to_bytes, write_files
 from . import native
 from .contents import Contents
 from .formats import ANY_METHOD, METHODS, PEFT_DECODERS, encode_for_peft
@@ -87,9 +87,10 @@ def read(
     """
     path = Path(directory) / TENSORS_FILE
     _check_files(path)
-    tensors, metadata = read_tensors(path)
-    if native.METADATA not in metadata:
-        return _read_peft(path, tensors, bank), False
+    with locked({path.parent}, shared=True):  # of PEFT's forms, both files count
+        tensors, metadata = read_tensors(path)
+        if native.METADATA not in metadata:
+            return _read_peft(path, tensors, bank), False
     try:
         description = parse_object(metadata[native.METADATA])
         shares_bank = native.named_bank(description) is not None

@@ -114,6 +114,24 @@ def merge_into_shards(
     return Merged(len(shards), list(updates), list(replacements), left_out)
 
 
+def read_weights(base: Path, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of those of the modules that the base model's files have, by the module's name. They are maps of the files.
+
+    Raises:
+        FileNotFoundError: a file of the base model is missing.
+        ValueError: a file is damaged.
+    """
+    stored = _read_headers(base)
+    for module in modules:
+        try:
+            name = _find(f"{module}.weight", stored)
+        except ValueError:  # there are several
+            continue
+        if name is not None:
+            with open_tensors(base / stored[name].shard) as file:
+                yield module, file.get_tensor(name)
+
+
 def _read_headers(base: Path) -> dict[str, _Stored]:
     """Shape, dtype and file of each of the base model's tensors."""
     index = base / "model.safetensors.index.json"

@@ -218,7 +218,10 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
         "--lr-logits", type=positive, metavar="X", help="learning rate of the logits, instead of the recipe's"
     )
     group.add_argument(
-        "--lr-scales", type=positive, default=0.2, metavar="X", help="learning rate of --train-scales (%(default)s)"
+        "--lr-scales",
+        type=positive,
+        metavar="X",
+        help="learning rate of --train-scales (0.2 for a bank drawn up to 0.05, less for larger vectors)",
     )
     group.add_argument("--lr-head", type=positive, metavar="X", help="learning rate of a classifier's head (5e-3)")
     group.add_argument(

@@ -1,6 +1,7 @@
 """``vblora merge``: an adapter into a base model's files, without loading the model."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"BASE: there is no folder {arguments.base}. Give the folder that save_pretrained wrote, or a .gguf file."
         )
     adapter = read_adapter("ADAPTER", arguments.adapter, arguments.bank)
-    from ..checkpoint.merge_files import merge_into_shards
+    from ..checkpoint.merge_files import merge_into_shards, read_weights
     from ..finetune.adapters import read_report
+    from ..finetune.fingerprints import differing, hash_of
 
     report = read_report("ADAPTER", arguments.adapter)
     labels = report.get("labels")
@@ -59,7 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
         if labels
         else {}
     )
+    trained = report.get("fingerprint") or {}
     try:
+        others = differing(trained, {name: hash_of(weight) for name, weight in read_weights(arguments.base, trained)})
         done = merge_into_shards(adapter.contents, arguments.base, arguments.out, names)
     except FileNotFoundError as error:
         raise CommandError(f"BASE: {error}") from None
@@ -71,6 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {len(done.updated)} weights updated and {len(done.replaced)} tensors replaced "
         f"in {done.shards} file{'s' * (done.shards > 1)}."
     )
+    if others:
+        print(
+            f"vblora merge: warning: the weights of {arguments.base} are not those that the adapter was trained with (among "
+            f"others {others[0]} differs), so the merged model may write nonsense.",
+            file=sys.stderr,
+        )
     if scores := report.get("scores"):
         print(f"The head gives scores in units: score = output * {scores['deviation']} + {scores['mean']}.")
     if done.left_out:

@@ -149,7 +149,8 @@ def check_scores(rows: list[Row], where: str) -> None:
             finite = False
         if not finite:
             raise CommandError(
-                f"{where} have the label {row.label!r}, but for --task regression it must be a finite number."
+                f"{where} have the label {row.label!r}, but for --task regression it must be a finite number. Remove "
+                "these rows, or give --task classification if the labels are classes."
             )
     if len({float(row.label) for row in rows}) < 2:
         raise CommandError(f"{where} all have the score {rows[0].label}, so there is nothing to learn or to compare.")

@@ -1,6 +1,7 @@
 """A few hashes of a base model's weights, by which an adapter notices another base model of the same shape."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     }
     names = [name for name, weight in weights.items() if weight.is_floating_point() and not weight.is_meta]
     step = max(1, len(names) // _LAYERS)
-    return {name: _hash(weights[name]) for name in names[::step]}
+    return {name: hash_of(weights[name]) for name in names[::step]}
 
 
 def warn_of_another_base(run: AdapterRun, model: nn.Module, given: str, command: str) -> None:
@@ -48,17 +49,20 @@ def warn_of_another_base(run: AdapterRun, model: nn.Module, given: str, command:
                 command,
             )
         return
-    now = fingerprint(model)
-    differing = [name for name, value in trained.items() if now.get(name, value) != value]
-    if differing:
+    if names := differing(trained, fingerprint(model)):
         print_warning(
             f"--model: the weights of {given} are not those that the adapter in {run.folder} was trained with (among others "
-            f"{differing[0]} differs), so what it gives may be nonsense.",
+            f"{names[0]} differs), so what it gives may be nonsense.",
             command,
         )
 
 
-def _hash(weight: torch.Tensor) -> str:
+def differing(trained: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The names in both fingerprints whose weights differ."""
+    return [name for name, value in trained.items() if now.get(name, value) != value]
+
+
+def hash_of(weight: torch.Tensor) -> str:
     flat = weight.detach().flatten()
     some = flat[:: max(1, len(flat) // _NUMBERS)].float().to("cpu", torch.bfloat16)
     return hashlib.sha256(some.view(torch.int16).numpy().tobytes()).hexdigest()[:16]

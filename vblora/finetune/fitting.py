@@ -172,6 +172,15 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
     return progress.seconds / max(progress.steps, 1)
 
 
+@contextmanager
+def saved_in(output: Path, what: str = "the trained adapter is") -> Iterator[None]:
+    """Within it, Ctrl-C ends the command with the message that what was trained is saved."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise CommandError(f"interrupted; {what} in {output}.", 130) from None
+
+
 def show_progress(trainer: Trainer) -> "_Progress":
     """Has a Trainer show a progress bar with the loss, in place of what it prints itself."""
     for callback in (PrinterCallback, ProgressCallback):

@@ -19,7 +19,7 @@ from .adapters import AdapterRun, read_bank
 from .fingerprints import warn_of_another_base
 from .generation import complete
 from .notices import print_warning
-from .outputs import Writer
+from .outputs import Writer, check_columns
 from .texts import Prompt, read_prompt
 from .tokens import Encoder
 
@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
     room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
     for row in _rows(arguments, job, quiet=True):  # all that is wrong is refused before anything is generated
         _check_length(row, encoder, room)
+        check_columns(arguments.output, first.fields, row.fields)
     with Writer(arguments.output) as writer:
         chunk = [first, *islice(rows, _CHUNK * arguments.batch_size - 1)]
         while chunk:
@@ -95,6 +96,8 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
 
 def _check_length(row: _Row, encoder: Encoder, room: int) -> None:
     length = len(encoder.prompt(row.prompt.asked, row.prompt.tools))
+    if not length:
+        raise CommandError(f"{row.where}: the prompt has no tokens, so there is nothing to complete.")
     if length > room:
         raise CommandError(
             f"{row.where}: the prompt has {length} tokens, but the model has room for at most {room} besides --max-new-tokens. "

@@ -81,10 +81,9 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
             rows.report(length)
         trainer = _trainer(arguments, model, tokenizer, train_data, held_out_data, length)
         few = fitting.warn_of_few_steps(arguments, len(train_data), _steps(trainer))
-        examples = _first_prompts(task.held_out, max(_SHOWN, arguments.bleu or 0))
-        generate = _Generator(
-            arguments, replace(encoder, chat=False) if plain else encoder, examples, min(length, room)
-        )
+        asking = replace(encoder, chat=False) if plain else encoder
+        examples = _first_prompts(task.held_out, max(_SHOWN, arguments.bleu or 0), asking)
+        generate = _Generator(arguments, asking, examples, min(length, room))
         say("Before training:")
         with vblora.disabled(model):
             before = trainer.evaluate()["eval_loss"]
@@ -92,31 +91,30 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
         count = vblora.count_parameters(model)
         say(f"  held-out loss {before:.4f}, perplexity {math.exp(before):.2f}")
         seconds = fitting.fit(arguments, task, trainer, checkpoint)
-        try:
+        with fitting.saved_in(arguments.output):
             # of the best epoch, which is loaded
             best = trainer.state.best_metric
             after = trainer.evaluate()["eval_loss"] if best is None else best
             same = _reload(arguments, trainer, held_out_data)
             written_after = generate(trainer.model, "Completions after")
-        except KeyboardInterrupt:
-            raise CommandError(f"interrupted; the trained adapter is in {arguments.output}.", 130) from None
     if not is_main_process():
         return 0
-    results = _results(arguments, trainer, count, train, held_out, seconds)
-    results.loss_before, results.loss_after = before, after
-    results.perplexity_before, results.perplexity_after = math.exp(before), math.exp(after)
-    if arguments.bleu is not None:
-        references = [reference for _, reference in examples[: arguments.bleu]]
-        results.bleu_before, results.bleu_after = (
-            bleu(written[: arguments.bleu], references) for written in (written_before, written_after)
-        )
-    results.generations = [
-        Generation(_as_text(prompt), reference[0], one, other)
-        for (prompt, reference), one, other in zip(examples[:_SHOWN], written_before, written_after, strict=False)
-    ]
-    results.warnings = [few] if few else []
-    bank = fitting.draw(arguments, trainer)
-    save_results(arguments, task, bank=bank, results=results.as_json(), log=trainer.state.log_history)
+    with fitting.saved_in(arguments.output):
+        results = _results(arguments, trainer, count, train, held_out, seconds)
+        results.loss_before, results.loss_after = before, after
+        results.perplexity_before, results.perplexity_after = math.exp(before), math.exp(after)
+        if arguments.bleu is not None and examples:
+            references = [reference for _, reference in examples[: arguments.bleu]]
+            results.bleu_before, results.bleu_after = (
+                bleu(written[: arguments.bleu], references) for written in (written_before, written_after)
+            )
+        results.generations = [
+            Generation(_as_text(prompt), reference[0], one, other)
+            for (prompt, reference), one, other in zip(examples[:_SHOWN], written_before, written_after, strict=False)
+        ]
+        results.warnings = [few] if few else []
+        bank = fitting.draw(arguments, trainer)
+        save_results(arguments, task, bank=bank, results=results.as_json(), log=trainer.state.log_history)
     console = Console()
     print_generations(results.generations, console)
     print_language_table(results, console)
@@ -222,22 +220,39 @@ def _encoder(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, 
     if tokenizer.eos_token_id is None:
         raise CommandError(f"--model: the tokenizer of {task.model!r} has no token that ends a text.")
     chat = arguments.chat_template != "none" and tokenizer.chat_template is not None
+    if not chat:
+        _warn_of_joined(_first(task.train, 100))
     return Encoder(tokenizer, chat, arguments.loss)
+
+
+def _warn_of_joined(examples: list[Example]) -> None:
+    """Says so if no space is between plain prompts and completions, which the model would learn."""
+    pairs = [(one.prompt, one.completion) for one in examples if isinstance(one.prompt, str)]
+    ends = [prompt[-1] + str(completion)[0] for prompt, completion in pairs]
+    if ends and all(end.isascii() and not end[0].isspace() and end[1].isalnum() for end in ends):
+        prompt, completion = pairs[0]
+        print_warning(
+            f"no space is between prompts and completions: {prompt[-20:] + str(completion)[:20]!r}. Without a chat template, "
+            "they are joined as they are: begin each completion with a space or a line break."
+        )
 
 
 def _first(texts: Texts, count: int) -> list[Example]:
     return [example for example, _ in zip(texts, range(count), strict=False)]
 
 
-def _first_prompts(texts: Texts, count: int) -> list[tuple[Example, list[str]]]:
-    """The first different prompts, each with all completions that there are for it: ``(example, references)``."""
+def _first_prompts(texts: Texts, count: int, encoder: Encoder) -> list[tuple[Example, list[str]]]:
+    """The first different prompts, each with all completions that there are for it: ``(example, references)``.
+
+    A text of a single character leaves a prompt without tokens, which is no prompt.
+    """
     found: dict[str, tuple[Example, list[str]]] = {}
     for example in texts:
         if example.prompt is None:
             example = _halved(example)
         key = repr(example.prompt)
         if key not in found:
-            if len(found) == count:
+            if len(found) == count or not encoder.prompt(example.prompt or "", example.tools):
                 continue
             found[key] = (example, [])
         found[key][1].append(_reference(example))
@@ -245,10 +260,14 @@ def _first_prompts(texts: Texts, count: int) -> list[tuple[Example, list[str]]]:
 
 
 def _halved(example: Example) -> Example:
-    """The first words of a text as a prompt, and the others."""
-    words = str(example.completion).split(" ")
-    asked = min(len(words) // 2, 16)
-    return Example(" ".join(words[:asked]), " " + " ".join(words[asked:]))
+    """The first words of a text as a prompt, and the others; of a text without spaces, as in Chinese, its first characters."""
+    text = str(example.completion)
+    start = text[: len(text) - len(text.lstrip())]
+    words = text.lstrip().split(" ")
+    asked = start + " ".join(words[: min(len(words) // 2, 16)])
+    if len(words) == 1:
+        asked = text[: min(len(text) // 2, 64)]
+    return Example(asked, text[len(asked) :])
 
 
 def _reference(example: Example) -> str:

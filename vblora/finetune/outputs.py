@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,21 @@ def check_output_file(path: Path | None, overwrite: bool) -> None:
         refuse_unwritable(folder)
     except OSError as error:
         raise CommandError(f"--output: the folder {folder} cannot be written to: {error.strerror}.") from None
+
+
+def check_columns(path: Path | None, first: Iterable[str], other: Iterable[str]) -> None:
+    """Refuses rows of different columns in a table.
+
+    Raises:
+        CommandError: the columns ``other`` of a row are not those of the first, and only JSON lines can hold such rows.
+    """
+    if path is None or (form := format_of(path, "--output")) == ".jsonl":
+        return
+    if differing := set(first) ^ set(other):
+        raise CommandError(
+            f"--output: some rows have the column {min(differing)!r} and others do not, which a {form} file cannot hold. Give "
+            "the name of a .jsonl file."
+        )
 
 
 class Writer:
@@ -68,12 +84,7 @@ class Writer:
             style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None} if form == ".tsv" else {}
             self._table = csv.DictWriter(self._file, list(fields), lineterminator="\n", **style)  # type: ignore[arg-type]
             self._table.writeheader()
-        if fields.keys() != set(self._table.fieldnames):
-            name = min(fields.keys() ^ set(self._table.fieldnames))
-            raise CommandError(
-                f"--output: some rows have the column {name!r} and others do not, which a {form} file cannot hold. Give the name "
-                "of a .jsonl file."
-            )
+        check_columns(self.path, self._table.fieldnames, fields)
         self._table.writerow(
             {name: json.dumps(value) if isinstance(value, (dict, list)) else value for name, value in fields.items()}
         )

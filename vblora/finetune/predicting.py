@@ -17,7 +17,7 @@ from .adapters import AdapterRun, read_bank
 from .data import Columns, Row
 from .fingerprints import warn_of_another_base
 from .heads import Head, find_head
-from .outputs import Writer
+from .outputs import Writer, check_columns
 from .training import MAX_LENGTH, load_model, tokenize, warn_of_cut
 
 PREDICTED = ("predicted", "probability")
@@ -48,10 +48,14 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
     models.quiet()
     bank = read_bank(arguments.bank)
     heads = {name: _head_of(run, job.labels) for name, run in job.runs.items()}
-    rows = _rows(arguments, job)
-    chunk = list(islice(rows, _CHUNK))  # a wrong file is refused before the model is loaded
-    if not chunk:
+    first: tables.Fields = {}
+    for fields, _, _ in _rows(arguments, job):  # a wrong file is refused before the model is loaded
+        first = first or fields
+        check_columns(arguments.output, first, fields)
+    if not first:
         raise CommandError(f"--data: {arguments.data} has no rows.")
+    rows = _rows(arguments, job)
+    chunk = list(islice(rows, _CHUNK))
     predictors: dict[str, _Predictor] = {}
     with Writer(arguments.output) as writer:
         while chunk:

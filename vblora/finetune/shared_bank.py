@@ -78,19 +78,20 @@ def run(arguments: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
     fitting.warn_of_few_steps(arguments, sum(map(len, train.values())), steps, "train-bank")
     _train(arguments, trainer, tasks)
     results = {}
-    for name, task in tasks.items():
-        fresh = training.load_model(task.model, _head(task), tokenizer)
-        vblora.load(fresh, arguments.output / name, bank=arguments.output / BANK_FILE)
-        predicted = Trainer(fresh, settings, collate).predict(held_out[name])
-        logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-        results[name] = Result(
-            len(task.train),
-            len(task.held_out),
-            most_frequent(task.held_out),
-            float((logits.argmax(-1) == predicted.label_ids).mean()),
-            folder_bytes(arguments.output / name),
-        )
-    _report(arguments, tasks, results)
+    with fitting.saved_in(arguments.output, "the bank and the adapters are"):
+        for name, task in tasks.items():
+            fresh = training.load_model(task.model, _head(task), tokenizer)
+            vblora.load(fresh, arguments.output / name, bank=arguments.output / BANK_FILE)
+            predicted = Trainer(fresh, settings, collate).predict(held_out[name])
+            logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+            results[name] = Result(
+                len(task.train),
+                len(task.held_out),
+                most_frequent(task.held_out),
+                float((logits.argmax(-1) == predicted.label_ids).mean()),
+                folder_bytes(arguments.output / name),
+            )
+        _report(arguments, tasks, results)
     return 0
 
 

@@ -96,6 +96,8 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
     else:
         train = texts.whole(path, columns, "--data", arguments.max_train, arguments.seed)
         held_out = texts.whole(evaluate, columns, "--eval-data", arguments.max_eval, arguments.seed)
+        if common := texts.count_common(train, held_out):
+            print_warning(_of_common_rows(common, len(held_out)))
     return LanguageTask(model, template, train, held_out)
 
 
@@ -191,7 +193,13 @@ def _common_rows(train: list[data.Row], held_out: list[data.Row]) -> str | None:
     common = sum((row.text, row.pair) in seen for row in held_out)
     if not common:
         return None
-    return f"--eval-data: {common:,} of its {len(held_out):,} rows are also in --data, so the score is not that of unseen rows."
+    return _of_common_rows(common, len(held_out))
+
+
+def _of_common_rows(common: int, total: int) -> str:
+    return (
+        f"--eval-data: {common:,} of its {total:,} rows are also in --data, so the result is not that of unseen rows."
+    )
 
 
 def find_model(name: str) -> str:

@@ -222,6 +222,14 @@ def whole(path: Path, columns: Columns, option: str, count: int | None, seed: in
     return Texts(path, columns, option, _sample(np.arange(rows), count, np.random.default_rng(seed)))
 
 
+def count_common(train: Texts, held_out: Texts) -> int:
+    """How many of the rows to evaluate on are also trained on."""
+    of_train, of_held_out = (
+        np.fromiter((_hash(example[:2]) for example in rows), np.uint64) for rows in (train, held_out)
+    )
+    return int(np.isin(of_held_out, of_train).sum())
+
+
 def _sample(rows: "np.ndarray[Any, Any]", count: int | None, generator: np.random.Generator) -> "np.ndarray[Any, Any]":
     if count is None or count >= len(rows):
         return rows
@@ -230,7 +238,11 @@ def _sample(rows: "np.ndarray[Any, Any]", count: int | None, generator: np.rando
 
 def _key(example: Example, seed: int) -> int:
     """A number that rows with the same prompt share, different for each seed."""
-    text = json.dumps(example.completion if example.prompt is None else example.prompt, sort_keys=True)
+    return _hash(example.completion if example.prompt is None else example.prompt, seed)
+
+
+def _hash(value: object, seed: int = 0) -> int:
+    text = json.dumps(value, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest(), "little")
 
 

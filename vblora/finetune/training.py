@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
 
     trainer = _Trainer(model, settings, collate, train, held_out, compute_metrics=metrics, **how)
     seconds = fitting.fit(arguments, task, trainer, checkpoint)
-    try:
+    with fitting.saved_in(arguments.output):
         after = trainer.predict(held_out, metric_key_prefix="eval")
         fresh = load_model(task.model, head, tokenizer)
         frozen = None
@@ -90,16 +90,14 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
             )
         vblora.load(fresh, arguments.output, bank=arguments.bank)
         again = _Trainer(fresh, settings, collate, None, held_out).predict(held_out, metric_key_prefix="eval")
-    except KeyboardInterrupt:
-        raise CommandError(f"interrupted; the trained adapter is in {arguments.output}.", 130) from None
-    if not is_main_process():
-        return 0
-    results = _results(arguments, task, head, trainer, after, frozen, seconds)
-    results.warnings = [few] if few else []
-    bank = fitting.draw(arguments, trainer)
-    save_results(arguments, task, bank=bank, results=vars(results), log=trainer.state.log_history)
-    print_table(results, Console())
-    return _compare(arguments, after, again)
+        if not is_main_process():
+            return 0
+        results = _results(arguments, task, head, trainer, after, frozen, seconds)
+        results.warnings = [few] if few else []
+        bank = fitting.draw(arguments, trainer)
+        save_results(arguments, task, bank=bank, results=vars(results), log=trainer.state.log_history)
+        print_table(results, Console())
+        return _compare(arguments, after, again)
 
 
 class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed

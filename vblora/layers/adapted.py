@@ -173,28 +173,37 @@ class AdaptedLayer(nn.Module):
         return self.kind.widths(self.base_layer)[1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        # A layer that adds nothing, for example a merged one, skips Module.__call__, which takes a tenth of a small layer's time.
-        # So does one in inference. Hooks and a replaced `forward` (accelerate's) still see this layer called.
+        # Skips Module.__call__, which takes a tenth of a small layer's time, unless something needs to see the call: a hook, a
+        # replaced `forward` (accelerate's) or a graph. In inference, skips that of a plain base layer, too.
         own = self.__dict__
-        if "forward" in own or updates.has_hooks(own):
-            return super().__call__(*args, **kwargs)
-        if not (own["applied"] or own["rows_differ"]):
-            return own["_modules"]["base_layer"](*args, **kwargs)
-        if not args or self._compiled_call_impl is not None or not updates.is_plain():
+        if "forward" in own or updates.has_hooks(own) or type(self).forward is not AdaptedLayer.forward:
             return super().__call__(*args, **kwargs)
         base = own["_modules"]["base_layer"]
-        y, in_place = base(*args, **kwargs), not updates.has_hooks(base.__dict__)
+        if not (own["applied"] or own["rows_differ"]):
+            return base(*args, **kwargs)
+        x = args[0] if args else None
+        if type(x) is not Tensor or self._compiled_call_impl is not None or updates.is_seen():
+            return super().__call__(*args, **kwargs)
+        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+            return self._forward(x, args[1:], kwargs, seen=False)
+        plain = None if args[1:] or kwargs else updates.linear_parameters(base)
+        y = base(*args, **kwargs) if plain is None else F.linear(x, *plain)
+        in_place = plain is not None or not updates.has_hooks(base.__dict__)
         if own["rows_differ"]:
-            return rows.updated(self, y, args[0], in_place=in_place)
-        return self.add_applied(y, args[0], in_place=in_place)
+            return rows.updated(self, y, x, in_place=in_place)
+        return self.add_applied(y, x, in_place=in_place)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(x, args, kwargs, seen=updates.is_seen())
+
+    def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, seen: bool) -> Tensor:
+        """``forward``, given whether :func:`updates.is_seen`."""
         if self.rows_differ or args or kwargs or not x.is_floating_point():
             y = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
             return rows.updated(self, y, x) if self.rows_differ else self.add_applied(y, x)
         y = None
         for update in self.applied.values():
-            y = self._add(update, y, x)
+            y = self._add(update, y, x, seen=seen)
         return self.base_layer(x) if y is None else y
 
     def add_applied(self, y: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
@@ -236,15 +245,16 @@ class AdaptedLayer(nn.Module):
             and fused.can_fuse(self._modules["base_layer"], x, factors)  # type: ignore[arg-type]
         )
 
-    def _add(self, update: Update, y: Tensor | None, x: Tensor) -> Tensor:
-        """Adds an update to the base layer's output ``y``, which is yet to be computed if it is None."""
+    def _add(self, update: Update, y: Tensor | None, x: Tensor, *, seen: bool = True) -> Tensor:
+        """Adds an update to the base layer's output ``y``, which is yet to be computed if it is None; then not by a call of the
+        base layer, unless ``seen`` or it needs one."""
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]  # faster than Module.__getattr__
         floating = x.is_floating_point()
         dtype = compute_dtype(x.device, x.dtype if y is None or floating else y.dtype)
         factors = update.slot.factors(dtype).to(x.device, dtype)
         dropout = update.dropout if self.training and floating else 0.0
         if y is None:
-            if not dropout and fused.can_fuse(base, x, factors) and not x.is_inference():
+            if not (seen or dropout) and fused.can_fuse(base, x, factors) and not x.is_inference():
                 return fused.linear(cast(nn.Linear, base), x, factors)
             y = cast(Tensor, base(x))
         return self.kind.add_update(base, y, F.dropout(x, dropout) if dropout else x, factors)

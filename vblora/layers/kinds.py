@@ -275,6 +275,7 @@ def _has_autocast(device_type: str) -> bool:
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype that a layer on ``device`` computes in, given inputs of ``dtype``: autocast's, if that is enabled. It leaves
     float64 alone."""
-    if dtype != torch.float64 and _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    kind = device.type
+    if dtype != torch.float64 and _has_autocast(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return dtype

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
@@ -13,15 +13,14 @@ _FEW = 8192  # positions times the square of the rank, on the CPU: 512 of rank 4
 _MOST_ON_GPU = 512, 16  # positions and rank: a GPU's matrix units do larger products
 
 
+def is_seen() -> bool:
+    """Whether something needs to see each call of a module: a graph, a transform of ``torch.func``, a trace or a global hook."""
+    return torch.compiler.is_compiling() or ops.is_recorded() or _has_any_global_hook()
+
+
 def is_plain() -> bool:
-    """Whether this is eager inference, in which nothing needs to see each call: no graph, transform, mode or global hook."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or ops.is_recorded()
-        or _has_any_global_hook()
-    )
+    """Whether this is inference in which nothing needs to see each call: neither :func:`is_seen` nor a dispatch mode."""
+    return not (torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or is_seen())
 
 
 def has_hooks(own: dict[str, Any]) -> bool:
@@ -29,6 +28,25 @@ def has_hooks(own: dict[str, Any]) -> bool:
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
+
+
+def linear_parameters(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+    """Weight and bias of an ``nn.Linear`` whose call computes ``F.linear`` and does nothing else; None for other layers.
+
+    Whether :func:`is_seen` is for you to ask.
+    """
+    own = layer.__dict__
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    if (
+        type(weight) is nn.Parameter
+        and (bias is None or type(bias) is nn.Parameter)
+        and type(layer).forward is nn.Linear.forward
+        and "forward" not in own
+        and layer._compiled_call_impl is None
+        and not has_hooks(own)
+    ):
+        return weight, bias
+    return None
 
 
 def are_few(x: Tensor, A: Tensor) -> bool:

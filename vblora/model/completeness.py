@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Container, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer
 from ..layers.reads import listed
+from ..layers.weights import passes_gradients
 from .peft_guard import refuse_peft_layers
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def check_completeness(whole: nn.Module, record: "AdaptedModel", attached: "Atta
     refuse_peft_layers(record.model)
     _refuse_new_ties(record, attached)
     _check_additions(record)
+    _warn_of_moved(record, attached, names)
     own = {id(p) for adapter in record.adapters.values() for p in adapter.parameters.values()}
     others = [
         name.replace(".base_layer.", ".")
@@ -98,6 +100,7 @@ def check_replacements(record: "AdaptedModel", adapters: Iterable["AttachedAdapt
 
     Raises:
         ValueError: a module or a tensor was replaced.
+        TypeError: a layer was quantised so that it passes no gradient.
     """
     for attached in adapters:
         if attached.links and all(slots.get(name) is value for slots, name, value in attached.links):
@@ -109,6 +112,7 @@ def check_replacements(record: "AdaptedModel", adapters: Iterable["AttachedAdapt
             at_their_places = {name: module for name, module in record.model.named_modules() if name in lost}
             if replaced := [name for name, module in at_their_places.items() if module not in known]:
                 raise _replaced(replaced, attached)
+            _refuse_blocked_gradients(record, attached)
             _refuse_new_ties(record, attached)
             _check_additions(record)
             if lost:
@@ -119,6 +123,30 @@ def check_replacements(record: "AdaptedModel", adapters: Iterable["AttachedAdapt
                     stacklevel=3,
                 )
         attached.links = _links(record, attached, modules)
+
+
+def _refuse_blocked_gradients(record: "AdaptedModel", attached: "AttachedAdapter") -> None:
+    """Refuses layers that something quantised after injection so that no gradient reaches the layers before them."""
+    for layer in attached.layers:
+        if not passes_gradients(cast(Tensor, layer.base_layer.weight)):
+            raise TypeError(
+                f"`{record.names[layer][0]}` also quantises its input since something quantised the model after vblora.inject, "
+                "and passes no gradient to the layers before it. Quantise only weights, as torchao's Int8WeightOnlyConfig does."
+            )
+
+
+def _warn_of_moved(record: "AdaptedModel", attached: "AttachedAdapter", names: dict[nn.Module, str]) -> None:
+    """Warns of layers whose names in the file are those of other modules now, because the model's blocks were reordered."""
+    taken = set(names.values())
+    before = {layer: record.names[layer][0] for layer in attached.layers}
+    moved = [name for layer, name in before.items() if names[layer] not in record.names[layer] and name in taken]
+    if moved:
+        warnings.warn(
+            f"{listed(moved)} are names of other modules now than when the adapter was injected. Its file holds the layers under "
+            "the names that they had: load it into the model as it was, and change the order of its modules then.",
+            VBLoRAWarning,
+            stacklevel=4,
+        )
 
 
 def _lost(record: "AdaptedModel", attached: "AttachedAdapter", modules: Container[nn.Module]) -> list[str]:

@@ -1,16 +1,19 @@
 """The learning rates that VB-LoRA needs, and a warning for optimizers far below them, such as the Trainer's default."""
 
+import math
 import statistics
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..adapters import Adapter, VBLoRAAdapter
 from ..adapters.base import living_adapters
+from ..distributed import gather_to_cpu
 from ..errors import VBLoRAWarning
 
 # Learning rates for VB-LoRA's two groups. docs/training.md and docs/quality.md explain the first two.
@@ -20,6 +23,8 @@ RECIPES = {
     "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix A.1: for 20 to 160 epochs on GLUE
 }
 _TUNED_WIDTH = 576  # of SmolLM2-135M
+# The rate of scales times the root mean square of the bank's entries: 0.2 for a bank that is drawn up to 0.05.
+_STEP_OF_SCALES = 0.2 * 0.05 / math.sqrt(3)
 WARM_UP = 0.02  # share of the steps that warm up; with more, a task that starts on a plateau stays there
 
 # A learning rate is too low below this share of the lowest recipe's. The paper's logits need 20 epochs and more at 1e-2.
@@ -27,6 +32,7 @@ _TOO_LOW = 0.2
 
 _checked: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 _idle: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+_stale: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
 def rates_of(recipe: str, model: nn.Module, widths: Sequence[int]) -> dict[str, float]:
@@ -43,6 +49,13 @@ def rates_of(recipe: str, model: nn.Module, widths: Sequence[int]) -> dict[str, 
     if recipe == "language" and widths:
         rates["bank"] *= min(1.0, _TUNED_WIDTH / statistics.mode(widths))
     return rates
+
+
+def rate_of_scales(adapters: Iterable[Adapter]) -> float:
+    """The learning rate of scales: the largest bank decides. A collective call if a bank is sharded."""
+    scaled = [adapter for adapter in adapters if isinstance(adapter, VBLoRAAdapter) and adapter.scales is not None]
+    sizes = [gather_to_cpu(adapter.bank.vectors).float().square().mean().sqrt().item() for adapter in scaled]
+    return min(1.0, _STEP_OF_SCALES / max(sizes)) if any(sizes) else 0.2
 
 
 def _generates(model: nn.Module) -> bool:
@@ -65,8 +78,29 @@ def _check_step(optimizer: Optimizer, _args: tuple[object, ...], _kwargs: dict[s
                 VBLoRAWarning,
                 stacklevel=2,
             )
-    elif optimizer not in _checked:
+        return
+    if optimizer not in _checked:
         _check_rates(optimizer)
+    _check_inactive(optimizer)
+
+
+def _check_inactive(optimizer: Optimizer) -> None:
+    """Warns once of an adapter that is not active but has gradients, perhaps of zeros: momentum and decay still change it."""
+    inactive = [adapter for adapter in living_adapters() if adapter.active is False]
+    stale = {p for adapter in inactive for p in adapter.parameters() if p.grad is not None and not p.requires_grad}
+    if (
+        stale
+        and optimizer not in _stale
+        and any(p in stale for group in optimizer.param_groups for p in group["params"])
+    ):
+        _stale.add(optimizer)
+        warnings.warn(
+            f"{type(optimizer).__name__} has also changed an adapter that is not active, because its parameters still have "
+            "gradients: of an earlier backward, or zeros, which momentum and weight decay do not stop at. Call "
+            "optimizer.zero_grad(set_to_none=True) before vblora.set_adapter.",
+            VBLoRAWarning,
+            stacklevel=3,
+        )
 
 
 def _check_rates(optimizer: Optimizer) -> None:

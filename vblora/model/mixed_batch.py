@@ -64,6 +64,8 @@ def begin_forward(record: AdaptedModel, args: tuple[Any, ...], kwargs: dict[str,
         ValueError: as :func:`rows_for`, or the forward records gradients.
     """
     names = kwargs.pop(ARGUMENT, None)
+    if isinstance(names, (list, tuple)) and len(names) == 0 == _count_rows(record.model, args, kwargs):
+        names = None  # an empty batch
     running = layer_rows.current()
     if names is None:
         if running is None or running.layers is not record.names:  # set by a model that contains this one
@@ -99,7 +101,7 @@ def rows_for(record: AdaptedModel, names: Sequence[str | None], count: int | Non
     Raises:
         TypeError: ``names`` is not a list of names and None.
         ValueError: the number of names differs from that of rows, a name is unknown, the model is merged or disabled, an adapter
-            cannot run for only some rows, or a CUDA graph is being captured.
+            cannot run for only some rows, the rows are not the first dimension, or a CUDA graph is being captured.
     """
     if not isinstance(names, (list, tuple)) or not all(name is None or isinstance(name, str) for name in names):
         raise TypeError(
@@ -108,6 +110,11 @@ def rows_for(record: AdaptedModel, names: Sequence[str | None], count: int | Non
     if not names or (count is not None and len(names) != count):
         has = "an unknown number of" if count is None else count
         raise ValueError(f"`{ARGUMENT}` has {len(names)} names, but the batch has {has} rows. Give one for each row.")
+    if name := record.sequence_first:
+        raise ValueError(
+            f"`{ARGUMENT}` is given, but `{name}` has batch_first=False: the first dimension of its input is the positions, not "
+            "the rows. Make it with batch_first=True, or run one adapter at a time with vblora.set_adapter."
+        )
     if streams.capturing():
         raise ValueError(
             f"`{ARGUMENT}` is given while a CUDA graph is captured, which would replay the adapters of this batch for "

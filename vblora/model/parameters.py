@@ -11,7 +11,7 @@ from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer
 from .completeness import check_replacements
 from .idle import frozen, refuse_merged
-from .learning_rates import RECIPES, rates_of
+from .learning_rates import RECIPES, rate_of_scales, rates_of
 from .record import AttachedAdapter, adapted_models, refuse_if_disabled
 
 
@@ -21,7 +21,7 @@ def parameter_groups(
     recipe: str = "auto",
     lr_bank: float | None = None,
     lr_logits: float | None = None,
-    lr_scales: float = 0.2,
+    lr_scales: float | None = None,
     lr_factors: float = 7e-4,
     lr_vectors: float = 2e-2,
     lr_other: float = 2e-3,
@@ -38,7 +38,8 @@ def parameter_groups(
             generate text, and ``"default"`` for all others. ``"paper"`` (1e-3 and 1e-2, from the paper's appendix A.1) is slow:
             with these, the paper trains 20 to 160 epochs on GLUE.
         lr_bank, lr_logits: learning rates of VB-LoRA's bank and logits, instead of the recipe's.
-        lr_scales: learning rate of the scales of ``train_scales=True``.
+        lr_scales: learning rate of the scales of ``train_scales=True``. By default, it is 0.2 for a bank that was drawn up to
+            0.05, and less for larger vectors, since a step of a scale then moves A and B further.
         lr_factors: learning rate of LoRA's A and B, and of the A and B that all layers of Tied-LoRA share.
         lr_vectors: learning rate of VeRA's d and e, and of Tied-LoRA's u and v.
         lr_other: learning rate of all other trainable parameters, such as biases and ``modules_to_save``.
@@ -62,8 +63,8 @@ def parameter_groups(
     adapters = _adapters(model)
     widths = [target.in_features for adapter in adapters for target in adapter.targets]
     rates = rates_of(recipe, model, widths)
-    rates |= {"scales": lr_scales, "factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
-    given = {"bank": lr_bank, "logits": lr_logits}
+    rates |= {"scales": rate_of_scales(adapters), "factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
+    given = {"bank": lr_bank, "logits": lr_logits, "scales": lr_scales}
     rates |= {name: rate for name, rate in given.items() if rate is not None}
     group_of = {
         parameter: name

@@ -362,6 +362,14 @@ class AdaptedModel:
             return self.row_source(names)
         return mixed_batch.attached_rows(self, names)
 
+    @functools.cached_property
+    def sequence_first(self) -> str | None:
+        """The name of a layer of torch's transformers whose input has the rows in its second dimension, if it is adapted."""
+        layers = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+        found = [(name, module) for name, module in self.model.named_modules() if isinstance(module, layers)]
+        found = [item for item in found if not getattr(item[1].self_attn, "batch_first", True)]
+        return next((name for name, module in found if any(inner in self.names for inner in module.modules())), None)
+
     def let_rows_differ(self) -> None:
         """Makes layers check from now on whether the rows of a batch use different adapters."""
         if not self._rows_differ:
@@ -383,6 +391,7 @@ class AdaptedModel:
         if self._rows_differ:
             adapted.let_rows_differ()
         self.names[adapted] = names
+        vars(self).pop("sequence_first", None)
         for name in names:
             _set_module(self.model, name, adapted)
         return adapted
