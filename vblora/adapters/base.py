@@ -380,8 +380,8 @@ class Adapter(nn.Module, ABC):
         merged = int(state_dict.pop(f"{prefix}{MERGED}", 0))
         if self.disabled_layers:
             args[-1].append(
-                f"`{prefix.rstrip('.')}` is merged, and the model is disabled, so its weights would have the present update "
-                "again afterwards. Load the state dict outside the block of `with vblora.disabled(model)`."
+                f"`{prefix.rstrip('.')}` is merged, and the model is disabled. The end of the block would bring back the "
+                "present merged weights. Load the state dict outside the block of `with vblora.disabled(model)`."
             )
         elif merged != self.merged_layers and any(name.startswith(prefix) for name in state_dict):
             there, here = (

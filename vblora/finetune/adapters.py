@@ -79,7 +79,7 @@ def read_report(argument: str, folder: Path) -> dict[str, Any]:
     if tensors.is_file() and report.get("adapter_sha256") not in (None, sha256(tensors)):
         raise CommandError(
             f"{argument}: {tensors} has changed since vblora finetune wrote {RESULTS_FILE}, which may be about another adapter. "
-            f"Remove {RESULTS_FILE}, and give what it told as options, such as --model, --labels or --chat-template."
+            f"Remove {RESULTS_FILE}, and give its contents as options, such as --model, --labels or --chat-template."
         )
     return report
 

@@ -94,7 +94,7 @@ def value(fields: Fields, column: str, where: str) -> str:
         raise CommandError(f"{where}: column {column!r} is {json.dumps(found):.100}; it must be a string or a number.")
     if isinstance(found, float) and not math.isfinite(found):
         raise CommandError(
-            f"{where}: column {column!r} is {json.dumps(found)}, as of a missing value. Remove the line."
+            f"{where}: column {column!r} is {json.dumps(found)}, which stands for a missing value. Remove the line."
         )
     text = str(found)
     if not text.strip():
