@@ -17,7 +17,8 @@ from torch import Tensor
 
 import vblora
 from vblora.adapters import Target
-from vblora.adapters.vblora import draw_rows, rows_of_factors
+from vblora.adapters.subvectors import rows_of_factors
+from vblora.adapters.vblora_rows import draw_rows
 from vblora.checkpoint.folder import write
 from vblora.checkpoint.packing import pack_prefixes
 from vblora.checkpoint.vblora import VBLoRAContents

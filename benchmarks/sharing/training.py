@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 from vblora.bank import VectorBank, decode_vectors, encode_vectors
 from vblora.checkpoint.save_load import contents_of
 from vblora.model.learning_rates import WARM_UP
-from vblora.model.record import attached_adapter
+from vblora.model.lookup import attached_adapter
 
 from ..quality.tasks import Task
 from ..quality.training import Settings, _Batches, _loss, _predict

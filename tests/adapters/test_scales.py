@@ -14,7 +14,7 @@ from vblora.checkpoint import folder, native
 from vblora.checkpoint.save_load import contents_of
 from vblora.files import read_tensors, write_tensors
 from vblora.finetune.bank_use import bank_use
-from vblora.model.record import attached_adapter
+from vblora.model.lookup import attached_adapter
 from vblora.serving import AdapterStore
 
 IDS = torch.arange(3, 17).view(2, 7)

@@ -8,7 +8,7 @@ import torch
 
 import vblora
 from tests.small_models import bert, gpt2, llama
-from vblora.adapters.vblora import draw_rows
+from vblora.adapters.vblora_rows import draw_rows
 
 IDS = torch.randint(3, 50, (2, 7))
 SIZES = {"r": 2, "num_vectors": 24, "vector_length": 8, "init_vector_bank_bound": 1.0, "seed": 0}

@@ -17,7 +17,7 @@ from tests.sentences import batches, encoder
 from tests.small_models import bert
 from vblora import files
 from vblora.adapters import Target
-from vblora.adapters.vblora import Deployed, Trained, draw_rows
+from vblora.adapters.vblora_rows import Deployed, Trained, draw_rows
 from vblora.checkpoint import folder, native, packing
 from vblora.checkpoint.vblora import VBLoRAContents
 

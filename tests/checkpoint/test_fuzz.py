@@ -18,7 +18,7 @@ import vblora
 from tests.small_models import Net, relative_error
 from vblora.checkpoint.folder import CONFIG_FILE, TENSORS_FILE
 from vblora.checkpoint.save_load import contents_of
-from vblora.model.record import attached_adapter
+from vblora.model.lookup import attached_adapter
 
 MUTATIONS = 2000
 TARGETS = ["embed", "up", "down"]

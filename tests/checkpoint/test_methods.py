@@ -80,7 +80,7 @@ def test_round_trip_has_the_same_bits(config, form, tmp_path):
     state = model.vblora.state_dict()
     assert state.keys() == loaded.vblora.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.vblora.state_dict().items())
-    record = vblora.model.record.attached_adapter(loaded)
+    record = vblora.model.lookup.attached_adapter(loaded)
     assert replace(record.config, fan_in_fan_out=False) == config
     assert config_in(tmp_path)["method"] == config.method
     vblora.save(loaded, tmp_path / "again", form=form)

@@ -137,7 +137,7 @@ def test_blocks_that_were_taken_out_do_not_matter_to_what_is_left(blocks):
         vblora.set_adapter(other, [])
         vblora.eject(other)
     vblora.merge(net, release=True)
-    assert vblora.model.whole.is_plain(vblora.model.record.adapted_model(net))
+    assert vblora.model.whole.is_plain(vblora.model.lookup.adapted_model(net))
     vblora.eject(net)
     assert not hasattr(net, "vblora") and type(net.blocks[0].up) is nn.Linear
     torch.testing.assert_close(net(x), out)

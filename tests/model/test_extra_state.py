@@ -17,7 +17,7 @@ import vblora
 from tests.small_models import Net
 from tests.workers import run_in_processes
 from vblora.distributed import gather_to_cpu
-from vblora.model.record import attached_adapter
+from vblora.model.lookup import attached_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -466,7 +466,7 @@ def test_the_config_is_the_models_own():
     config = vblora.VBLoRAConfig(target_modules=["up", "down"], **SIZES)
     net = vblora.inject(Net(blocks=1), config)
     config.r = 7
-    assert vblora.model.record.attached_adapter(net).config.r == 2
+    assert vblora.model.lookup.attached_adapter(net).config.r == 2
     config.r = 0
     with pytest.raises(ValueError, match="`r` is 0"):
         vblora.inject(Net(blocks=1), config)

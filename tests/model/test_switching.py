@@ -37,14 +37,14 @@ def alone(net: nn.Module, config: vblora.VBLoRAConfig, trained: nn.Module, name:
     """A copy of the base model with only the adapter ``name`` of ``trained``, active."""
     model = vblora.inject(copy.deepcopy(net), config).double()
     model.vblora.default.load_state_dict(trained.vblora[name].state_dict())
-    for place, extra in vblora.model.record.attached_adapter(trained, name).extra.items():
-        vblora.model.record.attached_adapter(model).extra[place].replacement.data.copy_(extra.replacement)
+    for place, extra in vblora.model.lookup.attached_adapter(trained, name).extra.items():
+        vblora.model.lookup.attached_adapter(model).extra[place].replacement.data.copy_(extra.replacement)
     return model
 
 
 def randomise(net: nn.Module, name: str) -> None:
     with torch.no_grad():
-        for extra in vblora.model.record.attached_adapter(net, name).extra.values():
+        for extra in vblora.model.lookup.attached_adapter(net, name).extra.values():
             extra.replacement.add_(torch.randn_like(extra.replacement))
 
 
@@ -184,7 +184,7 @@ def test_a_bank_of_two_adapters():
 def test_deleting_frees_it_and_unwraps_its_layers(nets):
     net, model, x = nets
     vblora.set_adapter(model, ["default", "second"])
-    second = vblora.model.record.attached_adapter(model, "second")
+    second = vblora.model.lookup.attached_adapter(model, "second")
     held = [second.adapter, second.adapter.logits, second.adapter.bank.vectors]
     held += [second.extra["head.weight"].replacement, second.layers[0], second.adapter.slots[0]]
     held = [weakref.ref(thing) for thing in held]

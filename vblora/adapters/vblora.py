@@ -5,9 +5,9 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,52 +17,15 @@ from ..bank import VectorBank
 from ..checks import check_count, check_not_negative, check_positive, check_seed
 from ..config import VBLoRAConfig
 from ..config.vblora import check_start
-from ..distributed import gather, processes
+from ..distributed import gather
 from ..errors import VBLoRAWarning
 from .base import Adapter, Factors, Target, is_plain, living_adapters
 from .recomputed import Mixtures
 from .rows import in_backward, rows_of
+from .subvectors import as_factors, check_widths, rows_of_factors
+from .vblora_rows import Deployed, Trained, check_noop, draw_rows, draw_seed, initial_scales
 
 BANK = "bank.vectors"  # the name of the bank's parameter in an adapter
-_DEFAULT_LENGTH = 256  # of bank vectors, as in the paper and PEFT
-
-
-class Trained(NamedTuple):
-    """The rows of logits of a trainable adapter, one row per sub-vector.
-
-    Attributes:
-        logits: ``(S, M)``.
-        candidates: ``(S, M)``, the bank vector of each logit; None if M is h and the columns are all bank vectors in order.
-        exhausted: ``(S,)``, the rows that have used up their candidates; None without candidates or without a seed.
-        seed: the seed that drew the initial logits, or None if it is unknown.
-        scales: ``(S,)``, the number that multiplies each sub-vector; None for ones.
-    """
-
-    logits: Tensor
-    candidates: Tensor | None = None
-    exhausted: Tensor | None = None
-    seed: int | None = None
-    scales: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Trained":
-        """The same rows with ``function`` applied to each tensor."""
-        return Trained._make(function(part) if isinstance(part, Tensor) else part for part in self)
-
-
-class Deployed(NamedTuple):
-    """The mixtures of an adapter for inference only: k bank vectors per sub-vector, best first.
-
-    Attributes:
-        indices: ``(S, k)``, the bank vectors.
-        weights: ``(S, k)``. With scales, their products, which may be negative and need not sum to 1.
-    """
-
-    indices: Tensor
-    weights: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Deployed":
-        """The same mixtures with ``function`` applied to each tensor."""
-        return Deployed(function(self.indices), function(self.weights))
 
 
 class VBLoRAAdapter(Adapter):
@@ -479,141 +442,6 @@ def _bank_for(
     return bank
 
 
-def draw_rows(
-    sizes: list[int],
-    num_vectors: int,
-    num_candidates: int | None,
-    *,
-    seed: int,
-    std: float,
-    init: str = "paper",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Trained:
-    """Draws initial rows: all ``num_vectors`` logits in order, or the ``num_candidates`` largest in descending order.
-
-    With ``init="noop"``, both vectors of a pair have the same logit in the rows of B, so the top two are a vector and its
-    negative.
-
-    Args:
-        sizes: number of rows of each factor, from :func:`rows_of_factors`.
-    """
-    rows = sum(sizes)
-
-    def draw(vectors: int, columns: int | None) -> tuple[Tensor, Tensor | None]:
-        logits = torch.empty(rows, vectors if columns is None else columns, device=device, dtype=dtype)
-        candidates = None
-        if columns is not None:
-            candidates = torch.empty(logits.shape, device=device, dtype=candidate_dtype(num_vectors))
-        torch.ops.vblora.draw_logits_(logits, candidates, vectors, seed, std)
-        return logits, candidates
-
-    logits, candidates = draw(num_vectors, num_candidates)
-    if init == "noop":
-        of_b = rows_of_b(sizes, device)
-        of_pairs, pairs = draw(num_vectors // 2, None if num_candidates is None else num_candidates // 2)
-        logits = torch.where(of_b[:, None], of_pairs.repeat_interleave(2, 1), logits)
-        if candidates is not None and pairs is not None:
-            vectors = 2 * pairs.repeat_interleave(2, 1)
-            vectors[:, 1::2] += 1
-            candidates = torch.where(of_b[:, None], vectors, candidates)
-    exhausted = None if candidates is None else torch.zeros(rows, device=device, dtype=torch.bool)
-    return Trained(logits, candidates, exhausted, seed)
-
-
-def rows_of_b(sizes: list[int], device: torch.device | str | None = None) -> Tensor:
-    """Of each row, whether it is one of B."""
-    counts = torch.tensor(sizes, device=device)
-    return torch.repeat_interleave(torch.arange(len(sizes), device=device) % 2 == 1, counts, output_size=sum(sizes))
-
-
-def initial_scales(sizes: list[int], like: Tensor) -> Tensor:
-    """1 for the rows of A and 0 for those of B, with the dtype and on the device of ``like``."""
-    return 1 - rows_of_b(sizes, like.device).to(like.dtype)
-
-
 def scaled(bank: Tensor, scaling: float) -> Tensor:
     """``bank`` times the square root of ``scaling``, which multiplies both factors and so scales their product by ``scaling``."""
     return bank if scaling == 1.0 else bank * math.sqrt(scaling)
-
-
-def check_noop(bank: VectorBank, topk: int, num_candidates: int | None) -> None:
-    """Refuses arguments with which the first update would not be exactly 0."""
-    needs = '`init` is "noop", which needs'
-    if topk != 2:
-        raise ValueError(f"{needs} `topk`=2 (a vector and its negative), not {topk}.")
-    if num_candidates is not None and num_candidates % 2 and num_candidates < bank.num_vectors:
-        raise ValueError(f"{needs} an even `num_candidates`, not {num_candidates}.")
-    if not bank.is_of_pairs():
-        raise ValueError(
-            f"{needs} a bank of pairs, each vector 2i + 1 the negative of 2i, and `bank` is none. Create it with pairs=True."
-        )
-
-
-def draw_seed() -> int:
-    """A seed from torch's generator.
-
-    Raises:
-        ValueError: several processes train together. Each has its own generator, so they would draw different candidates, while
-            DDP makes their logits equal.
-    """
-    if processes() > 1:
-        raise ValueError(
-            f"`seed` is None, but {processes()} processes train together and must draw the same logits. "
-            "Set `seed` in the config."
-        )
-    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
-
-
-def candidate_dtype(num_vectors: int) -> torch.dtype:
-    """The smallest dtype that holds every index of the bank."""
-    return torch.int16 if num_vectors <= 2**15 else torch.int32
-
-
-def rows_of_factors(targets: tuple[Target, ...], r: int, vector_length: int) -> list[int]:
-    """The number of rows of each factor: A and B of the first target, of the second, ... Each rank has ⌈width / b⌉."""
-    return [r * -(-width // vector_length) for width in _widths(targets)]
-
-
-def as_factors(parts: Sequence[Tensor], targets: tuple[Target, ...]) -> list[Factors]:
-    """The factors of each target, cut to its widths: A ``(r, in_features)`` and B ``(r, out_features)``.
-
-    ``parts`` holds the sub-vectors of each factor as ``(r, *)``.
-    """
-    # Cutting per factor keeps the zeros that a slice's backward makes as few as that factor has elements.
-    factors = [
-        part if part.shape[1] == width else part[:, :width] for part, width in zip(parts, _widths(targets), strict=True)
-    ]
-    return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
-
-
-def default_length(targets: tuple[Target, ...], pad: bool) -> int:
-    """The largest b up to 256 that divides every width; with ``pad``, 256 or the largest width, whichever is smaller."""
-    if pad:
-        return min(max(_widths(targets)), _DEFAULT_LENGTH)
-    common = math.gcd(*_widths(targets))
-    return max(length for length in range(1, min(common, _DEFAULT_LENGTH) + 1) if common % length == 0)
-
-
-def uneven(targets: tuple[Target, ...], vector_length: int) -> list[Target]:
-    """The targets with a width that ``vector_length`` does not divide."""
-    return [t for t in targets if t.in_features % vector_length or t.out_features % vector_length]
-
-
-def check_widths(targets: tuple[Target, ...], vector_length: int, pad: bool) -> None:
-    """Refuses a ``vector_length`` that does not divide every width, unless ``pad``."""
-    refused = [] if pad else uneven(targets, vector_length)
-    if not refused:
-        return
-    common = math.gcd(*_widths(targets))
-    layers = ", ".join(f"{t.name} ({t.in_features} -> {t.out_features})" for t in refused[:5])
-    more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
-    lengths = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
-    raise ValueError(
-        f"`vector_length` is {vector_length}, but must divide `in_features` and `out_features` of each target. "
-        f"It does not for: {layers}{more}. Allowed lengths: {lengths}; with pad=True, any length."
-    )
-
-
-def _widths(targets: tuple[Target, ...]) -> list[int]:
-    return [width for target in targets for width in (target.in_features, target.out_features)]

@@ -15,7 +15,7 @@ from ..layers.kinds import has_kind
 from ..layers.reads import listed
 from ..layers.weights import format_name, is_quantised
 from ..model.heads import is_resized
-from ..model.record import base_tensors_in_place
+from ..model.lookup import base_tensors_in_place
 from ..model.targets import base_modules, embedding_layers
 from .contents import Contents
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Target
-from ..adapters.vblora import Trained
+from ..adapters.vblora_rows import Trained
 from ..config import VBLoRAConfig
 from ..files import read_tensors
 from .json_objects import field, read_object

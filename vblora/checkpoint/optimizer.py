@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..adapters import VBLoRAAdapter
 from ..distributed import gather_to_cpu, is_sharded, reshard, shard_like
-from ..model.record import adapted_models
+from ..model.lookup import adapted_models
 from .packing import pack_prefixes, unpack_prefixes
 
 _PACKED = "vblora.packed"

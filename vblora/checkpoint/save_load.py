@@ -11,17 +11,11 @@ from torch import Tensor, nn
 from ..bank import VectorBank
 from ..distributed import gather_to_cpu, is_sharded, rank, reshard, shard_like
 from ..layers.kinds import Conv1D
+from ..model.attached import AttachedAdapter
 from ..model.completeness import check_completeness
 from ..model.inject import Plan
+from ..model.lookup import adapted_model, adapted_models, attached_adapter, refuse_if_disabled, refuse_if_merged
 from ..model.peft_guard import refuse_peft_layers
-from ..model.record import (
-    AttachedAdapter,
-    adapted_model,
-    adapted_models,
-    attached_adapter,
-    refuse_if_disabled,
-    refuse_if_merged,
-)
 from ..model.targets import base_modules
 from . import native
 from .base_tensors import embeddings_to_save, split_base_tensors, two_values

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..adapters import Adapter, Factors, Target, VBLoRAAdapter
-from ..adapters.vblora import Deployed, Trained, as_factors, candidate_dtype, draw_rows, rows_of_factors, scaled
+from ..adapters.subvectors import as_factors, rows_of_factors
+from ..adapters.vblora import scaled
+from ..adapters.vblora_rows import Deployed, Trained, candidate_dtype, draw_rows
 from ..bank import BankFile, VectorBank, decode_vectors, encode_vectors
 from ..config import AdapterConfig, VBLoRAConfig
 from ..distributed import gather_to_cpu, shard_like

@@ -83,7 +83,7 @@ def _print(folder: Path, config: "AdapterConfig", targets: "tuple[Target, ...]",
     from rich.table import Table
     from rich.text import Text
 
-    from ..adapters.vblora import rows_of_factors
+    from ..adapters.subvectors import rows_of_factors
     from ..checkpoint.folder import CONFIG_FILE, METHOD_NAMES
     from ..config import VBLoRAConfig
 

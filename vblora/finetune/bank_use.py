@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.vblora import Trained
+from ..adapters.vblora_rows import Trained
 from ..checkpoint.vblora import VBLoRAContents
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import vblora
 
-from ..adapters.vblora import default_length
+from ..adapters.subvectors import default_length
 from ..errors import CommandError, in_options
 from ..layers.kinds import target_of
 from ..model.inject import Plan

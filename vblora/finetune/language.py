@@ -20,8 +20,8 @@ import vblora
 
 from ..errors import CommandError
 from ..integrations.transformers import trainer_arguments
+from ..model.lookup import attached_adapter
 from ..model.parameters import ParameterCount
-from ..model.record import attached_adapter
 from . import fitting, injection, models
 from .fingerprints import fingerprint
 from .generation import complete

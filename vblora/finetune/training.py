@@ -25,7 +25,7 @@ import vblora
 
 from ..errors import CommandError
 from ..integrations.transformers import trainer_arguments
-from ..model.record import attached_adapter
+from ..model.lookup import attached_adapter
 from . import fitting, injection, models
 from .baseline import Example, frozen_score
 from .data import Row

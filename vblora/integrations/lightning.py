@@ -10,7 +10,7 @@ except ImportError:
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ..checkpoint.optimizer import pack_state, unpack_state
-from ..model.record import adapted_models
+from ..model.lookup import adapted_models
 from ..model.whole import adapter_state_dict
 
 _SAVE, _LOAD = (

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..errors import VBLoRAWarning
-from ..model.record import AttachedAdapter, adapted_models
+from ..model.attached import AttachedAdapter
+from ..model.lookup import adapted_models
 
 
 def reference_model(args: TrainingArguments) -> nn.Module | None:

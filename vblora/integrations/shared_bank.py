@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..adapters import VBLoRAAdapter
 from ..bank import VectorBank
 from ..checkpoint.save_load import load, save
+from ..model.lookup import attached_adapter
 from ..model.parameters import parameter_groups
-from ..model.record import attached_adapter
 from .transformers import VBLoRACallback
 
 BANK_FILE = "bank.safetensors"

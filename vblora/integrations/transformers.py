@@ -22,8 +22,8 @@ from ..checkpoint.save_load import save, write_over
 from ..errors import VBLoRAWarning
 from ..files import read_tensors, write_tensors
 from ..model.candidates import moves_untouched, stats
+from ..model.lookup import adapted_model, adapted_models, attached_adapter
 from ..model.parameters import parameter_groups
-from ..model.record import adapted_model, adapted_models, attached_adapter
 from ..model.whole import is_plain, save_whole
 from .reference_model import reference_model, warn_of_reference
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..adapters import VBLoRAAdapter
 from ..adapters.base import note_living
-from ..adapters.vblora import default_length
+from ..adapters.subvectors import default_length
 from ..bank import VectorBank
 from ..checks import check_number
 from ..errors import VBLoRAWarning

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..adapters import Adapter
-from .record import adapted_models
+from .lookup import adapted_models
 
 _EXHAUSTED = "exhausted"  # flags that training sets, which the average takes from the model
 

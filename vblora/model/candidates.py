@@ -11,7 +11,7 @@ from ..adapters import VBLoRAAdapter
 from ..checks import check_count
 from ..config import VBLoRAConfig
 from ..distributed import is_sharded, reshard
-from .record import adapted_models, attached_adapter
+from .lookup import adapted_models, attached_adapter
 
 
 class Stats(NamedTuple):

@@ -14,7 +14,8 @@ from ..layers.weights import passes_gradients
 from .peft_guard import refuse_peft_layers
 
 if TYPE_CHECKING:
-    from .record import AdaptedModel, AttachedAdapter
+    from .attached import AttachedAdapter
+    from .record import AdaptedModel
 
 Link = tuple[dict[str, Any], str, Any]  # a module's children or parameters, a name in them, and what has it
 

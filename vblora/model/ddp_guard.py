@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import VBLoRAWarning
 
 if TYPE_CHECKING:
-    from .record import AttachedAdapter
+    from .attached import AttachedAdapter
 
 _reduced: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # identities of the parameters
 

@@ -10,7 +10,7 @@ from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer
 
 if TYPE_CHECKING:
-    from .record import AttachedAdapter
+    from .attached import AttachedAdapter
 
 _UNMERGE = "Call vblora.unmerge(model) first"
 _THAW = "Load it with vblora.load(model, folder, is_trainable=True), or call requires_grad_(True) on its parameters"

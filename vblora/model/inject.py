@@ -15,22 +15,21 @@ from ..config import CLASS_OF_PEFT_TYPE, AdapterConfig, from_peft
 from ..layers.adapted import AdaptedLayer, TensorSwap
 from ..layers.kinds import target_of
 from ..layers.weights import format_name, is_quantised, passes_gradients
+from .attached import AttachedAdapter
 from .diffusers_guard import guard_diffusers
 from .heads import warn_of_new_weights, with_task_head
-from .parts import find_parts
-from .peft_guard import guard_from_peft, refuse_peft_layers
-from .record import (
+from .lookup import (
     ADAPTERS_ATTRIBUTE,
-    AdaptedModel,
     Adapters,
-    AttachedAdapter,
-    ModuleT,
     adapted_model,
     adapted_models,
     base_tensors_in_place,
     refuse_if_disabled,
     refuse_if_merged,
 )
+from .parts import find_parts
+from .peft_guard import guard_from_peft, refuse_peft_layers
+from .record import AdaptedModel, ModuleT
 from .statistics import warn_of_frozen_statistics
 from .targets import base_modules, find_targets, matches
 from .unmatched import warn_of_unmatched

@@ -7,8 +7,9 @@ from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, adapted_layers
 from ..layers.kinds import refusal
 from ..layers.weights import Rounding, can_merge_into, format_name
+from .lookup import adapted_models, refuse_if_disabled
 from .merge_checks import warn_before_merging
-from .record import ModuleT, adapted_models, refuse_if_disabled
+from .record import ModuleT
 
 
 def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, release: bool = False) -> ModuleT:

@@ -9,10 +9,11 @@ from ..adapters import Adapter
 from ..distributed import reshard
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer
+from .attached import AttachedAdapter
 from .completeness import check_replacements
 from .idle import frozen, refuse_merged
 from .learning_rates import RECIPES, rate_of_scales, rates_of
-from .record import AttachedAdapter, adapted_models, refuse_if_disabled
+from .lookup import adapted_models, refuse_if_disabled
 
 
 def parameter_groups(

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..errors import VBLoRAWarning
 from ..layers.adapted import adapted_layers
-from .record import ModuleT, adapted_model, adapted_models, check_adapter_name, refuse_if_disabled, refuse_if_merged
+from .lookup import adapted_model, adapted_models, check_adapter_name, refuse_if_disabled, refuse_if_merged
+from .record import ModuleT
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:

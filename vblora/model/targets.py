@@ -11,7 +11,7 @@ from ..errors import VBLoRAWarning
 from ..layers import reads
 from ..layers.adapted import AdaptedLayer
 from ..layers.kinds import is_linear, kind_of, refusal
-from .record import Adapters
+from .lookup import Adapters
 
 # Usual names of a sequence classifier's output layer.
 _CLASSIFIER_HEADS = ("score", "classifier")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..adapters.base import MERGED
 from ..layers.adapted import AdaptedLayer
 from .extra_state import REPLACED, take_turns
-from .record import ADAPTERS_ATTRIBUTE, AdaptedModel, Adapters, adapted_models, refuse_if_disabled
+from .lookup import ADAPTERS_ATTRIBUTE, Adapters, adapted_models, refuse_if_disabled
+from .record import AdaptedModel
 from .targets import embedding_layers
 
 _METHOD = "save_pretrained"

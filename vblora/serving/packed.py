@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..adapters import Factors, Target
-from ..adapters.vblora import Deployed, as_factors, candidate_dtype, rows_of_factors, scaled
+from ..adapters.subvectors import as_factors, rows_of_factors
+from ..adapters.vblora import scaled
+from ..adapters.vblora_rows import Deployed, candidate_dtype
 from ..bank import VectorBank
 from ..checkpoint import folder, native
 from ..checkpoint.base_tensors import split_base_tensors

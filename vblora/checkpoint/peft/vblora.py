@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from ...adapters import Target
-from ...adapters.vblora import Deployed, Trained, candidate_dtype, draw_rows, rows_of_factors, scaled, uneven
+from ...adapters.subvectors import rows_of_factors, uneven
+from ...adapters.vblora import scaled
+from ...adapters.vblora_rows import Deployed, Trained, candidate_dtype, draw_rows
 from ...config import BEYOND_PEFT, VBLoRAConfig
 from ..contents import Contents, check_finite, check_tensor, take
 from ..json_objects import JsonObject, optional_field
