@@ -221,7 +221,7 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
         "--lr-scales",
         type=positive,
         metavar="X",
-        help="learning rate of --train-scales (0.2 for a bank drawn up to 0.05, less for larger vectors)",
+        help="learning rate of --train-scales (0.1 for a bank drawn up to 0.05, less for larger vectors)",
     )
     group.add_argument("--lr-head", type=positive, metavar="X", help="learning rate of a classifier's head (5e-3)")
     group.add_argument(

@@ -23,8 +23,8 @@ RECIPES = {
     "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix A.1: for 20 to 160 epochs on GLUE
 }
 _TUNED_WIDTH = 576  # of SmolLM2-135M
-# The rate of scales times the root mean square of the bank's entries: 0.2 for a bank that is drawn up to 0.05.
-_STEP_OF_SCALES = 0.2 * 0.05 / math.sqrt(3)
+# The rate of scales times the root mean square of the bank's entries: 0.1 for a bank that is drawn up to 0.05.
+_STEP_OF_SCALES = 0.1 * 0.05 / math.sqrt(3)
 WARM_UP = 0.02  # share of the steps that warm up; with more, a task that starts on a plateau stays there
 
 # A learning rate is too low below this share of the lowest recipe's. The paper's logits need 20 epochs and more at 1e-2.
@@ -55,7 +55,7 @@ def rate_of_scales(adapters: Iterable[Adapter]) -> float:
     """The learning rate of scales: the largest bank decides. A collective call if a bank is sharded."""
     scaled = [adapter for adapter in adapters if isinstance(adapter, VBLoRAAdapter) and adapter.scales is not None]
     sizes = [gather_to_cpu(adapter.bank.vectors).float().square().mean().sqrt().item() for adapter in scaled]
-    return min(1.0, _STEP_OF_SCALES / max(sizes)) if any(sizes) else 0.2
+    return min(1.0, _STEP_OF_SCALES / max(sizes)) if any(sizes) else 0.1
 
 
 def _generates(model: nn.Module) -> bool:

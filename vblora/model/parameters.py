@@ -39,7 +39,7 @@ def parameter_groups(
             generate text, and ``"default"`` for all others. ``"paper"`` (1e-3 and 1e-2, from the paper's appendix A.1) is slow:
             with these, the paper trains 20 to 160 epochs on GLUE.
         lr_bank, lr_logits: learning rates of VB-LoRA's bank and logits, instead of the recipe's.
-        lr_scales: learning rate of the scales of ``train_scales=True``. By default, it is 0.2 for a bank that was drawn up to
+        lr_scales: learning rate of the scales of ``train_scales=True``. By default, it is 0.1 for a bank that was drawn up to
             0.05, and less for larger vectors, since a step of a scale then moves A and B further.
         lr_factors: learning rate of LoRA's A and B, and of the A and B that all layers of Tied-LoRA share.
         lr_vectors: learning rate of VeRA's d and e, and of Tied-LoRA's u and v.
