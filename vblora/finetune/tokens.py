@@ -86,8 +86,8 @@ class Encoder:
             if not (whole.startswith(before) and whole.startswith(after) and end <= len(before) < len(after)):
                 raise CommandError(
                     "--loss: the chat template renders earlier messages of a chat in another way than its last message, so "
-                    "vblora cannot tell which tokens are the assistant's. Give --loss last, or --loss all, "
-                    "or another --chat-template."
+                    "vblora cannot tell which tokens are the assistant's. Give --loss last, --loss all, or another "
+                    "--chat-template."
                 )
             yield whole[end : len(before)], False
             yield whole[len(before) : len(after)], True
