@@ -12,6 +12,12 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"`{name}` is {value}, but must be at least 1.")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """Raises unless ``value`` is True or False; the message names the argument."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r}, but must be True or False.")
+
+
 def check_number(name: str, value: float) -> float:
     """``value`` as a float. Raises unless it is a real number; the message names the argument."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):

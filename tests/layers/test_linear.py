@@ -138,6 +138,8 @@ def test_compiles_in_one_graph():
         ({"in_features": 8, "out_features": 8, "num_vectors": 0}, ValueError, "num_vectors"),
         ({"in_features": 8, "out_features": 8, "r": 2.5}, TypeError, "`r`"),
         ({"in_features": 8, "out_features": 8, "bank": torch.ones(4, 8)}, TypeError, "bank"),
+        ({"in_features": 8, "out_features": 8, "bias": 3}, TypeError, "`bias` is 3"),
+        ({"in_features": 8, "out_features": 8, "pad": "yes"}, TypeError, "`pad` is 'yes'"),
     ],
 )
 def test_refuses(arguments, error, name):

@@ -566,6 +566,9 @@ def test_a_layer_on_another_device_gets_its_factors_moved():
 def test_one_vector_a_sub_vector_is_warned_of():
     with pytest.warns(UserWarning, match="`topk` is 1.*never train.*keeps its initial bank vector.*Set `topk` to 2"):
         vblora.inject(bert(), vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, topk=1))
+    with pytest.warns(UserWarning, match="`topk` is 1.*never train") as caught:
+        vblora.VBLinear(16, 8, num_vectors=16, vector_length=8, topk=1)
+    assert caught[0].filename == __file__
 
 
 def test_every_name_that_a_module_cannot_have_is_refused():

@@ -190,13 +190,7 @@ class VBLoRAAdapter(Adapter):
 
     @classmethod
     def warn_if_untrainable(cls, config: VBLoRAConfig) -> None:
-        if config.topk == 1 and not config.train_scales:
-            warnings.warn(
-                "`topk` is 1: the weight of a single bank vector is always 1, so the logits get no gradient and never train. "
-                "Each sub-vector keeps its initial bank vector. Set `topk` to 2 so that training can choose.",
-                VBLoRAWarning,
-                stacklevel=3,
-            )
+        warn_of_one_vector(config.topk, config.train_scales, stacklevel=4)
 
     @property
     def num_subvectors(self) -> int:
@@ -414,6 +408,17 @@ def _no_candidates(candidates: Tensor | None, extra: Tensor | None, num_vectors:
     if ordered.shape[1] > 1 and (ordered[:, 1:] == ordered[:, :-1]).any():
         return "hold a bank vector twice in one row"
     return None
+
+
+def warn_of_one_vector(topk: int, train_scales: bool, stacklevel: int) -> None:
+    """Warns if the logits cannot train."""
+    if topk == 1 and not train_scales:
+        warnings.warn(
+            "`topk` is 1: the weight of a single bank vector is always 1, so the logits get no gradient and never train. "
+            "Each sub-vector keeps its initial bank vector. Set `topk` to 2 so that training can choose.",
+            VBLoRAWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _warn_of_another_draw(prefix: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-from ..checks import check_count, check_number, check_positive
+from ..checks import check_count, check_flag, check_number, check_positive
 from .default_targets import FOR_OTHERS
 from .peft_fields import PEFT_METADATA
 
@@ -127,8 +127,7 @@ class AdapterConfig:
 
     def _check_flags(self, *names: str) -> None:
         for name in names:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"`{name}` is {getattr(self, name)!r}, but must be True or False.")
+            check_flag(name, getattr(self, name))
 
     def to_dict(self) -> dict[str, Any]:
         """What files hold. ``inference_mode`` is a choice of the moment, so they lack it."""

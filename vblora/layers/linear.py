@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from ..adapters import VBLoRAAdapter
 from ..adapters.base import note_living
 from ..adapters.subvectors import default_length
+from ..adapters.vblora import warn_of_one_vector
 from ..bank import VectorBank
-from ..checks import check_number
+from ..checks import check_flag, check_number
 from ..errors import VBLoRAWarning
 from .adapted import AdaptedLayer, Update
 from .kinds import is_linear, refusal, target_of
@@ -95,6 +96,8 @@ class VBLinear(AdaptedLayer):
             )
         if not 0.0 <= check_number("dropout", dropout) < 1.0:
             raise ValueError(f"`dropout` is {dropout}, but must be at least 0 and below 1.")
+        for name, flag in (("bias", True if bias is None else bias), ("train_scales", train_scales), ("pad", pad)):
+            check_flag(name, flag)
         if base_layer is None:
             if in_features is None or out_features is None:
                 raise ValueError("Pass `in_features` and `out_features`, or a `base_layer` to adapt.")
@@ -124,6 +127,7 @@ class VBLinear(AdaptedLayer):
             pad=pad,
             seed=seed,
         )
+        warn_of_one_vector(topk, train_scales, stacklevel=3)
         super().__init__(base_layer)
         self.base_layer.requires_grad_(False)
         disable_packing(self)
