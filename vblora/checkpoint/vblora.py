@@ -109,7 +109,7 @@ class VBLoRAContents(Contents):
             dtype=self.bank.dtype,
         )
         assert rows.candidates is not None  # a number of candidates was given
-        return rows, rows.candidates.long()
+        return rows, rows.candidates
 
     # Checks
 
@@ -267,13 +267,13 @@ class VBLoRAContents(Contents):
                 tensors["candidates"] = rows.candidates
         else:
             initial, candidates = self.initial(rows.seed)
-            if rows.candidates is not None and not torch.equal(candidates, rows.candidates.long()):
+            if rows.candidates is not None and not torch.equal(candidates, rows.candidates.to(candidates.dtype)):
                 raise ValueError(
                     f"the adapter's candidates are not those that its seed {rows.seed} draws, so something has written into "
                     "them, such as an average that takes integers, too. If they are right nevertheless, set the adapter's `seed` "
                     "to None: then its file holds them."
                 )
-            values = rows.logits if rows.candidates is not None else rows.logits.gather(1, candidates)
+            values = rows.logits if rows.candidates is not None else rows.logits.gather(1, candidates.long())
             tensors["logits.lengths"], tensors["logits.values"] = pack_prefixes(values, initial.logits)
         if rows.exhausted is not None:
             tensors["exhausted"] = pack_bits(rows.exhausted, 1)
@@ -325,7 +325,7 @@ class VBLoRAContents(Contents):
         if self.has_candidates:
             exhausted = initial.exhausted if exhausted is None else exhausted
             return initial._replace(logits=logits, exhausted=exhausted, scales=scales)
-        return Trained(torch.empty_like(logits).scatter_(1, candidates, logits), seed=seed, scales=scales)
+        return Trained(torch.empty_like(logits).scatter_(1, candidates.long(), logits), seed=seed, scales=scales)
 
     def _decode_deployed(self, tensors: dict[str, Tensor]) -> Deployed:
         config, packed, weights = self.config, take(tensors, "indices"), take(tensors, "weights")

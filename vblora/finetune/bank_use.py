@@ -83,7 +83,7 @@ def _depths(contents: VBLoRAContents) -> Tensor | None:
     if not isinstance(rows, Trained) or rows.seed is None:
         return None
     initial, candidates = contents.initial(rows.seed)
-    values = rows.logits if rows.candidates is not None else rows.logits.gather(1, candidates)
+    values = rows.logits if rows.candidates is not None else rows.logits.gather(1, candidates.long())
     changed = values != initial.logits[:, : values.shape[1]]
     places = torch.arange(1, values.shape[1] + 1)
     return (changed * places).amax(1)
