@@ -5,7 +5,7 @@
 # make docs     build the documentation in build/site; a broken link or reference fails
 # make demo     fine-tune a real model           make clean    remove everything that these commands made
 # make demo-llm   fine-tune a language model, on the CPU
-# make bench    compare with PEFT, in under 20 minutes on 2 idle cores; BENCH="--readme README.md --table docs/performance.md" updates their tables
+# make bench    compare with PEFT, in half an hour on 2 idle cores; BENCH="--readme README.md --table docs/performance.md" updates their tables
 # make quality GLUE=DIR E2E=DIR   compare how well the methods learn, shortened: on GLUE, on E2E and on chats, the first two if their
 #                  folder is given; QUALITY="--seeds 3" runs it in full
 # make gpu-check   measure and test on one GPU, offline, in ten minutes; GPU_CHECK="--phases facts times", see docs/gpu.md
