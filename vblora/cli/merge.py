@@ -1,7 +1,6 @@
 """``vblora merge``: an adapter into a base model's files, without loading the model."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoint.merge_files import merge_into_shards, read_weights
     from ..finetune.adapters import read_report
     from ..finetune.fingerprints import differing, hash_of
+    from ..finetune.notices import print_warning
 
     report = read_report("ADAPTER", arguments.adapter)
     labels = report.get("labels")
@@ -76,10 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
         f"in {done.shards} file{'s' * (done.shards > 1)}."
     )
     if others:
-        print(
-            f"vblora merge: warning: the weights of {arguments.base} are not those that the adapter was trained with (among "
-            f"others {others[0]} differs), so the merged model may write nonsense.",
-            file=sys.stderr,
+        print_warning(
+            f"the weights of {arguments.base} are not those that the adapter was trained with (among others {others[0]} "
+            "differs), so the merged model may write nonsense.",
+            "merge",
         )
     if scores := report.get("scores"):
         print(f"The head gives scores in units: score = output * {scores['deviation']} + {scores['mean']}.")

@@ -76,9 +76,8 @@ def _integers(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _equal(own: Tensor, given: Tensor) -> bool:
-    return (
-        own.shape != given.shape or own.is_meta or torch.equal(own, given.to(own.device))
-    )  # torch refuses other shapes
+    """Whether both hold the same, as far as that is to be checked here: torch refuses other shapes itself."""
+    return own.shape != given.shape or own.is_meta or torch.equal(own, given.to(own.device))
 
 
 @contextmanager

@@ -64,8 +64,9 @@ def parameter_groups(
     adapters = _adapters(model)
     widths = [target.in_features for adapter in adapters for target in adapter.targets]
     rates = rates_of(recipe, model, widths)
-    rates |= {"scales": rate_of_scales(adapters), "factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
-    given = {"bank": lr_bank, "logits": lr_logits, "scales": lr_scales}
+    rates["scales"] = rate_of_scales(adapters) if lr_scales is None else lr_scales
+    rates |= {"factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
+    given = {"bank": lr_bank, "logits": lr_logits}
     rates |= {name: rate for name, rate in given.items() if rate is not None}
     group_of = {
         parameter: name
