@@ -11,6 +11,7 @@ from torch import nn
 
 import vblora
 from tests.small_models import Net, bert, llama
+from vblora.adapters import LoRAAdapter, TiedLoRAAdapter, VBLoRAAdapter, VeRAAdapter
 from vblora.model.learning_rates import RECIPES, rates_of
 
 CONFIG = vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["0"])
@@ -75,14 +76,38 @@ def test_the_recipes_are_not_warned_of(recipe):
 def test_the_recipe_is_that_of_what_the_model_is(make, recipe):
     config = replace(CONFIG, target_modules=r".*(q_proj|query|up)")
     groups = vblora.parameter_groups(vblora.inject(make(), config))
-    assert {group["name"]: group["lr"] for group in groups}.items() >= RECIPES[recipe].items()
+    assert rates_by_name(groups).items() >= VBLoRAAdapter.RATES[recipe].items()
 
 
-def test_the_bank_of_a_wide_language_model_is_slower():
-    model = llama()
-    assert rates_of("auto", model, [576, 576, 1536]) == RECIPES["language"]
-    assert rates_of("auto", model, [4096, 4096, 11008]) == RECIPES["language"] | {"bank": 1.2e-2 * 576 / 4096}
-    assert rates_of("paper", model, [4096]) == RECIPES["paper"]
+def rates_by_name(groups):
+    return {group["name"]: group["lr"] for group in groups}
+
+
+METHODS = [
+    (CONFIG, VBLoRAAdapter, {"bank": 1.2e-2 * 576 / 4096, "logits": 0.4}),
+    (vblora.LoraConfig(r=2), LoRAAdapter, {"factors": 4e-3 * (576 / 4096) ** 1.5}),
+    (vblora.VeraConfig(r=2), VeRAAdapter, {"vectors": 4e-2 * 576 / 4096}),
+    (vblora.TiedLoraConfig(r=2), TiedLoRAAdapter, {"factors": 3e-3 * 576 / 4096, "vectors": 3e-2 * 576 / 4096}),
+]
+
+
+@pytest.mark.parametrize(("config", "method", "wide"), METHODS, ids=lambda value: getattr(value, "__name__", ""))
+def test_each_method_has_rates_for_what_the_model_is(config, method, wide):
+    models = {"default": bert(), "language": llama()}
+    for kind, model in models.items():
+        assert rates_of("auto", model, [method], [576, 576, 1536]) == method.RATES[kind]
+        assert rates_of("paper", model, [method], [576]) == method.RATES.get("paper", method.RATES[kind])
+    assert rates_of("auto", models["language"], [method], [4096, 4096, 11008]) == pytest.approx(wide)
+    assert rates_of("auto", models["default"], [method], [4096]) == method.RATES["default"]
+    model = vblora.inject(models["language"], replace(config, target_modules=["q_proj"]))
+    assert rates_by_name(vblora.parameter_groups(model)) == method.RATES["language"]
+    given = {f"lr_{name}": 0.25 for name in wide}
+    assert rates_by_name(vblora.parameter_groups(model, **given)) == dict.fromkeys(wide, 0.25)
+
+
+def test_methods_that_share_a_group_get_the_lower_rate():
+    both = rates_of("default", Net(), [LoRAAdapter, TiedLoRAAdapter], [8])
+    assert both == {"factors": 7e-4, "vectors": 3e-2}
 
 
 def test_a_schedule_counts_by_its_peak():

@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -244,6 +244,10 @@ class Adapter(nn.Module, ABC):
 
     r: int  # rank of the updates
     takes_bank: ClassVar[bool] = False  # whether from_config has an argument `bank`
+    # AdamW's learning rate of each group, for "default" and for "language" models, whose rates are for layers of 576 inputs. The
+    # rates of wider language models are lower by (576 / width) ** FALLS[group]; a group that is not in FALLS keeps its rate.
+    RATES: ClassVar[Mapping[str, Mapping[str, float]]]
+    FALLS: ClassVar[Mapping[str, float]]
 
     # In these three, `config` is of the method's own class, as adapters/registry.py pairs them.
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,11 @@ class TiedLoRAAdapter(SharedPairAdapter):
     """
 
     VECTORS = ("u", "v")
+    RATES: ClassVar = {
+        "default": {"factors": 1.5e-3, "vectors": 3e-2},
+        "language": {"factors": 3e-3, "vectors": 3e-2},
+    }
+    FALLS: ClassVar = {"factors": 1.0, "vectors": 1.0}
     u: nn.Parameter
     v: nn.Parameter
 

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,13 @@ class VBLoRAAdapter(Adapter):
         ValueError: a number is out of range, ``init`` is unknown, or ``b`` does not divide a target's width and ``pad`` is False.
         TypeError: an argument has the wrong type.
     """
+
+    RATES: ClassVar = {
+        "default": {"bank": 3e-3, "logits": 0.5},
+        "language": {"bank": 1.2e-2, "logits": 0.4},
+        "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix A.1: for 20 to 160 epochs on GLUE
+    }
+    FALLS: ClassVar = {"bank": 1.0}  # to 1.7e-3 at 4,096, where the paper's is 1e-3
 
     logits: nn.Parameter | None
     scales: nn.Parameter | None

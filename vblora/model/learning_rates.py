@@ -1,4 +1,4 @@
-"""The learning rates that VB-LoRA needs, and a warning for optimizers far below them, such as the Trainer's default."""
+"""Learning rates by what the model is, and a warning for optimizers far below VB-LoRA's, such as the Trainer's default."""
 
 import math
 import statistics
@@ -16,12 +16,8 @@ from ..adapters.base import living_adapters
 from ..distributed import gather_to_cpu
 from ..errors import VBLoRAWarning
 
-# Learning rates for VB-LoRA's two groups. docs/training.md and docs/quality.md explain the first two.
-RECIPES = {
-    "default": {"bank": 3e-3, "logits": 0.5},
-    "language": {"bank": 1.2e-2, "logits": 0.4},  # at a width of 576; see rates_of
-    "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix A.1: for 20 to 160 epochs on GLUE
-}
+# The names of sets of rates; "paper" is VB-LoRA's alone. docs/training.md and docs/quality.md explain them.
+RECIPES = tuple(VBLoRAAdapter.RATES)
 _TUNED_WIDTH = 576  # of SmolLM2-135M
 # The rate of scales times the root mean square of the bank's entries: 0.1 for a bank that is drawn up to 0.05.
 _STEP_OF_SCALES = 0.1 * 0.05 / math.sqrt(3)
@@ -35,19 +31,25 @@ _idle: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 _stale: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
-def rates_of(recipe: str, model: nn.Module, widths: Sequence[int]) -> dict[str, float]:
-    """The learning rates of a recipe, or with ``"auto"`` of that for what the model is.
-
-    The wider a language model, the slower its bank: 1.2e-2 was found at 576, the paper's 1e-3 at 4,096 and 5,120.
+def rates_of(
+    recipe: str, model: nn.Module, methods: Iterable[type[Adapter]], widths: Sequence[int]
+) -> dict[str, float]:
+    """The learning rate of each group, by a recipe or by what the model is.
 
     Args:
+        recipe: ``"auto"``, and a recipe that a method does not have, mean that for what the model is.
+        methods: the classes of the adapters. Of two that have the same group, the lower rate counts.
         widths: numbers of input features of the adapted layers.
     """
-    if recipe == "auto":
-        recipe = "language" if _generates(model) else "default"
-    rates = dict(RECIPES[recipe])
-    if recipe == "language" and widths:
-        rates["bank"] *= min(1.0, _TUNED_WIDTH / statistics.mode(widths))
+    usual = "language" if _generates(model) else "default"
+    narrowness = min(1.0, _TUNED_WIDTH / statistics.mode(widths)) if widths else 1.0
+    rates: dict[str, float] = {}
+    for method in methods:
+        kind = recipe if recipe in method.RATES else usual
+        for name, rate in method.RATES[kind].items():
+            if kind == "language":
+                rate *= narrowness ** method.FALLS.get(name, 0.0)
+            rates[name] = min(rate, rates.get(name, rate))
     return rates
 
 
@@ -117,12 +119,12 @@ def _check_rates(optimizer: Optimizer) -> None:
         rate = _highest_rate(group)
         for parameter in group["params"]:
             name = group_of.get(parameter, "") if parameter.requires_grad else ""
-            recipes = [recipe[name] for recipe in RECIPES.values() if name in recipe]
+            recipes = [rates[name] for rates in VBLoRAAdapter.RATES.values() if name in rates]
             if rate is not None and recipes and rate < _TOO_LOW * min(recipes):
                 low[name] = rate
     if low:
         found = " and ".join(f"the {name} at {rate:.2g}" for name, rate in low.items())
-        usual = RECIPES["default"], RECIPES["language"]
+        usual = VBLoRAAdapter.RATES["default"], VBLoRAAdapter.RATES["language"]
         wanted = " and ".join(
             f"the {name} at {min(rates[name] for rates in usual):.2g} to {max(rates[name] for rates in usual):.2g}"
             for name in low

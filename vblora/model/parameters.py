@@ -23,8 +23,8 @@ def parameter_groups(
     lr_bank: float | None = None,
     lr_logits: float | None = None,
     lr_scales: float | None = None,
-    lr_factors: float = 7e-4,
-    lr_vectors: float = 2e-2,
+    lr_factors: float | None = None,
+    lr_vectors: float | None = None,
     lr_other: float = 2e-3,
 ) -> list[dict[str, Any]]:
     """Groups the trainable parameters for an optimizer, with learning rates for AdamW.
@@ -34,15 +34,18 @@ def parameter_groups(
 
     Args:
         model: an injected model, or a module with :class:`VBLinear` layers.
-        recipe: learning rates of VB-LoRA's bank and logits. ``"default"`` (3e-3 and 0.5) and ``"language"`` (up to 1.2e-2, less
-            if the layers are wider than 576, and 0.4) are for a few epochs. ``"auto"`` chooses ``"language"`` for models that
-            generate text, and ``"default"`` for all others. ``"paper"`` (1e-3 and 1e-2, from the paper's appendix A.1) is slow:
-            with these, the paper trains 20 to 160 epochs on GLUE.
-        lr_bank, lr_logits: learning rates of VB-LoRA's bank and logits, instead of the recipe's.
+        recipe: which learning rates the groups get whose rate you do not give. ``"language"`` is for models that generate text;
+            its rates are lower for layers that are wider than 576. ``"default"`` is for all others. ``"auto"`` chooses one of
+            the two. ``"paper"``, for VB-LoRA alone, is slow: with the rates of its appendix A.1, the paper trains 20 to 160
+            epochs on GLUE.
+        lr_bank, lr_logits: learning rates of VB-LoRA's bank (3e-3; up to 1.2e-2 for language models; the paper's is 1e-3) and
+            logits (0.5; 0.4; 1e-2).
         lr_scales: learning rate of the scales of ``train_scales=True``. By default, it is 0.1 for a bank that was drawn up to
             0.05, and less for larger vectors, since a step of a scale then moves A and B further.
-        lr_factors: learning rate of LoRA's A and B, and of the A and B that all layers of Tied-LoRA share.
-        lr_vectors: learning rate of VeRA's d and e, and of Tied-LoRA's u and v.
+        lr_factors: learning rate of LoRA's A and B (7e-4; up to 4e-3 for language models), and of the A and B that all layers of
+            Tied-LoRA share (1.5e-3; up to 3e-3).
+        lr_vectors: learning rate of VeRA's d and e (2e-2; up to 4e-2 for language models), and of Tied-LoRA's u and v (3e-2; up
+            to 3e-2).
         lr_other: learning rate of all other trainable parameters, such as biases and ``modules_to_save``.
 
     Returns:
@@ -63,10 +66,10 @@ def parameter_groups(
         check_replacements(record, [attached for attached in record.adapters.values() if attached.active])
     adapters = _adapters(model)
     widths = [target.in_features for adapter in adapters for target in adapter.targets]
-    rates = rates_of(recipe, model, widths)
+    rates = rates_of(recipe, model, map(type, adapters), widths)
     rates["scales"] = rate_of_scales(adapters) if lr_scales is None else lr_scales
-    rates |= {"factors": lr_factors, "vectors": lr_vectors, "other": lr_other}
-    given = {"bank": lr_bank, "logits": lr_logits}
+    rates["other"] = lr_other
+    given = {"bank": lr_bank, "logits": lr_logits, "factors": lr_factors, "vectors": lr_vectors}
     rates |= {name: rate for name, rate in given.items() if rate is not None}
     group_of = {
         parameter: name
@@ -75,7 +78,8 @@ def parameter_groups(
         for parameter in parameters
     }
     groups: dict[str, dict[str, Any]] = {name: {"name": name, "params": [], "lr": rate} for name, rate in rates.items()}
-    groups["logits"]["weight_decay"] = 0.0
+    if "logits" in groups:
+        groups["logits"]["weight_decay"] = 0.0
     idle = {p for attached in _attached(model) if not attached.active for p in attached.adapter.parameters()}
     idle -= group_of.keys()  # what is left requires gradients only for another model, which trains the same bank
     for parameter in model.parameters():
