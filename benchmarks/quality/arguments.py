@@ -9,60 +9,99 @@ from .tasks import WORD_ORDER
 
 
 def parse(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.quality", description=description)
-    parser.add_argument("--suite", choices=list(SUITES), default="glue", help="(%(default)s)")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.quality",
+        description=description,
+        epilog="\n".join(f"methods of {name}: {', '.join(suite.recipes)}" for name, suite in SUITES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
-        "--data", type=Path, help="of glue: folder of TASK/train.tsv, TASK/dev.tsv; of e2e: of its files ($GLUE, $E2E)"
+        "--suite",
+        choices=list(SUITES),
+        default="glue",
+        help="glue: sentence encoders; e2e: a language model describes restaurants; chat: a language model learns from chats "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="glue: the folder of TASK/train.tsv and TASK/dev.tsv ($GLUE); e2e: the folder of devset.csv and "
+        "testset_w_refs.csv ($E2E); chat makes its own data",
     )
     parser.add_argument(
         "--model",
         type=Path,
-        help="folder of an encoder (all-MiniLM-L6-v2) or, or GGUF file, of a language model (SmolLM2-135M)",
+        metavar="PATH",
+        help="glue: the folder of an encoder (all-MiniLM-L6-v2); e2e, chat: the folder or the GGUF file of a language model "
+        "(SmolLM2-135M-Instruct)",
     )
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="all of the suite")
-    parser.add_argument("--seeds", type=_positive, default=3)
-    parser.add_argument("--max-train", type=_positive, help="training rows of each task (all)")
-    parser.add_argument("--batch-size", type=_positive, help="training rows a step (glue 16, others 8)")
-    parser.add_argument(
-        "--tasks", nargs="+", help=f"of glue: all in the folder; {WORD_ORDER} is made from the texts in it"
-    )
-    parser.add_argument("--epochs", type=_positive, help="of glue (3)")
-    parser.add_argument("--steps", type=_positive, help="of e2e and chat (600)")
-    parser.add_argument("--max-dev", type=_positive, help="of e2e and chat: rows whose loss is taken (all)")
-    parser.add_argument(
-        "--max-prompts", type=_whole, help="of e2e: restaurants that are described (all); with 0 only the loss"
-    )
-    parser.add_argument(
-        "--beams", type=_positive, nargs="+", help="of e2e: a table's columns for each; 1 is greedy (1 4)"
-    )
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes fields and rates of the methods"
-    )
-    parser.add_argument(
-        "--search",
-        type=_positive,
-        metavar="N",
-        help="instead of each method's recipe: N settings, its own and others drawn, of which the first task lets half pass",
-    )
-    parser.add_argument(
-        "--held-out",
-        action="store_true",
-        help="score on training rows that no run is trained on: of glue those beyond --max-train",
-    )
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="the methods to compare, listed below (all)")
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="train each method with the seeds 0 to N - 1 (3)")
     parser.add_argument(
         "--precision",
         choices=("auto", "bfloat16", "float32"),
         default="auto",
-        help="bfloat16 by autocast, which auto takes on a processor that has instructions for it",
+        help="compute in bfloat16 (autocast) or float32; auto: bfloat16 if the processor has instructions for it (%(default)s)",
     )
     parser.add_argument(
-        "--processes", type=_positive, default=min(os.cpu_count() or 1, 4), help="runs at once (%(default)s)"
+        "--processes",
+        type=_positive,
+        default=min(os.cpu_count() or 1, 4),
+        metavar="N",
+        help="train N runs at the same time (%(default)s)",
     )
     parser.add_argument(
-        "--output", type=Path, help="where runs are kept (build/quality.jsonl, build/quality-SUITE.jsonl)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the file with all runs; runs that it has are not repeated (build/quality.jsonl; build/quality-SUITE.jsonl)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one seed, fewer rows or steps, the methods that matter most"
+        "--quick", action="store_true", help="a short form: one seed, fewer rows or steps, the most important methods"
+    )
+
+    group = parser.add_argument_group("how much to train and to evaluate")
+    group.add_argument("--max-train", type=_positive, metavar="N", help="train on N rows of each task (all)")
+    group.add_argument("--batch-size", type=_positive, metavar="N", help="rows in a step (glue: 16; e2e, chat: 8)")
+    group.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help=f"glue: the tasks; {WORD_ORDER} is made from the texts of the others (all in the folder)",
+    )
+    group.add_argument("--epochs", type=_positive, metavar="N", help="glue: passes over the rows (3)")
+    group.add_argument("--steps", type=_positive, metavar="N", help="e2e, chat: training steps (600)")
+    group.add_argument("--max-dev", type=_positive, metavar="N", help="e2e, chat: compute the loss of N rows (all)")
+    group.add_argument(
+        "--max-prompts", type=_whole, metavar="N", help="e2e: complete N prompts (all); 0: compute only the loss"
+    )
+    group.add_argument(
+        "--beams", type=_positive, nargs="+", metavar="N", help="e2e: complete with N beams; 1 is greedy (1 4)"
+    )
+
+    group = parser.add_argument_group(
+        "to choose settings",
+        "With these, only the table is written. Without them, it is also written as JSON, with two pictures, next to --output.",
+    )
+    group.add_argument(
+        "--held-out",
+        action="store_true",
+        help="evaluate on training rows that no run trains on, instead of the test set; glue: those beyond --max-train",
+    )
+    group.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change learning rates (lr_bank, lr_factors, ...), warm_up, or fields of the config, for the methods that have them",
+    )
+    group.add_argument(
+        "--search",
+        type=_positive,
+        metavar="N",
+        help="try N settings of each method: its own, and others that are drawn at random; needs --held-out. If there are "
+        "several tasks, the better half of the settings on the first task is tried on the others",
     )
     arguments = parser.parse_args()
     suite = SUITES[arguments.suite]
@@ -76,11 +115,12 @@ def parse(description: str) -> argparse.Namespace:
         arguments.output = Path(
             "build", "quality.jsonl" if arguments.suite == "glue" else f"quality-{arguments.suite}.jsonl"
         )
+    defaults = {"seeds": 3}
     if arguments.quick:
-        arguments.seeds, arguments.methods = 1, arguments.methods or list(suite.quick)
-        for name, value in suite.short.items():
-            if getattr(arguments, name) is None:
-                setattr(arguments, name, value)
+        defaults = {"seeds": 1, "methods": list(suite.quick), **suite.short}
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     return arguments
 
 
@@ -97,7 +137,7 @@ def _whole(text: str) -> int:
 
 
 def _refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, suite: Suite) -> None:
-    """Options of other suites, and methods that this one does not have."""
+    """Options of other suites, methods that this one does not have, and a search on test sets."""
     others = {name for other in SUITES.values() for name in other.options} - set(suite.options)
     for name in sorted(others | ({"data"} if arguments.suite == "chat" else set())):
         if getattr(arguments, name) is not None:
@@ -105,3 +145,5 @@ def _refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, suit
     for name in arguments.methods or ():
         if name not in suite.recipes:
             parser.error(f"--methods: {name!r} is none of {arguments.suite}'s: {', '.join(suite.recipes)}")
+    if arguments.search and not arguments.held_out:
+        parser.error("--search: add --held-out, so that test sets do not choose settings")

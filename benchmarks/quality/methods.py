@@ -1,6 +1,6 @@
 """What is compared: each method's config and learning rates. docs/experiments/recipes.md says how they were found."""
 
-import math
+import itertools
 import random
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -15,6 +15,7 @@ CONFIGS = {
     "vera": vblora.VeraConfig,
     "tied_lora": vblora.TiedLoraConfig,
 }
+_ADAPTERS = {"vblora": VBLoRAAdapter, "lora": LoRAAdapter, "vera": VeRAAdapter, "tied_lora": TiedLoRAAdapter}
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,47 @@ class Recipe:
     rates: dict[str, float] = field(default_factory=dict)
     warm_up: float = 0.06  # share of the steps
 
+    @property
+    def settings(self) -> set[str]:
+        """The names of what :meth:`changed` may change: learning rates, the warm-up, and fields of the config."""
+        if self.method is None:
+            return {"warm_up", *self.rates} if self.rates else {"shots"}
+        rates = {f"lr_{name}" for name in _ADAPTERS[self.method].RATES["default"]} | {"lr_other"}
+        scales = {"lr_scales"} if self.method == "vblora" else set()
+        return rates | scales | {"warm_up"} | {f.name for f in fields(CONFIGS[self.method])}
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether anything depends on the seed: a language model that is only asked answers the same each time."""
+        return self.method is not None or bool(self.rates or self.config.get("shots"))
+
     def changed(self, settings: dict[str, Any]) -> "Recipe":
-        """The same with some settings of others, each where it belongs by its name."""
-        own = {name: value for name, value in settings.items() if name in {f.name for f in fields(self)}}
+        """The same with other values of the settings, each where it belongs by its name.
+
+        Raises:
+            ValueError: the method refuses a value.
+        """
+        own = {name: value for name, value in settings.items() if name == "warm_up"}
         rates = {name: value for name, value in settings.items() if name.startswith("lr_")}
         config = {name: value for name, value in settings.items() if name not in own and name not in rates}
-        return replace(self, config=self.config | config, rates=self.rates | rates, **own)
+        for name, value in (own | rates).items():
+            most = 1 if name == "warm_up" else 100
+            if not isinstance(value, (int, float)) or not 0 <= value <= most:
+                raise ValueError(f"{name} is {value!r}, but must be a number from 0 to {most}.")
+        changed = replace(self, config=self.config | config, rates=self.rates | rates, **own)
+        changed._full_config()
+        return changed
+
+    def _full_config(self) -> dict[str, Any]:
+        """All fields of the config, of which ``config`` has some."""
+        try:
+            return self.config if self.method is None else asdict(CONFIGS[self.method](**self.config))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+    def is_same(self, other: "Recipe") -> bool:
+        """Whether both mean the same, whatever they say outright."""
+        return replace(self, config=self._full_config()) == replace(other, config=other._full_config())
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -147,12 +183,14 @@ LANGUAGE_SPACES: dict[str | None, Space] = {
 }
 
 
-def draw(space: Space, count: int) -> list[dict[str, Any]]:
-    """That many settings for ``Recipe.changed``, or all that there are. The first changes nothing. The same each time."""
+def draw(recipe: Recipe, space: Space, count: int) -> list[dict[str, Any]]:
+    """That many different settings for ``Recipe.changed``, or all that there are. The first is the recipe's own, so it changes
+    nothing. The same each time."""
     rng, settings = random.Random(0), [{}]
-    all_of_them = 1 + math.prod(len(values) for values in space.values())
-    while len(settings) < min(count, all_of_them):
+    every = (dict(zip(space, values, strict=True)) for values in itertools.product(*space.values()))
+    others = [drawn for drawn in every if not recipe.changed(drawn).is_same(recipe)] if count > 1 else []
+    while len(settings) < min(count, 1 + len(others)):
         drawn = {name: rng.choice(values) for name, values in space.items()}
-        if drawn not in settings:
+        if drawn in others and drawn not in settings:
             settings.append(drawn)
     return settings

@@ -21,16 +21,32 @@ def _digest(task: AnyTask) -> str:
 
 
 class Results:
-    """Runs by what they depend on, a line of the file each."""
+    """Runs by what they depend on, a line of the file each.
+
+    Raises:
+        OSError, ValueError: the file cannot be written, or is something else; named.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.runs: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            self._read()
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:  # a process was killed while it wrote this line
+            self.path.write_text(complete, encoding="utf-8")
+        for number, line in enumerate(complete.splitlines(), 1):
+            try:
                 entry = json.loads(line)
                 self.runs[self._name(entry["key"])] = entry["result"]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(
+                    f"--output: line {number} of {self.path} is not a run of this benchmark. Give another file."
+                ) from None
 
     @staticmethod
     def _name(key: dict) -> str:

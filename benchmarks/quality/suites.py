@@ -2,10 +2,13 @@
 
 import argparse
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from vblora.finetune.demo import find_model
+from vblora.finetune import demo
 from vblora.finetune.models import computes_in_bfloat16
+from vblora.finetune.task import find_model
 
 from .. import models
 from . import language_models, training
@@ -42,10 +45,32 @@ def _read_glue(arguments: argparse.Namespace) -> list[AnyTask]:
 
 def _encoder_settings(arguments: argparse.Namespace) -> training.Settings:
     given = _given(arguments, "epochs", "batch_size")
-    return training.Settings(arguments.model or find_model(), computes_in_bfloat16(arguments.precision), **given)
+    model = _model(arguments, demo.find_model)
+    if model.is_file():
+        raise ValueError(f"--model: {model} is a file, but an encoder is read from a folder. Give its folder.")
+    return training.Settings(model, computes_in_bfloat16(arguments.precision), **given)
+
+
+def _model(arguments: argparse.Namespace, default: Callable[[], Path]) -> Path:
+    """The model that ``--model`` names, checked.
+
+    Raises:
+        CommandError, FileNotFoundError: it is not there, or is something else; named.
+    """
+    if arguments.model is None:
+        return default()
+    if not arguments.model.exists():
+        raise FileNotFoundError(f"--model: there is no {arguments.model}. Give a model's folder.")
+    return Path(find_model(str(arguments.model)))
 
 
 def _read_e2e(arguments: argparse.Namespace) -> list[AnyTask]:
+    lacking = [package for package in ("sacrebleu", "rouge_score") if find_spec(package) is None]
+    if lacking and arguments.max_prompts != 0:
+        raise ValueError(
+            f"{' and '.join(lacking)} cannot be imported, so texts cannot be compared. Install the extra `bench`, or give "
+            "--max-prompts 0 for the loss alone."
+        )
     sizes = arguments.max_train, arguments.max_dev, arguments.max_prompts
     return [read_e2e(arguments.data, *sizes, held_out=arguments.held_out)]
 
@@ -58,9 +83,8 @@ def _language_settings(arguments: argparse.Namespace) -> language_models.Setting
     given = _given(arguments, "steps", "batch_size", "beams")
     if "beams" in given:
         given["beams"] = tuple(given["beams"])
-    return language_models.Settings(
-        arguments.model or models.smollm2_file(), computes_in_bfloat16(arguments.precision), **given
-    )
+    model = _model(arguments, models.smollm2_file)
+    return language_models.Settings(model, computes_in_bfloat16(arguments.precision), **given)
 
 
 _ENCODERS = Suite(

@@ -82,7 +82,7 @@ def read_tasks(
     missing = [name for name in names or [] if name not in (*found, WORD_ORDER)]
     if missing or not found:
         raise FileNotFoundError(
-            f"{folder} has no {missing[0] if missing else '*'}/train.tsv; there are {', '.join(found) or 'none'}."
+            f"--data: {folder} has no {missing[0] if missing else 'TASK'}/train.tsv. Tasks in it: {', '.join(found) or 'none'}."
         )
     tasks = [
         _word_order([_read_task(path) for path in found.values()]) if name == WORD_ORDER else _read_task(found[name])
@@ -98,7 +98,8 @@ def _cut(task: Task, max_train: int | None, held_out: bool) -> Task:
         train, others = rows[:max_train], rows[max_train:]
     if held_out and not others:
         raise ValueError(
-            f"{task.name} has {len(task.train)} training rows: with `max_train`={max_train} none is held out."
+            f"--held-out: {task.name} has {len(task.train)} training rows, and all of them are trained on, so none is held out. "
+            "Give a smaller --max-train."
         )
     return task._replace(train=train, dev=others if held_out else task.dev)
 
@@ -132,16 +133,18 @@ def _read_task(folder: Path) -> Task:
     if is_score:
         label_of, labels = float, []
     else:
-        labels = sorted({label for _, label in train[0]})
+        labels = sorted({label for rows, _ in (train, dev) for _, label in rows})
         label_of = {label: index for index, label in enumerate(labels)}.__getitem__
     examples = [[Example(texts, label_of(label)) for texts, label in rows] for rows, _ in (train, dev)]
     return Task(folder.name, examples[0], examples[1], labels)
 
 
 def _read_rows(path: Path) -> tuple[list[tuple[tuple[str, ...], str]], bool]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--data: there is no {path}.")
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    header = rows[0]
+    header = rows[0] if rows else []
     if len(header) == len(_COLA) and header[1] in ("0", "1"):
         header = _COLA
     else:
@@ -149,8 +152,10 @@ def _read_rows(path: Path) -> tuple[list[tuple[tuple[str, ...], str]], bool]:
     texts = next((names for names in _TEXTS if set(names) <= set(header)), None)
     label = next((name for name in _LABELS if name in header), None)
     if texts is None or label is None:
-        raise ValueError(f"{path} has the columns {', '.join(header)}, which are none of GLUE's.")
+        raise ValueError(f"--data: {path} has the columns {', '.join(header)}, which are none of GLUE's.")
     columns = [header.index(name) for name in texts]
     label_column = header.index(label)
     complete = [row for row in rows if len(row) == len(header)]  # a few of the official files' lines are not
+    if not complete:
+        raise ValueError(f"--data: {path} has no rows.")
     return [(tuple(row[i].strip() for i in columns), row[label_column]) for row in complete], label == "score"

@@ -61,7 +61,7 @@ def read_e2e(
     random.Random(0).shuffle(meanings)
     if len(meanings) <= _HELD_OUT_MEANINGS:
         raise ValueError(
-            f"{folder / 'devset.csv'} has {len(meanings)} meaning representations; {_HELD_OUT_MEANINGS} are held out, "
+            f"--data: {folder / 'devset.csv'} has {len(meanings)} meaning representations; {_HELD_OUT_MEANINGS} are held out, "
             "so that it needs more than that."
         )
     train = {meaning: development[meaning] for meaning in meanings[_HELD_OUT_MEANINGS:]}
@@ -98,11 +98,17 @@ def _e2e_pairs(references: dict[str, list[str]]) -> list[Pair]:
 
 def _by_meaning(path: Path) -> dict[str, list[str]]:
     """The sentences of each meaning representation, each on one line."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--data: there is no {path}. Give the folder of the E2E data, which has devset.csv and testset_w_refs.csv."
+        )
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         if not {"mr", "ref"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path} has the columns {', '.join(rows.fieldnames or ())}; E2E's are mr, ref.")
+            raise ValueError(f"--data: {path} has the columns {', '.join(rows.fieldnames or ())}; E2E's are mr, ref.")
         found: dict[str, list[str]] = {}
         for row in rows:
+            if row["ref"] is None:
+                raise ValueError(f"--data: {path}, line {rows.line_num}, has no `ref`.")
             found.setdefault(row["mr"].strip(), []).append(" ".join(row["ref"].split()))
     return found

@@ -1,5 +1,7 @@
 """`python -m benchmarks.quality`: it reads GLUE's layouts, learns, goes on where it was, and reports what it ran."""
 
+import argparse
+import itertools
 import json
 
 import numpy as np
@@ -45,13 +47,13 @@ def test_layouts(name, tmp_path):
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there are none"):
+    with pytest.raises(FileNotFoundError, match="Tasks in it: none"):
         read_tasks(tmp_path)
     (tmp_path / "SST-2").mkdir()
     (tmp_path / "SST-2" / "train.tsv").write_text("a\tb\nc\td\n")
     with pytest.raises(ValueError, match="columns a, b"):
         read_tasks(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no RTE.*there are SST-2"):
+    with pytest.raises(FileNotFoundError, match=r"no RTE.*Tasks in it: SST-2"):
         read_tasks(tmp_path, ["RTE"])
 
 
@@ -119,14 +121,39 @@ def test_a_setting_goes_where_its_name_belongs():
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("lr_banc=1", "the methods that run have no 'lr_banc'. They have .*lora_alpha.*lr_bank"),
+        ("lr_bank", "is 'lr_bank', but must be NAME=VALUE"),
+        ("lr_factors=high", "LoRA r=8: lr_factors is 'high', but must be a number from 0 to 100"),
+        ("topk=0", "VB-LoRA: `topk` is 0"),
+        ("vector_length=16", None),
+    ],
+)
+def test_settings_are_for_the_methods_that_have_them(given, message):
+    arguments = argparse.Namespace(set=[given], methods=["frozen encoder", "LoRA r=8", "VB-LoRA"], search=None)
+    if message is not None:
+        with pytest.raises(ValueError, match=f"--set: {message}"):
+            quality._recipes(arguments, suites.SUITES["glue"])
+        return
+    frozen, lora, ours = quality._recipes(arguments, suites.SUITES["glue"]).items()
+    assert frozen == ("frozen encoder", RECIPES["frozen encoder"]) and lora == ("LoRA r=8", RECIPES["LoRA r=8"])
+    assert ours == ("VB-LoRA [vector_length=16]", RECIPES["VB-LoRA"].changed({"vector_length": 16}))
+    searched = quality._recipes(argparse.Namespace(**vars(arguments) | {"search": 4, "set": ["lr_bank=0.01"]}),
+                                suites.SUITES["glue"])  # fmt: skip
+    assert {recipe.rates["lr_bank"] for recipe in searched.values() if recipe.method == "vblora"} == {0.01}
+
+
+@pytest.mark.parametrize(
     ("recipes", "spaces"), [(RECIPES, SPACES), (LANGUAGE_RECIPES, LANGUAGE_SPACES)], ids=["encoders", "language models"]
 )
 @pytest.mark.parametrize("method", CONFIGS)
 def test_each_method_is_tuned_by_as_many_settings(method, recipes, spaces):
-    drawn = draw(spaces[method], 12)
-    assert len(drawn) == 12 and drawn[0] == {} and drawn == draw(spaces[method], 12)
-    assert len({tuple(settings.items()) for settings in drawn}) == 12
     recipe = next(recipe for recipe in recipes.values() if recipe.method == method)
+    drawn = draw(recipe, spaces[method], 24)
+    assert len(drawn) == 24 and drawn[0] == {} and drawn == draw(recipe, spaces[method], 24)
+    tried = [recipe.changed(settings) for settings in drawn]
+    assert not any(one.is_same(other) for one, other in itertools.combinations(tried, 2))
     for settings in drawn:
         changed = recipe.changed(settings)
         CONFIGS[method](**changed.config)  # has such fields
@@ -135,8 +162,14 @@ def test_each_method_is_tuned_by_as_many_settings(method, recipes, spaces):
 
 
 def test_no_more_settings_are_drawn_than_there_are():
-    drawn = draw(SPACES[None], 12)  # of the frozen encoder: three rates of the head by three warm-ups
+    drawn = draw(RECIPES["frozen encoder"], SPACES[None], 12)  # three rates of the head by three warm-ups
     assert len(drawn) == 10 and all(drawn.count(settings) == 1 for settings in drawn)
+
+
+def test_a_recipe_whose_settings_are_in_the_space_is_not_drawn_again():
+    recipe = LANGUAGE_RECIPES["LoRA r=8"]
+    space = {"lr_factors": (4e-3,), "lora_dropout": (0.0, 0.1)}  # the first is its own, and the config's default
+    assert draw(recipe, space, 9) == [{}, {"lr_factors": 4e-3, "lora_dropout": 0.1}]
 
 
 def test_a_search_tries_the_better_half_on_all_tasks(tmp_path, monkeypatch, capsys):
@@ -151,10 +184,14 @@ def test_a_search_tries_the_better_half_on_all_tasks(tmp_path, monkeypatch, caps
         rate = recipe.rates["lr_bank" if recipe.method == "vblora" else "lr_factors"]
         about = {"stored": 1, "seconds": 1.0, "steps": 1, "losses": [1.0], "exhausted": 0}
         score = 100 * rate + 1000 * recipe.warm_up
+        if len(ran) == 3:
+            score = float("nan")  # diverged
         return about | {"score": score, "scores": {"accuracy": score}}
 
     monkeypatch.setitem(suites.SUITES, "glue", suites.SUITES["glue"]._replace(run=run))
     options = ["--methods", "VB-LoRA", "LoRA r=8", "--search", "5", "--seeds", "1", "--processes", "1"]
+    options += ["--held-out", "--max-train", "1"]
+    (tmp_path / "config.json").write_text("{}")
     paths = ["--data", str(tmp_path), "--model", str(tmp_path), "--output", str(tmp_path / "runs.jsonl")]
     monkeypatch.setattr("sys.argv", ["quality", *options, *paths])
     assert quality.main() == 0
@@ -169,21 +206,37 @@ def test_a_search_tries_the_better_half_on_all_tasks(tmp_path, monkeypatch, caps
     assert not (tmp_path / "runs.png").exists()
 
 
-def test_seconds_are_those_of_the_middle_seed(tmp_path, monkeypatch, capsys):
+def test_seconds_are_those_of_the_middle_seed_and_an_interrupted_run_continues(tmp_path, monkeypatch, capsys):
     (tmp_path / "A").mkdir()
     for part in ("train", "dev"):
         (tmp_path / "A" / f"{part}.tsv").write_text("sentence\tlabel\nx\t0\ny\t1\n")
 
     def run(task: Task, recipe: Recipe, seed: int, settings) -> dict:
-        about = {"score": 50.0, "scores": {"accuracy": 50.0}, "stored": 1, "steps": 1, "losses": [1.0], "exhausted": 0}
+        about = {"score": 50.0, "scores": {"accuracy": 50.0}, "stored": 1, "steps": 7, "losses": [1.0], "exhausted": 0}
+        ran.append(seed)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
         return about | {"seconds": (20.0, 700.0, 30.0)[seed]}
 
+    ran: list[int] = []
+
     monkeypatch.setitem(suites.SUITES, "glue", suites.SUITES["glue"]._replace(run=run))
+    (tmp_path / "config.json").write_text("{}")
     paths = ["--data", str(tmp_path), "--model", str(tmp_path), "--output", str(tmp_path / "runs.jsonl")]
     monkeypatch.setattr("sys.argv", ["quality", "--methods", "VB-LoRA", "--processes", "1", *paths])
+    assert quality.main() == 130
+    assert "the same command continues with the others" in capsys.readouterr().err
+    with open(tmp_path / "runs.jsonl", "a") as file:
+        file.write('{"key": {"bf')  # killed while it wrote
     assert quality.main() == 0
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| VB-LoRA")]
-    assert row.split(" | ")[-1] == "30 |"
+    assert ran == [0, 1, 2, 2] and len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+    table = capsys.readouterr().out
+    (row,) = [line for line in table.splitlines() if line.startswith("| VB-LoRA")]
+    assert row == "| VB-LoRA | 1 | 3 | 50.0 ± 0.0 | 30 |"
+    assert "Steps of 16 rows: 7 on A." in table
+    (tmp_path / "runs.jsonl").write_text("nothing\n")
+    assert quality.main() == 2
+    assert "line 1 of" in capsys.readouterr().err
 
 
 def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, capsys):
@@ -250,6 +303,7 @@ def test_the_processor_decides_the_precision(suite, fast, tiny_model, monkeypatc
         (["--suite", "chat", "--methods", "LoRA"], "'LoRA' is none of chat's: frozen, LoRA r=8"),
         (["--suite", "e2e"], "give --data, or set E2E"),
         (["--suite", "chat", "--seeds", "0"], "must be 1 or more"),
+        (["--suite", "chat", "--search", "3"], "--search: add --held-out"),
     ],
 )
 def test_what_does_not_belong_is_refused(options, message, monkeypatch, capsys):

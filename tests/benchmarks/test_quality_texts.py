@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import chats, language_models
 from benchmarks.quality.language_models import Settings
+from benchmarks.quality.methods import LANGUAGE_RECIPES
 from benchmarks.quality.texts import Pair, Prompt, TextTask, make_chats, read_e2e
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +71,7 @@ def test_rows_are_drawn_from_all_and_are_the_same_each_time(tmp_path):
 
 
 def test_files_that_are_not_e2es_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"devset\.csv"):
+    with pytest.raises(FileNotFoundError, match=r"--data: there is no .*devset\.csv. Give the folder"):
         read_e2e(tmp_path)
     (tmp_path / "devset.csv").write_text("a,b\nc,d\n")
     with pytest.raises(ValueError, match=r"devset\.csv has the columns a, b"):
@@ -160,6 +161,8 @@ def test_examples_go_before_the_prompt():
     task = TextTask("t", [Pair("in:", " out"), Pair("in2:", " out2")], [], [])
     assert sorted(language_models._shots(task, 2, 0).split("\n\n")) == ["", "in2: out2", "in: out"]
     assert language_models._shots(task, 0, 0) == ""
+    seeded = [name for name, recipe in LANGUAGE_RECIPES.items() if recipe.has_seeds]
+    assert seeded == [name for name in LANGUAGE_RECIPES if name != "frozen"]
 
 
 def test_a_language_model_learns_and_describes(tiny_llama, tmp_path, monkeypatch, capsys):
@@ -175,7 +178,9 @@ def test_a_language_model_learns_and_describes(tiny_llama, tmp_path, monkeypatch
     assert adapted["losses"][-1] < 0.8 * adapted["losses"][0] and frozen["losses"] == []
     assert frozen["stored"] == 0 < adapted["stored"]
     table = capsys.readouterr().out.splitlines()
-    columns = [f"E2E, {metric}{beams}" for beams in ("", ", 2 beams") for metric in ("BLEU", "chrF", "ROUGE-L")]
-    assert table[0] == f"|  | stored | E2E, loss | {' | '.join(columns)} | seconds |"
-    assert f"{adapted['scores']['loss']:.4f} ± 0.0000" in table[3]
-    assert table[-1] == "Computed in float32."
+    columns = [f"{metric}{beams}" for beams in ("", ", 2 beams") for metric in ("BLEU", "chrF", "ROUGE-L")]
+    assert table[0] == f"|  | stored | seeds | loss | {' | '.join(columns)} | seconds |"
+    assert table[2].startswith(f"| frozen, 3 examples | 0 | 1 | {frozen['scores']['loss']:.4f} |")
+    assert table[2].endswith("| – |")
+    assert f"| {adapted['scores']['loss']:.4f} |" in table[3]
+    assert table[-1] == "Steps of 8 rows: 60 on E2E. Computed in float32."
