@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import vblora
+from tests.finetune.chats import make_pairs, save_model, write_jsonl
+from tests.finetune.test_language import held_out_loss
 from tests.tables import make_rows, write_csv
 from vblora.cli import main
 from vblora.cli import train_bank as command
@@ -34,6 +36,7 @@ def read_tasks(*arguments: str | Path):
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
     read = parser.parse_args(["train-bank", "--output", "x", "--r", "2", *map(str, arguments)])
+    command.settle_options(read, read.task, command._OPTIONS)
     return read, command._read_tasks(read)
 
 
@@ -101,11 +104,59 @@ def test_trains_one_bank_and_an_adapter_for_each_table(train_bank, tables, tiny_
     assert not [tensor for tensor in stored if tensor.startswith("bank")]
 
 
+def test_language_models_share_a_bank(tmp_path, capsys):
+    pytest.importorskip("trl")
+    from transformers import AutoModelForCausalLM
+
+    base, out = save_model(tmp_path / "llama"), tmp_path / "out"
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(40))
+    asked = [{"ask": row["prompt"], "answer": "hello ."} for row in make_pairs(30, seed=1)]
+    files = ["--data", f"pairs={pairs}", "--data", f"hello={write_jsonl(tmp_path / 'hello.jsonl', asked)}",
+             "--prompt-column", "hello=ask", "--completion-column", "hello=answer"]  # fmt: skip
+    sizes = ["--num-vectors", "16", "--vector-length", "16", "--r", "2", "--precision", "float32", "--epochs", "4"]
+    fixed = ["train-bank", "--task", "causal-lm", "--model", base, "--output", out, "--eval-fraction", "0.3"]
+    assert main([*map(str, [*fixed, *files, *sizes]), "--batch-size", "3"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["bank.safetensors", "hello", "pairs", "train-bank.json"]
+    results = json.loads((out / "train-bank.json").read_text())["results"]
+    assert results.keys() == {"pairs", "hello"}
+    for name, rows in (("pairs", make_pairs(40)), ("hello", make_pairs(30, seed=1))):
+        result = results[name]
+        assert result["train_rows"] + result["held_out_rows"] == len(rows)
+        assert result["loss_after"] < 0.8 * result["loss_before"]
+        stored = load_file(out / name / "adapter_model.safetensors")
+        assert stored and not [tensor for tensor in stored if tensor.startswith("bank")]
+
+    _, tasks = read_tasks("--task", "causal-lm", "--model", base, "--eval-fraction", "0.3", *files)
+    model = vblora.load(AutoModelForCausalLM.from_pretrained(base), out / "hello", bank=out / "bank.safetensors").eval()
+    held_out = [{"prompt": row.prompt, "completion": row.completion} for row in tasks["hello"].held_out]
+    assert held_out_loss(model, base, held_out) == pytest.approx(results["hello"]["loss_after"], rel=1e-5)
+    capsys.readouterr()
+    bank = ["--bank", str(out / "bank.safetensors")]
+    generate = ["generate", "--adapter", str(out / "hello"), "--precision", "float32", "--max-new-tokens", "3"]
+    assert main([*generate, *bank, "--prompt", asked[0]["ask"]]) == 0
+    assert "hello ." in capsys.readouterr().out
+
+    fixed[fixed.index("--output") + 1] = tmp_path / "none"
+    for options, message in (
+        (["--lr-head", "1"], "--lr-head is for --task classification, but the task is causal-lm"),
+        (["--label-column", "x"], "--label-column is for --task classification"),
+        (
+            ["--text-column", "hello=ask"],
+            "--completion-column and --prompt-column and --text-column do not go together",
+        ),
+    ):
+        assert main([*map(str, [*fixed, *files, *sizes, *options])]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
+    fixed[2] = "classification"
+    assert main([*map(str, [*fixed, "--data", f"a={pairs}", "--data", f"b={pairs}"])]) == 2
+    assert "Give --task causal-lm" in capsys.readouterr().err
+
+
 def test_models_share_the_encoders_memory(tables, tiny_model):
-    from vblora.finetune import models, shared_bank
+    from vblora.finetune import models, shared_classifiers
 
     arguments, tasks = read_tasks(*tables, "--model", tiny_model)
-    one, two = shared_bank._models(arguments, tasks, models.load_tokenizer(str(tiny_model))).values()
+    one, two = shared_classifiers._models(arguments, tasks, models.load_tokenizer(str(tiny_model))).values()
     frozen = {name: p.data_ptr() for name, p in one.named_parameters() if not p.requires_grad}
     shared = [p.data_ptr() == frozen[name] for name, p in two.named_parameters() if name in frozen]
     assert sum(shared) > 30 and sum(shared) >= len(shared) - 2  # all but the head that the adapter's stands for
@@ -121,12 +172,12 @@ def test_bad_input_is_refused_in_a_line_and_leaves_nothing(train_bank, tables, t
         return message
 
     films = tables[1]
-    assert "there is one table, but a shared bank takes at least two" in refused("--data", films)
+    assert "there is one file, but a shared bank takes at least two" in refused("--data", films)
     assert "'films' names both" in refused("--data", films, "--data", films)
     assert "'Films' names both" in refused("--data", films, "--data", films.replace("films=", "Films="))
     assert "must be NAME=FILE" in refused("--data", films.partition("=")[2])
     assert "must be NAME=FILE" in refused("--data", f"../{films}")
-    assert "--pair-column: there is no table 'x'; --data names 'films', 'ages'" in refused(
+    assert "--pair-column: there is no file 'x'; --data names 'films', 'ages'" in refused(
         *tables, "--pair-column", "x=y"
     )
     assert "'words' and 'text' are both for 'ages'" in refused(*tables, "--text-column", "ages=text")

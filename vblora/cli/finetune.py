@@ -1,6 +1,7 @@
 """``vblora finetune``: fine-tune a classifier, a regressor or a language model on a file of rows."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help='the column with a chat: [{"role": "user", "content": ...}, ...] (messages)',
     )
+    add_texts(group)
+    group.add_argument(
+        "--packing", action="store_true", default=None, help="fill each sequence of --max-length with several rows"
+    )
+
+
+def add_texts(group: argparse._ArgumentGroup) -> None:
+    """How a language model reads rows, and what it learns of them."""
     group.add_argument(
         "--chat-template",
         metavar="auto|none|FILE",
@@ -113,9 +122,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         choices=["completions", "last", "all"],
         help="what to learn: completions (in a chat, everything that the assistant says), only the last message, or all "
         "(completions; plain texts: all)",
-    )
-    group.add_argument(
-        "--packing", action="store_true", default=None, help="fill each sequence of --max-length with several rows"
     )
 
 
@@ -314,9 +320,18 @@ def _settle(arguments: argparse.Namespace) -> None:
     refuse_idle(
         "--group-column", bool(arguments.group_column and arguments.eval_data), "--eval-data tells what is held out"
     )
-    task = arguments.task or "classification"  # regression, which labels may turn out to be, has no other options
-    own = _OPTIONS[task]
-    for name in {name for options in _OPTIONS.values() for name in options}:
+    # regression, which labels may turn out to be, has no other options
+    settle_options(arguments, arguments.task or "classification", _OPTIONS)
+
+
+def settle_options(arguments: argparse.Namespace, task: str, options_of: Mapping[str, Mapping[str, object]]) -> None:
+    """Gives options that are None the task's defaults, and refuses those that only other tasks have.
+
+    Raises:
+        CommandError: an option does not belong to the task.
+    """
+    own = options_of[task]
+    for name in {name for options in options_of.values() for name in options}:
         value = getattr(arguments, name)
         if name == "num_vectors" and arguments.bank is not None:
             continue  # the bank tells
@@ -324,7 +339,7 @@ def _settle(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, own[name])
         elif name not in own and value is not None:
             option = "--no-baseline" if name == "baseline" else f"--{name.replace('_', '-')}"
-            tasks = " and ".join(other for other, options in _OPTIONS.items() if name in options)
+            tasks = " and ".join(other for other, options in options_of.items() if name in options)
             raise CommandError(f"{option} is for --task {tasks}, but the task is {task}. Leave it out.")
 
 

@@ -12,7 +12,7 @@ import datasets
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
@@ -32,7 +32,7 @@ from .task import LanguageTask, save_results
 from .texts import Example, Texts
 from .tokens import IGNORED, Encoder
 
-_MAX_LENGTH = 1024
+MAX_LENGTH = 1024
 _SHOWN = 3  # completions before and after
 _FEATURES = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))}
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
     datasets.disable_progress_bars()
     set_seed(arguments.seed)
     tokenizer = models.load_tokenizer(task.model)
-    encoder = _encoder(arguments, tokenizer, task)
+    encoder = make_encoder(arguments, tokenizer, task)
     bfloat16 = models.computes_in_bfloat16(arguments.precision)
     injection.check_fits(arguments, models.skeleton(AutoModelForCausalLM, task.model))
     model = models.load_model(
@@ -63,15 +63,15 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
         arguments.load_in,
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
     )
-    length = models.max_length(arguments.max_length, _MAX_LENGTH, tokenizer, model)
+    length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, model)
     room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
     if arguments.packing:
         _refuse_if_packed_rows_mix(model)
     task.fingerprint = fingerprint(model)
     injection.inject(arguments, model)
-    _refuse_head(model)
+    refuse_head(model)
     with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:
-        train, held_out = _Rows(task.train), _Rows(task.held_out)
+        train, held_out = Rows(task.train), Rows(task.held_out)
         # Whole texts that are packed are cut into pieces; all else is cut off.
         plain = task.columns.kind == "text"
         cut_train = None if arguments.packing and plain else length
@@ -126,13 +126,10 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
     return 0
 
 
-class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
-    """SFTTrainer whose held-out loss is the mean over tokens. The Trainer's own is one over batches."""
+class TokenLoss(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """A Trainer whose held-out loss is the mean over tokens. The Trainer's own is one over batches."""
 
     _sums: Tensor | None = None  # of the negative log-likelihoods, and of the tokens
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: TRL's card knows neither the base model nor the adapter. ``vblora.save`` writes ours."""
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -155,8 +152,13 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
         return output
 
 
+class _Trainer(TokenLoss, SFTTrainer):  # type: ignore[misc]  # TRL is not typed
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: TRL's card knows neither the base model nor the adapter. ``vblora.save`` writes ours."""
+
+
 @dataclass
-class _Rows:
+class Rows:
     """Texts and, once they are tokenised, how many of them were too long."""
 
     texts: Texts
@@ -198,17 +200,19 @@ class _Rows:
             self.learnt += learnt
             yield {"input_ids": tokens, "labels": labels}
 
-    def report(self, length: int) -> None:
-        """Says what was cut."""
+    def report(self, length: int, command: str = "finetune", which: str = "") -> None:
+        """Says what was cut, of ``which`` rows."""
         total = len(self.texts)
         if self.cut:
             left_out = (
                 f"; {self.left_out} of them are left out, because nothing to learn remains" if self.left_out else ""
             )
-            print_warning(f"{self.cut} of {total} rows are longer than {length} tokens and are cut off{left_out}.")
+            print_warning(
+                f"{self.cut} of {total} rows{which} are longer than {length} tokens and are cut off{left_out}.", command
+            )
 
 
-def _encoder(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, task: LanguageTask) -> Encoder:
+def make_encoder(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, task: LanguageTask) -> Encoder:
     """How rows become tokens. Sets the tokenizer's chat template if one is given."""
     if task.template is not None:
         tokenizer.chat_template = task.template
@@ -305,7 +309,7 @@ class _Generator:
         )
 
 
-def _refuse_head(model: PreTrainedModel) -> None:
+def refuse_head(model: PreTrainedModel) -> None:
     """TRL computes the loss from the head's weight, past any adapter of it."""
     head = model.get_output_embeddings()
     names = {name for name, module in model.named_modules() if module is head}
@@ -380,8 +384,8 @@ def _results(
     arguments: argparse.Namespace,
     trainer: _Trainer,
     count: ParameterCount,
-    train: _Rows,
-    held_out: _Rows,
+    train: Rows,
+    held_out: Rows,
     seconds: float,
 ) -> LanguageResults:
     adapter = attached_adapter(trainer.model).adapter

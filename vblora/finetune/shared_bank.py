@@ -1,129 +1,105 @@
-"""``vblora train-bank``: several tables of labelled texts, one bank, an adapter for each."""
+"""``vblora train-bank``: several files of rows, one bank, an adapter for each."""
 
 import argparse
 import json
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-import vblora
-
-from ..bank import VectorBank
 from ..errors import CommandError
 from ..files import write_file
 from ..integrations.shared_bank import BANK_FILE, SharedBankTrainer
 from ..model.learning_rates import WARM_UP
-from . import fitting, injection, models, training
-from .baseline import Example
-from .fingerprints import fingerprint
-from .heads import Head, find_head
+from . import fitting, models
 from .report import folder_bytes
-from .task import Task, as_json, most_frequent, save_results
+from .task import LanguageTask, Task, as_json, save_results
 
 RESULTS_FILE = "train-bank.json"
 
-
-class Result(NamedTuple):
-    """``most_frequent`` and ``accuracy`` are of the held-out rows, ``adapter_bytes`` of the folder without the bank."""
-
-    train_rows: int
-    held_out_rows: int
-    most_frequent: float
-    accuracy: float
-    adapter_bytes: int
+Tasks = Mapping[str, Task | LanguageTask]  # by the names of their adapters
 
 
-def run(arguments: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
+class Prepared(NamedTuple):
+    """What is trained, by the names of the tables, and how it is measured.
+
+    Attributes:
+        held_out: how many rows each table has to evaluate on.
+        measure: evaluates the saved adapter of a table.
+        columns: of the closing table: for each result of ``measure`` its title, and how it is written.
+    """
+
+    models: dict[str, PreTrainedModel]
+    train: Mapping[str, Any]
+    held_out: dict[str, int]
+    collate: Callable[[list[dict[str, Any]]], Any]
+    measure: Callable[[str], dict[str, float]]
+    columns: Mapping[str, tuple[str, Callable[[float], str]]]
+
+
+def run(
+    arguments: argparse.Namespace,
+    tasks: Tasks,
+    prepare: Callable[[argparse.Namespace, Any, str], Prepared],
+) -> int:
     """Trains the bank and the adapters, saves them, and evaluates what was saved. Returns the exit code.
+
+    Args:
+        prepare: makes models and rows from the arguments, the tasks and a folder for temporary files.
 
     Raises:
         CommandError: the model or the adapters cannot be made, training diverges or is interrupted, or nothing can be written.
     """
     models.quiet()
     set_seed(arguments.seed)
-    tokenizer = models.load_tokenizer(next(iter(tasks.values())).model)
-    training.check_fits(arguments, next(iter(tasks.values())).model)
-    by_name = _models(arguments, tasks, tokenizer)
-    train: dict[str, list[Example]] = {}
-    held_out: dict[str, list[Example]] = {}
-    for name, model in by_name.items():
-        task = tasks[name]
-        length = models.max_length(arguments.max_length, training.MAX_LENGTH, tokenizer, model)
-        train[name], held_out[name] = training.examples(task, _head(task), tokenizer, model, length, "train-bank")
-    steps = arguments.epochs * sum(math.ceil(len(rows) / arguments.batch_size) for rows in train.values())
-    settings = _settings(arguments, steps)
-    collate = DataCollatorWithPadding(tokenizer)
-    trainer = SharedBankTrainer(
-        by_name,
-        settings,
-        train_dataset=train,
-        data_collator=collate,
-        rates=fitting.rates(arguments) | {"lr_other": arguments.lr_head},
-    )
-    for name, task in tasks.items():
-        task.fingerprint = fingerprint(by_name[name])
-    fitting.warn_of_few_steps(arguments, sum(map(len, train.values())), steps, "train-bank")
-    _train(arguments, trainer, tasks)
-    results = {}
-    with fitting.saved_in(arguments.output, "the bank and the adapters are"):
-        for name, task in tasks.items():
-            fresh = training.load_model(task.model, _head(task), tokenizer)
-            vblora.load(fresh, arguments.output / name, bank=arguments.output / BANK_FILE)
-            predicted = Trainer(fresh, settings, collate).predict(held_out[name])
-            logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-            results[name] = Result(
-                len(task.train),
-                len(task.held_out),
-                most_frequent(task.held_out),
-                float((logits.argmax(-1) == predicted.label_ids).mean()),
-                folder_bytes(arguments.output / name),
-            )
-        _report(arguments, tasks, results)
+    with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:
+        prepared = prepare(arguments, tasks, scratch)
+        sizes = [len(rows) for rows in prepared.train.values()]
+        steps = arguments.epochs * sum(math.ceil(size / arguments.batch_size) for size in sizes)
+        rates = fitting.rates(arguments)
+        if arguments.lr_head is not None:
+            rates["lr_other"] = arguments.lr_head
+        trainer = SharedBankTrainer(
+            prepared.models,
+            trainer_settings(arguments, steps),
+            train_dataset=prepared.train,
+            data_collator=prepared.collate,
+            rates=rates,
+        )
+        fitting.warn_of_few_steps(arguments, sum(sizes), steps, "train-bank")
+        _train(arguments, trainer, tasks)
+        with fitting.saved_in(arguments.output, "the bank and the adapters are"):
+            results = {
+                name: {
+                    "train_rows": len(prepared.train[name]),
+                    "held_out_rows": prepared.held_out[name],
+                    **prepared.measure(name),
+                    "adapter_bytes": folder_bytes(arguments.output / name),
+                }
+                for name in tasks
+            }
+            _report(arguments, tasks, results, prepared)
     return 0
 
 
-def _head(task: Task) -> Head:
-    return find_head(task.labels, task.scale)
+def percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
-def _models(
-    arguments: argparse.Namespace, tasks: Mapping[str, Task], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, PreTrainedModel]:
-    """A model for each task. Their adapters share a bank, and all use one encoder's memory."""
-    by_name: dict[str, PreTrainedModel] = {}
-    bank: VectorBank | None = None
-    first: dict[str, nn.Parameter] = {}
-    for name, task in tasks.items():
-        model = training.load_model(task.model, _head(task), tokenizer)
-        first = first or dict(model.named_parameters())
-        for key, parameter in model.base_model.named_parameters(prefix=model.base_model_prefix):
-            if torch.equal(parameter, first[key]):
-                parameter.data = first[key].data
-        injection.inject(arguments, model, modules_to_save=training.head_modules(model), bank=bank)
-        bank = model.vblora.default.bank
-        by_name[name] = model
-    return by_name
-
-
-def _settings(arguments: argparse.Namespace, steps: int) -> TrainingArguments:
+def trainer_settings(arguments: argparse.Namespace, steps: int = 1) -> TrainingArguments:
+    """The settings of the Trainer, which trains for that many steps or only evaluates."""
     return TrainingArguments(
         output_dir=str(arguments.output),
         num_train_epochs=arguments.epochs,
         per_device_train_batch_size=arguments.batch_size,
-        per_device_eval_batch_size=max(64, arguments.batch_size),
+        per_device_eval_batch_size=arguments.batch_size
+        if arguments.task == "causal-lm"
+        else max(64, arguments.batch_size),
         warmup_steps=WARM_UP,
         seed=arguments.seed,
         use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused on the CPU
@@ -137,7 +113,7 @@ def _settings(arguments: argparse.Namespace, steps: int) -> TrainingArguments:
     )
 
 
-def _train(arguments: argparse.Namespace, trainer: SharedBankTrainer, tasks: Mapping[str, Task]) -> None:
+def _train(arguments: argparse.Namespace, trainer: SharedBankTrainer, tasks: Tasks) -> None:
     """Trains and saves, also after Ctrl-C if a step was done by then."""
     interrupted = False
     fitting.show_progress(trainer)
@@ -166,34 +142,42 @@ def _train(arguments: argparse.Namespace, trainer: SharedBankTrainer, tasks: Map
         )
 
 
-def _of_table(arguments: argparse.Namespace, name: str, task: Task) -> argparse.Namespace:
+def _of_table(arguments: argparse.Namespace, name: str, task: Task | LanguageTask) -> argparse.Namespace:
     """The arguments with which ``vblora finetune`` would read the table ``name``."""
-    columns = {f"{part}_column": column for part, column in task.columns._asdict().items()}
-    own = {"task": "classification", "data": dict(arguments.data)[name], **columns}
-    return argparse.Namespace(**vars(arguments) | own)
+    columns = task.columns._asdict() if isinstance(task, Task) else task.columns.names
+    every = {option for option in vars(arguments) if option.endswith("_column")}
+    own = dict.fromkeys(every) | {f"{part}_column": column for part, column in columns.items()}
+    return argparse.Namespace(**vars(arguments) | own | {"data": dict(arguments.data)[name]})
 
 
-def _report(arguments: argparse.Namespace, tasks: Mapping[str, Task], results: Mapping[str, Result]) -> None:
+def _report(
+    arguments: argparse.Namespace,
+    tasks: Tasks,
+    results: Mapping[str, Mapping[str, Any]],
+    prepared: Prepared,
+) -> None:
     bank = arguments.output / BANK_FILE
     report = {
         "model": next(iter(tasks.values())).model,
-        "labels": {name: task.labels for name, task in tasks.items()},
+        "labels": {name: task.labels for name, task in tasks.items() if isinstance(task, Task)},
         "arguments": as_json(arguments),
         "bank_bytes": bank.stat().st_size,
-        "results": {name: result._asdict() for name, result in results.items()},
+        "results": results,
     }
     write_file(arguments.output / RESULTS_FILE, json.dumps(report, indent=2, default=str).encode() + b"\n")
-    table = Table("data", "rows", "held out", "most frequent label", "accuracy", "adapter")
+    titles = [title for title, _ in prepared.columns.values()]
+    table = Table("data", "rows", "held out", *titles, "adapter")
     for name, result in results.items():
         table.add_row(
             name,
-            f"{result.train_rows:,}",
-            f"{result.held_out_rows:,}",
-            f"{result.most_frequent:.1%}",
-            f"{result.accuracy:.1%}",
-            f"{result.adapter_bytes / 1024:,.0f} KiB",
+            f"{result['train_rows']:,}",
+            f"{result['held_out_rows']:,}",
+            *(written(result[column]) for column, (_, written) in prepared.columns.items()),
+            f"{result['adapter_bytes'] / 1024:,.0f} KiB",
         )
     Console().print(table)
+    task = " --task causal-lm" if arguments.task == "causal-lm" else ""
     print(
-        f"The bank: {bank}, {report['bank_bytes'] / 1024:,.0f} KiB. An adapter of it: vblora finetune --bank {bank} ..."
+        f"The bank: {bank}, {report['bank_bytes'] / 1024:,.0f} KiB. Another adapter of it: vblora finetune{task} --bank {bank} "
+        "--data FILE"
     )

@@ -14,7 +14,7 @@ from . import data, demo, tables, texts
 from .notices import print_warning
 
 RESULTS_FILE = "finetune.json"
-_MAX_EVAL = 500  # texts to evaluate on, if neither --max-eval nor --eval-data says so
+MAX_EVAL = 500  # texts to evaluate on, if neither --max-eval nor --eval-data says so
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which transformers looks for them
 
 
@@ -82,9 +82,9 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
     given = {part: getattr(arguments, f"{part}_column") for part in ("text", "prompt", "completion", "messages")}
     columns = texts.find_columns(path, "--data", given)
     if columns.kind == "text":
-        _refuse_for_plain_texts(arguments, template)
+        refuse_for_plain_texts(arguments, template)
     if evaluate is None:
-        limit = _MAX_EVAL if arguments.max_eval is None else arguments.max_eval
+        limit = MAX_EVAL if arguments.max_eval is None else arguments.max_eval
         train, held_out = texts.split(
             path,
             columns,
@@ -101,7 +101,8 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
     return LanguageTask(model, template, train, held_out)
 
 
-def _refuse_for_plain_texts(arguments: argparse.Namespace, template: str | None) -> None:
+def refuse_for_plain_texts(arguments: argparse.Namespace, template: str | None) -> None:
+    """Refuses options that plain texts leave without effect."""
     for option, given in (("--chat-template", template is not None), ("--loss last", arguments.loss == "last")):
         if given:
             raise CommandError(
@@ -138,7 +139,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
         path, columns, keep = demo.find_data(), demo.COLUMNS, keep or demo.LABELS
     given = {name: getattr(arguments, f"{name}_column") for name in columns._fields}
     columns = columns._replace(**{name: column for name, column in given.items() if column is not None})
-    _refuse_texts_to_generate(path, columns.text)
+    refuse_texts_to_generate(path, columns.text)
     columns = columns.in_file(path, "--data")
     _check_columns(columns)
     _refuse_two_splits(arguments)
@@ -168,7 +169,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
     return Task(model, labels, train, held_out, columns)
 
 
-def _refuse_texts_to_generate(path: Path, text_column: str) -> None:
+def refuse_texts_to_generate(path: Path, text_column: str) -> None:
     """Refuses a file that is for a language model, whose user has forgotten to say so."""
     header = {name.strip().casefold() for name in tables.first_row(path, "--data")}
     if text_column.strip().casefold() not in header and ("messages" in header or {"prompt", "completion"} <= header):
