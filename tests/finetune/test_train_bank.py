@@ -1,6 +1,7 @@
 """`vblora train-bank` from its arguments to what it leaves behind."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -99,9 +100,14 @@ def test_trains_one_bank_and_an_adapter_for_each_table(train_bank, tables, tiny_
 
     command = ["finetune", "--model", tiny_model, "--data", tmp_path / "films.csv", "--bank", out / "bank.safetensors"]
     command += ["--r", "2", "--epochs", "1", "--output", tmp_path / "another"]
+    before = hashlib.sha256((out / "bank.safetensors").read_bytes()).digest()
     assert main([*map(str, command)]) == 0  # takes the bank's size from its file
     stored = load_file(tmp_path / "another" / "adapter_model.safetensors")
     assert not [tensor for tensor in stored if tensor.startswith("bank")]
+    results = json.loads((tmp_path / "another" / "finetune.json").read_text())["results"]
+    # 120 sub-vectors with two weights and two indices of a byte, and the head; not the bank.
+    assert results["stored"] == 120 * 2 * 5 // 4 + 2 * (32 + 1)
+    assert hashlib.sha256((out / "bank.safetensors").read_bytes()).digest() == before
 
 
 def test_language_models_share_a_bank(tmp_path, capsys):

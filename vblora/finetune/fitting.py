@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -28,11 +29,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import vblora
 
+from ..adapters import VBLoRAAdapter
 from ..checkpoint.folder import read
 from ..checkpoint.vblora import VBLoRAContents
 from ..errors import CommandError
 from ..files import is_failed_file
 from ..model.learning_rates import WARM_UP
+from ..model.lookup import attached_adapter
+from ..model.parameters import ParameterCount
 from . import pictures
 from .bank_use import bank_use
 from .checkpoints import incomplete
@@ -211,6 +215,14 @@ def best_epoch(trainer: Trainer) -> float | None:
     evaluated = [entry for entry in trainer.state.log_history if name in entry and entry["step"]]
     best = max(evaluated, key=lambda entry: sign * entry[name], default=None)
     return None if best is None else float(best["epoch"])
+
+
+def stored(arguments: argparse.Namespace, model: nn.Module, count: ParameterCount) -> int:
+    """How many parameters the adapter's own file stores. The bank of ``--bank`` is in another file."""
+    adapter = attached_adapter(model).adapter
+    if arguments.bank is None or not isinstance(adapter, VBLoRAAdapter):
+        return count.stored
+    return count.stored - adapter.bank.vectors.numel()
 
 
 def check_finite(trainer: Trainer) -> None:

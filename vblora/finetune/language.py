@@ -182,7 +182,7 @@ class Rows:
             if self.left_out < len(self.texts):
                 raise
             raise CommandError(
-                f"--max-length: none of the {self.left_out} rows of {self.texts.option} has anything to learn in its first "
+                f"--max-length: none of the {self.left_out} rows of {self.texts.path} has anything to learn in its first "
                 f"{length} tokens. Raise --max-length."
             ) from None
 
@@ -400,7 +400,7 @@ def _results(
         steps=trainer.state.global_step,
         best_epoch=fitting.best_epoch(trainer),
         trainable=count.trainable,
-        stored=count.stored,
+        stored=fitting.stored(arguments, trainer.model, count),
         file_bytes=folder_bytes(arguments.output),
         lora_bytes=lora_bytes(layers, 0),
     )

@@ -136,7 +136,7 @@ def _results(
         adapted=head.measure(after.predictions, after.label_ids)[head.metric],
         metrics=head.measure(after.predictions, after.label_ids),
         trainable=count.trainable,
-        stored=count.stored,
+        stored=fitting.stored(arguments, trainer.model, count),
         file_bytes=folder_bytes(arguments.output),
         lora_bytes=lora_bytes(layers, head_size),
         seconds_per_step=seconds,
