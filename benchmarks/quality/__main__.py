@@ -134,17 +134,20 @@ def _outcomes(todo: list[_Run], suite: Suite, settings: Settings, processes: int
         return
     threads = max(1, (os.cpu_count() or 1) // processes)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (threads,))
+    pool = ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,))
+    # Ctrl-C reaches all processes. Workers, which start with the first `submit`, inherit that they ignore it.
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         futures = {pool.submit(suite.run, one.task, one.recipe, one.seed, settings): one for one in todo}
+        signal.signal(signal.SIGINT, on_interrupt)
         yield from ((futures[future], future.result()) for future in as_completed(futures))
-    finally:  # where one failed, those that wait are not run for nobody
+    except BaseException:  # Ctrl-C, or a run that failed: nobody waits for the others
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_worker(threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, which reaches all processes, ends a worker without a word
-    torch.set_num_threads(threads)
 
 
 def _recipes(arguments: argparse.Namespace, suite: Suite) -> dict[str, Recipe]:
