@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import ops, streams
 from ..errors import VBLoRAWarning
 from .rows import in_backward
+from .state import layout_hash
 
 
 class Factors(NamedTuple):
@@ -283,6 +284,34 @@ class Adapter(nn.Module, ABC):
     def stored_mixture_size(self) -> int:
         """The size of the indices and weights that a trained adapter stores, as a number of float32 values."""
         return 0
+
+    @abstractmethod
+    def settings(self) -> list[int]:
+        """What makes a state dict compute the same elsewhere, beside its tensors, as 64-bit integers."""
+
+    @abstractmethod
+    def set_settings(self, settings: Sequence[int]) -> None:
+        """Takes over the :meth:`settings` of an adapter of the same layers, whose tensors were loaded."""
+
+    def get_extra_state(self) -> Tensor:
+        """The :meth:`settings`, and a hash of the layers that the tensors are of."""
+        values = [*self.settings(), layout_hash(self.targets, self.r)]
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.is_floating_point():  # an average of state dicts, in which it has been rounded
+            return
+        *settings, layout = state.tolist()
+        if layout != layout_hash(self.targets, self.r):
+            warnings.warn(
+                "the state dict is of an adapter of other layers or another rank than this one, whose tensors have the same "
+                "sizes by chance. Inject the model with the config that it was saved with. (Or its integers were averaged "
+                "and rounded: leave them out.)",
+                VBLoRAWarning,
+                stacklevel=2,
+            )
+            return
+        self.set_settings(settings)
 
     def begin_forward(self, dtype: torch.dtype, part: str = "", span: range | None = None) -> None:
         """Composes the factors for this forward, of the model or of a ``part`` of it with the targets in ``span``, and puts them
