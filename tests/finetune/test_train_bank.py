@@ -130,6 +130,7 @@ def test_bad_input_is_refused_in_a_line_and_leaves_nothing(train_bank, tables, t
         *tables, "--pair-column", "x=y"
     )
     assert "'words' and 'text' are both for 'ages'" in refused(*tables, "--text-column", "ages=text")
+    assert "--recipe: invalid choice: 'language'" in refused(*tables, "--recipe", "language")
     assert "has no column 'txt'" in refused(*tables, "--text-column", "txt")
     assert "the adapter does not fit" in refused(*tables, "--vector-length", "7")
 

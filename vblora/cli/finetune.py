@@ -200,17 +200,17 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a text to read; the rest is cut off (128; causal-lm: 1024; or the model's limit)",
     )
-    add_recipe(group)
-
-
-def add_recipe(group: argparse._ArgumentGroup) -> None:
-    """Learning rates, the seed and the precision."""
-    positive = number(float, "above 0 and at most 100", lambda x: 0 < x <= 100)
     group.add_argument(
         "--recipe", choices=["auto", *RECIPES], default="auto",
         help="learning rates of bank and logits; auto: language for causal-lm, and default for other tasks; paper: the "
         "paper's, which are slow (%(default)s)",
     )  # fmt: skip
+    add_rates(group)
+
+
+def add_rates(group: argparse._ArgumentGroup) -> None:
+    """Learning rates, the seed and the precision."""
+    positive = number(float, "above 0 and at most 100", lambda x: 0 < x <= 100)
     group.add_argument(
         "--lr-bank", type=positive, metavar="X", help="learning rate of the bank, instead of the recipe's"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CommandError
-from .finetune import add_adapter, add_recipe
+from .finetune import add_adapter, add_rates
 from .folders import check_output, refuse_undecodable, removed_if_empty, require
 from .options import at_least, number
 
@@ -70,7 +70,11 @@ def add_parser(subparsers: "Subparsers") -> None:
     group.add_argument(
         "--max-length", type=at_least(4), metavar="N", help="tokens of a text to read (128, or the model's limit)"
     )
-    add_recipe(group)
+    group.add_argument(
+        "--recipe", choices=["default", "paper"], default="default",
+        help="learning rates of bank and logits; paper: the paper's, which are slow (%(default)s)",
+    )  # fmt: skip
+    add_rates(group)
     parser.set_defaults(lr_head=5e-3)
 
     group = parser.add_argument_group("output")
