@@ -14,6 +14,7 @@ from ..errors import VBLoRAWarning
 from . import fused, rows, updates
 from .kinds import Linear, compute_dtype, kind_of
 from .reads import Watched
+from .users import note_user
 from .weights import Rounding, format_of, is_packed, rounding, swap_tensor
 
 
@@ -93,6 +94,7 @@ class AdaptedLayer(nn.Module):
         self.rows_differ = False
         self.packed = is_packed(self.weight)
         self.train(base_layer.training)
+        note_user(base_layer, self)
 
     def set(self, *, active: Iterable[str] | None = None, enabled: bool | None = None) -> None:
         """Changes which updates a forward adds. Ignores names of adapters that do not target this layer."""
@@ -115,6 +117,7 @@ class AdaptedLayer(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if self.rows_differ:
             self.let_rows_differ()  # a copy needs a key of its own
+        note_user(self.base_layer, self)
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name in ("weight", "bias"):

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapters.base import note_living
 from ..layers.adapted import AdaptedLayer, TensorSwap, Update
 from ..layers.rows import RowAdapters
+from ..layers.users import forget_user, note_user
 from ..layers.weights import disable_packing, enable_packing
 from . import mixed_batch
 from .attached import AttachedAdapter
@@ -170,8 +171,11 @@ class AdaptedModel:
 
     def swapped_in(self) -> list[TensorSwap]:
         """The extra tensors that are in the model now."""
-        every = [extra for attached in self.adapters.values() for extra in attached.extra.values()]
-        return [extra for extra in every if extra.swapped_in]
+        return [extra for extra in self.swaps() if extra.swapped_in]
+
+    def swaps(self) -> list[TensorSwap]:
+        """The extra tensors of all adapters."""
+        return [extra for attached in self.adapters.values() for extra in attached.extra.values()]
 
     def wrap(self, layer: nn.Module, names: list[str]) -> AdaptedLayer:
         """The adapted layer around a layer of the base model: a new one, unless another adapter also targets the layer."""
@@ -191,6 +195,8 @@ class AdaptedModel:
         """Adds an adapter to its layers. The first adapter becomes active."""
         self.adapters[attached.name] = attached
         note_living(attached.adapter)
+        for extra in attached.extra.values():
+            note_user(extra.module, extra)
         for slot, layer in zip(attached.adapter.slots, attached.layers, strict=True):
             layer.updates[attached.name] = Update(slot, attached.config.dropout)
         getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
@@ -270,6 +276,7 @@ class AdaptedModel:
                     module._modules[name] = child.base_layer
         for layer in layers:
             del self.names[layer]
+            forget_user(layer.base_layer, layer)
 
     def _keep_from_ddp(self, attached: AttachedAdapter) -> None:
         """Keeps DDP from broadcasting an adapter's buffers in every forward: they are equal in all processes."""
