@@ -315,12 +315,28 @@ class Adapter(nn.Module, ABC):
 
     def begin_forward(self, dtype: torch.dtype, part: str = "", span: range | None = None) -> None:
         """Composes the factors for this forward, of the model or of a ``part`` of it with the targets in ``span``, and puts them
-        into the slots."""
+        into the slots.
+
+        Raises:
+            ValueError: accelerate has offloaded the adapter.
+        """
+        self.refuse_offloaded()
         all_factors = self.all_factors(dtype, span)
         context = None if torch.compiler.is_compiling() else _context(all_factors[0].A.device)
         differentiable = torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
         for slot, factors in zip(self._slots(span), all_factors, strict=True):
             slot.forward_factors = ForwardFactors(factors, context, part, differentiable)
+
+    def refuse_offloaded(self) -> None:
+        """Raises ValueError if accelerate has offloaded the adapter, which it would bring back only for calls of the module."""
+        if torch.compiler.is_compiling() or not any(parameter.is_meta for parameter in self.parameters()):
+            return
+        if any(hasattr(module, "_hf_hook") for module in self.modules()):
+            raise ValueError(
+                "accelerate has offloaded the adapter, whose parameters every forward needs. Bring it back, and then make the "
+                "optimizer: accelerate.hooks.remove_hook_from_submodules(model.vblora). Or offload the base model, with "
+                "cpu_offload, disk_offload or dispatch_model, before vblora.inject or vblora.load."
+            )
 
     def _changed_in_backward(self) -> bool:
         """Whether a parameter has changed since the running backward first asked. FSDP2 exchanges them, which does not count."""
@@ -353,7 +369,9 @@ class Adapter(nn.Module, ABC):
         Raises:
             RuntimeError: activation checkpointing recomputes the layer, and the parameters have changed since this backward
                 recomputed another one.
+            ValueError: accelerate has offloaded the adapter.
         """
+        self.refuse_offloaded()
         if in_backward() and torch.is_grad_enabled() and self._changed_in_backward():
             raise RuntimeError(
                 "the adapter's parameters have changed in the middle of a backward that recomputes layers, so the gradients "

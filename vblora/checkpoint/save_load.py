@@ -180,6 +180,7 @@ def _refuse_other_base(contents: Contents, model: nn.Module) -> None:
 
 def contents_of(source: AttachedAdapter) -> Contents:
     """The contents of a model's adapter. If it is sharded, all processes must call this."""
+    source.adapter.refuse_offloaded()
     reshard(source.model)
     transposed = any(layer.kind is Conv1D for layer in source.layers)
     config = source.adapter.current_config(source.config)
