@@ -23,6 +23,9 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
     again in the same format. A warning reports the rounding error; each layer's ``rounding`` holds it relative to the norms of
     the weight (``of_weight``) and of the update (``of_update``).
 
+    Do not merge or unmerge while another thread runs the model: its forward would compute some layers with the update twice, or
+    without it.
+
     Args:
         model: an injected model, or a module with :class:`VBLinear` layers.
         adapter_names: which of the active adapters to merge; by default all. Forwards still add the updates of the others.

@@ -92,6 +92,8 @@ class AdaptedModel:
             self.model.register_load_state_dict_pre_hook(functools.partial(take_extra_tensors, self)),
         ]
         mixed_batch.install_generate(self)
+        # A partial, so that copies and pickles of the model refer to their own record.
+        vars(self.model).setdefault("zero_grad", functools.partial(_zero_grad, self))
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the handles of hooks on modules that are no longer in the model. They cannot be copied once those are freed.
@@ -256,6 +258,8 @@ class AdaptedModel:
         enable_packing(self.packing_layers)
         self.statistics.release()
         mixed_batch.remove_generate(self.model)
+        if getattr(vars(self.model).get("zero_grad"), "func", None) is _zero_grad:
+            del vars(self.model)["zero_grad"]
         delattr(self.host, ADAPTERS_ATTRIBUTE)
         vars(self.model).pop(ADAPTERS_ATTRIBUTE, None)
         del self.model._vblora_adapted_model
@@ -291,6 +295,14 @@ class AdaptedModel:
             vars(self.model)[_IGNORED_BY_DDP] = names
         else:
             vars(self.model).pop(_IGNORED_BY_DDP, None)
+
+
+def _zero_grad(record: AdaptedModel, set_to_none: bool = True) -> None:
+    """The model's own ``zero_grad``, also for the extra tensors of inactive adapters, which are not in the model then."""
+    model: nn.Module = record.model
+    type(model).zero_grad(model, set_to_none)
+    stored = (swap.stored for swap in record.swaps())
+    nn.ParameterList(tensor for tensor in stored if isinstance(tensor, nn.Parameter)).zero_grad(set_to_none)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
