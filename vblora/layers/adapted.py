@@ -135,6 +135,13 @@ class AdaptedLayer(nn.Module):
                     "as when a model ties its weights again. Call vblora.unmerge first."
                 )
             setattr(self.base_layer, name, value)
+        elif name in _SIZES:
+            if value != getattr(self, name):
+                raise ValueError(
+                    f"`{name}` of an adapted layer would change from {getattr(self, name)} to {value}, such as by "
+                    "resize_token_embeddings, but the adapter's update has the old size. Load the model again, resize it, and "
+                    "then inject."
+                )
         else:
             super().__setattr__(name, value)
 
@@ -366,6 +373,8 @@ def _note_read(slots: list[Slot]) -> None:
 def _base_layer_attribute(name: str) -> property:
     return property(lambda layer: getattr(layer.base_layer, name))
 
+
+_SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim")  # code that resizes a layer sets them
 
 # Models also read these attributes of a layer.
 for _name in (
