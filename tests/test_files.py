@@ -1,8 +1,10 @@
 """Files that are written all or not at all, and files that other processes replace meanwhile."""
 
 import hashlib
+import json
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -70,6 +72,23 @@ def test_no_mixture_is_read_while_files_are_replaced(tmp_path, monkeypatch):
     other.join()
     after, _ = folder.read(tmp_path)
     assert during.config == after.config and torch.equal(during.tensors["factors"], after.tensors["factors"])
+
+
+def test_a_mixture_that_a_crash_left_is_noticed(tmp_path):
+    for alpha in (1, 2):
+        model = vblora.inject(Net(blocks=1), vblora.LoraConfig(r=1, lora_alpha=alpha, target_modules=["up"]))
+        vblora.save(model, tmp_path / str(alpha), form="peft")
+    config = tmp_path / "1" / folder.CONFIG_FILE
+    named = json.loads(config.read_text()) | {"base_model_name_or_path": "of my own"}
+    config.write_text(json.dumps(named))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder.read(tmp_path / "1")
+    (tmp_path / "2" / folder.CONFIG_FILE).replace(config)
+    with pytest.warns(
+        vblora.VBLoRAWarning, match=r"is not what adapter_model.safetensors was saved with: it was edited, or"
+    ):
+        folder.read(tmp_path / "1")
 
 
 def test_a_locked_folder_is_written_to_in_the_end(tmp_path, monkeypatch):

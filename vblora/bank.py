@@ -100,14 +100,18 @@ class VectorBank(nn.Module):
         Raises:
             ValueError: another dtype, or the bank is not finite in it.
         """
-        path = Path(path)
+        data, file = self.to_file(path, dtype)
+        write_file(Path(path), data)
+        self.file = file or self.file
+        return _sha256(data)
+
+    def to_file(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> tuple[bytes, BankFile | None]:
+        """The bytes that :meth:`save` writes, and what adapters will know of the file; None if it rounds the bank."""
         tensors = encode_vectors(gather_to_cpu(self.vectors), dtype, "dtype")
         data = to_bytes(tensors)
-        write_file(path, data)
-        sha256 = _sha256(data)
         if torch.equal(decode_vectors(tensors), gather_to_cpu(self.vectors)) and self.vectors.dtype == torch.float32:
-            self.file = BankFile(path.name, sha256, self._content())
-        return sha256
+            return data, BankFile(Path(path).name, _sha256(data), self._content())
+        return data, None
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> "VectorBank":

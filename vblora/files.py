@@ -3,6 +3,7 @@
 import codecs
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import tempfile
@@ -99,8 +100,15 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file. Equal content gives equal bytes if ``metadata`` has at most one key."""
-    return to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    """A safetensors file. Equal content gives equal bytes."""
+    data = to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    if metadata is None or len(metadata) < 2:
+        return data
+    # The package writes the keys of `metadata` in a random order.
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data[:8] + text.ljust(start - 8) + data[start:]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -341,7 +341,7 @@ def test_adapters_of_other_dtypes_come_back_as_they_are(dtype, tmp_path):
 
 
 def test_the_same_adapter_is_the_same_bytes(tmp_path):
-    for form in ("resume", "deploy"):
+    for form in ("resume", "deploy", "peft", "lora"):
         for name in ("a", "b"):
             vblora.save(trained(num_candidates=8, bias="all"), tmp_path / form / name, form=form)
         a, b = (tmp_path / form / name / folder.TENSORS_FILE for name in ("a", "b"))

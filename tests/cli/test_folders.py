@@ -368,12 +368,17 @@ def test_merges_as_the_model_does(make, choice, form, dtype, tmp_path, capsys):
     others = {"pytorch_model.bin", "openvino/openvino_model.bin", "adapter_config.json"}
     for other in others:
         (tmp_path / "base" / other).write_text("what it was")
+    for file in ("checkpoint-20/model.safetensors", "checkpoint-20/config.json"):  # a Trainer's
+        others.add(file)
+        (tmp_path / "base" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / file).write_text("what it was")
     vblora.save(model, tmp_path / "adapter", form=form)
     assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert (
         f"{len(model.vblora.default.targets)} weights updated" in printed
-        and f"or another adapter: {', '.join(sorted(others))}." in printed
+        and "or another adapter: adapter_config.json, checkpoint-20, openvino/openvino_model.bin, pytorch_model.bin."
+        in printed
     )
 
     vblora.load(wanted := copy.deepcopy(base), tmp_path / "adapter")
@@ -556,8 +561,14 @@ def test_merges_into_a_gguf_file(tmp_path, capsys):
     load = {"pretrained_model_name_or_path": tmp_path, "gguf_file": base.name, "dtype": torch.float32}
     _, model = trained(lambda: AutoModelForCausalLM.from_pretrained(**load), target_modules="all-linear")
     vblora.save(model, tmp_path / "adapter")
-    assert run("merge", base, tmp_path / "adapter", tmp_path / "out") == 0
-    assert "7 weights updated" in capsys.readouterr().out
+    with vblora.disabled(model):
+        trained_with = fingerprint(model)
+    for name, given, warned in (("same", trained_with, False), ("out", dict.fromkeys(trained_with, "other"), True)):
+        (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"fingerprint": given}))
+        assert run("merge", base, tmp_path / "adapter", tmp_path / name) == 0
+        said = capsys.readouterr()
+        assert "7 weights updated" in said.out
+        assert ("are not those that the adapter was trained with" in said.err) == warned
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = IDS % 28
     with torch.no_grad():

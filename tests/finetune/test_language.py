@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import vblora
 from tests.finetune.chats import make_chats, make_pairs, make_tokenizer, save_model, write_jsonl
 from tests.small_models import relative_error
 from vblora.cli import main
-from vblora.finetune import texts
+from vblora.finetune import fitting, texts
 
 pytest.importorskip("trl")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -315,8 +316,25 @@ def test_plain_texts_are_packed_without_a_loss_and_continued(finetune, tmp_path)
     assert all(one["prompt"].startswith("the cat is good") for one in report["results"]["generations"])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "language", "epochs", "steps", "expected"),
+    [
+        ("paper", True, 1, 59, "59 steps are few"),
+        ("paper", True, 1, 60, None),
+        ("paper", False, 19, 999, "this run has 19. Give --epochs 20"),
+        ("paper", False, 20, 59, None),
+        ("auto", False, 19, 59, "59 steps are few"),
+    ],
+)
+def test_the_papers_rates_take_many_epochs_of_classifiers_alone(capsys, recipe, language, epochs, steps, expected):
+    arguments = Namespace(recipe=recipe, epochs=epochs, batch_size=8)
+    said = fitting.warn_of_few_steps(arguments, 100, steps, language=language)
+    assert said is None if expected is None else expected in said
+    assert (expected or "") in capsys.readouterr().err
+
+
 def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):
-    assert finetune("--data", pairs, "--epochs", "2") == 0
+    assert finetune("--data", pairs, "--epochs", "2", "--recipe", "paper") == 0
     assert re.search(
         r"warning: 14 steps are few: .*Give --epochs 9 for 60 steps, or --batch-size 1", capsys.readouterr().err
     )

@@ -3,7 +3,7 @@
 import accelerate
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from accelerate.state import AcceleratorState
 
 import vblora
@@ -71,6 +71,19 @@ def test_offloaded_layers_train_as_those_that_are_there(offload, tmp_path):
     assert model.vblora.default.logits.device == model.vblora.default.bank.vectors.device == torch.device("cpu")
     # To rounding: a layer with accelerate's hook is not fused with its update.
     assert train(model) == pytest.approx(train(injected(base())), rel=1e-6)
+
+
+def test_an_offloaded_adapter_is_refused_and_can_be_brought_back(tmp_path):
+    model = injected(base()).eval()
+    expected = model(X)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert model.vblora.default.logits.is_meta
+    for use in (lambda: model(X), lambda: model.blocks[0].up(X), lambda: vblora.save(model, tmp_path)):
+        with pytest.raises(ValueError, match="accelerate has offloaded the adapter"):
+            use()
+    remove_hook_from_submodules(model.vblora)
+    assert model.blocks[0].up.weight.is_meta
+    torch.testing.assert_close(model(X), expected)
 
 
 def test_a_layer_on_another_device_takes_its_factors_there():

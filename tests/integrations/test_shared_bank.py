@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 
 import vblora
 from tests.small_models import bert, llama
-from vblora.integrations.shared_bank import OneTaskBatches, SharedBankTrainer, save_shared
+from vblora import files
+from vblora.integrations.shared_bank import OneTaskBatches, SharedBankTrainer, bank_of, save_shared
 
 CONFIG = {"r": 2, "num_vectors": 24, "vector_length": 16, "target_modules": "all-linear", "num_candidates": 16}
 
@@ -121,6 +122,24 @@ def test_saves_one_bank_and_an_adapter_for_each_task(tmp_path):
             loaded = vblora.load(vblora.eject(copy.deepcopy(model)), folder / name, bank=bank)
             assert loaded.vblora.default.bank is bank
             assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_save_that_fails_leaves_the_old_bank_and_its_adapters(tmp_path, monkeypatch):
+    models = make_models()
+    save_shared(models, tmp_path)
+    bank = bank_of(models)
+    before, file = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}, bank.file
+    with torch.no_grad():
+        bank.vectors.add_(1)
+
+    def fail(path):
+        if path.parent.name == "score":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "sync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_shared(models, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before and bank.file is file
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):

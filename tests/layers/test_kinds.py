@@ -420,6 +420,23 @@ def test_tying_again_and_resizing_are_the_models():
     assert model.get_input_embeddings().weight is model.lm_head.weight
 
 
+@pytest.mark.parametrize(
+    ("target", "error"),
+    [
+        ("embed_tokens", r"type .*AdaptedLayer.* is not an instance of .*Embedding"),  # transformers' own
+        ("lm_head", "`out_features` of an adapted layer would change from [0-9]+ to "),
+    ],
+)
+def test_resizing_an_adapted_layer_is_refused(target, error):
+    _, model = injected(tied_llama, target)
+    rows = len(model.lm_head.weight)
+    expected = outputs(model)
+    model.resize_token_embeddings(rows)
+    assert torch.equal(outputs(model), expected)
+    with pytest.raises((TypeError, ValueError), match=error):
+        model.resize_token_embeddings(rows + 2)
+
+
 EMBEDDINGS = {"bert": (bert, ("word_embeddings", "query"), {"vocab_size": 52}), "gpt2": (gpt2, ("wpe", "c_attn"), {})}
 
 

@@ -1,5 +1,6 @@
 """Merging says which layers compute something else once merged, or lose a tie; layers without weights are left out."""
 
+import copy
 import warnings
 
 import pytest
@@ -88,6 +89,40 @@ def test_layers_that_share_a_weight_are_named():
         model.tie_weights()
     assert model.lm_head.weight is merged
     vblora.unmerge(model).tie_weights()
+
+
+def test_a_layer_of_two_models_is_refused():
+    """Both would put a merged weight, or a trained bias, into it."""
+    one, two = Net(blocks=1), Net(blocks=1)
+    two.blocks[0].up, two.head = one.blocks[0].up, one.head
+    vblora.inject(one, vblora.VBLoRAConfig(**SIZES, target_modules=["up"], modules_to_save=["head"]))
+    head, expected = one.head.weight, two(X)
+    for targets, saved, name in ((["up"], None, "blocks.0.up"), (["embed"], ["head"], "head")):
+        with pytest.raises(ValueError, match=f"`{name}` is also part of another injected model"):
+            vblora.inject(two, vblora.VBLoRAConfig(**SIZES, target_modules=targets, modules_to_save=saved))
+    assert one.head.weight is head and torch.equal(two(X), expected)
+    vblora.inject(two, config("embed"))  # what they share is not changed by both
+    vblora.merge(one)
+    vblora.eject(one)
+    vblora.inject(two, config("up"), adapter_name="second")
+
+
+@pytest.mark.parametrize("share", ["copy", "VBLinear"])
+def test_merging_into_a_layer_of_two_models_is_refused(share):
+    model = vblora.inject(nn.Sequential(nn.Linear(16, 16)), config("0"))
+    base = model[0].base_layer
+    if share == "copy":
+        other = copy.deepcopy(model, {id(base): base})
+    else:
+        other = vblora.VBLinear(base_layer=base, num_vectors=16, vector_length=8)
+    expected = other(X)
+    with pytest.raises(
+        ValueError, match=r"base layer of `0` is also that of another adapted layer.*Nothing was merged"
+    ):
+        vblora.merge(model)
+    assert torch.equal(other(X), expected)
+    del other
+    vblora.merge(model)
 
 
 def test_a_layer_without_weights_is_left_out():

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from tests.small_models import Net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CONFIG = vblora.VBLoRAConfig(
+    r=2, num_vectors=32, vector_length=8, num_candidates=8, init_vector_bank_bound=1.0, target_modules=["up"]
+)
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
 
 
 def injected(seed: int, **fields) -> nn.Module:
     torch.manual_seed(seed)
-    fields = {"r": 2, "num_vectors": 32, "vector_length": 8, "num_candidates": 8, "target_modules": ["up"]} | fields
-    return vblora.inject(Net(blocks=2), vblora.VBLoRAConfig(init_vector_bank_bound=1.0, **fields))
+    return vblora.inject(Net(blocks=2), replace(CONFIG, **fields))
 
 
 def layer(seed: int) -> vblora.VBLinear:
@@ -162,15 +165,36 @@ def test_of_averaged_models(arguments):
         average.update_parameters(injected(2))
 
 
-def test_of_another_config():
-    model, other = injected(1, topk=3, scaling=2.5).eval(), injected(2).eval()
+VERA = vblora.VeraConfig(r=3, save_projection=False, target_modules=["up"])
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "symmetric"),
+    [
+        (CONFIG, {"topk": 3, "scaling": 2.5}, True),
+        (vblora.LoraConfig(r=3, target_modules=["up"]), {"lora_alpha": 5}, True),
+        (vblora.TiedLoraConfig(r=3, target_modules=["up"]), {"lora_alpha": 5}, False),
+        (VERA, {"projection_prng_key": 7}, False),
+        (replace(VERA, save_projection=True), {"projection_prng_key": 7}, False),
+    ],
+)
+def test_of_another_config(config, fields, symmetric):
+    model = vblora.inject(Net(blocks=2), replace(config, **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.vblora.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    other = vblora.inject(Net(blocks=2), config).eval()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(X), model(X))
-    config = vblora.VBLoRAConfig(r=2, num_vectors=32, vector_length=8, num_candidates=8, target_modules=["up"])
-    around = vblora.inject(Net(blocks=2), config)
-    within = vblora.inject(nn.Sequential(Net(blocks=2)), config)
+    if symmetric:  # the tensors of other layers have the same sizes
+        like = vblora.inject(Net(blocks=2), replace(config, target_modules=["down"]))
+        with pytest.warns(vblora.VBLoRAWarning, match="of other layers or another rank"):
+            like.load_state_dict(vblora.adapter_state_dict(model), strict=False)
+
+
+def test_of_an_adapter_around_or_within_the_model():
+    around = vblora.inject(Net(blocks=2), CONFIG)
+    within = vblora.inject(nn.Sequential(Net(blocks=2)), CONFIG)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         within[0].vblora.default.load_state_dict(around.vblora.default.state_dict())
-    with pytest.warns(vblora.VBLoRAWarning, match="of other layers or another rank"):
-        injected(1, target_modules=["down"]).load_state_dict(vblora.adapter_state_dict(injected(1)), strict=False)

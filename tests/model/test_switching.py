@@ -14,6 +14,7 @@ from torch import nn
 import vblora
 from tests.small_models import ComposedRows, Net, bert, relative_error
 from vblora.layers.adapted import AdaptedLayer
+from vblora.model.lookup import attached_adapter
 
 FIRST = vblora.VBLoRAConfig(
     target_modules=["up", "down"], r=2, num_vectors=16, vector_length=8, init_vector_bank_bound=1.0, bias="vblora_only"
@@ -37,14 +38,14 @@ def alone(net: nn.Module, config: vblora.VBLoRAConfig, trained: nn.Module, name:
     """A copy of the base model with only the adapter ``name`` of ``trained``, active."""
     model = vblora.inject(copy.deepcopy(net), config).double()
     model.vblora.default.load_state_dict(trained.vblora[name].state_dict())
-    for place, extra in vblora.model.lookup.attached_adapter(trained, name).extra.items():
-        vblora.model.lookup.attached_adapter(model).extra[place].replacement.data.copy_(extra.replacement)
+    for place, extra in attached_adapter(trained, name).extra.items():
+        attached_adapter(model).extra[place].replacement.data.copy_(extra.replacement)
     return model
 
 
 def randomise(net: nn.Module, name: str) -> None:
     with torch.no_grad():
-        for extra in vblora.model.lookup.attached_adapter(net, name).extra.values():
+        for extra in attached_adapter(net, name).extra.values():
             extra.replacement.add_(torch.randn_like(extra.replacement))
 
 
@@ -140,6 +141,8 @@ def test_only_active_ones_train(nets):
         in_groups = {p for group in vblora.parameter_groups(model) for p in group["params"]}
         assert in_groups == {model.get_parameter(name) for name in names}
         model.zero_grad()
+        extra = [swap for name in model.vblora for swap in attached_adapter(model, name).extra.values()]
+        assert all(swap.replacement.grad is None for swap in extra)  # also of those that are inactive
         model(x).square().sum().backward()
         with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert with_gradient == names
@@ -184,7 +187,7 @@ def test_a_bank_of_two_adapters():
 def test_deleting_frees_it_and_unwraps_its_layers(nets):
     net, model, x = nets
     vblora.set_adapter(model, ["default", "second"])
-    second = vblora.model.lookup.attached_adapter(model, "second")
+    second = attached_adapter(model, "second")
     held = [second.adapter, second.adapter.logits, second.adapter.bank.vectors]
     held += [second.extra["head.weight"].replacement, second.layers[0], second.adapter.slots[0]]
     held = [weakref.ref(thing) for thing in held]

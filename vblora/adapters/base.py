@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import ops, streams
 from ..errors import VBLoRAWarning
 from .rows import in_backward
+from .state import layout_hash
 
 
 class Factors(NamedTuple):
@@ -288,14 +289,58 @@ class Adapter(nn.Module, ABC):
         """The size of the indices and weights that a trained adapter stores, as a number of float32 values."""
         return 0
 
+    @abstractmethod
+    def settings(self) -> list[int]:
+        """What makes a state dict compute the same elsewhere, beside its tensors, as 64-bit integers."""
+
+    @abstractmethod
+    def set_settings(self, settings: Sequence[int]) -> None:
+        """Takes over the :meth:`settings` of an adapter of the same layers, whose tensors were loaded."""
+
+    def get_extra_state(self) -> Tensor:
+        """The :meth:`settings`, and a hash of the layers that the tensors are of."""
+        values = [*self.settings(), layout_hash(self.targets, self.r)]
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.is_floating_point():  # an average of state dicts, in which it has been rounded
+            return
+        *settings, layout = state.tolist()
+        if layout != layout_hash(self.targets, self.r):
+            warnings.warn(
+                "the state dict is of an adapter of other layers or another rank than this one, whose tensors have the same "
+                "sizes by chance. Inject the model with the config that it was saved with. (Or its integers were averaged "
+                "and rounded: leave them out.)",
+                VBLoRAWarning,
+                stacklevel=2,
+            )
+            return
+        self.set_settings(settings)
+
     def begin_forward(self, dtype: torch.dtype, part: str = "", span: range | None = None) -> None:
         """Composes the factors for this forward, of the model or of a ``part`` of it with the targets in ``span``, and puts them
-        into the slots."""
+        into the slots.
+
+        Raises:
+            ValueError: accelerate has offloaded the adapter.
+        """
+        self.refuse_offloaded()
         all_factors = self.all_factors(dtype, span)
         context = None if torch.compiler.is_compiling() else _context(all_factors[0].A.device)
         differentiable = torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
         for slot, factors in zip(self._slots(span), all_factors, strict=True):
             slot.forward_factors = ForwardFactors(factors, context, part, differentiable)
+
+    def refuse_offloaded(self) -> None:
+        """Raises ValueError if accelerate has offloaded the adapter, which it would bring back only for calls of the module."""
+        if torch.compiler.is_compiling() or not any(parameter.is_meta for parameter in self.parameters()):
+            return
+        if any(hasattr(module, "_hf_hook") for module in self.modules()):
+            raise ValueError(
+                "accelerate has offloaded the adapter, whose parameters every forward needs. Bring it back, and then make the "
+                "optimizer: accelerate.hooks.remove_hook_from_submodules(model.vblora). Or offload the base model, with "
+                "cpu_offload, disk_offload or dispatch_model, before vblora.inject or vblora.load."
+            )
 
     def _changed_in_backward(self) -> bool:
         """Whether a parameter has changed since the running backward first asked. FSDP2 exchanges them, which does not count."""
@@ -328,7 +373,9 @@ class Adapter(nn.Module, ABC):
         Raises:
             RuntimeError: activation checkpointing recomputes the layer, and the parameters have changed since this backward
                 recomputed another one.
+            ValueError: accelerate has offloaded the adapter.
         """
+        self.refuse_offloaded()
         if in_backward() and torch.is_grad_enabled() and self._changed_in_backward():
             raise RuntimeError(
                 "the adapter's parameters have changed in the middle of a backward that recomputes layers, so the gradients "

@@ -14,6 +14,7 @@ from ..config import LoraConfig
 from ..distributed import gather
 from .base import Adapter, Factors, Target
 from .rows import rows_of
+from .state import as_float, as_integer
 
 
 class LoRAAdapter(Adapter):
@@ -102,6 +103,12 @@ class LoRAAdapter(Adapter):
 
     def current_config(self, config: LoraConfig) -> LoraConfig:
         return replace(config, lora_alpha=config.lora_alpha * (self.scaling / config.scaling))
+
+    def settings(self) -> list[int]:
+        return [as_integer(self.scaling)]
+
+    def set_settings(self, settings: Sequence[int]) -> None:
+        self.scaling = as_float(settings[0])
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"factors": [self.factors]}

@@ -12,6 +12,7 @@ from ..config import TiedLoraConfig
 from ..distributed import gather
 from .base import Target
 from .shared import SharedPairAdapter
+from .state import as_float, as_integer
 
 
 class TiedLoRAAdapter(SharedPairAdapter):
@@ -74,6 +75,12 @@ class TiedLoRAAdapter(SharedPairAdapter):
 
     def current_config(self, config: TiedLoraConfig) -> TiedLoraConfig:
         return replace(config, lora_alpha=config.lora_alpha * (self.scaling / config.scaling))
+
+    def settings(self) -> list[int]:
+        return [as_integer(self.scaling)]
+
+    def set_settings(self, settings: Sequence[int]) -> None:
+        self.scaling = as_float(settings[0])
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         B = gather(self.B)

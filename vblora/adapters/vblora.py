@@ -1,6 +1,5 @@
 """VB-LoRA: every sub-vector of every factor is a mixture of vectors from one bank (arXiv 2405.15179)."""
 
-import hashlib
 import itertools
 import math
 import os
@@ -22,6 +21,7 @@ from ..errors import VBLoRAWarning
 from .base import Adapter, Factors, Target, is_plain, living_adapters
 from .recomputed import Mixtures
 from .rows import in_backward, rows_of
+from .state import as_float, as_integer
 from .subvectors import as_factors, check_widths, rows_of_factors
 from .vblora_rows import Deployed, Trained, check_noop, draw_rows, draw_seed, initial_scales
 
@@ -327,29 +327,20 @@ class VBLoRAAdapter(Adapter):
         index = 0.25 if self.bank.num_vectors <= 256 else 0.5 if self.bank.num_vectors <= 32768 else 1.0
         return round(self.num_subvectors * self.topk * (1 + index))
 
-    def get_extra_state(self) -> Tensor:
-        """What makes a state dict compute the same elsewhere: the seed of its logits, ``topk`` and ``scaling``; and a hash of the
-        layers that its rows are of."""
-        scaling = torch.tensor(self.scaling, dtype=torch.float64, device="cpu").view(torch.int64).item()
-        values = [self.seed is not None, self.seed or 0, self.topk, scaling, layout_hash(self.targets, self.r)]
-        return torch.tensor(values, dtype=torch.int64, device="cpu")
+    def settings(self) -> list[int]:
+        return [self.seed is not None, self.seed or 0, self.topk, as_integer(self.scaling)]
+
+    def set_settings(self, settings: Sequence[int]) -> None:
+        *_, self.topk, scaling = settings
+        self.scaling = as_float(scaling)
 
     def set_extra_state(self, state: Tensor) -> None:
-        if state.is_floating_point():  # an average of state dicts, in which it has been rounded
-            return
-        known, seed, topk, scaling, layout = state.tolist()
-        self.seed = seed if known else None
-        if layout != layout_hash(self.targets, self.r):
-            warnings.warn(
-                "the state dict is of an adapter of other layers or another rank than this one, whose tensors have the same "
-                "sizes by chance. Inject the model with the config that it was saved with. (Or its integers were averaged "
-                "and rounded: leave them out.)",
-                VBLoRAWarning,
-                stacklevel=2,
-            )
-            return
-        self.topk = topk
-        self.scaling = torch.tensor(scaling, dtype=torch.int64, device="cpu").view(torch.float64).item()
+        if (
+            not state.is_floating_point()
+        ):  # the seed belongs to the logits, which are loaded whatever layers they are of
+            known, seed = state[:2].tolist()
+            self.seed = seed if known else None
+        super().set_extra_state(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads logits, candidates and seed, which belong together, also if the state dict lacks some of them."""
@@ -388,19 +379,6 @@ class VBLoRAAdapter(Adapter):
             f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}{scales}, "
             f"targets={len(self.targets)}"
         )
-
-
-def layout_hash(targets: Sequence[Target], r: int) -> int:
-    """A number for what the rows of an adapter are of: the rank, and the layers by their sizes and names. What the names begin
-    with in common does not count, because it depends on which module was injected."""
-    parts = [target.name.split(".") for target in targets]
-    columns = zip(*(names[:-1] for names in parts), strict=False)
-    common = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, columns)))
-    layers = [
-        (names[common:], target.kind, target.in_features, target.out_features)
-        for names, target in zip(parts, targets, strict=True)
-    ]
-    return int.from_bytes(hashlib.sha256(repr((r, layers)).encode()).digest()[:8], signed=True)
 
 
 def _no_candidates(candidates: Tensor | None, extra: Tensor | None, num_vectors: int) -> str | None:

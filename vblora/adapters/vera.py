@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -90,11 +91,30 @@ class VeRAAdapter(SharedPairAdapter):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Resets the vectors, and draws the projections from their key, whatever they were."""
+        self._draw()
+        self._reset_vectors()
+        self.invalidate()
+
+    def settings(self) -> list[int]:
+        return [self.key]
+
+    def set_settings(self, settings: Sequence[int]) -> None:
+        self.key = settings[0]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = self.key
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.key != key and f"{prefix}A" not in state_dict:
+            self._draw()
+
+    def current_config(self, config: VeraConfig) -> VeraConfig:
+        return replace(config, projection_prng_key=self.key)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
         drawn = draw_projection(self.targets, self.r, self.key, device=self.A.device, dtype=self.A.dtype)
         self.A.copy_(drawn[0])
         self.B.copy_(drawn[1])
-        self._reset_vectors()
-        self.invalidate()
 
     @torch.no_grad()
     def _reset_vectors(self) -> None:

@@ -3,6 +3,7 @@
 Our folders and PEFT's have the same file names. Ours have a key of their own in the metadata of the tensors' file.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..bank import BankFile, VectorBank
 from ..errors import VBLoRAWarning
-from ..files import locked, open_tensors, read_tensors, to_bytes, write_files
+from ..files import locked, open_tensors, read_tensors, to_bytes
 from . import native
 from .contents import Contents
 from .formats import ANY_METHOD, METHODS, PEFT_DECODERS, encode_for_peft
@@ -23,12 +24,14 @@ from .json_objects import JsonObject, as_type, parse_object, read_object, shorte
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+_CONFIG_HASH = "adapter_config_sha256"  # in the metadata of the tensors' file, in PEFT's forms
+_ABOUT_THE_BASE = ("base_model_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode")
 _PEFT_FORMS = dict.fromkeys(form for method in METHODS.values() for form in method.peft_encoders)
 FORMS = (*native.FORMS, *_PEFT_FORMS, *ANY_METHOD)
 METHOD_NAMES = {config.method: method.title for config, method in METHODS.items()}
 
 
-def write(
+def encode(
     contents: Contents,
     directory: str | os.PathLike[str],
     *,
@@ -37,8 +40,8 @@ def write(
     bank_file: BankFile | None = None,
     base_model: str | None = None,
     about: JsonObject | None = None,
-) -> None:
-    """Writes a folder. Everything that can be refused is refused before the first file is written.
+) -> dict[Path, bytes]:
+    """The files of a folder, which is made if it does not exist, for :func:`vblora.files.write_files`.
 
     Args:
         bank_file: the file that holds the bank. Our own forms name it by its hash in place of the bank.
@@ -62,14 +65,14 @@ def write(
             )
         description, tensors = encode_for_peft(contents, form, base_model)
         description |= about or {}
-        metadata = {"format": "pt"}  # as PEFT writes it
+        metadata = {"format": "pt", _CONFIG_HASH: _config_hash(description)}  # PEFT writes only the first
     folder.mkdir(parents=True, exist_ok=True)
     _warn_of_model(folder)
     files = {folder / TENSORS_FILE: to_bytes(tensors, metadata)}
     if (card := _renewed(folder / CARD_FILE, _model_card(contents, description, base_model))) is not None:
         files[folder / CARD_FILE] = card.encode(errors="backslashreplace")
     files[folder / CONFIG_FILE] = json.dumps(description, indent=2).encode() + b"\n"
-    write_files(files)
+    return files
 
 
 def read(
@@ -90,7 +93,7 @@ def read(
     with locked({path.parent}, shared=True):  # of PEFT's forms, both files count
         tensors, metadata = read_tensors(path)
         if native.METADATA not in metadata:
-            return _read_peft(path, tensors, bank), False
+            return _read_peft(path, tensors, bank, metadata.get(_CONFIG_HASH)), False
     try:
         description = parse_object(metadata[native.METADATA])
         shares_bank = native.named_bank(description) is not None
@@ -134,7 +137,8 @@ def folder_in(directory: Path, name: str) -> Path | None:
         return None
 
 
-def _read_peft(path: Path, tensors: dict[str, Tensor], bank: VectorBank | None) -> Contents:
+def _read_peft(path: Path, tensors: dict[str, Tensor], bank: VectorBank | None, config_hash: str | None) -> Contents:
+    """``config_hash``: of the config that vblora wrote with the tensors."""
     config_path = path.with_name(CONFIG_FILE)
     try:
         description = read_object(config_path)
@@ -158,7 +162,20 @@ def _read_peft(path: Path, tensors: dict[str, Tensor], bank: VectorBank | None) 
         contents.check()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if config_hash not in (None, _config_hash(description)):
+        warnings.warn(
+            f"{config_path} is not what {TENSORS_FILE} was saved with: it was edited, or a save was interrupted and the two are "
+            "of different adapters. If you did not edit it, save the adapter again.",
+            VBLoRAWarning,
+            stacklevel=4,
+        )
     return contents
+
+
+def _config_hash(description: JsonObject) -> str:
+    """A hash of the fields of PEFT's config that tell what the adapter computes."""
+    fields = {name: value for name, value in description.items() if name not in _ABOUT_THE_BASE}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _check_files(path: Path) -> None:

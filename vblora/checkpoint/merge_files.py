@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -25,6 +26,7 @@ _OTHER_WEIGHTS = (".gguf", ".h5", ".mlmodel", ".msgpack", ".onnx", ".onnx_data",
 _OTHER_WEIGHTS_AT_TOP = (*_OTHER_WEIGHTS, ".bin", ".bin.index.json", ".pt", ".safetensors")
 # Sub-folders that have the whole model in another format. In others, such weights are modules of their own.
 _OTHER_FORMATS = ("coreml", "metal", "onnx", "openvino", "original")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")  # a Trainer's, each with a model of its own
 _CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"  # with it, transformers loads the model and the adapter that it names
 
@@ -36,7 +38,8 @@ class Merged(NamedTuple):
         shards: number of files with tensors.
         updated: names of the weights that an update was added to.
         replaced: names of the tensors that were replaced by extra parameters.
-        left_out: files that were not copied: the base model's weights in other formats, and another adapter.
+        left_out: files and folders that were not copied: the base model's weights in other formats, a Trainer's checkpoints, and
+            another adapter.
     """
 
     shards: int
@@ -58,7 +61,8 @@ def merge_into_shards(
 
     Extra parameters replace the tensors of their names and are rounded to the dtype of those. Each target's update is added to
     its weight in float32 (float64 for a float64 weight) and rounded to the weight's dtype. All other files of the folder are
-    copied, except weights in other formats, an adapter, and hidden files. ``out`` appears only once it is complete.
+    copied, except weights in other formats, a Trainer's checkpoints, an adapter, and hidden files. ``out`` appears only once it
+    is complete.
 
     Args:
         contents: the adapter.
@@ -326,11 +330,15 @@ def _files(folder: Path, within: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 
 def _copy_others(base: Path, files: list[Path], out: Path, shards: list[str]) -> list[str]:
-    """Copies all files except weights and another adapter. Returns the names of what it left out."""
+    """Copies all files except weights, checkpoints and another adapter. Returns the names of what it left out."""
     left_out = []
     for path in files:
         inner = path.relative_to(base)
         if str(inner) in shards:
+            continue
+        if len(inner.parts) > 1 and _CHECKPOINT.fullmatch(inner.parts[0]):
+            if inner.parts[0] not in left_out:
+                left_out.append(inner.parts[0])
             continue
         everything = len(inner.parts) == 1 or inner.parts[0] in _OTHER_FORMATS
         if path.name.endswith(_OTHER_WEIGHTS_AT_TOP if everything else _OTHER_WEIGHTS) or str(inner) == _ADAPTER:

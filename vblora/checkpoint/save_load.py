@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..bank import VectorBank
 from ..distributed import gather_to_cpu, is_sharded, rank, reshard, shard_like
+from ..files import write_files
 from ..layers.kinds import Conv1D
 from ..model.attached import AttachedAdapter
 from ..model.completeness import check_completeness
@@ -20,7 +21,7 @@ from ..model.targets import base_modules
 from . import native
 from .base_tensors import embeddings_to_save, split_base_tensors, two_values
 from .contents import Contents
-from .folder import FORMS, TENSORS_FILE, read, write
+from .folder import FORMS, TENSORS_FILE, encode, read
 from .formats import METHODS
 from .peft.experts import warn_of_renamed_targets
 from .prefixes import fit_names
@@ -69,6 +70,28 @@ def save(
             suit it.
         NotADirectoryError: ``directory`` is a file.
     """
+    write_files(
+        files_to_save(
+            model,
+            directory,
+            adapter_name=adapter_name,
+            form=form,
+            bank_dtype=bank_dtype,
+            save_embedding_layers=save_embedding_layers,
+        )
+    )
+
+
+def files_to_save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    form: str | None = None,
+    bank_dtype: torch.dtype | None = None,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[Path, bytes]:
+    """What :func:`save` writes: none in other processes than the first, if FSDP2 has sharded the model."""
     source = attached_adapter(model, adapter_name)
     if form not in (None, *FORMS):
         raise ValueError(f"`form` is {form!r}; allowed are {', '.join(map(repr, FORMS))}.")
@@ -86,10 +109,10 @@ def save(
     bank = _bank_of(source)
     bank_file = bank.file if bank is not None and bank_dtype is None and bank.unchanged() else None
     if rank() and any(is_sharded(tensor) for tensor in source.model.parameters()):
-        return  # the first process writes
+        return {}  # the first process writes
     name = getattr(getattr(source.model, "config", None), "_name_or_path", None)
     base_class = type(source.model)
-    write(
+    return encode(
         contents,
         directory,
         form=form,
@@ -180,6 +203,7 @@ def _refuse_other_base(contents: Contents, model: nn.Module) -> None:
 
 def contents_of(source: AttachedAdapter) -> Contents:
     """The contents of a model's adapter. If it is sharded, all processes must call this."""
+    source.adapter.refuse_offloaded()
     reshard(source.model)
     transposed = any(layer.kind is Conv1D for layer in source.layers)
     config = source.adapter.current_config(source.config)

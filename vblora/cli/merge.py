@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Merges an adapter into the safetensors files of a base model, one file at a time. It adds the update of each layer to the weight
 in float32, and rounds to the weight's dtype. Trained biases and modules_to_save replace those of the base model. It copies all
-other files of the folder, except weights in other formats and hidden files. OUT appears when it is complete.
+other files of the folder, except weights in other formats, checkpoints of a Trainer, and hidden files. OUT appears when it is
+complete.
 
 A language model in a .gguf file is loaded, dequantised to float32, and saved as a folder of safetensors files with its
 tokenizer."""
@@ -52,7 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoint.merge_files import merge_into_shards, read_weights
     from ..finetune.adapters import read_report
     from ..finetune.fingerprints import differing, hash_of
-    from ..finetune.notices import print_warning
 
     report = read_report("ADAPTER", arguments.adapter)
     labels = report.get("labels")
@@ -75,27 +75,37 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {len(done.updated)} weights updated and {len(done.replaced)} tensors replaced "
         f"in {done.shards} file{'s' * (done.shards > 1)}."
     )
-    if others:
-        print_warning(
-            f"the weights of {arguments.base} are not those that the adapter was trained with (among others {others[0]} "
-            "differs), so the merged model may write nonsense.",
-            "merge",
-        )
+    _warn_of_another_base(arguments.base, others)
     if scores := report.get("scores"):
         print(f"The head gives scores in units: score = output * {scores['deviation']} + {scores['mean']}.")
     if done.left_out:
-        print(f"Left out, because they hold the base model's weights or another adapter: {', '.join(done.left_out)}.")
+        print(f"Left out, because they hold other weights or another adapter: {', '.join(done.left_out)}.")
     return 0
 
 
 def _merge_gguf(arguments: argparse.Namespace) -> int:
     require("transformers", "accelerate", "gguf", extra="llm")
     read_adapter("ADAPTER", arguments.adapter, arguments.bank)  # refused before the model is loaded
+    from ..finetune.adapters import read_report
     from ..finetune.merging import merge_gguf
 
+    trained = read_report("ADAPTER", arguments.adapter).get("fingerprint") or {}
     try:
-        updated = merge_gguf(arguments.base, arguments.adapter, arguments.bank, arguments.out)
+        updated, others = merge_gguf(arguments.base, arguments.adapter, arguments.bank, arguments.out, trained)
     except OSError as error:
         raise CommandError(f"OUT: {arguments.out} cannot be written: {error}.", 1) from None
     print(f"{arguments.out}: {updated} weights updated, all saved as float32.")
+    _warn_of_another_base(arguments.base, others, " So do those of the same model with another quantisation.")
     return 0
+
+
+def _warn_of_another_base(base: Path, others: list[str], further: str = "") -> None:
+    """``others``: the names of weights that differ from those that the adapter was trained with."""
+    from ..finetune.notices import print_warning
+
+    if others:
+        print_warning(
+            f"the weights of {base} are not those that the adapter was trained with (among others {others[0]} differs), so the "
+            f"merged model may write nonsense.{further}",
+            "merge",
+        )

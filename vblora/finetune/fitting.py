@@ -46,7 +46,7 @@ from .task import RESULTS_FILE, LanguageTask, Task, save_results
 
 # On 300 rows the default recipe was 10 points below the frozen encoder after 10 steps, and 8 above it after 60.
 _FEW_STEPS = 60
-_FEW_EPOCHS = 20  # with the paper's rates: its appendix A.1 trains 20 to 160 epochs on GLUE
+_FEW_EPOCHS = 20  # of a classifier with the paper's rates: its appendix A.1 trains 20 to 160 epochs on GLUE
 
 
 def training_arguments(kind: type[TrainingArguments], arguments: argparse.Namespace, **options: Any) -> Any:
@@ -91,9 +91,15 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def warn_of_few_steps(arguments: argparse.Namespace, rows: int, steps: int, command: str = "finetune") -> str | None:
-    """Says so where training will be too short for the recipe's learning rates. Returns what it said."""
-    if arguments.recipe == "paper":
+def warn_of_few_steps(
+    arguments: argparse.Namespace, rows: int, steps: int, command: str = "finetune", *, language: bool = False
+) -> str | None:
+    """Says so where training will be too short for the recipe's learning rates. Returns what it said.
+
+    Args:
+        language: whether it is a language model that trains. The paper trains these for 1 to 5 epochs.
+    """
+    if arguments.recipe == "paper" and not language:
         if arguments.epochs >= _FEW_EPOCHS:
             return None
         message = (

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
         for rows in (train, held_out):
             rows.report(length)
         trainer = _trainer(arguments, model, tokenizer, train_data, held_out_data, length)
-        few = fitting.warn_of_few_steps(arguments, len(train_data), _steps(trainer))
+        few = fitting.warn_of_few_steps(arguments, len(train_data), _steps(trainer), language=True)
         asking = replace(encoder, chat=False) if plain else encoder
         examples = _first_prompts(task.held_out, max(_SHOWN, arguments.bleu or 0), asking)
         generate = _Generator(arguments, asking, examples, min(length, room))

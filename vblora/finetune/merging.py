@@ -13,13 +13,17 @@ import vblora
 from ..errors import CommandError, in_options
 from ..files import sync
 from . import models
+from .fingerprints import Fingerprint, differing, fingerprint
 
 
-def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path) -> int:
+def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path, trained: Fingerprint) -> tuple[int, list[str]]:
     """Writes the merged language model and its tokenizer into ``out``, which appears when it is complete.
 
+    Args:
+        trained: the fingerprint of the model that the adapter was trained with.
+
     Returns:
-        The number of layers that the adapter updates.
+        The number of layers that the adapter updates, and the names of weights that differ from those of ``trained``.
 
     Raises:
         CommandError: the model cannot be loaded, or the adapter does not fit it.
@@ -28,6 +32,7 @@ def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path) -> int:
     models.quiet()
     tokenizer = models.load_tokenizer(str(base))
     model = models.load_model(AutoModelForCausalLM, str(base), "language model", dtype=torch.float32)
+    others = differing(trained, fingerprint(model)) if trained else []
     try:
         vblora.load(model, adapter, bank=bank)
         updated = len(model.vblora.default.targets)
@@ -47,7 +52,7 @@ def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path) -> int:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(out.parent)
-    return updated
+    return updated, others
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

@@ -13,7 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..adapters import VBLoRAAdapter
 from ..bank import VectorBank
-from ..checkpoint.save_load import load, save
+from ..checkpoint.save_load import files_to_save, load
+from ..files import write_files
 from ..model.lookup import attached_adapter
 from ..model.parameters import parameter_groups
 from .transformers import VBLoRACallback
@@ -137,6 +138,9 @@ class SharedBankTrainer(Trainer):  # type: ignore[misc]  # transformers is not t
 def save_shared(models: Mapping[str, nn.Module], directory: str | os.PathLike[str], form: str | None = None) -> None:
     """Saves the adapters of models that share a bank: the bank as ``bank.safetensors``, and a folder without it per adapter.
 
+    All files are renamed at the end, once they are on disk, so an interrupted save leaves the old ones or the new ones. Each
+    adapter names the bank's SHA-256, and :func:`vblora.load` refuses another bank.
+
     Load them with ``vblora.load(model, "DIRECTORY/NAME", bank="DIRECTORY/bank.safetensors")``.
 
     Args:
@@ -152,9 +156,17 @@ def save_shared(models: Mapping[str, nn.Module], directory: str | os.PathLike[st
     bank = bank_of(models)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    bank.save(directory / BANK_FILE)
-    for name, model in models.items():
-        save(model, directory / name, form=form)
+    path, before = directory / BANK_FILE, bank.file
+    data, file = bank.to_file(path)
+    bank.file = file or before
+    try:
+        files = {path: data}
+        for name, model in models.items():
+            files |= files_to_save(model, directory / name, form=form)
+        write_files(files)
+    except BaseException:
+        bank.file = before
+        raise
 
 
 def bank_of(models: Mapping[str, nn.Module]) -> VectorBank:

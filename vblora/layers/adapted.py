@@ -14,6 +14,7 @@ from ..errors import VBLoRAWarning
 from . import fused, rows, updates
 from .kinds import Linear, compute_dtype, kind_of
 from .reads import Watched
+from .users import note_user
 from .weights import Rounding, format_of, is_packed, rounding, swap_tensor
 
 
@@ -93,6 +94,7 @@ class AdaptedLayer(nn.Module):
         self.rows_differ = False
         self.packed = is_packed(self.weight)
         self.train(base_layer.training)
+        note_user(base_layer, self)
 
     def set(self, *, active: Iterable[str] | None = None, enabled: bool | None = None) -> None:
         """Changes which updates a forward adds. Ignores names of adapters that do not target this layer."""
@@ -115,6 +117,7 @@ class AdaptedLayer(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if self.rows_differ:
             self.let_rows_differ()  # a copy needs a key of its own
+        note_user(self.base_layer, self)
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name in ("weight", "bias"):
@@ -132,6 +135,13 @@ class AdaptedLayer(nn.Module):
                     "as when a model ties its weights again. Call vblora.unmerge first."
                 )
             setattr(self.base_layer, name, value)
+        elif name in _SIZES:
+            if value != getattr(self, name):
+                raise ValueError(
+                    f"`{name}` of an adapted layer would change from {getattr(self, name)} to {value}, such as by "
+                    "resize_token_embeddings, but the adapter's update has the old size. Load the model again, resize it, and "
+                    "then inject."
+                )
         else:
             super().__setattr__(name, value)
 
@@ -363,6 +373,8 @@ def _note_read(slots: list[Slot]) -> None:
 def _base_layer_attribute(name: str) -> property:
     return property(lambda layer: getattr(layer.base_layer, name))
 
+
+_SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim")  # code that resizes a layer sets them
 
 # Models also read these attributes of a layer.
 for _name in (

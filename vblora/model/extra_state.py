@@ -105,7 +105,7 @@ def take_extra_tensors(
 
 def take_turns(record: "AdaptedModel") -> bool:
     """Whether the model's own names leave open whose tensors they are: then a state dict holds them all."""
-    swaps = [swap for attached in record.adapters.values() for swap in attached.extra.values()]
+    swaps = record.swaps()
     return bool(swaps) and (len(record.adapters) > 1 or not all(swap.swapped_in for swap in swaps))
 
 

@@ -14,6 +14,7 @@ from ..bank import VectorBank
 from ..config import CLASS_OF_PEFT_TYPE, AdapterConfig, from_peft
 from ..layers.adapted import AdaptedLayer, TensorSwap
 from ..layers.kinds import target_of
+from ..layers.users import has_other_users
 from ..layers.weights import format_name, is_quantised, passes_gradients
 from .attached import AttachedAdapter
 from .diffusers_guard import guard_diffusers
@@ -144,6 +145,9 @@ class Plan:
         self.adapter_class.check_targets(self.config, self.targets)
         with base_tensors_in_place(model):  # copies those, not another adapter's
             self.extra_tensors = _extra_tensors(modules, self.config, list(self._found), saved)
+        changed = {layer: names[0] for layer, names in self._found.items()}
+        changed |= {module: name.rpartition(".")[0] for name, (module, _, _) in self.extra_tensors.items()}
+        _refuse_shared(self.record, changed)
         self.device = _device_of(list(self._found))
 
     def new_adapter(self, **given: object) -> Adapter:
@@ -194,6 +198,7 @@ def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedMode
     _check_model(model, record, "")
     found = find_targets(model, config)
     targets = tuple(target_of(names[0], layer) for layer, names in found.items())
+    _refuse_shared(record, {layer: names[0] for layer, names in found.items()})
     record = AdaptedModel.install(model)
     guard_saving(record)
     guard_from_peft()
@@ -235,6 +240,17 @@ def _check_model(model: nn.Module, record: AdaptedModel | None, adapter_name: st
         )
     refuse_if_disabled(record.layers)
     refuse_if_merged(record.layers)
+
+
+def _refuse_shared(record: AdaptedModel | None, modules: dict[nn.Module, str]) -> None:
+    """Refuses modules, given with their names, of which another model's adapters replace tensors."""
+    own = set() if record is None else {*record.names, *record.swaps()}
+    for module, name in modules.items():
+        if has_other_users(module, own):
+            raise ValueError(
+                f"`{name}` is also part of another injected model, or of a VBLinear, and both would change its tensors in place. "
+                "Give each model a module of its own, such as a copy.deepcopy, or call vblora.eject on the other model first."
+            )
 
 
 def _device_of(layers: list[nn.Module]) -> torch.device:

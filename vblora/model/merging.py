@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ..errors import VBLoRAWarning
 from ..layers.adapted import AdaptedLayer, adapted_layers
 from ..layers.kinds import refusal
+from ..layers.users import has_other_users
 from ..layers.weights import Rounding, can_merge_into, format_name
 from .lookup import adapted_models, refuse_if_disabled
 from .merge_checks import warn_before_merging
@@ -22,6 +23,9 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
     again in the same format. A warning reports the rounding error; each layer's ``rounding`` holds it relative to the norms of
     the weight (``of_weight``) and of the update (``of_update``).
 
+    Do not merge or unmerge while another thread runs the model: its forward would compute some layers with the update twice, or
+    without it.
+
     Args:
         model: an injected model, or a module with :class:`VBLinear` layers.
         adapter_names: which of the active adapters to merge; by default all. Forwards still add the updates of the others.
@@ -33,13 +37,15 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
 
     Raises:
         ValueError: the model has no adapted layers or is disabled, an adapter is not active or is already merged, a forward read
-            the weight of a layer without calling it, or a sum is not finite in the weight's dtype. Nothing is merged then.
+            the weight of a layer without calling it, another adapted layer has the same base layer, or a sum is not finite in
+            the weight's dtype. Nothing is merged then.
         TypeError: a base weight is computed from other tensors, or its quantisation format is unknown; or a base layer was
             replaced by one of another kind.
     """
     layers = adapted_layers(model)
     refuse_if_disabled([layer for _, layer in layers])
     chosen = _chosen(layers, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
+    swaps: set[object] = {swap for record in adapted_models(model) for swap in record.swaps()}
     for name, layer in layers:
         if not chosen[layer]:
             continue
@@ -52,6 +58,12 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
             raise ValueError(
                 f"the model's code reads the weight of layer `{name}` itself, which leaves out the update. Merging would add it, "
                 "so nothing was merged. Exclude that layer with `exclude_modules`."
+            )
+        if has_other_users(layer.base_layer, swaps | {layer}):
+            raise ValueError(
+                f"the base layer of `{name}` is also that of another adapted layer, in another injected model or in a VBLinear, "
+                "which would get the update, too. Nothing was merged. Eject or delete the other, or merge a copy.deepcopy of "
+                "this model."
             )
         if not can_merge_into(layer.weight):
             raise TypeError(f"layer `{name}` has a weight of {format_name(layer.weight)}, which cannot be merged into.")

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapters.base import note_living
 from ..layers.adapted import AdaptedLayer, TensorSwap, Update
 from ..layers.rows import RowAdapters
+from ..layers.users import forget_user, note_user
 from ..layers.weights import disable_packing, enable_packing
 from . import mixed_batch
 from .attached import AttachedAdapter
@@ -91,6 +92,8 @@ class AdaptedModel:
             self.model.register_load_state_dict_pre_hook(functools.partial(take_extra_tensors, self)),
         ]
         mixed_batch.install_generate(self)
+        # A partial, so that copies and pickles of the model refer to their own record.
+        vars(self.model).setdefault("zero_grad", functools.partial(_zero_grad, self))
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the handles of hooks on modules that are no longer in the model. They cannot be copied once those are freed.
@@ -170,8 +173,11 @@ class AdaptedModel:
 
     def swapped_in(self) -> list[TensorSwap]:
         """The extra tensors that are in the model now."""
-        every = [extra for attached in self.adapters.values() for extra in attached.extra.values()]
-        return [extra for extra in every if extra.swapped_in]
+        return [extra for extra in self.swaps() if extra.swapped_in]
+
+    def swaps(self) -> list[TensorSwap]:
+        """The extra tensors of all adapters."""
+        return [extra for attached in self.adapters.values() for extra in attached.extra.values()]
 
     def wrap(self, layer: nn.Module, names: list[str]) -> AdaptedLayer:
         """The adapted layer around a layer of the base model: a new one, unless another adapter also targets the layer."""
@@ -191,6 +197,8 @@ class AdaptedModel:
         """Adds an adapter to its layers. The first adapter becomes active."""
         self.adapters[attached.name] = attached
         note_living(attached.adapter)
+        for extra in attached.extra.values():
+            note_user(extra.module, extra)
         for slot, layer in zip(attached.adapter.slots, attached.layers, strict=True):
             layer.updates[attached.name] = Update(slot, attached.config.dropout)
         getattr(self.model, ADAPTERS_ATTRIBUTE)[attached.name] = attached.adapter
@@ -250,6 +258,8 @@ class AdaptedModel:
         enable_packing(self.packing_layers)
         self.statistics.release()
         mixed_batch.remove_generate(self.model)
+        if getattr(vars(self.model).get("zero_grad"), "func", None) is _zero_grad:
+            del vars(self.model)["zero_grad"]
         delattr(self.host, ADAPTERS_ATTRIBUTE)
         vars(self.model).pop(ADAPTERS_ATTRIBUTE, None)
         del self.model._vblora_adapted_model
@@ -270,6 +280,7 @@ class AdaptedModel:
                     module._modules[name] = child.base_layer
         for layer in layers:
             del self.names[layer]
+            forget_user(layer.base_layer, layer)
 
     def _keep_from_ddp(self, attached: AttachedAdapter) -> None:
         """Keeps DDP from broadcasting an adapter's buffers in every forward: they are equal in all processes."""
@@ -284,6 +295,14 @@ class AdaptedModel:
             vars(self.model)[_IGNORED_BY_DDP] = names
         else:
             vars(self.model).pop(_IGNORED_BY_DDP, None)
+
+
+def _zero_grad(record: AdaptedModel, set_to_none: bool = True) -> None:
+    """The model's own ``zero_grad``, also for the extra tensors of inactive adapters, which are not in the model then."""
+    model: nn.Module = record.model
+    type(model).zero_grad(model, set_to_none)
+    stored = (swap.stored for swap in record.swaps())
+    nn.ParameterList(tensor for tensor in stored if isinstance(tensor, nn.Parameter)).zero_grad(set_to_none)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -17,7 +17,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
 
     Only the parameters of active adapters require gradients; when an adapter becomes active again, the same ones do as before.
     The biases and ``modules_to_save`` of an adapter, and the base model's embeddings that its file contains, are in the model
-    while it is active.
+    while it is active, and only then in ``model.parameters()``. ``model.zero_grad()`` also clears those of inactive adapters; a
+    wrapper's, such as DDP's, does not. ``optimizer.zero_grad()`` always clears what the optimizer trains.
 
     Args:
         model: an injected model.
