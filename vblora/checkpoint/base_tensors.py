@@ -92,7 +92,7 @@ def embeddings_to_save(model: nn.Module, choice: bool | str) -> dict[str, Tensor
             f"the vocabulary was resized after the model was loaded, so the file also holds {listed(list(found))} "
             f"({size:,} bytes), as in PEFT. To leave them out, pass save_embedding_layers=False.",
             VBLoRAWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return found
 

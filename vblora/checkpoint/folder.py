@@ -209,7 +209,7 @@ def _warn_of_model(folder: Path) -> None:
             f"{folder} holds a model beside the adapter. From now on, from_pretrained would try to add the adapter to that "
             "model. Save the adapter into a folder of its own.",
             VBLoRAWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -90,7 +90,7 @@ def check_completeness(whole: nn.Module, record: "AdaptedModel", attached: "Atta
             "model's. Name their modules in `modules_to_save`, keep them from changing (`requires_grad_(False)`, `eval()`), or "
             "save what is outside of the injected model yourself.",
             VBLoRAWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -146,7 +146,7 @@ def _warn_of_moved(record: "AdaptedModel", attached: "AttachedAdapter", names: d
             f"{listed(moved)} are names of other modules now than when the adapter was injected. Its file holds the layers under "
             "the names that they had: load it into the model as it was, and change the order of its modules then.",
             VBLoRAWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -201,7 +201,7 @@ def _check_additions(record: "AdaptedModel") -> None:
             f"{listed(copies)} became part of the model after vblora.inject, as a copy of an adapted layer. No optimizer trains "
             "the copy of the adapter in it, and no file holds it. Copy such blocks first, then inject.",
             VBLoRAWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -23,5 +23,5 @@ def warn_of_renamed_targets(model: nn.Module, names: list[str]) -> None:
             f"PEFT may not read this file as it was written: {type(model).__name__} fuses its experts, and PEFT takes "
             f"{listed(found)} for parts of them. Load the file with vblora.load, or leave these layers out before you train.",
             VBLoRAWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
