@@ -15,8 +15,11 @@ from ..files import sync
 from . import models
 
 
-def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path) -> int:
+def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path, template: str | None = None) -> int:
     """Writes the merged language model and its tokenizer into ``out``, which appears when it is complete.
+
+    Args:
+        template: the chat template to write, instead of that of the base model.
 
     Returns:
         The number of layers that the adapter updates.
@@ -27,6 +30,8 @@ def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path) -> int:
     """
     models.quiet()
     tokenizer = models.load_tokenizer(str(base))
+    if template is not None:
+        tokenizer.chat_template = template
     model = models.load_model(AutoModelForCausalLM, str(base), "language model", dtype=torch.float32)
     try:
         vblora.load(model, adapter, bank=bank)
