@@ -437,7 +437,7 @@ def test_refuses_to_merge_one_of_two_that_are_tied(choice, tmp_path, capsys):
     assert "`tie_word_embeddings`" in fails(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
-def test_a_merged_classifier_has_the_labels_that_were_trained(tmp_path, capsys):
+def test_a_merged_model_has_the_labels_and_the_chat_template_that_were_trained(tmp_path, capsys):
     """Not those of the base model, which may have another order."""
     base, model = trained(bert, modules_to_save=["classifier"])
     base.config.id2label = {0: "POSITIVE", 1: "NEGATIVE"}
@@ -448,9 +448,16 @@ def test_a_merged_classifier_has_the_labels_that_were_trained(tmp_path, capsys):
     merged = type(base).from_pretrained(tmp_path / "out")
     assert merged.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
     assert merged.config.label2id == {"NEGATIVE": 0, "POSITIVE": 1}
-    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"scores": {"mean": 3.0, "deviation": 0.5}}))
+    report = {"scores": {"mean": 3.0, "deviation": 0.5}, "chat_template": "auto"}
+    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps(report))
     assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "scores") == 0
     assert "score = output * 0.5 + 3.0" in capsys.readouterr().out
+    assert not (tmp_path / "scores" / "chat_template.jinja").exists()
+    (tmp_path / "base" / "chat_template.jinja").write_text("of the base")
+    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "chat") == 0
+    assert (tmp_path / "chat" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "The chat template is the one that the adapter was trained with." in capsys.readouterr().out
 
 
 def test_merge_says_that_the_base_model_is_another(tmp_path, capsys):
@@ -564,7 +571,8 @@ def test_merges_into_a_gguf_file(tmp_path, capsys):
     with vblora.disabled(model):
         trained_with = fingerprint(model)
     for name, given, warned in (("same", trained_with, False), ("out", dict.fromkeys(trained_with, "other"), True)):
-        (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"fingerprint": given}))
+        report = {"fingerprint": given, "chat_template": "{{ messages }}"}
+        (tmp_path / "adapter" / "finetune.json").write_text(json.dumps(report))
         assert run("merge", base, tmp_path / "adapter", tmp_path / name) == 0
         said = capsys.readouterr()
         assert "7 weights updated" in said.out
@@ -580,6 +588,7 @@ def test_merges_into_a_gguf_file(tmp_path, capsys):
         AutoTokenizer.from_pretrained(tmp_path, gguf_file=base.name),
     )
     assert len({str(tokenizer("abc?").input_ids) for tokenizer in tokenizers}) == 1
+    assert tokenizers[0].chat_template == "{{ messages }}"
     (tmp_path / "b").mkdir()
     vblora.save(trained(bert)[1], tmp_path / "other")
     before = sorted(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Scores, and `vblora predict`: a table in, labels or scores out."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -211,6 +212,16 @@ def test_half_a_surrogate_pair_is_written_as_json_has_it(tmp_path):
     with Writer(tmp_path / "out.jsonl") as writer:
         writer.row({"note": "\ud800"})
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {"note": "\ud800"}
+
+
+@pytest.mark.parametrize(("encoding", "written"), [("ascii", "\\u00e9"), ("utf-8", "é")])
+def test_the_console_gets_json_whatever_its_encoding(monkeypatch, encoding, written):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace")
+    monkeypatch.setattr("sys.stdout", stdout)
+    with Writer(None) as writer:
+        writer.row({"note": "é"})
+    stdout.seek(0)
+    assert stdout.read() == f'{{"note": "{written}"}}\n'
 
 
 def test_a_label_that_is_no_score_is_refused(finetune, tmp_path, capsys):

@@ -55,7 +55,11 @@ class _Stored(NamedTuple):
 
 
 def merge_into_shards(
-    contents: Contents, base: Path, out: Path, config_changes: Mapping[str, Json] | None = None
+    contents: Contents,
+    base: Path,
+    out: Path,
+    config_changes: Mapping[str, Json] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Merged:
     """Writes the files of ``base`` with an adapter merged into them to ``out``, as :func:`vblora.merge` merges it into a model.
 
@@ -69,6 +73,7 @@ def merge_into_shards(
         base: a folder with ``model.safetensors``, or with shards and their ``model.safetensors.index.json``.
         out: a folder that does not exist or is empty.
         config_changes: fields to set in ``config.json``.
+        texts: files to write, by name, instead of those of ``base``.
 
     Raises:
         FileNotFoundError: a file of the base model is missing.
@@ -107,6 +112,8 @@ def merge_into_shards(
         left_out = _copy_others(base, others, temporary, shards)
         if config_changes:
             write_file(temporary / _CONFIG, json.dumps(config | dict(config_changes), indent=2).encode() + b"\n")
+        for name, text in (texts or {}).items():
+            write_file(temporary / name, text.encode())
         for shard in shards:
             with atomic_replacement(temporary / shard) as path:
                 _write_shard(base / shard, path, updates.keys() | replacements.keys(), changed)

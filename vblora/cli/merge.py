@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     adapter = read_adapter("ADAPTER", arguments.adapter, arguments.bank)
     from ..checkpoint.merge_files import merge_into_shards, read_weights
-    from ..finetune.adapters import read_report
+    from ..finetune.adapters import read_report, trained_template
     from ..finetune.fingerprints import differing, hash_of
 
     report = read_report("ADAPTER", arguments.adapter)
@@ -61,10 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
         if labels
         else {}
     )
+    template = trained_template(report)
+    texts = {} if template is None else {"chat_template.jinja": template}
     trained = report.get("fingerprint") or {}
     try:
         others = differing(trained, {name: hash_of(weight) for name, weight in read_weights(arguments.base, trained)})
-        done = merge_into_shards(adapter.contents, arguments.base, arguments.out, names)
+        done = merge_into_shards(adapter.contents, arguments.base, arguments.out, names, texts)
     except FileNotFoundError as error:
         raise CommandError(f"BASE: {error}") from None
     except ValueError as error:
@@ -75,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {len(done.updated)} weights updated and {len(done.replaced)} tensors replaced "
         f"in {done.shards} file{'s' * (done.shards > 1)}."
     )
+    if template is not None:
+        print("The chat template is the one that the adapter was trained with.")
     _warn_of_another_base(arguments.base, others)
     if scores := report.get("scores"):
         print(f"The head gives scores in units: score = output * {scores['deviation']} + {scores['mean']}.")
@@ -86,12 +90,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _merge_gguf(arguments: argparse.Namespace) -> int:
     require("transformers", "accelerate", "gguf", extra="llm")
     read_adapter("ADAPTER", arguments.adapter, arguments.bank)  # refused before the model is loaded
-    from ..finetune.adapters import read_report
+    from ..finetune.adapters import read_report, trained_template
     from ..finetune.merging import merge_gguf
 
-    trained = read_report("ADAPTER", arguments.adapter).get("fingerprint") or {}
+    report = read_report("ADAPTER", arguments.adapter)
+    trained, template = report.get("fingerprint") or {}, trained_template(report)
     try:
-        updated, others = merge_gguf(arguments.base, arguments.adapter, arguments.bank, arguments.out, trained)
+        updated, others = merge_gguf(
+            arguments.base, arguments.adapter, arguments.bank, arguments.out, trained, template
+        )
     except OSError as error:
         raise CommandError(f"OUT: {arguments.out} cannot be written: {error}.", 1) from None
     print(f"{arguments.out}: {updated} weights updated, all saved as float32.")

@@ -84,6 +84,12 @@ def read_report(argument: str, folder: Path) -> dict[str, Any]:
     return report
 
 
+def trained_template(report: dict[str, Any]) -> str | None:
+    """The chat template that an adapter was trained with, if it is not that of the base model."""
+    template: str | None = report.get("chat_template")
+    return None if template in ("auto", "none") else template
+
+
 def _read(argument: str, path: Path, types: dict[str, type]) -> JsonObject:
     try:
         values = read_object(path)

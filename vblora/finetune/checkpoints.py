@@ -14,7 +14,7 @@ from .task import RESULTS_FILE, as_json
 _MAY_CHANGE = frozenset(
     {"epochs", "patience", "output", "overwrite", "resume", "baseline", "bleu", "run", "command", "max_new_tokens"}
 )
-_FILES = ("data", "eval_data", "bank")
+_FILES = ("data", "eval_data", "bank", "chat_template")
 
 
 def find_checkpoint(arguments: argparse.Namespace) -> str | None:
@@ -26,7 +26,8 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     digests = arguments.sha256 = {
         f"--{name.replace('_', '-')}": sha256(path / TENSORS_FILE if path.is_dir() else path)
         for name in _FILES
-        if (path := getattr(arguments, name, None)) is not None and (path.is_file() or name == "bank")
+        if (given := getattr(arguments, name, None)) not in (None, "auto", "none")
+        and ((path := Path(given)).is_file() or name == "bank")
     }
     if not arguments.resume:
         for folder in incomplete(arguments.output):

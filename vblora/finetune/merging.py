@@ -16,11 +16,14 @@ from . import models
 from .fingerprints import Fingerprint, differing, fingerprint
 
 
-def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path, trained: Fingerprint) -> tuple[int, list[str]]:
+def merge_gguf(
+    base: Path, adapter: Path, bank: Path | None, out: Path, trained: Fingerprint, template: str | None = None
+) -> tuple[int, list[str]]:
     """Writes the merged language model and its tokenizer into ``out``, which appears when it is complete.
 
     Args:
         trained: the fingerprint of the model that the adapter was trained with.
+        template: the chat template to write, instead of that of the base model.
 
     Returns:
         The number of layers that the adapter updates, and the names of weights that differ from those of ``trained``.
@@ -31,6 +34,8 @@ def merge_gguf(base: Path, adapter: Path, bank: Path | None, out: Path, trained:
     """
     models.quiet()
     tokenizer = models.load_tokenizer(str(base))
+    if template is not None:
+        tokenizer.chat_template = template
     model = models.load_model(AutoModelForCausalLM, str(base), "language model", dtype=torch.float32)
     others = differing(trained, fingerprint(model)) if trained else []
     try:

@@ -76,7 +76,9 @@ class Writer:
     def row(self, fields: Fields) -> None:
         form = ".jsonl" if self.path is None else format_of(self.path, "--output")
         if form == ".jsonl":
-            self._file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+            # Another encoding lacks characters, and what Python prints instead is not JSON.
+            utf8 = self.path is not None or str(getattr(self._file, "encoding", "")).lower().replace("-", "") == "utf8"
+            self._file.write(json.dumps(fields, ensure_ascii=not utf8) + "\n")
             return
         if form == ".tsv":  # has no quoting, so tabs and line breaks cannot be written
             fields = {_in_a_line(name): _in_a_line(value) for name, value in fields.items()}
