@@ -70,6 +70,19 @@ def test_prompts_as_arguments(base, adapters, capsys):
     assert capsys.readouterr().out.splitlines() == [completion(base, None, PROMPTS[0], chat=False)]
 
 
+def test_given_tokens_end_a_completion(base):
+    from vblora.finetune.generation import complete
+
+    tokenizer, model = make_tokenizer(), load(base)
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    options = {"max_new_tokens": 6}
+    whole = complete(model, tokenizer, prompts, **options)
+    words = whole[0].split()
+    end = tokenizer.convert_tokens_to_ids(words[1])
+    ended = complete(model, tokenizer, prompts, ends=[end], **options)[0].split()
+    assert ended == words[: words.index(words[1]) + 1] and len(ended) < len(words)
+
+
 def test_a_table_whose_rows_have_adapters_of_their_own(base, adapters, tmp_path):
     names = ["one", "two", "", "two"]
     path = tmp_path / "rows.csv"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import vblora
-from tests.finetune.chats import make_chats, make_pairs, make_tokenizer, save_model, write_jsonl
+from tests.finetune.chats import TEMPLATE, make_chats, make_pairs, make_tokenizer, save_model, write_jsonl
 from tests.small_models import relative_error
 from vblora.cli import main
 from vblora.finetune import texts
@@ -144,6 +144,24 @@ def test_prompts_are_cut_out_of_plain_texts(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_a_tool_call_is_shown_as(tmp_path):
+    """It may have no content."""
+    from vblora.finetune import language
+
+    calls = [{"function": {"name": "look_up"}}]
+    chat = make_chats(1)[0]["messages"][:1]
+    message = {"role": "assistant", "tool_calls": calls}
+    path = write_jsonl(
+        tmp_path / "chats.jsonl",
+        [{"messages": [*chat, said, *chat]} for said in (message, message | {"content": None})],
+    )
+    columns = texts.find_columns(path, "--data", dict.fromkeys(["text", "prompt", "completion", "messages"]))
+    encoder = language.Encoder(make_tokenizer(), chat=True)
+    [(_, references)] = language._first_prompts(texts.whole(path, columns, "--data", None, 0), 9, encoder)
+    assert references == [json.dumps(calls)] * 2
+    assert language._as_text(texts.Example([message], "")) == f"assistant: {json.dumps(calls)}"
+
+
 @pytest.mark.parametrize(
     ("completion", "told"), [("Paris", True), (" Paris", False), ("\nParis", False), ("你好", False)]
 )
@@ -179,7 +197,9 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
 ):
     from vblora.finetune import fitting
 
-    options = ["--data", pairs, "--epochs", "2", "--batch-size", "4", "--lr-bank", "0.05"]
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    options = ["--data", pairs, "--epochs", "2", "--batch-size", "4", "--lr-bank", "0.05", "--chat-template", template]
     assert finetune(*options, output="whole") == 0
     on_step_end = fitting._Progress.on_step_end
 
@@ -205,6 +225,10 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
     assert finetune(*options, "--resume") == 2
     assert f"--resume: --data {pairs} has changed since the checkpoint." in capsys.readouterr().err
     Path(pairs).write_bytes(rows)
+    template.write_text(f"{TEMPLATE} ")
+    assert finetune(*options, "--resume") == 2
+    assert f"--resume: --chat-template {template} has changed since the checkpoint." in capsys.readouterr().err
+    template.write_text(TEMPLATE)
     assert finetune(*options) == 2  # the folder is not empty
     assert finetune(*options, "--resume") == 0
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))

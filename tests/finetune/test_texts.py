@@ -141,6 +141,26 @@ def test_a_completion_is_generated_from_the_tokens_that_were_trained_on():
         assert labels[len(prompt)] != IGNORED
 
 
+def test_a_default_system_message_before_the_assistant_is_not_learnt():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "<|im_start|> system hello <|im_end|> " + tokenizer.chat_template
+    tokens, labels = Encoder(tokenizer, chat=True).encode(texts.Example([], CHAT.completion[:2]))
+    assert tokenizer.decode(tokens).startswith("<|im_start|> system hello <|im_end|> <|im_start|> assistant the cat")
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "the cat . <|im_end|>"
+
+
+def test_the_token_that_ends_a_message_need_not_end_a_text():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.eos_token = "</s>"
+    encoder = Encoder(tokenizer, chat=True)
+    assert tokenizer.convert_ids_to_tokens(encoder.ends()) == ["<|im_end|>"]
+    tokenizer.chat_template = "{% for m in messages %}{{m.content}} . {% endfor %}"
+    assert encoder.ends() == []
+    tokenizer.chat_template = None
+    assert encoder.ends() == []
+
+
 def test_a_template_that_leaves_out_tools_is_refused():
     call = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "cat"}}}
     spoken = [{"role": "assistant", "content": None, "tool_calls": [call]}]

@@ -177,6 +177,7 @@ def _complete(arguments: argparse.Namespace, encoder: Encoder, model: PreTrained
             num_beams=arguments.num_beams,
             temperature=arguments.temperature,
             top_p=1.0 if arguments.top_p is None else arguments.top_p,
+            ends=encoder.ends(),
             adapter_names=None if arguments.adapter_column is None else [row.adapter for row in rows],
             title="Completions" if sys.stderr.isatty() else None,
         )

@@ -21,6 +21,7 @@ def complete(
     temperature: float = 0.0,
     top_p: float = 1.0,
     adapter_names: Sequence[str | None] | None = None,
+    ends: Sequence[int] = (),
     title: str | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, until it ends or has ``max_new_tokens``.
@@ -28,6 +29,7 @@ def complete(
     Args:
         temperature: 0 takes the most likely token each time (or the best of ``num_beams``); above 0 draws.
         adapter_names: the adapter of each prompt, or None for the base model's.
+        ends: tokens that end a completion, besides those that the tokenizer and the model name.
         title: of the progress bar; without one there is none.
     """
     texts = [""] * len(prompts)
@@ -51,7 +53,7 @@ def complete(
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
                 pad_token_id=pad,
-                eos_token_id=_ends(model, tokenizer),
+                eos_token_id=sorted({*_ends(model, tokenizer), *ends}),
                 **options,
             )
             for row, text in zip(rows, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
@@ -68,8 +70,8 @@ def _batches(prompts: Sequence[Tokens], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end a completion: the tokenizer's, and those that the model's own settings name."""
     stated = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
-    return sorted(end for end in ends if end is not None)
+    return {end for end in ends if end is not None}

@@ -1,6 +1,7 @@
 """``vblora finetune --task causal-lm``: TRL's SFTTrainer, held-out loss and completions before and after."""
 
 import argparse
+import json
 import math
 import tempfile
 import warnings
@@ -29,7 +30,7 @@ from .notices import is_main_process, print_warning, say
 from .report import Generation, LanguageResults, folder_bytes, lora_bytes, print_generations, print_language_table
 from .scores import bleu
 from .task import LanguageTask, save_results
-from .texts import Example, Texts
+from .texts import Example, Message, Texts
 from .tokens import IGNORED, Encoder
 
 _MAX_LENGTH = 1024
@@ -220,9 +221,15 @@ def _encoder(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, 
     if tokenizer.eos_token_id is None:
         raise CommandError(f"--model: the tokenizer of {task.model!r} has no token that ends a text.")
     chat = arguments.chat_template != "none" and tokenizer.chat_template is not None
+    encoder = Encoder(tokenizer, chat, arguments.loss)
     if not chat:
         _warn_of_joined(_first(task.train, 100))
-    return Encoder(tokenizer, chat, arguments.loss)
+    if (messages or (chat and task.columns.kind == "prompt")) and not encoder.ends():
+        print_warning(
+            "the chat template ends what the assistant says without a special token, so the model does not learn to stop. Give "
+            "another --chat-template."
+        )
+    return encoder
 
 
 def _warn_of_joined(examples: list[Example]) -> None:
@@ -273,12 +280,17 @@ def _halved(example: Example) -> Example:
 def _reference(example: Example) -> str:
     if isinstance(example.completion, str):
         return example.completion
-    return next(str(m["content"]) for m in example.completion if m["role"] == "assistant")
+    return next(_said(message) for message in example.completion if message["role"] == "assistant")
+
+
+def _said(message: Message) -> str:
+    """The text of a message, or else its tool calls."""
+    return str(message.get("content") or json.dumps(message.get("tool_calls"), ensure_ascii=False))
 
 
 def _as_text(example: Example) -> str:
     if isinstance(example.prompt, list):
-        return "\n".join(f"{message['role']}: {message['content']}" for message in example.prompt)
+        return "\n".join(f"{message['role']}: {_said(message)}" for message in example.prompt)
     return example.prompt or ""
 
 
@@ -290,6 +302,7 @@ class _Generator:
     ) -> None:
         self.arguments = arguments
         self.tokenizer = encoder.tokenizer
+        self.ends = encoder.ends()
         self.prompts = [encoder.prompt(example.prompt or "", example.tools)[-room:] for example, _ in examples]
 
     def __call__(self, model: PreTrainedModel, title: str) -> list[str]:
@@ -301,6 +314,7 @@ class _Generator:
             self.prompts,
             max_new_tokens=self.arguments.max_new_tokens,
             batch_size=self.arguments.batch_size,
+            ends=self.ends,
             title=title,
         )
 

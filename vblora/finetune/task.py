@@ -95,7 +95,8 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
         )
     else:
         train = texts.whole(path, columns, "--data", arguments.max_train, arguments.seed)
-        held_out = texts.whole(evaluate, columns, "--eval-data", arguments.max_eval, arguments.seed)
+        in_evaluate = texts.find_columns(evaluate, "--eval-data", dict(columns.names))
+        held_out = texts.whole(evaluate, in_evaluate, "--eval-data", arguments.max_eval, arguments.seed)
         if common := texts.count_common(train, held_out):
             print_warning(_of_common_rows(common, len(held_out)))
     return LanguageTask(model, template, train, held_out)

@@ -57,6 +57,23 @@ class Encoder:
         self._check_tools(asked, tools, text)
         return self._ids(text)
 
+    def ends(self) -> list[int]:
+        """The token with which the chat template ends what the assistant says, if it has one.
+
+        In many base models that have a chat template, it is not the token that ends a text.
+        """
+        if self.tokenizer.chat_template is None:
+            return []
+        said = "Hello"
+        try:
+            text = self._render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}], None)
+        except CommandError:  # a template for other chats
+            return []
+        after = self._ids(text[text.rfind(said) + len(said) :]) if said in text else []
+        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special.add(self.tokenizer.eos_token_id)
+        return [token for token in after if token in special][:1]
+
     def _in_chat(self, example: Example) -> Example:
         if not self.chat or not isinstance(example.prompt, str) or not isinstance(example.completion, str):
             return example
@@ -81,7 +98,11 @@ class Encoder:
         spoken = [i for i in range(len(example.prompt), len(messages)) if messages[i]["role"] == "assistant"]
         end = 0
         for index in spoken[-1:] if self.loss == "last" else [] if self.loss == "all" else spoken:
-            before = self._render(messages[:index], example.tools, ask=True) if index else ""
+            before = (
+                self._render(messages[:index], example.tools, ask=True)
+                if index
+                else self._header(messages[0], example.tools)
+            )
             after = self._render(messages[: index + 1], example.tools)
             if not (whole.startswith(before) and whole.startswith(after) and end <= len(before) < len(after)):
                 raise CommandError(
@@ -93,6 +114,12 @@ class Encoder:
             yield whole[len(before) : len(after)], True
             end = len(after)
         yield whole[end:], False
+
+    def _header(self, first: Message, tools: list[Any] | None) -> str:
+        """What the template puts before a chat's first message if the assistant says it, such as a default system message."""
+        text = self._render([first], tools)
+        content = str(first.get("content") or "").strip()
+        return text[: text.rfind(content)] if content and content in text else ""
 
     def _render(self, messages: list[Message], tools: list[Any] | None, ask: bool = False) -> str:
         try:
