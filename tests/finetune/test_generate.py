@@ -70,8 +70,7 @@ def test_prompts_as_arguments(base, adapters, capsys):
     assert capsys.readouterr().out.splitlines() == [completion(base, None, PROMPTS[0], chat=False)]
 
 
-def test_what_ends_a_completion_and_what_is_sampled(base):
-    """Whatever the base model's own settings say: its top_k is no limit."""
+def test_given_tokens_end_a_completion(base):
     from vblora.finetune.generation import complete
 
     tokenizer, model = make_tokenizer(), load(base)
@@ -82,9 +81,6 @@ def test_what_ends_a_completion_and_what_is_sampled(base):
     end = tokenizer.convert_tokens_to_ids(words[1])
     ended = complete(model, tokenizer, prompts, ends=[end], **options)[0].split()
     assert ended == words[: words.index(words[1]) + 1] and len(ended) < len(words)
-    model.generation_config.top_k = 1
-    torch.manual_seed(0)
-    assert complete(model, tokenizer, prompts, temperature=20.0, **options) != whole
 
 
 def test_a_table_whose_rows_have_adapters_of_their_own(base, adapters, tmp_path):

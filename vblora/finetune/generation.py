@@ -33,8 +33,7 @@ def complete(
         title: of the progress bar; without one there is none.
     """
     texts = [""] * len(prompts)
-    # top_k=0 is no limit: with None, transformers takes the base model's own, or 50.
-    options: dict[str, Any] = {"do_sample": temperature > 0, "num_beams": num_beams, "top_k": 0}
+    options: dict[str, Any] = {"do_sample": temperature > 0, "num_beams": num_beams, "top_k": None}
     options |= {"temperature": temperature, "top_p": top_p} if temperature > 0 else {"temperature": None, "top_p": None}
     was_training = model.training
     model.eval()
