@@ -230,6 +230,15 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
     assert finetune(*options, "--resume") == 2
     assert f"--resume: --chat-template {template} has changed since the checkpoint." in capsys.readouterr().err
     template.write_text(TEMPLATE)
+    stated = (tmp_path / "out" / "checkpoint-5" / "finetune.json").read_text()
+    weight, digest = next(iter(json.loads(stated)["fingerprint"].items()))
+    (tmp_path / "out" / "checkpoint-5" / "finetune.json").write_text(stated.replace(digest, "of another model"))
+    assert finetune(*options, "--resume") == 2
+    assert (
+        f"--resume: the weights of --model {base} have changed" in (error := capsys.readouterr().err)
+        and weight in error
+    )
+    (tmp_path / "out" / "checkpoint-5" / "finetune.json").write_text(stated)
     assert finetune(*options) == 2  # the folder is not empty
     assert finetune(*options, "--resume") == 0
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
@@ -355,6 +364,14 @@ def test_the_papers_rates_take_many_epochs_of_classifiers_alone(capsys, recipe, 
     said = fitting.warn_of_few_steps(arguments, 100, steps, language=language)
     assert said is None if expected is None else expected in said
     assert (expected or "") in capsys.readouterr().err
+
+
+def test_a_diverged_loss_is_written_as_json():
+    from vblora.finetune.language import _perplexity
+    from vblora.finetune.task import _finite
+
+    results = {"perplexity": _perplexity(800.0), "log": [{"loss": math.nan, "step": 1}], "before": _perplexity(0.0)}
+    assert _finite(results) == {"perplexity": None, "log": [{"loss": None, "step": 1}], "before": 1.0}
 
 
 def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):

@@ -8,7 +8,8 @@ from ..checkpoint.folder import TENSORS_FILE
 from ..checkpoint.json_objects import field, optional_field, read_object
 from ..errors import CommandError
 from ..files import sha256
-from .task import RESULTS_FILE, as_json
+from .fingerprints import differing
+from .task import RESULTS_FILE, LanguageTask, Task, as_json
 
 # Arguments that a run which is resumed may have otherwise: they change neither data, model nor learning rates.
 _MAY_CHANGE = frozenset(
@@ -69,6 +70,23 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
                 "Give the arguments of the run that you resume, or leave out --resume."
             )
     return str(found)
+
+
+def check_base(checkpoint: str | None, task: Task | LanguageTask) -> None:
+    """Refuses to resume with a model whose weights are not those that the checkpoint was trained with.
+
+    Args:
+        checkpoint: what ``find_checkpoint`` found.
+        task: with the fingerprint of its model.
+    """
+    if checkpoint is None:
+        return
+    trained = optional_field(read_object(Path(checkpoint) / RESULTS_FILE), "fingerprint", dict, {})
+    if names := differing(trained, task.fingerprint):
+        raise CommandError(
+            f"--resume: the weights of --model {task.model} have changed since the checkpoint (among others {names[0]}). Give "
+            "the model of the run that you resume, or leave out --resume."
+        )
 
 
 def incomplete(output: Path) -> Iterator[Path]:

@@ -24,6 +24,7 @@ from ..integrations.transformers import trainer_arguments
 from ..model.lookup import attached_adapter
 from ..model.parameters import ParameterCount
 from . import fitting, injection, models
+from .checkpoints import check_base
 from .fingerprints import fingerprint
 from .generation import complete
 from .notices import is_main_process, print_warning, say
@@ -34,6 +35,7 @@ from .texts import Example, Message, Texts
 from .tokens import IGNORED, Encoder
 
 MAX_LENGTH = 1024
+_LARGEST_EXPONENT = 709.0  # of e, in a float
 _SHOWN = 3  # completions before and after
 _FEATURES = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))}
@@ -69,6 +71,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
     if arguments.packing:
         _refuse_if_packed_rows_mix(model)
     task.fingerprint = fingerprint(model)
+    check_base(checkpoint, task)
     injection.inject(arguments, model)
     refuse_head(model)
     with tempfile.TemporaryDirectory(prefix="vblora-") as scratch:
@@ -90,7 +93,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
             before = trainer.evaluate()["eval_loss"]
             written_before = generate(model, "Completions before")
         count = vblora.count_parameters(model)
-        say(f"  held-out loss {before:.4f}, perplexity {math.exp(before):.2f}")
+        say(f"  held-out loss {before:.4f}, perplexity {_perplexity(before):.2f}")
         seconds = fitting.fit(arguments, task, trainer, checkpoint)
         with fitting.saved_in(arguments.output):
             # of the best epoch, which is loaded
@@ -103,7 +106,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
     with fitting.saved_in(arguments.output):
         results = _results(arguments, trainer, count, train, held_out, seconds)
         results.loss_before, results.loss_after = before, after
-        results.perplexity_before, results.perplexity_after = math.exp(before), math.exp(after)
+        results.perplexity_before, results.perplexity_after = _perplexity(before), _perplexity(after)
         if arguments.bleu is not None and examples:
             references = [reference for _, reference in examples[: arguments.bleu]]
             results.bleu_before, results.bleu_after = (
@@ -125,6 +128,10 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
         )
     print(f"Loaded again from {arguments.output}: the same logits, bit for bit.")
     return 0
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
 
 
 class TokenLoss(Trainer):  # type: ignore[misc]  # transformers is not typed

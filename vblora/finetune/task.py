@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
@@ -277,7 +278,16 @@ def save_results(
         "arguments": as_json(arguments),
         **results,
     }
-    write_file(folder / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
+    write_file(folder / RESULTS_FILE, json.dumps(_finite(report), indent=2).encode() + b"\n")
+
+
+def _finite(value: object) -> object:
+    """The same with None for numbers that JSON lacks: infinite ones and NaN, of a diverged step's log or of a perplexity."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def most_frequent(rows: list[data.Row]) -> float:

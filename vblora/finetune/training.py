@@ -28,6 +28,7 @@ from ..integrations.transformers import trainer_arguments
 from ..model.lookup import attached_adapter
 from . import fitting, injection, models
 from .baseline import Example, frozen_score
+from .checkpoints import check_base
 from .data import Row
 from .fingerprints import fingerprint
 from .heads import Head, find_head
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
     model = load_model(task.model, head, tokenizer)
     max_length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, model)
     task.fingerprint = fingerprint(model)
+    check_base(checkpoint, task)
     injection.inject(arguments, model, modules_to_save=head_modules(model))
     train, held_out = examples(task, head, tokenizer, model, max_length)
     held_out.sort(key=lambda row: len(row["input_ids"]))  # less padding
