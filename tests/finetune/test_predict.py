@@ -120,6 +120,8 @@ def test_labels_of_several_adapters(finetune, tiny_model, tmp_path):
         (["--adapter", "ADAPTER", "--labels", "a,b", "--text-column", "x"], "--text-column: .* has no column 'x'"),
         (["--adapter", "ADAPTER", "--labels", "a,b", "--bank", "nowhere"], "--bank: nowhere is missing"),
         (["--adapter", "ADAPTER", "--output", "rows.csv.gz"], "would be compressed"),
+        (["--adapter", "ADAPTER", "--labels", "a"], "--labels: is 'a', but a classifier has at least two labels"),
+        (["--adapter", "ADAPTER", "--labels", "a,b,a"], "--labels: is 'a', 'b', 'a', but .* all different"),
     ],
 )
 def test_a_bad_argument_is_refused(tiny_model, tmp_path, capsys, options, expected):
@@ -173,6 +175,8 @@ def test_all_rows_are_checked_before_the_model_is_loaded(tiny_model, tmp_path, c
     table = write_csv(tmp_path / "rows.csv", rows)
     assert main(["predict", "--data", str(table), "--adapter", str(adapter)]) == 2
     assert "line 4: column 'text' is empty" in capsys.readouterr().err
+    assert main(["predict", "--data", str(table), "--adapter", str(adapter), "--labels", "b,a"]) == 2
+    assert "was trained with the order 'a', 'b'. Leave it out." in capsys.readouterr().err
 
 
 def test_adapters_that_were_trained_on_other_columns_are_not_mixed(tiny_model, tmp_path, capsys):

@@ -36,9 +36,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
                 f"--output: {folder} is another program's checkpoint, or an incomplete one. Remove it, or give another folder."
             )
         return None
-    complete = [file.parent for file in arguments.output.glob(f"checkpoint-*/{RESULTS_FILE}")]
-    complete = [folder for folder in complete if folder.name.rpartition("-")[2].isdecimal()]
-    found = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    found = last_checkpoint(arguments.output)
     if found is None:
         raise CommandError(
             f"--resume: there is no checkpoint in {arguments.output}. Leave out --resume to start a new run."
@@ -87,6 +85,16 @@ def check_base(checkpoint: str | None, task: Task | LanguageTask) -> None:
             f"--resume: the weights of --model {task.model} have changed since the checkpoint (among others {names[0]}). Give "
             "the model of the run that you resume, or leave out --resume."
         )
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The last complete checkpoint, if there is one."""
+    complete = [file.parent for file in output.glob(f"checkpoint-*/{RESULTS_FILE}")]
+    return max((folder for folder in complete if folder.name.rpartition("-")[2].isdecimal()), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def incomplete(output: Path) -> Iterator[Path]:

@@ -52,12 +52,14 @@ class LanguageTask:
 
     Attributes:
         template: the chat template to use instead of the tokenizer's.
+        ends: the tokens that end a completion, once the tokenizer is loaded.
     """
 
     model: str
     template: str | None
     train: texts.Texts
     held_out: texts.Texts
+    ends: list[int] = field(default_factory=list)
     fingerprint: dict[str, str] = field(default_factory=dict)  # of the model's weights, once it is loaded
 
     @property
@@ -268,6 +270,7 @@ def save_results(
         about = {
             "rows": task.columns.kind,
             "chat_template": "none" if plain else task.template or arguments.chat_template,
+            "ends": task.ends,
         }
     report = {
         "task": arguments.task,

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -102,12 +103,29 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
         return _compare(arguments, after, again)
 
 
+class _ByLength(LengthGroupedSampler):  # type: ignore[misc]  # transformers is not typed
+    """Rows in an order in which batches are of similar length, which needs less padding.
+
+    The seed and the epoch alone determine the order. So a resumed run continues with the rows that are left, and several
+    processes agree on which rows are whose, whatever random numbers they have drawn for dropout. The Trainer's own option for
+    that was renamed, and also shuffles the evaluation, whose predictions could not be compared row by row then.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(
+            trainer.args.train_batch_size, lengths=[len(row["input_ids"]) for row in trainer.train_dataset]
+        )
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = int(self.trainer.state.epoch or 0)
+        self.generator = torch.Generator().manual_seed(self.trainer.args.seed + epoch)
+        return iter(super().__iter__())
+
+
 class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed
-    def _get_train_sampler(self, train_dataset: list[Example] | None = None) -> LengthGroupedSampler:
-        # Batches of similar length need less padding. The Trainer's own option for that was renamed, and also shuffles the
-        # evaluation, whose predictions could not be compared row by row then.
-        lengths = [len(row["input_ids"]) for row in self.train_dataset]
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths)
+    def _get_train_sampler(self, train_dataset: list[Example] | None = None) -> "_ByLength":
+        return _ByLength(self)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The logits alone: some models also return states, such as those of the encoder."""
