@@ -539,6 +539,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(finetune, table, tmp_path, monke
         monkeypatch.undo()
         go_on = "evaluate it" if stop == steps else f"continue from step {stop}"
         assert f"Give the same command with --resume to {go_on}." in capsys.readouterr().err
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert finetune(*options, "--resume", output=out) == 2
+        assert "was trained in 1 processes, but 2 were started now" in capsys.readouterr().err
+        monkeypatch.undo()
         assert finetune(*options, "--resume", output=out) == 0
         assert_same_tensors(*(folder / f"checkpoint-{steps}" for folder in (out, tmp_path / "whole")))
         assert_same_tensors(out, tmp_path / "whole")

@@ -396,12 +396,20 @@ def test_the_papers_rates_take_many_epochs_of_classifiers_alone(capsys, recipe, 
     assert (expected or "") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("accumulate", "advised"), [(1, "or --batch-size 4."), (2, "or --batch-size 2."), (8, "steps.")]
+)
+def test_the_advised_batch_is_one_of_several_in_a_step(accumulate, advised):
+    arguments = Namespace(recipe="auto", epochs=1, batch_size=8, accumulate=accumulate)
+    assert str(fitting.warn_of_few_steps(arguments, 240, 30 // accumulate)).endswith(advised)
+
+
 def test_a_diverged_loss_is_written_as_json():
     from vblora.finetune.language import _perplexity
-    from vblora.finetune.task import _finite
+    from vblora.finetune.task import finite
 
     results = {"perplexity": _perplexity(800.0), "log": [{"loss": math.nan, "step": 1}], "before": _perplexity(0.0)}
-    assert _finite(results) == {"perplexity": None, "log": [{"loss": None, "step": 1}], "before": 1.0}
+    assert finite(results) == {"perplexity": None, "log": [{"loss": None, "step": 1}], "before": 1.0}
 
 
 def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):

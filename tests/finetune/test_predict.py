@@ -78,6 +78,14 @@ def test_scores_are_learnt_and_predicted_in_their_own_units(finetune, tiny_model
     assert predicted == pytest.approx(by_hand(tiny_model, scored, rows, report["scores"]), abs=1e-3)
 
 
+def test_a_loss_of_scores_is_the_mean_over_all_rows_of_a_step(finetune, tmp_path):
+    table = write_csv(tmp_path / "scores.csv", make_scores(40))
+    few = ["--max-train", "16", "--max-eval", "4", "--batch-size", "2", "--accumulate", "8", "--no-baseline"]
+    assert finetune("--data", table, "--text-column", "text", *few) == 0
+    [loss] = [entry["loss"] for entry in results_of(tmp_path / "out")["log"] if "loss" in entry]
+    assert 0.5 < loss < 2  # of scores whose deviation is 1; the sum of the batches' means would be 8 times that
+
+
 def by_hand(base: Path, adapter: Path, rows: list[dict[str, str]], scale: dict[str, float]) -> list[float]:
     outputs = logits(base, adapter, rows, 1)[:, 0]
     return (outputs * scale["deviation"] + scale["mean"]).tolist()

@@ -170,7 +170,7 @@ def test_an_average_that_rounds_candidates_is_noticed():
     model = injected(1)
     average = copy.deepcopy(model)
     for own, other in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        own.copy_(0.7 * own + 0.3 * other)
+        own.copy_(0.9999 * own + (1.0 - 0.9999) * other)
     assert not torch.equal(average.vblora.default.candidates, model.vblora.default.candidates)
     with pytest.warns(vblora.VBLoRAWarning, match="has written other values into the adapter's `candidates`"):
         average(X)

@@ -9,6 +9,7 @@ from ..checkpoint.json_objects import field, optional_field, read_object
 from ..errors import CommandError
 from ..files import sha256
 from .fingerprints import differing
+from .notices import processes
 from .task import RESULTS_FILE, LanguageTask, Task, as_json
 
 # Arguments that a run which is resumed may have otherwise: they change neither data, model nor learning rates.
@@ -30,6 +31,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
         if (given := getattr(arguments, name, None)) not in (None, "auto", "none")
         and ((path := Path(given)).is_file() or name == "bank")
     }
+    arguments.processes = processes()
     if not arguments.resume:
         for folder in incomplete(arguments.output):
             raise CommandError(
@@ -47,6 +49,11 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     except (OSError, ValueError) as error:
         raise CommandError(f"--resume: {found} is not a checkpoint of vblora finetune: {error}.") from None
     now = as_json(arguments)
+    if (trained_in := before.get("processes", 1)) != now.pop("processes"):
+        raise CommandError(
+            f"--resume: the checkpoint was trained in {trained_in} processes, but {processes()} were started now, with other "
+            "batches. Start as many."
+        )
     for option, digest in digests.items():
         if digests_before.get(option) not in (None, digest):
             raise CommandError(

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import shutil
 import signal
 import threading
@@ -39,7 +38,7 @@ from . import pictures
 from .bank_use import bank_use
 from .checkpoints import incomplete, last_checkpoint, step_of
 from .models import computes_in_bfloat16
-from .notices import is_main_process, print_warning, say
+from .notices import is_main_process, print_warning, processes, say
 from .task import RESULTS_FILE, LanguageTask, Task, save_results
 
 # On 300 rows the default recipe was 10 points below the frozen encoder after 10 steps, and 8 above it after 60.
@@ -84,11 +83,6 @@ def rates(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("recipe", "lr_bank", "lr_logits", "lr_scales")}
 
 
-def processes() -> int:
-    """How many processes ``accelerate`` or ``torchrun`` started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def warn_of_few_steps(
     arguments: argparse.Namespace, rows: int, steps: int, command: str = "finetune", *, language: bool = False
 ) -> str | None:
@@ -112,7 +106,8 @@ def warn_of_few_steps(
             f"{steps} steps are few: the adapter may end below the model without it. Give --epochs "
             f"{math.ceil(_FEW_STEPS / an_epoch)} for {_FEW_STEPS} steps"
         )
-        smaller = rows * arguments.epochs // _FEW_STEPS
+        batches = getattr(arguments, "accumulate", 1) * processes()  # in each step
+        smaller = rows * arguments.epochs // (_FEW_STEPS * batches)
         message += f", or --batch-size {smaller}." if 1 <= smaller < arguments.batch_size else "."
     print_warning(message, command)
     return message

@@ -33,7 +33,7 @@ from .checkpoints import check_base
 from .data import Row
 from .fingerprints import fingerprint
 from .heads import Head, find_head
-from .notices import is_main_process, print_warning
+from .notices import is_main_process, print_warning, processes
 from .report import Results, folder_bytes, lora_bytes, print_table
 from .task import Task, most_frequent, save_results
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
     train, held_out = examples(task, head, tokenizer, model, max_length)
     held_out.sort(key=lambda row: len(row["input_ids"]))  # less padding
     collate = DataCollatorWithPadding(tokenizer)
-    rows_of_a_step = arguments.batch_size * arguments.accumulate * fitting.processes()
+    rows_of_a_step = arguments.batch_size * arguments.accumulate * processes()
     steps = arguments.epochs * math.ceil(len(train) / rows_of_a_step)
     settings = _training_arguments(arguments, head, steps)
     few = fitting.warn_of_few_steps(arguments, len(train), steps)
@@ -72,7 +72,15 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
     def metrics(evaluation: EvalPrediction) -> dict[str, float]:
         return head.measure(evaluation.predictions, evaluation.label_ids)
 
-    trainer = _Trainer(model, settings, collate, train, held_out, compute_metrics=metrics, **how)
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        # The mean over the rows of all batches of a step. A model's own loss for scores is that of one batch, and the Trainer
+        # adds those up.
+        mean: Tensor = head.loss(outputs.logits, labels)
+        return mean if num_items_in_batch is None else mean * (len(labels) / num_items_in_batch)
+
+    trainer = _Trainer(
+        model, settings, collate, train, held_out, compute_metrics=metrics, compute_loss_func=loss, **how
+    )
     seconds = fitting.fit(arguments, task, trainer, checkpoint)
     with fitting.saved_in(arguments.output):
         after = trainer.predict(held_out, metric_key_prefix="eval")
