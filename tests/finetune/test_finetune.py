@@ -527,7 +527,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(finetune, table, tmp_path, monke
     steps = whole["results"]["steps"]
     on_step_end = fitting._Progress.on_step_end
     for stop in (steps // 2, steps - 2, steps):
-        out = tmp_path / f"{stop}"
 
         def interrupt(self, args, state, control, last=stop, **more):
             on_step_end(self, args, state, control, **more)
@@ -535,22 +534,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(finetune, table, tmp_path, monke
                 os.kill(os.getpid(), signal.SIGINT)
 
         monkeypatch.setattr(fitting._Progress, "on_step_end", interrupt)
-        assert finetune(*options, output=out) == 130
-        monkeypatch.undo()
+        assert finetune(*options) == 130
         go_on = "evaluate it" if stop == steps else f"continue from step {stop}"
         assert f"Give the same command with --resume to {go_on}." in capsys.readouterr().err
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert finetune(*options, "--resume", output=out) == 2
-        assert "was trained in 1 processes, but 2 were started now" in capsys.readouterr().err
-        monkeypatch.undo()
-        assert finetune(*options, "--resume", output=out) == 0
-        assert_same_tensors(*(folder / f"checkpoint-{steps}" for folder in (out, tmp_path / "whole")))
-        assert_same_tensors(out, tmp_path / "whole")
-        accuracies, expected = (
-            [entry["eval_accuracy"] for entry in report["log"] if "eval_accuracy" in entry]
-            for report in (load_results(out), whole)
-        )
-        assert accuracies == expected
+        options += ["--resume"]
+    monkeypatch.undo()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert finetune(*options) == 2
+    assert "the number of processes was 1 when the checkpoint was written, but it is 2 now" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert finetune(*options) == 0
+    assert_same_tensors(tmp_path / "out", tmp_path / "whole")
+    assert_same_tensors(*(tmp_path / name / f"checkpoint-{steps}" for name in ("out", "whole")))
+    accuracies, expected = (
+        [entry["eval_accuracy"] for entry in report["log"] if "eval_accuracy" in entry]
+        for report in (load_results(tmp_path / "out"), whole)
+    )
+    assert accuracies == expected
 
 
 def test_patience_counts_the_epochs_before_a_resumption(tmp_path, capsys):

@@ -51,8 +51,8 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     now = as_json(arguments)
     if (trained_in := before.get("processes", 1)) != now.pop("processes"):
         raise CommandError(
-            f"--resume: the checkpoint was trained in {trained_in} processes, but {processes()} were started now, with other "
-            "batches. Start as many."
+            f"--resume: the number of processes was {trained_in} when the checkpoint was written, but it is {processes()} now, "
+            "so the batches would be others. Start as many as then."
         )
     for option, digest in digests.items():
         if digests_before.get(option) not in (None, digest):
