@@ -50,9 +50,7 @@ class AdaptedModel:
         name, self.host = _host_of(model)  # the module whose child the adapters are
         self.adapters_name = f"{name}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
         self.undo: list[Callable[[], None]] = []  # what else is undone as the adapters are taken out
-        self.checked_for_thawed = (
-            False  # whether a training forward has looked for trainable parameters of the base model
-        )
+        self.checked_for_thawed = False  # whether a training forward has looked at the base model's parameters
         self.unwrapped = False  # whether the base layers are in place, to write a plain model
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
