@@ -5,6 +5,7 @@ import json
 import threading
 import time
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -74,10 +75,38 @@ def test_no_mixture_is_read_while_files_are_replaced(tmp_path, monkeypatch):
     assert during.config == after.config and torch.equal(during.tensors["factors"], after.tensors["factors"])
 
 
-def test_a_mixture_that_a_crash_left_is_noticed(tmp_path):
+def save_lora(alpha, path):
+    model = vblora.inject(Net(blocks=1), vblora.LoraConfig(r=1, lora_alpha=alpha, target_modules=["up"]))
+    vblora.save(model, path, form="peft")
+
+
+@pytest.mark.parametrize(
+    ("new", "renames", "found", "whole"), [(2, 0, 1, False), (2, 1, 2, False), (2, 2, 2, True), (1, 0, 1, True)]
+)
+def test_a_crash_between_two_renames_leaves_one_adapter(new, renames, found, whole, tmp_path, monkeypatch):
+    """The old one, or the new one. PEFT, which reads both files, then finds no config rather than another adapter's."""
+    save_lora(1, tmp_path)
+    replace, done = files.os.replace, []
+
+    def dying(source, path):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(path)
+        replace(source, path)
+
+    monkeypatch.setattr(files.os, "replace", dying)
+    with suppress(KeyboardInterrupt):
+        save_lora(new, tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        contents, _ = folder.read(tmp_path)
+    assert contents.config.lora_alpha == found and (tmp_path / folder.CONFIG_FILE).exists() == whole
+    assert ["adapter_config.json is missing" in str(one.message) for one in caught] == [True] * (not whole)
+
+
+def test_the_config_of_another_adapter_is_noticed(tmp_path):
     for alpha in (1, 2):
-        model = vblora.inject(Net(blocks=1), vblora.LoraConfig(r=1, lora_alpha=alpha, target_modules=["up"]))
-        vblora.save(model, tmp_path / str(alpha), form="peft")
+        save_lora(alpha, tmp_path / str(alpha))
     config = tmp_path / "1" / folder.CONFIG_FILE
     named = json.loads(config.read_text()) | {"base_model_name_or_path": "of my own"}
     config.write_text(json.dumps(named))
@@ -86,7 +115,7 @@ def test_a_mixture_that_a_crash_left_is_noticed(tmp_path):
         folder.read(tmp_path / "1")
     (tmp_path / "2" / folder.CONFIG_FILE).replace(config)
     with pytest.warns(
-        vblora.VBLoRAWarning, match=r"is not what adapter_model.safetensors was saved with: it was edited, or"
+        vblora.VBLoRAWarning, match=r"is not what adapter_model.safetensors was saved with: it was edited, or is"
     ):
         folder.read(tmp_path / "1")
 

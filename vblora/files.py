@@ -8,7 +8,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -116,10 +116,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_file(path, to_bytes(tensors, metadata))
 
 
-def write_files(files: dict[Path, bytes]) -> None:
+def write_files(files: dict[Path, bytes], describing: Collection[Path] = ()) -> None:
     """Writes several files. They are renamed, one after the other, once all are on disk: a full one leaves the old files.
 
     Of several processes that write the same files at once, all files of the last one stay.
+
+    Args:
+        describing: those of ``files`` that tell what is in the others. An old one that tells something else is removed before
+            the first is renamed: if the process dies then, one is missing, and no old one is read with new files.
     """
     temporaries = {_temporary(path): path for path in files}
     try:
@@ -128,6 +132,10 @@ def write_files(files: dict[Path, bytes]) -> None:
                 file.write(files[path])
             sync(temporary)
         with locked({path.parent for path in files}):
+            for path in describing:
+                if path.is_file() and path.read_bytes() != files[path]:
+                    path.unlink()
+                    sync(path.parent)
             for temporary, path in temporaries.items():
                 os.replace(temporary, path)
     except BaseException:

@@ -460,6 +460,29 @@ def test_a_merged_model_has_the_labels_and_the_chat_template_that_were_trained(t
     assert "The chat template is the one that the adapter was trained with." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("stated", "config", "expected"),
+    [
+        ({"eos_token_id": 2, "top_p": 0.5, "_from_model_config": True}, {}, {"eos_token_id": [2, 5, 7], "top_p": 0.5}),
+        ({"eos_token_id": [7, 2, 5]}, {}, {"eos_token_id": [7, 2, 5]}),
+        (None, {"bos_token_id": 1, "eos_token_id": 2}, {"bos_token_id": 1, "eos_token_id": [2, 5, 7]}),
+    ],
+)
+def test_a_merged_model_stops_where_its_adapter_was_trained_to_end(stated, config, expected, tmp_path):
+    base, model = trained(bert)
+    base.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    (tmp_path / "base" / "generation_config.json").unlink(missing_ok=True)
+    if stated is not None:
+        (tmp_path / "base" / "generation_config.json").write_text(json.dumps(stated))
+    vblora.save(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps({"ends": [5, 7]}))
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: written[name] for name in written if name != "pad_token_id"} == expected
+
+
 def test_merge_says_that_the_base_model_is_another(tmp_path, capsys):
     base, model = trained(bert)
     base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
@@ -571,7 +594,7 @@ def test_merges_into_a_gguf_file(tmp_path, capsys):
     with vblora.disabled(model):
         trained_with = fingerprint(model)
     for name, given, warned in (("same", trained_with, False), ("out", dict.fromkeys(trained_with, "other"), True)):
-        report = {"fingerprint": given, "chat_template": "{{ messages }}"}
+        report = {"fingerprint": given, "chat_template": "{{ messages }}", "ends": [3]}
         (tmp_path / "adapter" / "finetune.json").write_text(json.dumps(report))
         assert run("merge", base, tmp_path / "adapter", tmp_path / name) == 0
         said = capsys.readouterr()
@@ -589,6 +612,7 @@ def test_merges_into_a_gguf_file(tmp_path, capsys):
     )
     assert len({str(tokenizer("abc?").input_ids) for tokenizer in tokenizers}) == 1
     assert tokenizers[0].chat_template == "{{ messages }}"
+    assert merged.generation_config.eos_token_id == [0, 3]
     (tmp_path / "b").mkdir()
     vblora.save(trained(bert)[1], tmp_path / "other")
     before = sorted(tmp_path.iterdir())

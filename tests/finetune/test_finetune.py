@@ -173,7 +173,9 @@ def test_pairs_a_second_file_and_another_model(finetune, tiny_model, tmp_path):
         json.dumps({"text": row["text"], "title": row["title"], "label": i % 3}) for i, row in enumerate(make_rows(60))
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:40]))
-    (tmp_path / "eval.jsonl").write_text("\n".join(lines[40:]))
+    (tmp_path / "eval.jsonl").write_text(
+        "\n".join(lines[40:]).replace('"text"', '"Text"').replace('"title"', '"TITLE"')
+    )
     arguments = ["--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "eval.jsonl", "--pair-column", "title"]
     assert finetune(*arguments, "--max-eval", "10", model=model) == 0
     saved = load_results(tmp_path / "out")
@@ -512,6 +514,62 @@ def test_an_interrupted_training_leaves_a_loadable_adapter(finetune, tiny_model,
     assert re.search(r"interrupted after step 2 of \d+\. .* has the adapter of that step\.", error)
     assert logits_of(tiny_model, tmp_path / "out", "a film").isfinite().all()
     assert load_results(tmp_path / "out")["steps"] == 2
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(finetune, table, tmp_path, monkeypatch, capsys):
+    """Interrupted at the end of an epoch, which is evaluated all the same; in a later epoch, whose order of rows must not depend
+    on the random numbers that were drawn since; and at the end, when there is nothing to continue."""
+    from vblora.finetune import fitting
+
+    options = ["--data", table, "--epochs", "2", "--batch-size", "16", "--lr-bank", "0.05", "--no-baseline"]
+    assert finetune(*options, output=tmp_path / "whole") == 0
+    whole = load_results(tmp_path / "whole")
+    steps = whole["results"]["steps"]
+    on_step_end = fitting._Progress.on_step_end
+    for stop in (steps // 2, steps - 2, steps):
+
+        def interrupt(self, args, state, control, last=stop, **more):
+            on_step_end(self, args, state, control, **more)
+            if state.global_step == last:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(fitting._Progress, "on_step_end", interrupt)
+        assert finetune(*options) == 130
+        go_on = "evaluate it" if stop == steps else f"continue from step {stop}"
+        assert f"Give the same command with --resume to {go_on}." in capsys.readouterr().err
+        options += ["--resume"]
+    monkeypatch.undo()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert finetune(*options) == 2
+    assert "the number of processes was 1 when the checkpoint was written, but it is 2 now" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert finetune(*options) == 0
+    assert_same_tensors(tmp_path / "out", tmp_path / "whole")
+    assert_same_tensors(*(tmp_path / name / f"checkpoint-{steps}" for name in ("out", "whole")))
+    accuracies, expected = (
+        [entry["eval_accuracy"] for entry in report["log"] if "eval_accuracy" in entry]
+        for report in (load_results(tmp_path / "out"), whole)
+    )
+    assert accuracies == expected
+
+
+def test_patience_counts_the_epochs_before_a_resumption(tmp_path, capsys):
+    from vblora.finetune.fitting import _Best
+
+    args = argparse.Namespace(metric_for_best_model="eval_loss", greater_is_better=False, output_dir=tmp_path)
+    log = [{"step": 0, "eval_loss": 1.0}, {"step": 5, "eval_loss": 3.0}, {"step": 5, "loss": 1.0}]
+    for losses, stops in (([2.0, 2.0], False), ([4.0, 2.0, 2.5], False), ([2.0, 2.0, 2.5], True)):
+        epochs = [{"step": 10 + i, "eval_loss": loss} for i, loss in enumerate(losses)]
+        control = argparse.Namespace(should_training_stop=False)
+        _Best(2).on_evaluate(args, argparse.Namespace(log_history=log + epochs), control)
+        assert control.should_training_stop == stops
+    state = argparse.Namespace(best_global_step=5, best_model_checkpoint="elsewhere/checkpoint-5", best_metric=3.0)
+    (tmp_path / "checkpoint-5").mkdir()
+    _Best(None).on_train_begin(args, state, None)
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5").rmdir()
+    _Best(None).on_train_begin(args, state, None)
+    assert state.best_metric is None and "checkpoint-5, the best epoch until now, is missing" in capsys.readouterr().err
 
 
 def test_an_interrupt_before_the_first_step_leaves_nothing(finetune, table, tmp_path, capsys, monkeypatch):

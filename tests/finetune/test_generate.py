@@ -83,6 +83,22 @@ def test_given_tokens_end_a_completion(base):
     assert ended == words[: words.index(words[1]) + 1] and len(ended) < len(words)
 
 
+def test_the_most_likely_token_is_not_penalised(base):
+    """Whatever the base model's generation_config.json says, except where a text ends."""
+    from vblora.finetune.generation import complete
+
+    tokenizer, model = make_tokenizer(), load(base)
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    whole = complete(model, tokenizer, prompts, max_new_tokens=6)
+    first, second = tokenizer.convert_tokens_to_ids(whole[0].split()[:2])
+    stated = model.generation_config
+    stated.suppress_tokens, stated.repetition_penalty, stated.no_repeat_ngram_size = [first], 5.0, 1
+    assert complete(model, tokenizer, prompts, max_new_tokens=6) == whole
+    assert model.generation_config is stated
+    stated.eos_token_id = second
+    assert len(complete(model, tokenizer, prompts, max_new_tokens=6)[0].split()) < len(whole[0].split())
+
+
 def test_a_table_whose_rows_have_adapters_of_their_own(base, adapters, tmp_path):
     names = ["one", "two", "", "two"]
     path = tmp_path / "rows.csv"

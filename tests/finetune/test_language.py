@@ -78,7 +78,8 @@ def held_out_loss(model, base: Path, rows: list[dict]) -> float:
 def test_trains_measures_saves_and_reloads(finetune, base, pairs, tmp_path, capsys):
     rows = make_pairs(7, seed=1)
     rows[0]["completion"] += " the film" * 5  # batches whose tokens differ in number
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
+    columns = [{name.upper(): value for name, value in row.items()} for row in rows]  # another spelling than in --data
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", columns)
     pytest.importorskip("sacrebleu")
     options = ["--eval-data", held_out, "--epochs", "4", "--batch-size", "4", "--lr-bank", "0.1", "--bleu", "5"]
     assert finetune("--data", pairs, *options) == 0
@@ -105,7 +106,7 @@ def test_trains_measures_saves_and_reloads(finetune, base, pairs, tmp_path, caps
     assert {"bleu_before", "bleu_after", "tokens_per_second", "best_epoch"} <= results.keys()
     assert {"training.png", "bank.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert saved["bank"]["vectors"] == 16
-    assert saved["rows"] == "prompt" and saved["chat_template"] == "auto"
+    assert saved["rows"] == "prompt" and saved["chat_template"] == "auto" and saved["ends"] == [5]
 
 
 def test_packing_has_the_same_rows_in_fewer_steps(finetune, pairs, tmp_path):
@@ -173,6 +174,20 @@ def test_says_that_prompts_and_completions_are_joined_without_a_space(completion
     assert (
         "no space is between prompts and completions: 'e capital of France?Paris'" in capsys.readouterr().err
     ) == told
+
+
+@pytest.mark.parametrize(("end", "told"), [("<|im_end|>", False), (".", True)])
+def test_says_that_the_chat_template_teaches_no_end(end, told, tmp_path, capsys):
+    from vblora.finetune import language
+    from vblora.finetune.task import LanguageTask
+
+    path = write_jsonl(tmp_path / "rows.jsonl", make_pairs(1))
+    columns = texts.find_columns(path, "--data", dict.fromkeys(["text", "prompt", "completion", "messages"]))
+    rows = texts.whole(path, columns, "--data", None, 0)
+    task = LanguageTask("model", TEMPLATE.replace("<|im_end|>", end), rows, rows)
+    arguments = Namespace(chat_template="template.jinja", loss="completions")
+    language.make_encoder(arguments, make_tokenizer(), task)
+    assert ("so the model does not learn to stop" in capsys.readouterr().err) == told
 
 
 def test_a_row_that_is_refused_as_it_is_tokenised_is_one_line(finetune, tmp_path, capsys):
@@ -279,7 +294,10 @@ def test_the_best_epoch_is_kept_and_training_stops_early(finetune, pairs, tmp_pa
 def test_two_processes_train_as_one_with_twice_the_batch(finetune, base, tmp_path):
     # In which order processes see rows is accelerate's affair, so all are the same.
     same = write_jsonl(tmp_path / "same.jsonl", make_pairs(1) * 48)
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", make_pairs(8, seed=1))
+    # The second process repeats a row to fill its batch. That row is the longest, and counts once.
+    rows = make_pairs(7, seed=1)
+    rows[0]["completion"] += " the film" * 5
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
     options = ["--data", same, "--eval-data", held_out, "--epochs", "1", "--lr-bank", "0.05"]
     command = [
         sys.executable,
@@ -309,6 +327,18 @@ def test_two_processes_train_as_one_with_twice_the_batch(finetune, base, tmp_pat
     assert two["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
     vectors = [tensors(tmp_path / name)["bank.vectors"] for name in ("one", "two")]
     assert relative_error(vectors[1], vectors[0]) < 1e-3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_rows_that_tokens_are_of(packed):
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from vblora.finetune.language import rows_of
+
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed)
+    batch = collate([{"input_ids": [7] * length, "labels": [7] * length} for length in (3, 2)])
+    rows = rows_of(batch).expand_as(batch["labels"])
+    assert rows[batch["input_ids"] != 0].tolist() == [0, 0, 0, 1, 1]
 
 
 def test_a_wrong_argument_is_refused_before_the_data_is_read(finetune, tmp_path, capsys, monkeypatch):
@@ -366,12 +396,20 @@ def test_the_papers_rates_take_many_epochs_of_classifiers_alone(capsys, recipe, 
     assert (expected or "") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("accumulate", "advised"), [(1, "or --batch-size 4."), (2, "or --batch-size 2."), (8, "steps.")]
+)
+def test_the_advised_batch_is_one_of_several_in_a_step(accumulate, advised):
+    arguments = Namespace(recipe="auto", epochs=1, batch_size=8, accumulate=accumulate)
+    assert str(fitting.warn_of_few_steps(arguments, 240, 30 // accumulate)).endswith(advised)
+
+
 def test_a_diverged_loss_is_written_as_json():
     from vblora.finetune.language import _perplexity
-    from vblora.finetune.task import _finite
+    from vblora.finetune.task import finite
 
     results = {"perplexity": _perplexity(800.0), "log": [{"loss": math.nan, "step": 1}], "before": _perplexity(0.0)}
-    assert _finite(results) == {"perplexity": None, "log": [{"loss": None, "step": 1}], "before": 1.0}
+    assert finite(results) == {"perplexity": None, "log": [{"loss": None, "step": 1}], "before": 1.0}
 
 
 def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):

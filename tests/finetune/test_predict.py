@@ -78,6 +78,14 @@ def test_scores_are_learnt_and_predicted_in_their_own_units(finetune, tiny_model
     assert predicted == pytest.approx(by_hand(tiny_model, scored, rows, report["scores"]), abs=1e-3)
 
 
+def test_a_loss_of_scores_is_the_mean_over_all_rows_of_a_step(finetune, tmp_path):
+    table = write_csv(tmp_path / "scores.csv", make_scores(40))
+    few = ["--max-train", "16", "--max-eval", "4", "--batch-size", "2", "--accumulate", "8", "--no-baseline"]
+    assert finetune("--data", table, "--text-column", "text", *few) == 0
+    [loss] = [entry["loss"] for entry in results_of(tmp_path / "out")["log"] if "loss" in entry]
+    assert 0.5 < loss < 2  # of scores whose deviation is 1; the sum of the batches' means would be 8 times that
+
+
 def by_hand(base: Path, adapter: Path, rows: list[dict[str, str]], scale: dict[str, float]) -> list[float]:
     outputs = logits(base, adapter, rows, 1)[:, 0]
     return (outputs * scale["deviation"] + scale["mean"]).tolist()
@@ -120,6 +128,8 @@ def test_labels_of_several_adapters(finetune, tiny_model, tmp_path):
         (["--adapter", "ADAPTER", "--labels", "a,b", "--text-column", "x"], "--text-column: .* has no column 'x'"),
         (["--adapter", "ADAPTER", "--labels", "a,b", "--bank", "nowhere"], "--bank: nowhere is missing"),
         (["--adapter", "ADAPTER", "--output", "rows.csv.gz"], "would be compressed"),
+        (["--adapter", "ADAPTER", "--labels", "a"], "--labels: is 'a', but a classifier has at least two labels"),
+        (["--adapter", "ADAPTER", "--labels", "a,b,a"], "--labels: is 'a', 'b', 'a', but .* all different"),
     ],
 )
 def test_a_bad_argument_is_refused(tiny_model, tmp_path, capsys, options, expected):
@@ -173,6 +183,8 @@ def test_all_rows_are_checked_before_the_model_is_loaded(tiny_model, tmp_path, c
     table = write_csv(tmp_path / "rows.csv", rows)
     assert main(["predict", "--data", str(table), "--adapter", str(adapter)]) == 2
     assert "line 4: column 'text' is empty" in capsys.readouterr().err
+    assert main(["predict", "--data", str(table), "--adapter", str(adapter), "--labels", "b,a"]) == 2
+    assert "was trained with the order 'a', 'b'. Leave it out." in capsys.readouterr().err
 
 
 def test_adapters_that_were_trained_on_other_columns_are_not_mixed(tiny_model, tmp_path, capsys):

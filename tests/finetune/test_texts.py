@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from tests.finetune.chats import make_chats, make_pairs, make_tokenizer, write_j
 from tests.tables import write_csv
 from vblora.errors import CommandError
 from vblora.finetune import texts
+from vblora.finetune.task import split_texts
 from vblora.finetune.tokens import IGNORED, Encoder
 
 NONE = {"text": None, "prompt": None, "completion": None, "messages": None}
@@ -74,6 +76,17 @@ def test_columns_that_do_not_go_together(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", make_pairs(1))
     with pytest.raises(CommandError, match="--prompt-column and --text-column do not go together"):
         read(path, text="a", prompt="b")
+    with pytest.raises(CommandError, match="--completion-column: is 'prompt', as is --prompt-column"):
+        read(path, prompt="prompt", completion="prompt")
+
+
+def test_the_share_to_evaluate_on_has_no_other_limit_than_what_is_given(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(1200)])
+    columns = texts.find_columns(path, "--data", NONE)
+    for max_eval, count in ((None, 600), (20, 20)):
+        arguments = Namespace(eval_fraction=0.5, max_train=None, max_eval=max_eval, seed=0)
+        train, held_out = split_texts(arguments, path, columns)
+        assert (len(train), len(held_out)) == (600, count)
 
 
 def test_rows_with_one_prompt_are_on_one_side(tmp_path):

@@ -169,7 +169,7 @@ def test_models_share_the_encoders_memory(tables, tiny_model):
     assert one.vblora.default.bank is two.vblora.default.bank
 
 
-def test_bad_input_is_refused_in_a_line_and_leaves_nothing(train_bank, tables, tmp_path, capsys):
+def test_bad_input_is_refused_in_a_line_and_leaves_nothing(train_bank, tables, tmp_path, capsys, monkeypatch):
     def refused(*arguments: str) -> str:
         assert train_bank(*arguments) == 2
         message = capsys.readouterr().err
@@ -189,6 +189,9 @@ def test_bad_input_is_refused_in_a_line_and_leaves_nothing(train_bank, tables, t
     assert "'words' and 'text' are both for 'ages'" in refused(*tables, "--text-column", "ages=text")
     assert "has no column 'txt'" in refused(*tables, "--text-column", "txt")
     assert "the adapter does not fit" in refused(*tables, "--vector-length", "7")
+    assert "is 'label', as is --pair-column" in refused(*tables, "--pair-column", "films=label")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "train-bank trains in one process, but 2 were started" in refused(*tables)
 
 
 def test_adapters_are_those_of_the_seed(train_bank, tables, tmp_path, capsys):

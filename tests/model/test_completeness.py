@@ -86,6 +86,12 @@ def test_what_trains_beside_the_adapter_and_is_not_saved_is_named(tmp_path):
     net.head.requires_grad_(True)
     with pytest.warns(vblora.VBLoRAWarning, match="`head.weight`, `head.bias` .* no adapter file holds"):
         vblora.save(net, tmp_path)
+    net.eval()(torch.randn(2, 16))
+    with pytest.warns(vblora.VBLoRAWarning, match="`head.weight`, `head.bias` of the base model require gradients"):
+        net.train()(torch.randn(2, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(torch.randn(2, 16))  # once is enough
 
 
 def test_what_was_tied_to_trained_tensors_after_injection_is_refused(tmp_path):

@@ -165,6 +165,23 @@ def test_of_averaged_models(arguments):
         average.update_parameters(injected(2))
 
 
+def test_an_average_that_rounds_candidates_is_noticed():
+    """As timm's ModelEmaV2 does, which writes the average of each tensor of a state dict into it."""
+    model = injected(1)
+    average = copy.deepcopy(model)
+    for own, other in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        own.copy_(0.9999 * own + (1.0 - 0.9999) * other)
+    assert not torch.equal(average.vblora.default.candidates, model.vblora.default.candidates)
+    with pytest.warns(vblora.VBLoRAWarning, match="has written other values into the adapter's `candidates`"):
+        average(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average(X)  # once is enough
+        average.load_state_dict(model.state_dict())
+        assert torch.equal(average(X), model(X))
+        copy.deepcopy(average)(X)
+
+
 VERA = vblora.VeraConfig(r=3, save_projection=False, target_modules=["up"])
 
 

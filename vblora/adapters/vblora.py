@@ -4,14 +4,14 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, streams
 from ..bank import VectorBank
 from ..checks import check_count, check_not_negative, check_positive, check_seed
 from ..config import VBLoRAConfig
@@ -153,6 +153,7 @@ class VBLoRAAdapter(Adapter):
         self.register_buffer("exhausted", trained and trained.exhausted)
         self.register_buffer("indices", deployed and deployed.indices)
         self.register_buffer("weights", deployed and deployed.weights)
+        self._note_candidates()
 
     takes_bank = True
 
@@ -255,7 +256,37 @@ class VBLoRAAdapter(Adapter):
         living = (adapter for adapter in living_adapters() if isinstance(adapter, VBLoRAAdapter))
         return [adapter for adapter in living if getattr(adapter, "bank", None) is self.bank and adapter is not self]
 
+    def _note_candidates(self) -> None:
+        """Remembers that the candidates are right as they are now."""
+        self._noted = _version_of(self.candidates)
+
+    def _check_candidates(self) -> None:
+        """Warns if something wrote into the candidates: averages that also take integers, such as timm's ModelEmaV2, round them.
+
+        A write moves the version counter, so this looks at them once after each, and at those of a copy.
+        """
+        own = self.candidates
+        if torch.compiler.is_compiling() or own is None or _version_of(own) in (None, self._noted):
+            return
+        if ops.is_recorded() or streams.capturing(own.device):
+            return
+        self._note_candidates()
+        if self.seed is not None and self.logits is not None and self.logits.dtype == torch.float32:
+            drawn = self.initial().candidates
+            changed = drawn is None or drawn.shape != own.shape or not torch.equal(drawn, own)
+        else:
+            changed = _no_candidates(own, None, self.bank.num_vectors) is not None
+        if changed:
+            warnings.warn(
+                "something has written other values into the adapter's `candidates`, so its logits choose other bank vectors "
+                "than in training. Perhaps it is an average of models that takes integers, too, such as timm's ModelEmaV2: "
+                "average only floating-point tensors, as torch.optim.swa_utils.AveragedModel does.",
+                VBLoRAWarning,
+                stacklevel=2,
+            )
+
     def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
+        self._check_candidates()
         rows, targets = self._rows, self.targets
         start, count = 0, self.num_subvectors
         if span is not None:
@@ -308,8 +339,15 @@ class VBLoRAAdapter(Adapter):
         super().invalidate()
         self._mixtures = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        known = _version_of(self.candidates) == self._noted
+        super()._apply(fn, recurse)
+        if known:
+            self._note_candidates()
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_mixtures": None}
+        return super().__getstate__() | {"_mixtures": None, "_noted": None}
 
     def current_config(self, config: VBLoRAConfig) -> VBLoRAConfig:
         return replace(config, topk=self.topk, scaling=self.scaling)
@@ -364,6 +402,7 @@ class VBLoRAAdapter(Adapter):
         elif extra is None and not same:
             self.seed = None  # it has not drawn these
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._note_candidates()
 
     def _may_have_drawn(self, logits: Tensor) -> bool:
         """Whether logits of the same shape may come from the same draw: then they are equal where neither was trained."""
@@ -379,6 +418,11 @@ class VBLoRAAdapter(Adapter):
             f"num_subvectors={self.num_subvectors}, r={self.r}, topk={self.topk}{candidates}{scales}, "
             f"targets={len(self.targets)}"
         )
+
+
+def _version_of(tensor: Tensor | None) -> tuple[int, int] | None:
+    """Identifies a tensor and its values: another one has another identity, and a write moves the version. None if unknown."""
+    return None if tensor is None or not is_plain(tensor) else (id(tensor), tensor._version)
 
 
 def _no_candidates(candidates: Tensor | None, extra: Tensor | None, num_vectors: int) -> str | None:

@@ -3,7 +3,6 @@
 Our folders and PEFT's have the same file names. Ours have a key of their own in the metadata of the tensors' file.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..bank import BankFile, VectorBank
 from ..errors import VBLoRAWarning
-from ..files import locked, open_tensors, read_tensors, to_bytes
+from ..files import locked, open_tensors, read_tensors, to_bytes, write_files
 from . import native
 from .contents import Contents
 from .formats import ANY_METHOD, METHODS, PEFT_DECODERS, encode_for_peft
@@ -24,7 +23,7 @@ from .json_objects import JsonObject, as_type, parse_object, read_object, shorte
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
-_CONFIG_HASH = "adapter_config_sha256"  # in the metadata of the tensors' file, in PEFT's forms
+_CONFIG = "adapter_config"  # in the metadata of the tensors' file, in PEFT's forms: what is in the other file
 _ABOUT_THE_BASE = ("base_model_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode")
 _PEFT_FORMS = dict.fromkeys(form for method in METHODS.values() for form in method.peft_encoders)
 FORMS = (*native.FORMS, *_PEFT_FORMS, *ANY_METHOD)
@@ -41,7 +40,7 @@ def encode(
     base_model: str | None = None,
     about: JsonObject | None = None,
 ) -> dict[Path, bytes]:
-    """The files of a folder, which is made if it does not exist, for :func:`vblora.files.write_files`.
+    """The files of a folder, which is made if it does not exist, for :func:`write`.
 
     Args:
         bank_file: the file that holds the bank. Our own forms name it by its hash in place of the bank.
@@ -65,7 +64,7 @@ def encode(
             )
         description, tensors = encode_for_peft(contents, form, base_model)
         description |= about or {}
-        metadata = {"format": "pt", _CONFIG_HASH: _config_hash(description)}  # PEFT writes only the first
+        metadata = {"format": "pt", _CONFIG: json.dumps(description)}  # PEFT writes only the first
     folder.mkdir(parents=True, exist_ok=True)
     _warn_of_model(folder)
     files = {folder / TENSORS_FILE: to_bytes(tensors, metadata)}
@@ -73,6 +72,12 @@ def encode(
         files[folder / CARD_FILE] = card.encode(errors="backslashreplace")
     files[folder / CONFIG_FILE] = json.dumps(description, indent=2).encode() + b"\n"
     return files
+
+
+def write(files: dict[Path, bytes]) -> None:
+    """Writes the files of one or several folders. A reader that takes no lock, such as PEFT, may find a config missing, but never
+    that of another adapter."""
+    write_files(files, describing=[path for path in files if path.name == CONFIG_FILE])
 
 
 def read(
@@ -93,7 +98,7 @@ def read(
     with locked({path.parent}, shared=True):  # of PEFT's forms, both files count
         tensors, metadata = read_tensors(path)
         if native.METADATA not in metadata:
-            return _read_peft(path, tensors, bank, metadata.get(_CONFIG_HASH)), False
+            return _read_peft(path, tensors, bank, metadata.get(_CONFIG)), False
     try:
         description = parse_object(metadata[native.METADATA])
         shares_bank = native.named_bank(description) is not None
@@ -137,13 +142,25 @@ def folder_in(directory: Path, name: str) -> Path | None:
         return None
 
 
-def _read_peft(path: Path, tensors: dict[str, Tensor], bank: VectorBank | None, config_hash: str | None) -> Contents:
-    """``config_hash``: of the config that vblora wrote with the tensors."""
+def _read_peft(path: Path, tensors: dict[str, Tensor], bank: VectorBank | None, written: str | None) -> Contents:
+    """``written``: the config that vblora wrote with the tensors."""
     config_path = path.with_name(CONFIG_FILE)
+    try:
+        of_tensors = None if written is None else parse_object(written)
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata is damaged: {error}") from None
     try:
         description = read_object(config_path)
     except FileNotFoundError:
-        raise ValueError(f"{config_path} is missing, and vblora has not written {TENSORS_FILE}.") from None
+        if of_tensors is None:
+            raise ValueError(f"{config_path} is missing, and vblora has not written {TENSORS_FILE}.") from None
+        description = of_tensors
+        warnings.warn(
+            f"{config_path} is missing, perhaps because a save was interrupted. vblora reads {TENSORS_FILE} without it, but PEFT "
+            "cannot. Save the adapter again.",
+            VBLoRAWarning,
+            stacklevel=4,
+        )
     kind = description.get("peft_type")
     if kind is None:
         raise ValueError(f"{config_path} has no `peft_type`: it is neither for an adapter of vblora's nor of PEFT's.")
@@ -162,20 +179,19 @@ def _read_peft(path: Path, tensors: dict[str, Tensor], bank: VectorBank | None, 
         contents.check()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if config_hash not in (None, _config_hash(description)):
+    if of_tensors is not None and _fields(of_tensors) != _fields(description):
         warnings.warn(
-            f"{config_path} is not what {TENSORS_FILE} was saved with: it was edited, or a save was interrupted and the two are "
-            "of different adapters. If you did not edit it, save the adapter again.",
+            f"{config_path} is not what {TENSORS_FILE} was saved with: it was edited, or is that of another adapter. If you did "
+            "not edit it, save the adapter again.",
             VBLoRAWarning,
             stacklevel=4,
         )
     return contents
 
 
-def _config_hash(description: JsonObject) -> str:
-    """A hash of the fields of PEFT's config that tell what the adapter computes."""
-    fields = {name: value for name, value in description.items() if name not in _ABOUT_THE_BASE}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+def _fields(description: JsonObject) -> JsonObject:
+    """The fields of PEFT's config that tell what the adapter computes."""
+    return {name: value for name, value in description.items() if name not in _ABOUT_THE_BASE}
 
 
 def _check_files(path: Path) -> None:

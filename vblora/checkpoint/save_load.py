@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..bank import VectorBank
 from ..distributed import gather_to_cpu, is_sharded, rank, reshard, shard_like
-from ..files import write_files
 from ..layers.kinds import Conv1D
 from ..model.attached import AttachedAdapter
 from ..model.completeness import check_completeness
@@ -21,7 +20,7 @@ from ..model.targets import base_modules
 from . import native
 from .base_tensors import embeddings_to_save, split_base_tensors, two_values
 from .contents import Contents
-from .folder import FORMS, TENSORS_FILE, encode, read
+from .folder import FORMS, TENSORS_FILE, encode, read, write
 from .formats import METHODS
 from .peft.experts import warn_of_renamed_targets
 from .prefixes import fit_names
@@ -70,7 +69,7 @@ def save(
             suit it.
         NotADirectoryError: ``directory`` is a file.
     """
-    write_files(
+    write(
         files_to_save(
             model,
             directory,

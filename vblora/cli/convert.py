@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from ..checkpoint.folder import CONFIG_FILE, TENSORS_FILE, encode
-    from ..files import sha256, write_file, write_files
+    from ..checkpoint.folder import CONFIG_FILE, TENSORS_FILE, encode, write
+    from ..files import sha256, write_file
     from ..finetune.adapters import read_report
     from ..finetune.task import RESULTS_FILE
 
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
                 base_model=adapter.base_model,
                 about=adapter.about,
             )
-            write_files(files)
+            write(files)
             if report:  # the labels, the chat template and more, without which the adapter may be used in another way
                 report["adapter_sha256"] = sha256(arguments.dst / TENSORS_FILE)
                 write_file(arguments.dst / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")

@@ -52,7 +52,8 @@ def add_parser(subparsers: "Subparsers") -> None:
     )
     group.add_argument(
         "--temperature", type=number(float, "0 or above", lambda x: 0 <= x < float("inf")), default=0.0, metavar="X",
-        help="0: the most likely token; above 0: sample (%(default)s)",
+        help="0: the most likely token, without penalties that the model's generation_config.json has; above 0: sample "
+        "(%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), metavar="X",

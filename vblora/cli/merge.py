@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoint.merge_files import merge_into_shards, read_weights
     from ..finetune.adapters import read_report, trained_template
     from ..finetune.fingerprints import differing, hash_of
+    from ..finetune.stopping import generation_settings
 
     report = read_report("ADAPTER", arguments.adapter)
     labels = report.get("labels")
@@ -65,8 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     texts = {} if template is None else {"chat_template.jinja": template}
     trained = report.get("fingerprint") or {}
     try:
+        settings = generation_settings(arguments.base, report.get("ends") or [])
         others = differing(trained, {name: hash_of(weight) for name, weight in read_weights(arguments.base, trained)})
-        done = merge_into_shards(adapter.contents, arguments.base, arguments.out, names, texts)
+        done = merge_into_shards(adapter.contents, arguments.base, arguments.out, names, texts | settings)
     except FileNotFoundError as error:
         raise CommandError(f"BASE: {error}") from None
     except ValueError as error:
@@ -79,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if template is not None:
         print("The chat template is the one that the adapter was trained with.")
+    if settings:
+        print("Its generation_config.json also names the token with which the adapter was trained to end.")
     _warn_of_another_base(arguments.base, others)
     if scores := report.get("scores"):
         print(f"The head gives scores in units: score = output * {scores['deviation']} + {scores['mean']}.")
@@ -97,7 +101,13 @@ def _merge_gguf(arguments: argparse.Namespace) -> int:
     trained, template = report.get("fingerprint") or {}, trained_template(report)
     try:
         updated, others = merge_gguf(
-            arguments.base, arguments.adapter, arguments.bank, arguments.out, trained, template
+            arguments.base,
+            arguments.adapter,
+            arguments.bank,
+            arguments.out,
+            trained,
+            template,
+            report.get("ends") or [],
         )
     except OSError as error:
         raise CommandError(f"OUT: {arguments.out} cannot be written: {error}.", 1) from None

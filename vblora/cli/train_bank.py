@@ -105,6 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
     require("transformers", "accelerate", "rich")
     if language:
         require("trl", "datasets", extra="llm")
+    from ..finetune.notices import processes
+
+    if processes() > 1:
+        raise CommandError(f"train-bank trains in one process, but {processes()} were started. Start one.")
     refuse_undecodable("--output", arguments.output)
     check_output("--output", arguments.output, overwrite=arguments.overwrite, instead=", or --overwrite")
     from ..finetune.injection import check_adapter
@@ -176,7 +180,7 @@ def _read_texts(
     arguments: argparse.Namespace, files: Mapping[str, Path], columns: _ByFile
 ) -> "dict[str, LanguageTask]":
     from ..finetune import demo, texts
-    from ..finetune.task import MAX_EVAL, LanguageTask, find_model, read_template, refuse_for_plain_texts
+    from ..finetune.task import LanguageTask, find_model, read_template, refuse_for_plain_texts, split_texts
 
     model = str(demo.find_language_model()) if arguments.model is None else find_model(arguments.model)
     template = read_template(arguments.chat_template)
@@ -186,15 +190,7 @@ def _read_texts(
         chosen = texts.find_columns(path, "--data", given)
         if chosen.kind == "text":
             refuse_for_plain_texts(arguments, template)
-        train, held_out = texts.split(
-            path,
-            chosen,
-            fraction=arguments.eval_fraction,
-            max_train=arguments.max_train,
-            max_eval=arguments.max_eval or MAX_EVAL,
-            seed=arguments.seed,
-        )
-        tasks[name] = LanguageTask(model, template, train, held_out)
+        tasks[name] = LanguageTask(model, template, *split_texts(arguments, path, chosen))
     return tasks
 
 

@@ -118,7 +118,7 @@ def read_bank(path: Path | None) -> VectorBank | None:
 _CONFIG_TYPES: dict[str, type] = {"base_model_name_or_path": str, "task_type": str, "auto_mapping": dict, "r": int}
 _REPORT_TYPES: dict[str, type] = {
     "model": str, "task": str, "chat_template": str, "adapter_sha256": str,
-    "labels": list, "scores": dict, "fingerprint": dict, "arguments": dict,
+    "labels": list, "ends": list, "scores": dict, "fingerprint": dict, "arguments": dict,
 }  # fmt: skip
 _ARGUMENT_TYPES: dict[str, type] = {"text_column": str, "pair_column": str, "max_length": int}
 
@@ -128,6 +128,7 @@ def _check_types(values: JsonObject, types: dict[str, type]) -> None:
         optional_field(values, name, kind, None)
     if types is _REPORT_TYPES:
         as_list("`labels`", values.get("labels") or [], str)
+        as_list("`ends`", values.get("ends") or [], int)
         _check_types(optional_field(values, "arguments", dict, {}), _ARGUMENT_TYPES)
         for name, number in optional_field(values, "scores", dict, {}).items():
             if not (isinstance(number, (int, float)) and math.isfinite(number)):

@@ -9,6 +9,7 @@ from ..checkpoint.json_objects import field, optional_field, read_object
 from ..errors import CommandError
 from ..files import sha256
 from .fingerprints import differing
+from .notices import processes
 from .task import RESULTS_FILE, LanguageTask, Task, as_json
 
 # Arguments that a run which is resumed may have otherwise: they change neither data, model nor learning rates.
@@ -30,15 +31,14 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
         if (given := getattr(arguments, name, None)) not in (None, "auto", "none")
         and ((path := Path(given)).is_file() or name == "bank")
     }
+    arguments.processes = processes()
     if not arguments.resume:
         for folder in incomplete(arguments.output):
             raise CommandError(
                 f"--output: {folder} is another program's checkpoint, or an incomplete one. Remove it, or give another folder."
             )
         return None
-    complete = [file.parent for file in arguments.output.glob(f"checkpoint-*/{RESULTS_FILE}")]
-    complete = [folder for folder in complete if folder.name.rpartition("-")[2].isdecimal()]
-    found = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    found = last_checkpoint(arguments.output)
     if found is None:
         raise CommandError(
             f"--resume: there is no checkpoint in {arguments.output}. Leave out --resume to start a new run."
@@ -49,6 +49,11 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     except (OSError, ValueError) as error:
         raise CommandError(f"--resume: {found} is not a checkpoint of vblora finetune: {error}.") from None
     now = as_json(arguments)
+    if (trained_in := before.get("processes", 1)) != now.pop("processes"):
+        raise CommandError(
+            f"--resume: the number of processes was {trained_in} when the checkpoint was written, but it is {processes()} now, "
+            "so the batches would be others. Start as many as then."
+        )
     for option, digest in digests.items():
         if digests_before.get(option) not in (None, digest):
             raise CommandError(
@@ -87,6 +92,16 @@ def check_base(checkpoint: str | None, task: Task | LanguageTask) -> None:
             f"--resume: the weights of --model {task.model} have changed since the checkpoint (among others {names[0]}). Give "
             "the model of the run that you resume, or leave out --resume."
         )
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The last complete checkpoint, if there is one."""
+    complete = [file.parent for file in output.glob(f"checkpoint-*/{RESULTS_FILE}")]
+    return max((folder for folder in complete if folder.name.rpartition("-")[2].isdecimal()), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def incomplete(output: Path) -> Iterator[Path]:

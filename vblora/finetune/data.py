@@ -59,6 +59,7 @@ def read_rows(path: Path, columns: Columns, option: str, keep_labels: list[str] 
         CommandError: the file cannot be read, or a row has no text or no label. The message names the first such line.
     """
     columns = columns.in_file(path, option)
+    tables.refuse_one_twice({part: getattr(columns, part) for part in ("text", "pair", "label")})
     rows: list[Row] = []
     labels: Counter[str] = Counter()
     for where, fields in tables.read(path, option, columns.by_option()):

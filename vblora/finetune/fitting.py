@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import shutil
 import signal
 import threading
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -25,7 +23,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import vblora
 
@@ -39,9 +36,9 @@ from ..model.lookup import attached_adapter
 from ..model.parameters import ParameterCount
 from . import pictures
 from .bank_use import bank_use
-from .checkpoints import incomplete
+from .checkpoints import incomplete, last_checkpoint, step_of
 from .models import computes_in_bfloat16
-from .notices import is_main_process, print_warning, say
+from .notices import is_main_process, print_warning, processes, say
 from .task import RESULTS_FILE, LanguageTask, Task, save_results
 
 # On 300 rows the default recipe was 10 points below the frozen encoder after 10 steps, and 8 above it after 60.
@@ -86,11 +83,6 @@ def rates(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("recipe", "lr_bank", "lr_logits", "lr_scales")}
 
 
-def processes() -> int:
-    """How many processes ``accelerate`` or ``torchrun`` started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def warn_of_few_steps(
     arguments: argparse.Namespace, rows: int, steps: int, command: str = "finetune", *, language: bool = False
 ) -> str | None:
@@ -114,7 +106,8 @@ def warn_of_few_steps(
             f"{steps} steps are few: the adapter may end below the model without it. Give --epochs "
             f"{math.ceil(_FEW_STEPS / an_epoch)} for {_FEW_STEPS} steps"
         )
-        smaller = rows * arguments.epochs // _FEW_STEPS
+        batches = getattr(arguments, "accumulate", 1) * processes()  # in each step
+        smaller = rows * arguments.epochs // (_FEW_STEPS * batches)
         message += f", or --batch-size {smaller}." if 1 <= smaller < arguments.batch_size else "."
     print_warning(message, command)
     return message
@@ -133,8 +126,7 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
     stop = _Stop(arguments, task, trainer)
     progress = show_progress(trainer)
     trainer.add_callback(stop)
-    if arguments.patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(arguments.patience))
+    trainer.add_callback(_Best(arguments.patience))
     if checkpoint is None and is_main_process():  # --overwrite: the Trainer would take old checkpoints for its own
         for folder in output.glob("checkpoint-*"):
             shutil.rmtree(folder)
@@ -168,18 +160,29 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
         except OSError as error:
             raise CommandError(f"--output: the adapter cannot be written: {error}.", 1) from None
     trainer.accelerator.wait_for_everyone()
-    if interrupted or stop.asked:
-        found = get_last_checkpoint(str(output))
-        go_on = (
-            f" Give the same command with --resume to continue from step {found.rpartition('-')[2]}."
-            if found is not None
-            else ""
-        )
+    if interrupted or stop.stopped:
         raise CommandError(
-            f"interrupted after step {done} of {trainer.state.max_steps}. {output} has the adapter of that step.{go_on}",
+            f"interrupted after step {done} of {trainer.state.max_steps}. {output} has the adapter of that step."
+            + _go_on(trainer),
+            130,
+        )
+    if stop.asked:
+        raise CommandError(
+            f"interrupted at the end of training. {output} has the trained adapter. Give the same command with --resume to "
+            "evaluate it.",
             130,
         )
     return progress.seconds / max(progress.steps, 1)
+
+
+def _go_on(trainer: Trainer) -> str:
+    """What --resume would do after an interruption."""
+    last = last_checkpoint(Path(trainer.args.output_dir))
+    if last is None:
+        return ""
+    step = step_of(last)
+    what = "evaluate it" if step == trainer.state.max_steps else f"continue from step {step}"
+    return f" Give the same command with --resume to {what}."
 
 
 @contextmanager
@@ -217,10 +220,9 @@ def draw(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
 
 def best_epoch(trainer: Trainer) -> float | None:
     """The epoch whose adapter the Trainer keeps, the first of equally good ones; None if it evaluated none."""
-    name, sign = trainer.args.metric_for_best_model, 1 if trainer.args.greater_is_better else -1
-    evaluated = [entry for entry in trainer.state.log_history if name in entry and entry["step"]]
-    best = max(evaluated, key=lambda entry: sign * entry[name], default=None)
-    return None if best is None else float(best["epoch"])
+    state = trainer.state
+    found = [entry["epoch"] for entry in state.log_history if entry["step"] == state.best_global_step]
+    return float(found[0]) if found and state.best_global_step else None
 
 
 def stored(arguments: argparse.Namespace, model: nn.Module, count: ParameterCount) -> int:
@@ -273,14 +275,46 @@ class _Progress(ProgressCallback):  # type: ignore[misc]  # transformers is not 
             )
 
 
+class _Best(TrainerCallback):  # type: ignore[misc]
+    """Ends training after ``patience`` epochs without progress, and finds the best epoch's checkpoint, also in a resumed run.
+
+    transformers' EarlyStoppingCallback counts anew after a resumption.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.best_global_step:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"  # the folder may have been moved since
+        if folder.is_dir():
+            state.best_model_checkpoint = str(folder)
+        else:
+            state.best_model_checkpoint = state.best_metric = state.best_global_step = None
+            print_warning(f"{folder}, the best epoch until now, is missing. The best of the others counts.")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        name, sign = args.metric_for_best_model, 1 if args.greater_is_better else -1
+        scores = [sign * entry[name] for entry in state.log_history if name in entry and entry["step"]]
+        if self.patience is not None and scores and len(scores) - scores.index(max(scores)) > self.patience:
+            control.should_training_stop = True
+
+
 class _Stop(TrainerCallback):  # type: ignore[misc]
-    """Ends training between two steps after Ctrl-C or SIGTERM, with a checkpoint; stops where parameters are not finite."""
+    """Ends training between two steps after Ctrl-C or SIGTERM, with a checkpoint; stops where parameters are not finite.
+
+    Attributes:
+        asked: whether there was a signal.
+        stopped: whether training ended because of it. After the last step, there is nothing to stop.
+    """
 
     def __init__(self, arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Trainer) -> None:
         self.arguments = arguments
         self.task = task
         self.trainer = trainer
         self.asked = False
+        self.stopped = False
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -305,13 +339,13 @@ class _Stop(TrainerCallback):  # type: ignore[misc]
         if self.trainer.accelerator.num_processes > 1:  # all stop after the same step
             asked = torch.tensor([float(self.asked)], device=args.device)
             self.asked = bool(self.trainer.accelerator.reduce(asked, "sum").item())
-        if self.asked:
-            control.should_save = control.should_training_stop = True
+        if self.asked and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
             args.load_best_model_at_end = False  # what is saved is where training goes on
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         check_finite(self.trainer)
-        if self.asked:
+        if self.stopped and state.epoch % 1:  # an epoch that is complete would not be evaluated later
             control.should_evaluate = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -1,11 +1,14 @@
 """Completions of prompts, in batches."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .stopping import tokens
 
 Tokens = list[int]
 
@@ -26,6 +29,8 @@ def complete(
 ) -> list[str]:
     """What the model writes after each prompt, until it ends or has ``max_new_tokens``.
 
+    Of the model's own settings for generation, only the tokens that end a text apply.
+
     Args:
         temperature: 0 takes the most likely token each time (or the best of ``num_beams``); above 0 draws.
         adapter_names: the adapter of each prompt, or None for the base model's.
@@ -38,7 +43,7 @@ def complete(
     was_training = model.training
     model.eval()
     progress = tqdm(total=len(prompts), desc=title, disable=title is None, leave=False)
-    with torch.no_grad(), progress:
+    with torch.no_grad(), progress, _without_settings(model) as ends_of_model:
         for rows in _batches(prompts, batch_size):
             width = max(len(prompts[row]) for row in rows)
             padding = [width - len(prompts[row]) for row in rows]
@@ -53,7 +58,7 @@ def complete(
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
                 pad_token_id=pad,
-                eos_token_id=sorted({*_ends(model, tokenizer), *ends}),
+                eos_token_id=sorted({*ends_of_model, *ends} | ({tokenizer.eos_token_id} - {None})),
                 **options,
             )
             for row, text in zip(rows, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
@@ -70,8 +75,16 @@ def _batches(prompts: Sequence[Tokens], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a completion: the tokenizer's, and those that the model's own settings name."""
-    stated = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
-    return {end for end in ends if end is not None}
+@contextmanager
+def _without_settings(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Within it, the model's ``generation_config.json`` does not apply. Yields the tokens with which it ends a text.
+
+    Its ``repetition_penalty`` and the like would otherwise outrank the most likely token, and penalise tokens for the padding of
+    the other prompts in the batch.
+    """
+    stated = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield tokens(stated.eos_token_id)
+    finally:
+        model.generation_config = stated

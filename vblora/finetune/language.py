@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,18 +135,23 @@ def _perplexity(loss: float) -> float:
 
 
 class TokenLoss(Trainer):  # type: ignore[misc]  # transformers is not typed
-    """A Trainer whose held-out loss is the mean over tokens. The Trainer's own is one over batches."""
+    """A Trainer whose held-out loss is the mean over tokens, each of which counts once. The Trainer's own is one over batches."""
 
     _sums: Tensor | None = None  # of the negative log-likelihoods, and of the tokens
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
+        inputs = dict(self._prepare_inputs(inputs))
+        batch = self.accelerator.gradient_state
+        if batch.end_of_dataloader and batch.remainder > 0:
+            first = self.accelerator.process_index * self.args.eval_batch_size
+            inputs["labels"] = inputs["labels"].masked_fill(rows_of(inputs) + first >= batch.remainder, IGNORED)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, dict(inputs)).detach().double()
         # A label is learnt from the token before it, so the first of a row is not.
         count = (inputs["labels"][:, 1:] != IGNORED).sum().to(loss)
+        loss = torch.where(count > 0, loss, 0.0)
         sums = self.accelerator.reduce(torch.stack([loss * count, count]), "sum")
         self._sums = sums if self._sums is None else self._sums + sums
         return loss.float(), None, None
@@ -158,6 +163,14 @@ class TokenLoss(Trainer):  # type: ignore[misc]  # transformers is not typed
             likelihood, count = self._sums.tolist()
             output.metrics[f"{metric_key_prefix}_loss"] = likelihood / max(count, 1)
         return output
+
+
+def rows_of(inputs: Mapping[str, Tensor]) -> Tensor:
+    """The number of the row that each token of a batch is of. Of several processes, the last batch is filled up with rows that
+    were evaluated before."""
+    if "attention_mask" in inputs:
+        return torch.arange(len(inputs["labels"]), device=inputs["labels"].device)[:, None]
+    return (inputs["position_ids"] == 0).cumsum(-1) - 1  # as --packing has them: one after the other, in one row
 
 
 class _Trainer(TokenLoss, SFTTrainer):  # type: ignore[misc]  # TRL is not typed
@@ -221,7 +234,7 @@ class Rows:
 
 
 def make_encoder(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, task: LanguageTask) -> Encoder:
-    """How rows become tokens. Sets the tokenizer's chat template if one is given."""
+    """How rows become tokens. Sets the tokenizer's chat template if one is given, and tells the task how completions end."""
     if task.template is not None:
         tokenizer.chat_template = task.template
     messages = any(not isinstance(example.completion, str) for example in _first(task.train, 1))
@@ -233,6 +246,7 @@ def make_encoder(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
         raise CommandError(f"--model: the tokenizer of {task.model!r} has no token that ends a text.")
     chat = arguments.chat_template != "none" and tokenizer.chat_template is not None
     encoder = Encoder(tokenizer, chat, arguments.loss)
+    task.ends = sorted({tokenizer.eos_token_id, *encoder.ends()})
     if not chat:
         _warn_of_joined(_first(task.train, 100))
     if (messages or (chat and task.columns.kind == "prompt")) and not encoder.ends():

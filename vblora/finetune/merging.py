@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,16 +15,24 @@ from ..errors import CommandError, in_options
 from ..files import sync
 from . import models
 from .fingerprints import Fingerprint, differing, fingerprint
+from .stopping import tokens
 
 
 def merge_gguf(
-    base: Path, adapter: Path, bank: Path | None, out: Path, trained: Fingerprint, template: str | None = None
+    base: Path,
+    adapter: Path,
+    bank: Path | None,
+    out: Path,
+    trained: Fingerprint,
+    template: str | None = None,
+    ends: Iterable[int] = (),
 ) -> tuple[int, list[str]]:
     """Writes the merged language model and its tokenizer into ``out``, which appears when it is complete.
 
     Args:
         trained: the fingerprint of the model that the adapter was trained with.
         template: the chat template to write, instead of that of the base model.
+        ends: the tokens that end what the adapter writes, where the merged model stops, too.
 
     Returns:
         The number of layers that the adapter updates, and the names of weights that differ from those of ``trained``.
@@ -46,6 +55,7 @@ def merge_gguf(
         raise CommandError(f"ADAPTER does not fit BASE: {in_options(error, 'bank')}") from None
     vblora.eject(model)
     _forget_gguf(model)
+    model.generation_config.eos_token_id = sorted({*tokens(model.generation_config.eos_token_id), *ends}) or None
     out = out.resolve()  # a link cannot be replaced by a folder
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     try:

@@ -9,6 +9,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def processes() -> int:
+    """How many processes ``accelerate`` or ``torchrun`` started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def say(message: str) -> None:
     if is_main_process():
         print(message, flush=True)

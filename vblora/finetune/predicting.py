@@ -136,8 +136,18 @@ def _rows(arguments: argparse.Namespace, job: Job) -> Iterator[tuple[tables.Fiel
 
 
 def _head_of(run: AdapterRun, labels: list[str] | None) -> Head:
-    labels = labels or run.report.get("labels") or None
-    scale = run.report.get("scores")
+    trained, scale = run.report.get("labels") or None, run.report.get("scores")
+    if labels is not None and trained is not None and labels != trained and sorted(labels) == sorted(trained):
+        raise CommandError(
+            f"--labels: is {tables.quoted(labels)}, but {run.folder} was trained with the order {tables.quoted(trained)}. Leave "
+            "it out."
+        )
+    labels = labels or trained
+    if labels is not None and len(set(labels)) < max(2, len(labels)):
+        raise CommandError(
+            f"--labels: is {tables.quoted(labels)}, but a classifier has at least two labels, all different. The single "
+            "output of a head is a score, and only the finetune.json of its adapter tells in which unit."
+        )
     try:
         return find_head(labels, scale)
     except (AssertionError, TypeError):

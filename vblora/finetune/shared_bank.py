@@ -18,7 +18,7 @@ from ..integrations.shared_bank import BANK_FILE, SharedBankTrainer
 from ..model.learning_rates import WARM_UP
 from . import fitting, models
 from .report import folder_bytes
-from .task import LanguageTask, Task, as_json, save_results
+from .task import LanguageTask, Task, as_json, finite, save_results
 
 RESULTS_FILE = "train-bank.json"
 
@@ -164,7 +164,7 @@ def _report(
         "bank_bytes": bank.stat().st_size,
         "results": results,
     }
-    write_file(arguments.output / RESULTS_FILE, json.dumps(report, indent=2, default=str).encode() + b"\n")
+    write_file(arguments.output / RESULTS_FILE, json.dumps(finite(report), indent=2, default=str).encode() + b"\n")
     titles = [title for title, _ in prepared.columns.values()]
     table = Table("data", "rows", "held out", *titles, "adapter")
     for name, result in results.items():

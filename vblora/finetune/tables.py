@@ -73,6 +73,18 @@ def find_column(name: str, header: Iterable[str]) -> str:
     return near[0] if name not in names and len(near) == 1 else name
 
 
+def refuse_one_twice(columns: Mapping[str, str | None]) -> None:
+    """Refuses one column for two parts of a row, such as text and label: a model that reads what it is to predict learns nothing.
+
+    Args:
+        columns: the column of each part, by what its option is called.
+    """
+    part_of: dict[str, str] = {}
+    for part, column in columns.items():
+        if column is not None and (other := part_of.setdefault(column, part)) != part:
+            raise CommandError(f"--{part}-column: is {column!r}, as is --{other}-column. Give two different columns.")
+
+
 def format_of(path: Path, option: str) -> str:
     """ ".csv", ".tsv" or ".jsonl"."""
     suffixes = [suffix.lower() for suffix in path.suffixes]

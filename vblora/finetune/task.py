@@ -15,7 +15,7 @@ from . import data, demo, tables, texts
 from .notices import print_warning
 
 RESULTS_FILE = "finetune.json"
-MAX_EVAL = 500  # texts to evaluate on, if neither --max-eval nor --eval-data says so
+_MAX_EVAL = 500  # texts to evaluate on, if no option says how many
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in the order in which transformers looks for them
 
 
@@ -52,12 +52,14 @@ class LanguageTask:
 
     Attributes:
         template: the chat template to use instead of the tokenizer's.
+        ends: the tokens that end a completion, once the tokenizer is loaded.
     """
 
     model: str
     template: str | None
     train: texts.Texts
     held_out: texts.Texts
+    ends: list[int] = field(default_factory=list)
     fingerprint: dict[str, str] = field(default_factory=dict)  # of the model's weights, once it is loaded
 
     @property
@@ -85,15 +87,7 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
     if columns.kind == "text":
         refuse_for_plain_texts(arguments, template)
     if evaluate is None:
-        limit = MAX_EVAL if arguments.max_eval is None else arguments.max_eval
-        train, held_out = texts.split(
-            path,
-            columns,
-            fraction=arguments.eval_fraction,
-            max_train=arguments.max_train,
-            max_eval=limit,
-            seed=arguments.seed,
-        )
+        train, held_out = split_texts(arguments, path, columns)
     else:
         train = texts.whole(path, columns, "--data", arguments.max_train, arguments.seed)
         in_evaluate = texts.find_columns(evaluate, "--eval-data", dict(columns.names))
@@ -101,6 +95,19 @@ def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
         if common := texts.count_common(train, held_out):
             print_warning(_of_common_rows(common, len(held_out)))
     return LanguageTask(model, template, train, held_out)
+
+
+def split_texts(arguments: argparse.Namespace, path: Path, columns: texts.Columns) -> tuple[texts.Texts, texts.Texts]:
+    """The texts of a file to train and to evaluate on."""
+    limit = _MAX_EVAL if arguments.eval_fraction is None else None
+    return texts.split(
+        path,
+        columns,
+        fraction=arguments.eval_fraction,
+        max_train=arguments.max_train,
+        max_eval=limit if arguments.max_eval is None else arguments.max_eval,
+        seed=arguments.seed,
+    )
 
 
 def refuse_for_plain_texts(arguments: argparse.Namespace, template: str | None) -> None:
@@ -143,7 +150,6 @@ def read_task(arguments: argparse.Namespace) -> Task:
     columns = columns._replace(**{name: column for name, column in given.items() if column is not None})
     refuse_texts_to_generate(path, columns.text)
     columns = columns.in_file(path, "--data")
-    _check_columns(columns)
     _refuse_two_splits(arguments)
 
     rows = data.read_rows(path, columns, "--data", keep)
@@ -179,15 +185,6 @@ def refuse_texts_to_generate(path: Path, text_column: str) -> None:
             f"--task: {path} has the columns of a language model's data, {tables.quoted(sorted(header))}. "
             "Give --task causal-lm; for a classifier, name the texts with --text-column."
         )
-
-
-def _check_columns(columns: data.Columns) -> None:
-    """Refuses one column as two of text, pair and label: a model that reads the label learns nothing else."""
-    option_of: dict[str, str] = {}
-    for option in ("text", "pair", "label"):
-        column = getattr(columns, option)
-        if column is not None and (other := option_of.setdefault(column, option)) != option:
-            raise CommandError(f"--{option}-column: is {column!r}, as is --{other}-column. Give two different columns.")
 
 
 def _common_rows(train: list[data.Row], held_out: list[data.Row]) -> str | None:
@@ -268,6 +265,7 @@ def save_results(
         about = {
             "rows": task.columns.kind,
             "chat_template": "none" if plain else task.template or arguments.chat_template,
+            "ends": task.ends,
         }
     report = {
         "task": arguments.task,
@@ -278,15 +276,15 @@ def save_results(
         "arguments": as_json(arguments),
         **results,
     }
-    write_file(folder / RESULTS_FILE, json.dumps(_finite(report), indent=2).encode() + b"\n")
+    write_file(folder / RESULTS_FILE, json.dumps(finite(report), indent=2).encode() + b"\n")
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
     """The same with None for numbers that JSON lacks: infinite ones and NaN, of a diverged step's log or of a perplexity."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

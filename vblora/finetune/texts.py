@@ -93,6 +93,7 @@ def find_columns(path: Path, option: str, given: dict[str, str | None]) -> Colum
             continue
         names = {part: given[part] or tables.find_column(part, header) for part in parts}
         if named or all(name in header for name in names.values()):
+            tables.refuse_one_twice(names)
             return Columns(kind, names)
     if named:
         options = " and ".join(f"--{part}-column" for part in sorted(named))

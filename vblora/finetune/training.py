@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .checkpoints import check_base
 from .data import Row
 from .fingerprints import fingerprint
 from .heads import Head, find_head
-from .notices import is_main_process, print_warning
+from .notices import is_main_process, print_warning, processes
 from .report import Results, folder_bytes, lora_bytes, print_table
 from .task import Task, most_frequent, save_results
 
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
     train, held_out = examples(task, head, tokenizer, model, max_length)
     held_out.sort(key=lambda row: len(row["input_ids"]))  # less padding
     collate = DataCollatorWithPadding(tokenizer)
-    rows_of_a_step = arguments.batch_size * arguments.accumulate * fitting.processes()
+    rows_of_a_step = arguments.batch_size * arguments.accumulate * processes()
     steps = arguments.epochs * math.ceil(len(train) / rows_of_a_step)
     settings = _training_arguments(arguments, head, steps)
     few = fitting.warn_of_few_steps(arguments, len(train), steps)
@@ -71,7 +72,15 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
     def metrics(evaluation: EvalPrediction) -> dict[str, float]:
         return head.measure(evaluation.predictions, evaluation.label_ids)
 
-    trainer = _Trainer(model, settings, collate, train, held_out, compute_metrics=metrics, **how)
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        # The mean over the rows of all batches of a step. A model's own loss for scores is that of one batch, and the Trainer
+        # adds those up.
+        mean: Tensor = head.loss(outputs.logits, labels)
+        return mean if num_items_in_batch is None else mean * (len(labels) / num_items_in_batch)
+
+    trainer = _Trainer(
+        model, settings, collate, train, held_out, compute_metrics=metrics, compute_loss_func=loss, **how
+    )
     seconds = fitting.fit(arguments, task, trainer, checkpoint)
     with fitting.saved_in(arguments.output):
         after = trainer.predict(held_out, metric_key_prefix="eval")
@@ -102,12 +111,29 @@ def run(arguments: argparse.Namespace, task: Task, checkpoint: str | None) -> in
         return _compare(arguments, after, again)
 
 
+class _ByLength(LengthGroupedSampler):  # type: ignore[misc]  # transformers is not typed
+    """Rows in an order in which batches are of similar length, which needs less padding.
+
+    The seed and the epoch alone determine the order. So a resumed run continues with the rows that are left, and several
+    processes agree on which rows are whose, whatever random numbers they have drawn for dropout. The Trainer's own option for
+    that was renamed, and also shuffles the evaluation, whose predictions could not be compared row by row then.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(
+            trainer.args.train_batch_size, lengths=[len(row["input_ids"]) for row in trainer.train_dataset]
+        )
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = int(self.trainer.state.epoch or 0)
+        self.generator = torch.Generator().manual_seed(self.trainer.args.seed + epoch)
+        return iter(super().__iter__())
+
+
 class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed
-    def _get_train_sampler(self, train_dataset: list[Example] | None = None) -> LengthGroupedSampler:
-        # Batches of similar length need less padding. The Trainer's own option for that was renamed, and also shuffles the
-        # evaluation, whose predictions could not be compared row by row then.
-        lengths = [len(row["input_ids"]) for row in self.train_dataset]
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths)
+    def _get_train_sampler(self, train_dataset: list[Example] | None = None) -> "_ByLength":
+        return _ByLength(self)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The logits alone: some models also return states, such as those of the encoder."""

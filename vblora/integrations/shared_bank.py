@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..adapters import VBLoRAAdapter
 from ..bank import VectorBank
+from ..checkpoint.folder import write
 from ..checkpoint.save_load import files_to_save, load
-from ..files import write_files
 from ..model.lookup import attached_adapter
 from ..model.parameters import parameter_groups
 from .transformers import VBLoRACallback
@@ -163,7 +163,7 @@ def save_shared(models: Mapping[str, nn.Module], directory: str | os.PathLike[st
         files = {path: data}
         for name, model in models.items():
             files |= files_to_save(model, directory / name, form=form)
-        write_files(files)
+        write(files)
     except BaseException:
         bank.file = before
         raise

@@ -72,12 +72,7 @@ def check_completeness(whole: nn.Module, record: "AdaptedModel", attached: "Atta
     _refuse_new_ties(record, attached)
     _check_additions(record)
     _warn_of_moved(record, attached, names)
-    own = {id(p) for adapter in record.adapters.values() for p in adapter.parameters.values()}
-    others = [
-        name.replace(".base_layer.", ".")
-        for name, parameter in whole.named_parameters()
-        if parameter.requires_grad and id(parameter) not in own
-    ]
+    others = _trained_besides(whole, record)
     swapped = {(extra.module, extra.name) for adapter in record.adapters.values() for extra in adapter.extra.values()}
     others += [
         f"{names[module]}.{own_name}".lstrip(".")
@@ -92,6 +87,30 @@ def check_completeness(whole: nn.Module, record: "AdaptedModel", attached: "Atta
             VBLoRAWarning,
             stacklevel=4,
         )
+
+
+def warn_of_thawed(record: "AdaptedModel") -> None:
+    """Warns once, in a training forward, if parameters of the base model require gradients again, which inject has frozen."""
+    if record.checked_for_thawed:
+        return
+    record.checked_for_thawed = True
+    if thawed := _trained_besides(record.model, record):
+        warnings.warn(
+            f"{listed(thawed)} of the base model require gradients, such as after model.requires_grad_(True). vblora.inject has "
+            "frozen them, because no adapter file holds them. Freeze them again, or name their modules in `modules_to_save`.",
+            VBLoRAWarning,
+            stacklevel=3,
+        )
+
+
+def _trained_besides(model: nn.Module, record: "AdaptedModel") -> list[str]:
+    """The names of a model's parameters that require gradients, but are no adapter's."""
+    own = {id(p) for adapter in record.adapters.values() for p in adapter.parameters.values()}
+    return [
+        name.replace(".base_layer.", ".")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in own
+    ]
 
 
 def check_replacements(record: "AdaptedModel", adapters: Iterable["AttachedAdapter"]) -> None:

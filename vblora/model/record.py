@@ -15,7 +15,7 @@ from ..layers.users import forget_user, note_user
 from ..layers.weights import disable_packing, enable_packing
 from . import mixed_batch
 from .attached import AttachedAdapter
-from .completeness import BufferSnapshot, check_replacements
+from .completeness import BufferSnapshot, check_replacements, warn_of_thawed
 from .ddp_guard import refuse_unreduced
 from .extra_state import add_extra_tensors, take_extra_tensors
 from .idle import warn_if_idle
@@ -50,6 +50,7 @@ class AdaptedModel:
         name, self.host = _host_of(model)  # the module whose child the adapters are
         self.adapters_name = f"{name}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
         self.undo: list[Callable[[], None]] = []  # what else is undone as the adapters are taken out
+        self.checked_for_thawed = False  # whether a training forward has looked at the base model's parameters
         self.unwrapped = False  # whether the base layers are in place, to write a plain model
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
@@ -104,6 +105,7 @@ class AdaptedModel:
     def _begin_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and self.model.training and torch.is_grad_enabled():
             warn_if_idle(self.model, self._active)
+            warn_of_thawed(self)
             check_replacements(self, self._active)
         refuse_unreduced(self._active)
         # mixed_batch removes its argument from `kwargs`. Until a model first gets that argument, its graph has no trace of this.
