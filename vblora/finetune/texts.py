@@ -83,7 +83,7 @@ def find_columns(path: Path, option: str, given: dict[str, str | None]) -> Colum
         given: the column of each part ("text", "prompt", "completion", "messages"), or None if its option was not given.
 
     Raises:
-        CommandError: the file has no such columns, or the options contradict each other.
+        CommandError: the file has no such columns, or the options contradict each other or name one column twice.
     """
     header = tables.first_row(path, option)
     given = {part: name and tables.find_column(name, header) for part, name in given.items()}
@@ -93,6 +93,10 @@ def find_columns(path: Path, option: str, given: dict[str, str | None]) -> Colum
             continue
         names = {part: given[part] or tables.find_column(part, header) for part in parts}
         if named or all(name in header for name in names.values()):
+            if kind == "prompt" and names["prompt"] == names["completion"]:
+                raise CommandError(
+                    f"--prompt-column: is {names['prompt']!r}, as is --completion-column. Give two different columns."
+                )
             return Columns(kind, names)
     if named:
         options = " and ".join(f"--{part}-column" for part in sorted(named))
