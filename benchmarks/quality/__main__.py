@@ -168,7 +168,7 @@ def _recipes(arguments: argparse.Namespace, suite: Suite) -> dict[str, Recipe]:
             changed = recipe.changed(given)
         except ValueError as error:
             raise ValueError(f"--set: {name}: {error}") from None
-        space = {key: values for key, values in suite.spaces[recipe.method].items() if key not in given}
+        space = {key: values for key, values in suite.spaces[recipe.tuned_as].items() if key not in given}
         for drawn in draw(changed, space, arguments.search or 1):
             recipes[_label(name, given | drawn)] = changed.changed(drawn)
     return recipes

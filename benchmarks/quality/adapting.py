@@ -19,8 +19,25 @@ def adapt(model: nn.Module, recipe: Recipe, seed: int, head: list[str] | None = 
     fields = dict(recipe.config)
     if recipe.method == "vblora":
         fields.setdefault("seed", seed)
-    vblora.inject(model, CONFIGS[recipe.method](modules_to_save=head, **fields))
+    config = CONFIGS[recipe.method](modules_to_save=head, **fields)
+    bank = _frozen_bank(config) if recipe.frozen_bank else None
+    vblora.inject(model, config, bank=bank, freeze_bank=recipe.frozen_bank)
     return vblora.parameter_groups(model, **recipe.rates)
+
+
+def _frozen_bank(config: vblora.VBLoRAConfig) -> vblora.VectorBank:
+    bound = config.init_vector_bank_bound
+    bank = vblora.VectorBank(config.num_vectors, config.vector_length)
+    nn.init.uniform_(bank.vectors, -bound, bound, generator=torch.Generator().manual_seed(0))
+    return bank
+
+
+def stored(model: nn.Module, recipe: Recipe) -> int:
+    """How many parameters the adapter's own file stores."""
+    if recipe.method is None:
+        return 0
+    bank = recipe.config["num_vectors"] * recipe.config["vector_length"] if recipe.frozen_bank else 0
+    return vblora.count_parameters(model).stored - bank
 
 
 def exhausted(model: nn.Module) -> int:

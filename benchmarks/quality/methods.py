@@ -15,6 +15,7 @@ CONFIGS = {
     "vera": vblora.VeraConfig,
     "tied_lora": vblora.TiedLoraConfig,
 }
+FROZEN_BANK = "vblora, frozen bank"
 _ADAPTERS = {"vblora": VBLoRAAdapter, "lora": LoRAAdapter, "vera": VeRAAdapter, "tied_lora": TiedLoRAAdapter}
 
 
@@ -26,12 +27,14 @@ class Recipe:
         method: a key of ``CONFIGS``; None leaves the model frozen: an encoder's head trains, a language model is only asked.
         config: fields of its config; of a frozen language model ``shots``, the training rows that go before each prompt.
         rates: arguments of ``vblora.parameter_groups``.
+        frozen_bank: VB-LoRA does not train the bank, which is the same for every seed and counts as no parameter of the adapter.
     """
 
     method: str | None
     config: dict[str, Any] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     warm_up: float = 0.06  # share of the steps
+    frozen_bank: bool = False
 
     @property
     def settings(self) -> set[str]:
@@ -39,8 +42,13 @@ class Recipe:
         if self.method is None:
             return {"warm_up", *self.rates} if self.rates else {"shots"}
         rates = {f"lr_{name}" for name in _ADAPTERS[self.method].RATES["default"]} | {"lr_other"}
-        scales = {"lr_scales"} if self.method == "vblora" else set()
-        return rates | scales | {"warm_up"} | {f.name for f in fields(CONFIGS[self.method])}
+        frozen = {"lr_bank"} if self.frozen_bank else set()
+        return (rates - frozen) | {"warm_up"} | {f.name for f in fields(CONFIGS[self.method])}
+
+    @property
+    def tuned_as(self) -> str | None:
+        """The key of what it is tuned by, in ``SPACES`` or ``LANGUAGE_SPACES``."""
+        return FROZEN_BANK if self.frozen_bank else self.method
 
     @property
     def has_seeds(self) -> bool:
@@ -86,7 +94,9 @@ _BANK = {"r": 4, "num_vectors": 236, "vector_length": 128}  # with all-linear, a
 
 # Rates are part of a recipe, and not left to parameter_groups, since a run is found again by what its recipe says.
 def _rates(adapter: type[Adapter], recipe: str = "default") -> dict[str, float]:
-    return {f"lr_{name}": rate for name, rate in adapter.RATES[recipe].items()}
+    return {
+        f"lr_{name}": rate for name, rate in adapter.RATES[recipe].items() if name != "scales"
+    }  # which do not train
 
 
 def _lora(targets: dict[str, Any]) -> Recipe:
@@ -141,6 +151,13 @@ LANGUAGE_RECIPES = {
     "Tied-LoRA r=24": Recipe("tied_lora", {"r": 24, "lora_alpha": 96} | _ALL, _rates(TiedLoRAAdapter, "language")),
     "VB-LoRA": _language_vb("language"),
     "VB-LoRA, the paper's rates": _language_vb("paper"),
+    "VB-LoRA, frozen bank": Recipe(
+        "vblora",
+        _LANGUAGE_BANK | _ALL | {"r": 32, "num_vectors": 4096, "topk": 1, "train_scales": True},
+        {"lr_scales": 0.3},  # its best rate in the search; twice of it diverges, so the default is lower
+        warm_up=WARM_UP,
+        frozen_bank=True,
+    ),
 }
 
 # What is drawn from when a method is tuned: the same number of draws for each.
@@ -180,6 +197,7 @@ LANGUAGE_SPACES: dict[str | None, Space] = {
     "tied_lora": _LANGUAGE_ANY
     | {"lr_factors": (1.5e-3, 3e-3, 6e-3), "lr_vectors": (1e-2, 3e-2), "lora_alpha": (24, 48, 96)},
     "vblora": _LANGUAGE_ANY | {"lr_bank": (1.5e-3, 3e-3, 6e-3, 1.2e-2), "lr_logits": (0.05, 0.15, 0.5)},
+    FROZEN_BANK: _LANGUAGE_ANY | {"lr_scales": (0.01, 0.03, 0.1, 0.3), "init_vector_bank_bound": (0.05, 0.1)},
 }
 
 

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import suites
+from benchmarks.quality import adapting, suites
 from benchmarks.quality.arguments import parse
 from benchmarks.quality.methods import CONFIGS, LANGUAGE_RECIPES, LANGUAGE_SPACES, RECIPES, SPACES, Recipe, draw
 from benchmarks.quality.tasks import Example, Task, read_tasks
@@ -159,6 +160,18 @@ def test_each_method_is_tuned_by_as_many_settings(method, recipes, spaces):
         CONFIGS[method](**changed.config)  # has such fields
         reached = changed.rates | changed.config | {"warm_up": changed.warm_up}
         assert {name: reached[name] for name in settings} == settings
+
+
+def test_a_frozen_bank_is_the_same_for_each_seed_and_not_the_adapters_own():
+    recipe = LANGUAGE_RECIPES["VB-LoRA, frozen bank"].changed({"num_vectors": 8, "vector_length": 4, "r": 2})
+    assert recipe.tuned_as in LANGUAGE_SPACES and "lr_bank" not in recipe.settings and "lr_scales" in recipe.settings
+    models = [nn.Sequential(nn.Linear(4, 8)) for _ in range(2)]
+    groups = [adapting.adapt(model, recipe, seed) for seed, model in enumerate(models)]
+    one, other = (model.get_parameter("vblora.default.bank.vectors") for model in models)
+    assert torch.equal(one, other) and not one.requires_grad and one.abs().max() > 0.04
+    rows = 2 * (1 + 2)
+    assert sum(parameter.numel() for group in groups[0] for parameter in group["params"] if group["lr"] == 0.1) == rows
+    assert adapting.stored(models[0], recipe) == 8  # 6 weights and 6 bytes of indices, rounded up
 
 
 def test_no_more_settings_are_drawn_than_there_are():

@@ -70,11 +70,11 @@ class VBLoRAAdapter(Adapter):
     """
 
     RATES: ClassVar = {
-        "default": {"bank": 3e-3, "logits": 0.5},
-        "language": {"bank": 1.2e-2, "logits": 0.4},
+        "default": {"bank": 3e-3, "logits": 0.5, "scales": 0.1},  # of scales: with a bank that was drawn up to 0.05
+        "language": {"bank": 1.2e-2, "logits": 0.4, "scales": 0.2},
         "paper": {"bank": 1e-3, "logits": 1e-2},  # its appendix A.1: for 20 to 160 epochs on GLUE
     }
-    FALLS: ClassVar = {"bank": 1.0}  # to 1.7e-3 at 4,096, where the paper's is 1e-3
+    FALLS: ClassVar = {"bank": 1.0, "scales": 1.0}  # the bank's to 1.7e-3 at 4,096, where the paper's is 1e-3
 
     logits: nn.Parameter | None
     scales: nn.Parameter | None

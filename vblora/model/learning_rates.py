@@ -19,8 +19,8 @@ from ..errors import VBLoRAWarning
 # The names of sets of rates; "paper" is VB-LoRA's alone. docs/training.md and docs/quality.md explain them.
 RECIPES = tuple(VBLoRAAdapter.RATES)
 _TUNED_WIDTH = 576  # of SmolLM2-135M
-# The rate of scales times the root mean square of the bank's entries: 0.1 for a bank that is drawn up to 0.05.
-_STEP_OF_SCALES = 0.1 * 0.05 / math.sqrt(3)
+# The root mean square of a bank that is drawn up to 0.05. The rates of scales in RATES are for such a bank.
+_SIZE_FOR_SCALES = 0.05 / math.sqrt(3)
 WARM_UP = 0.02  # share of the steps that warm up; with more, a task that starts on a plateau stays there
 
 # A learning rate is too low below this share of the lowest recipe's. The paper's logits need 20 epochs and more at 1e-2.
@@ -37,7 +37,7 @@ def rates_of(
     """The learning rate of each group, by a recipe or by what the model is.
 
     Args:
-        recipe: ``"auto"``, and a recipe that a method does not have, mean that for what the model is.
+        recipe: ``"auto"`` means that for what the model is. So do rates that a recipe lacks.
         methods: the classes of the adapters. Of two that have the same group, the lower rate counts.
         widths: numbers of input features of the adapted layers.
     """
@@ -45,19 +45,20 @@ def rates_of(
     narrowness = min(1.0, _TUNED_WIDTH / statistics.mode(widths)) if widths else 1.0
     rates: dict[str, float] = {}
     for method in methods:
-        kind = recipe if recipe in method.RATES else usual
-        for name, rate in method.RATES[kind].items():
-            if kind == "language":
+        own = method.RATES.get(recipe, {})
+        for name, rate in {**method.RATES[usual], **own}.items():
+            if recipe == "language" or (usual == "language" and name not in own):
                 rate *= narrowness ** method.FALLS.get(name, 0.0)
             rates[name] = min(rate, rates.get(name, rate))
     return rates
 
 
-def rate_of_scales(adapters: Iterable[Adapter]) -> float:
-    """The learning rate of scales: the largest bank decides. A collective call if a bank is sharded."""
+def rate_of_scales(rate: float, adapters: Iterable[Adapter]) -> float:
+    """The learning rate of scales, from that for a bank drawn up to 0.05: a step of a scale moves A and B by a vector, so the
+    largest bank decides. A collective call if a bank is sharded."""
     scaled = [adapter for adapter in adapters if isinstance(adapter, VBLoRAAdapter) and adapter.scales is not None]
     sizes = [gather_to_cpu(adapter.bank.vectors).float().square().mean().sqrt().item() for adapter in scaled]
-    return min(1.0, _STEP_OF_SCALES / max(sizes)) if any(sizes) else 0.1
+    return min(1.0, rate * _SIZE_FOR_SCALES / max(sizes)) if any(sizes) else rate
 
 
 def _generates(model: nn.Module) -> bool:

@@ -40,8 +40,9 @@ def parameter_groups(
             epochs on GLUE.
         lr_bank, lr_logits: learning rates of VB-LoRA's bank (3e-3; up to 1.2e-2 for language models; the paper's is 1e-3) and
             logits (0.5; 0.4; 1e-2).
-        lr_scales: learning rate of the scales of ``train_scales=True``. By default, it is 0.1 for a bank that was drawn up to
-            0.05, and less for larger vectors, since a step of a scale then moves A and B further.
+        lr_scales: learning rate of the scales of ``train_scales=True``. By default, it is 0.1 (up to 0.2 for language models)
+            for a bank that was drawn up to 0.05, and less for larger vectors, since a step of a scale then moves A and B
+            further.
         lr_factors: learning rate of LoRA's A and B (7e-4; up to 4e-3 for language models), and of the A and B that all layers of
             Tied-LoRA share (1.5e-3; up to 3e-3).
         lr_vectors: learning rate of VeRA's d and e (2e-2; up to 4e-2 for language models), and of Tied-LoRA's u and v (3e-2; up
@@ -67,9 +68,10 @@ def parameter_groups(
     adapters = _adapters(model)
     widths = [target.in_features for adapter in adapters for target in adapter.targets]
     rates = rates_of(recipe, model, map(type, adapters), widths)
-    rates["scales"] = rate_of_scales(adapters) if lr_scales is None else lr_scales
+    if "scales" in rates and lr_scales is None:
+        rates["scales"] = rate_of_scales(rates["scales"], adapters)
     rates["other"] = lr_other
-    given = {"bank": lr_bank, "logits": lr_logits, "factors": lr_factors, "vectors": lr_vectors}
+    given = {"bank": lr_bank, "logits": lr_logits, "scales": lr_scales, "factors": lr_factors, "vectors": lr_vectors}
     rates |= {name: rate for name, rate in given.items() if rate is not None}
     group_of = {
         parameter: name
