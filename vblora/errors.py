@@ -18,6 +18,7 @@ def in_options(error: Exception, *names: str) -> str:
         names: arguments of Python that are options of the command.
     """
     message = str(error).replace("pad=True", "--pad")
+    message = re.sub(r'form="([a-z-]+)"', r"--form \1", message)
     message = re.sub(rf"`({'|'.join(names)})`", lambda name: f"--{name[1].replace('_', '-')}", message)
     return message.replace(
         "Pass that as --bank.", "Give its file, or the folder of the adapter that holds it, as --bank."

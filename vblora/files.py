@@ -192,7 +192,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
         with open(path, "rb") as file, safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as tensors:
             yield file, tensors
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from None
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}.") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -236,7 +236,7 @@ def test_sizes_that_cannot_be_are_refused(name, tmp_path):
 def test_what_a_method_does_not_have_is_refused(tmp_path):
     model = vblora.inject(Net(blocks=1), CONFIGS["tied_lora"])
     for form in ("peft", "peft-topk"):
-        with pytest.raises(ValueError, match=f'`form` is "{form}", which a TiedLoraConfig does not have'):
+        with pytest.raises(ValueError, match=f'`form` is "{form}", which Tied-LoRA does not have'):
             vblora.save(model, tmp_path / "x", form=form)
     with pytest.raises(ValueError, match="has no bank"):
         vblora.save(model, tmp_path / "x", form="deploy", bank_dtype=torch.int8)

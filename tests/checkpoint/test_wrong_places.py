@@ -30,6 +30,10 @@ def test_an_adapter_of_another_base_model_names_its_layer(saved, tmp_path):
     with pytest.raises(ValueError, match=message):
         vblora.load(model := bert(), saved)
     assert not hasattr(model, "vblora")
+    # Of other widths, which `vector_length` does not divide: the error is not about that.
+    with pytest.raises(ValueError, match=r"other layers than the model's: `.*q_proj` is 32 -> 32 there, 40 -> 40 here"):
+        vblora.load(model := llama(hidden_size=40), saved)
+    assert not hasattr(model, "vblora")
     config = vblora.VBLoRAConfig(
         r=2, num_vectors=16, vector_length=8, target_modules="all-linear", modules_to_save=["classifier"]
     )

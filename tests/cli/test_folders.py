@@ -186,8 +186,12 @@ def test_refuses_a_damaged_checkpoint_of_the_papers_repository(change, message, 
 
 
 def test_says_what_is_wrong_with_folders(tmp_path, capsys):
-    _, model = trained(bert)
+    plain, model = trained(bert)
     vblora.save(model, tmp_path / "src")
+    shutil.copytree(tmp_path / "src", tmp_path / "own" / "kept")
+    plain.save_pretrained(base := tmp_path / "own" / "base")
+    (tmp_path / "own" / "x.gguf").touch()
+    before = files(tmp_path / "src")
     (tmp_path / "file").write_text("x")
     for command, message in {
         ("convert", tmp_path / "none", tmp_path / "dst"): "SRC: there is no",
@@ -205,18 +209,37 @@ def test_says_what_is_wrong_with_folders(tmp_path, capsys):
             "2",
         ): "--topk: applies only to a checkpoint of the paper's",
         ("convert", tmp_path, tmp_path / "dst"): "SRC: .* sub-folders src",
+        ("convert", tmp_path / "src", tmp_path / "src", "--overwrite"): "DST: .* is also SRC, which would be lost",
+        (
+            "convert",
+            tmp_path / "src",
+            tmp_path / "own",
+            *("--bank", tmp_path / "own" / ".." / "own", "--overwrite"),
+        ): "DST: .* is also --bank, which would be lost",
+        ("convert", base, tmp_path / "dst"): "SRC: .* neither an adapter nor a checkpoint of the paper's",
         ("convert", tmp_path / "src", tmp_path / "dst", "--bank", tmp_path / "file"): "--bank: .* damaged",
         ("info", tmp_path / "none"): "FOLDER: there is no folder",
         ("info", tmp_path): "FOLDER: .* sub-folders src",
         ("merge", tmp_path / "none", tmp_path / "src", tmp_path / "dst"): "BASE: there is no folder",
-        ("merge", tmp_path / "src", tmp_path / "src", tmp_path / "dst"): "BASE: .* holds no model.safetensors",
+        ("merge", tmp_path / "src", base, tmp_path / "dst"): "ADAPTER: .* holds a model, not an adapter",
+        (
+            "merge",
+            tmp_path / "src",
+            tmp_path / "src",
+            tmp_path / "dst",
+        ): "BASE: .* is the folder of an adapter: give the base",
+        ("merge", tmp_path / "own", tmp_path / "src", tmp_path / "dst"): "BASE: .* Give a .gguf file in it: .*x.gguf",
         ("merge", tmp_path / "src", tmp_path / "src", tmp_path / "src"): "OUT: the folder .* is not empty",
         ("merge", tmp_path / "src", tmp_path / "none", tmp_path / "dst"): "ADAPTER: there is no folder",
     }.items():
         form = ("--form", "deploy") * (command[0] == "convert")
         assert re.search(message, fails(capsys, *command, *form)), message
     assert not (tmp_path / "dst").exists()
-    assert run("convert", tmp_path / "src", tmp_path / "src", "--form", "deploy", "--overwrite") == 0
+    assert files(tmp_path / "src") == before
+    shutil.copytree(tmp_path / "src", tmp_path / "dst")
+    assert run("convert", tmp_path / "src", tmp_path / "dst", "--form", "deploy", "--overwrite") == 0
+    wrong_form = fails(capsys, "convert", tmp_path / "dst", tmp_path / "x", "--form", "peft")
+    assert "--form peft-topk holds what inference needs" in wrong_form
 
 
 def test_git_lfs_pointers_are_named(tmp_path, capsys):
@@ -587,10 +610,15 @@ def test_merges_into_a_gguf_file(tmp_path, capsys):
     pytest.importorskip("gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from vblora.finetune.models import load_model
+
     base = save_gguf(tmp_path / "base.gguf")
-    load = {"pretrained_model_name_or_path": tmp_path, "gguf_file": base.name, "dtype": torch.float32}
-    _, model = trained(lambda: AutoModelForCausalLM.from_pretrained(**load), target_modules="all-linear")
+    _, model = trained(
+        lambda: load_model(AutoModelForCausalLM, str(base), "model", dtype=torch.float32), target_modules="all-linear"
+    )
     vblora.save(model, tmp_path / "adapter")
+    assert run("info", tmp_path / "adapter") == 0
+    assert str(base.name) in capsys.readouterr().out  # what `merge` takes, and not the folder
     with vblora.disabled(model):
         trained_with = fingerprint(model)
     for name, given, warned in (("same", trained_with, False), ("out", dict.fromkeys(trained_with, "other"), True)):

@@ -297,6 +297,7 @@ def refuse(finetune, capsys, tmp_path, *arguments, **options) -> str:
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 BAD_FILES = {
     "no such column": ("rows.csv", "text,lable\na,b\n", r"--label-column: .* no column 'label'; did you mean 'lable'\?"),
+    "texts alone": ("rows.jsonl", '{"text": "a"}\n', "--task: .* has only the column 'text'.* Give --task causal-lm"),
     "column twice": ("rows.csv", "text,text,label\na,b,c\n", r"--text-column: .*rows.csv has several columns 'text'\.$"),
     "semicolons": ("rows.csv", "text;label\na;x\n", "--text-column: .*are separated by semicolons.* Save it with commas"),
     "a language model's": ("rows.jsonl", '{"messages": []}\n', "--task: .*'messages'. Give --task causal-lm"),
@@ -415,6 +416,9 @@ def test_no_report_of_another_adapter_stays(finetune, table, tmp_path, capsys, m
 
 def test_a_bad_model_is_refused(finetune, tiny_model, table, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
     config_only = tmp_path / "config-only"
     config_only.mkdir()
     (config_only / "config.json").write_text('{"model_type": "bert"}')
@@ -429,6 +433,7 @@ def test_a_bad_model_is_refused(finetune, tiny_model, table, tmp_path, capsys):
         tmp_path / "nowhere": "--model: there is no folder",
         tmp_path / "empty": "--model: the folder .* has no config.json",
         table: "--model: .* is a file",
+        adapter: "--model: .* is the folder of an adapter. Give the base model",
         config_only: "--model: no (tokenizer|sequence classifier) can be loaded",
         "no-such-model-anywhere": "--model: no tokenizer .*'no-such-model-anywhere', which is no folder here",
         "nowhere.gguf": "--model: there is no file nowhere.gguf",

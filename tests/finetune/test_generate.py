@@ -136,6 +136,14 @@ def test_an_adapter_knows_its_base_and_its_template(base, adapters, tmp_path, ca
         options = ["--adapter", adapter, "--prompt", "who", "--max-new-tokens", "6", "--precision", "float32"]
         assert main(["generate", *map(str, options)]) == 0
         assert capsys.readouterr().out.strip() == completion(base, adapter, "who", chat=False)
+        # A project that has moved: the config still leads to the model. Where it does not, the error says who named the model.
+        (adapter / "finetune.json").write_text(json.dumps({"model": str(tmp_path / "old"), "chat_template": "none"}))
+        assert main(["generate", *map(str, options)]) == 0
+        assert capsys.readouterr().out.strip() == completion(base, adapter, "who", chat=False)
+        lost = shutil.copytree(adapter, tmp_path / "lost")
+        (lost / "adapter_config.json").write_text("{}")
+        assert main(["generate", "--adapter", str(lost), "--prompt", "who"]) == 2
+        assert f"The adapter in {lost} names this base model; --model gives" in capsys.readouterr().err
         template = tmp_path / "template.jinja"
         template.write_text(TEMPLATE)
         assert main(["generate", *map(str, options), "--chat-template", str(template)]) == 0
@@ -175,13 +183,13 @@ def test_a_chat_that_ends_with_the_assistant_is_completed_as_in_training(base, t
         ([], "--prompt or --data: give one of them"),
         (["--prompt", "a", "--data", "x"], "--prompt or --data: give one of them"),
         (["--prompt", "a", "--adapter", "."], "--adapter: . is neither the folder of an adapter"),
-        (["--prompt", "a", "--adapter", "ADAPTERS"], "--adapter-column: there are 2 adapters"),
+        (["--prompt", "a", "--adapter", "ADAPTERS"], "--adapter: there are 2 adapters: one, two. Give the folder of one"),
         (
             ["--data", "ROWS", "--adapter", "ADAPTERS", "--adapter-column", "who", "--bank", "nowhere"],
             "--bank: nowhere is missing",
         ),
         (["--prompt", "a", "--adapter", "nowhere"], "--adapter: there is no folder nowhere"),
-        (["--prompt", "a", "--output", "x.txt"], "--output: the format of x.txt is unknown"),
+        (["--prompt", "a", "--output", "x.txt"], "x.txt is unknown; its name must end in .csv, .tsv, .jsonl.\n"),
         (["--prompt", "a", "--num-beams", "2", "--temperature", "1"], "beam search does not sample. Give one"),
         (["--data", "ROWS", "--prompt-column", "x"], "line 1: there is no column 'x', only 'prompt', 'who'"),
         (

@@ -94,6 +94,7 @@ def test_trains_measures_saves_and_reloads(finetune, base, pairs, tmp_path, caps
     losses = [entry["eval_loss"] for entry in saved["log"] if "eval_loss" in entry]
     assert results["loss_after"] == min(losses)  # the best of all epochs
     assert "Loaded again" in printed.out and "bit for bit" in printed.out
+    assert f"Use it with: vblora generate --adapter {tmp_path / 'out'} --prompt" in printed.out
     assert results["steps"] == 60 == len([entry for entry in saved["log"] if "loss" in entry])
 
     widths = 2 * (2 * 64 + 2 * 48 + 3 * 96)
@@ -263,7 +264,10 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(
 
     assert "nothing was left to train" not in capsys.readouterr().err
     assert finetune(*options, "--resume") == 0
-    assert "nothing was left to train" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "nothing was left to train" in printed.err and re.search(r"tokens per second +│ +│ +– │", printed.out)
+    results = results_of(tmp_path / "out")["results"]
+    assert results["seconds_per_step"] is results["tokens_per_second"] is None
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
 
     assert "library_name: vblora" in (tmp_path / "out" / "README.md").read_text()  # and not TRL's card
@@ -429,6 +433,7 @@ def test_few_steps_are_warned_of(finetune, pairs, tmp_path, capsys):
         ),
         (["--no-baseline"], "--no-baseline is for --task classification"),
         (["--prompt-column", "promt"], "--prompt-column: .* has no column 'promt'; did you mean 'prompt'"),
+        (["--prompt-column", "completion"], "--completion-column: is 'completion', as is --prompt-column"),
         (["--chat-template", "nowhere.jinja"], "--chat-template: nowhere.jinja cannot be read"),
         (["--max-length", "100"], "--max-length: is 100, but this model reads at most 64 tokens"),
         (["--max-length", "4"], "--max-length: none of the .* has anything to learn in its first 4 tokens"),
@@ -490,7 +495,7 @@ def test_a_second_adapter_shares_the_bank_of_the_first(finetune, base, pairs, tm
             "has 16 vectors of length 16, but --num-vectors or --vector-length is another number",
         ),
         (["--bank", tmp_path], "is a folder without adapter_model.safetensors"),
-        (["--output", first, "--overwrite"], "--output: is also --bank"),
+        (["--output", first, "--overwrite"], "is also --bank"),
     ):
         assert finetune("--data", pairs, "--bank", first, *wrong) == 2
         printed = capsys.readouterr()

@@ -89,3 +89,9 @@ def test_other_methods_have_no_bank(tmp_path, capsys):
     vblora.save(vblora.inject(Net(blocks=1), vblora.LoraConfig(target_modules=["up"])), tmp_path / "lora")
     assert main(["plot", str(tmp_path / "lora"), "--json"]) == 2
     assert "is a lora adapter, which has no bank" in capsys.readouterr().err
+    for options, told in (
+        (["x.jpg"], "must be a .png file."),
+        (["x.png", "--json"], "--output has no effect, because --json"),
+    ):
+        assert main(["plot", str(tmp_path / "lora"), "--output", *options]) == 2
+        assert told in capsys.readouterr().err

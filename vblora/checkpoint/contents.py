@@ -146,11 +146,11 @@ class Contents(ABC):
 
     # Into a model
 
-    def in_order(self, targets: tuple[Target, ...]) -> "Contents":
-        """The same contents with their layers in the order of ``targets``.
+    def check_layers(self, targets: tuple[Target, ...]) -> None:
+        """Checks that these contents are for the layers ``targets``.
 
         Raises:
-            ValueError: ``targets`` are other layers or have other widths. The message names the first that differs.
+            ValueError: they are other layers or have other widths. The message names the first that differs.
         """
         own = {target.name: target for target in self.targets}
         wanted = {target.name: target for target in targets}
@@ -169,9 +169,18 @@ class Contents(ABC):
                 raise ValueError(
                     f"it is for other layers than the model's: `{name}` is {there} there, {here}{also} here."
                 )
-        if list(own) == list(wanted):
+
+    def in_order(self, targets: tuple[Target, ...]) -> "Contents":
+        """The same contents with their layers in the order of ``targets``.
+
+        Raises:
+            ValueError: :meth:`check_layers` refuses ``targets``.
+        """
+        self.check_layers(targets)
+        own, wanted = ([target.name for target in layers] for layers in (self.targets, targets))
+        if own == wanted:
             return self
-        return self._reordered(targets, [list(own).index(name) for name in wanted])
+        return self._reordered(targets, [own.index(name) for name in wanted])
 
     @abstractmethod
     def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> "Contents":

@@ -73,7 +73,7 @@ class FlatContents(Contents):
     def encode(self, form: str, bank_dtype: torch.dtype | None, bank_file: BankFile | None) -> dict[str, Tensor]:
         if bank_dtype is not None:
             raise ValueError(
-                f"`bank_dtype` is {bank_dtype}, but a {type(self.config).__name__} has no bank. Leave it out."
+                f"`bank_dtype` is {bank_dtype}, but the adapter is not VB-LoRA, so it has no bank. Leave it out."
             )
         return dict(self.tensors)
 

@@ -216,11 +216,19 @@ def _check_files(path: Path) -> None:
         raise FileNotFoundError(
             f"{path} is missing. There are adapters in its sub-folders {', '.join(inner)}: pass one of those."
         )
+    if _holds_model(folder):
+        raise FileNotFoundError(
+            f"{path} is missing: {folder} holds a model, not an adapter. Pass the adapter's folder."
+        )
+
+
+def _holds_model(folder: Path) -> bool:
+    weights = [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]
+    return bool(weights) and (folder / "config.json").exists()
 
 
 def _warn_of_model(folder: Path) -> None:
-    weights = [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]
-    if weights and (folder / "config.json").exists():
+    if _holds_model(folder):
         warnings.warn(
             f"{folder} holds a model beside the adapter. From now on, from_pretrained would try to add the adapter to that "
             "model. Save the adapter into a folder of its own.",

@@ -67,7 +67,6 @@ def encode_for_peft(contents: Contents, form: str, base_model: str | None) -> tu
     """
     encoders = {**METHODS[type(contents.config)].peft_encoders, **ANY_METHOD}
     if form not in encoders:
-        raise ValueError(
-            f'`form` is "{form}", which a {type(contents.config).__name__} does not have; form="lora" holds the same update.'
-        )
+        method = METHODS[type(contents.config)].title.partition(" (")[0]
+        raise ValueError(f'`form` is "{form}", which {method} does not have; form="lora" holds the same update.')
     return encoders[form](contents, base_model)

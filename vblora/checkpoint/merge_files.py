@@ -159,8 +159,14 @@ def _read_headers(base: Path) -> dict[str, _Stored]:
             if Path(shard).name != shard:
                 raise ValueError(f"{index} names {shard!r}, which is not a file of the same folder.")
     else:
-        pickles = " vblora does not read the pickles in it: load the model and save it again." * any(base.glob("*.bin"))
-        raise FileNotFoundError(f"{base} holds no model.safetensors and no model.safetensors.index.json.{pickles}")
+        advice = ""
+        if (base / _ADAPTER).is_file():
+            advice = " It is the folder of an adapter: give the base model's first, then the adapter's."
+        elif gguf := sorted(base.glob("*.gguf")):
+            advice = f" Give a .gguf file in it: {', '.join(map(str, gguf))}."
+        elif any(base.glob("*.bin")):
+            advice = " vblora does not read the pickles in it: load the model and save it again."
+        raise FileNotFoundError(f"{base} holds no model.safetensors and no model.safetensors.index.json.{advice}")
     stored = {}
     for shard in shards:
         with open_tensors(base / shard) as file:

@@ -37,6 +37,7 @@ def read(path: Path, topk: int | None = None) -> VBLoRAContents:
     _refuse_pickles(path)
     tensors, _ = read_tensors(file)
     try:
+        _refuse_other_models(tensors)
         contents = _decode(tensors, _topk(file.with_name("config.json"), topk))
         contents.check()
     except (TypeError, ValueError) as error:
@@ -54,6 +55,15 @@ def _refuse_pickles(path: Path) -> None:
             "state = torch.load(file, weights_only=True); safetensors.torch.save_file({name: tensor.clone() for name, tensor in "
             f'state.items()}}, "{_FILE}")'
         )
+
+
+def _refuse_other_models(tensors: dict[str, Tensor]) -> None:
+    parts = {name.rpartition(".")[2] for name in tensors}
+    for part in ("logits_A", "vector_bank"):
+        if part not in parts:
+            raise ValueError(
+                f"it holds no tensor `<layer>.{part}`, so it is neither an adapter nor a checkpoint of the paper's repository."
+            )
 
 
 def _topk(config: Path, topk: int | None) -> int:
@@ -78,8 +88,6 @@ def _decode(tensors: dict[str, Tensor], topk: int) -> VBLoRAContents:
             others[name] = tensor
     banks = {layer: parts.pop("vector_bank") for layer, parts in layers.items() if "vector_bank" in parts}
     layers = {layer: parts for layer, parts in layers.items() if parts}
-    if not layers or not banks:
-        raise ValueError(f"it holds no tensor `<layer>.{'logits_A' if not layers else 'vector_bank'}`.")
     bank = next(iter(banks.values())).float()
     for layer, other in banks.items():
         if not torch.equal(other.float(), bank):

@@ -1,6 +1,7 @@
 """Between a model and a folder: ``vblora.save`` and ``vblora.load``."""
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..bank import VectorBank
 from ..distributed import gather_to_cpu, is_sharded, rank, reshard, shard_like
-from ..layers.kinds import Conv1D
+from ..layers.kinds import Conv1D, target_of
 from ..model.attached import AttachedAdapter
 from ..model.completeness import check_completeness
 from ..model.inject import Plan
@@ -190,7 +191,8 @@ def load(
 
 
 def _refuse_other_base(contents: Contents, model: nn.Module) -> None:
-    """Refuses an adapter of layers that the model lacks, before its config, which was for another model, is applied."""
+    """Refuses an adapter of layers that the model lacks or has in other widths, before its config, which was for another model,
+    is applied."""
     refuse_peft_layers(model)  # PEFT's layers stand where the adapter's were
     modules = base_modules(model)
     lacking = next((target.name for target in contents.targets if target.name not in modules), None)
@@ -198,6 +200,8 @@ def _refuse_other_base(contents: Contents, model: nn.Module) -> None:
         raise ValueError(
             f"it is for other layers than the model's: it updates `{lacking}`, but {type(model).__name__} has no such module."
         )
+    with suppress(TypeError):  # a module that cannot be adapted, which `Plan` names
+        contents.check_layers(tuple(target_of(target.name, modules[target.name]) for target in contents.targets))
 
 
 def contents_of(source: AttachedAdapter) -> Contents:

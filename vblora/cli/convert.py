@@ -51,6 +51,10 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_output("DST", arguments.dst, overwrite=arguments.overwrite, instead=", or --overwrite")
+    from ..finetune.outputs import refuse_same_folder
+
+    refuse_same_folder("DST", arguments.dst, "SRC", arguments.src)
+    refuse_same_folder("DST", arguments.dst, "--bank", arguments.bank)
     if arguments.bank_dtype is not None and arguments.form != "deploy":
         raise CommandError(f"--bank-dtype: is {arguments.bank_dtype}, but only --form deploy may round the bank.")
     adapter = _read(arguments)

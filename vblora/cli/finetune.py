@@ -290,7 +290,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..finetune import task as tasks
     from ..finetune.checkpoints import find_checkpoint
     from ..finetune.injection import check_adapter
-    from ..finetune.notices import say
+    from ..finetune.notices import say, say_default_model
     from ..finetune.scores import check_bleu
 
     check_adapter(arguments)
@@ -299,11 +299,13 @@ def _run(arguments: argparse.Namespace) -> int:
         check_bleu(arguments.bleu)
         texts = tasks.read_language_task(arguments)
         say(str(texts))
+        say_default_model(arguments.model, texts.model)
         from ..finetune import language as program  # imports TRL, which is slow: only after all other checks
 
         return program.run(arguments, texts, checkpoint)
     task = tasks.read_task(arguments)
     say(str(task))
+    say_default_model(arguments.model, task.model)
     from ..finetune import training  # imports transformers
 
     return training.run(arguments, task, checkpoint)

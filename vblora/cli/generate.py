@@ -83,19 +83,17 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_idle("--bank", bool(arguments.bank and not arguments.adapter), "there is no --adapter that could need it")
     from ..finetune import adapters
     from ..finetune.outputs import check_output_file
-    from ..finetune.task import find_model, read_template
+    from ..finetune.task import read_template
 
     check_output_file(arguments.output, arguments.overwrite)
     folders = adapters.find_folders(arguments.adapter)
-    if len(folders) > 1 and arguments.adapter_column is None:
-        raise CommandError(
-            f"--adapter-column: there are {len(folders)} adapters. Name the column with the adapter of each row."
-        )
+    if arguments.adapter_column is None:
+        adapters.refuse_several(folders)
     runs = [adapters.read_run(folder) for folder in folders.values()]
     for run in runs:
         if run.is_language_model is False:
             raise CommandError(f"--adapter: {run.folder} is a classifier's adapter. Use vblora predict.")
-    model = find_model(adapters.find_base(arguments.model, runs))
+    model = adapters.find_base(arguments.model, runs)
     template = arguments.chat_template
     if template is None:
         told = [run for run in runs if run.report.get("chat_template") is not None]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CommandError
 from .folders import add_adapter, add_bank, read_adapter, require
+from .options import refuse_idle
 
 if TYPE_CHECKING:
     from .folders import Subparsers
@@ -33,8 +34,9 @@ def add_parser(subparsers: "Subparsers") -> None:
 def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         require("matplotlib", extra="plot")
-    if arguments.output is not None and (arguments.output.suffix != ".png" or arguments.json):
-        raise CommandError(f"--output: is {arguments.output}, but must be a .png file, and is not for --json.")
+    refuse_idle("--output", arguments.json and arguments.output is not None, "--json draws no picture")
+    if arguments.output is not None and arguments.output.suffix != ".png":
+        raise CommandError(f"--output: is {arguments.output}, but must be a .png file.")
     adapter = read_adapter("FOLDER", arguments.folder, arguments.bank)
     from ..checkpoint.vblora import VBLoRAContents
     from ..finetune.bank_use import bank_use

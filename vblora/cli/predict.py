@@ -49,7 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..finetune import adapters
     from ..finetune.data import Columns
     from ..finetune.outputs import check_output_file
-    from ..finetune.task import find_model
 
     check_output_file(arguments.output, arguments.overwrite)
     if not arguments.adapter:
@@ -57,15 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
             "--adapter: missing. Give the folder of the adapter, which also contains the classifier's head."
         )
     folders = adapters.find_folders(arguments.adapter)
-    if len(folders) > 1 and arguments.adapter_column is None:
-        raise CommandError(
-            f"--adapter-column: there are {len(folders)} adapters. Name the column with the adapter of each row."
-        )
+    if arguments.adapter_column is None:
+        adapters.refuse_several(folders)
     runs = {name: adapters.read_run(folder) for name, folder in folders.items()}
     for run in runs.values():
         if run.is_language_model:
             raise CommandError(f"--adapter: {run.folder} is a language model's adapter. Use vblora generate.")
-    model = find_model(adapters.find_base(arguments.model, list(runs.values())))
+    model = adapters.find_base(arguments.model, list(runs.values()))
     found = list(runs.values())
     texts = [run.arguments.get("text_column") or "text" for run in found]
     pairs = [run.arguments.get("pair_column") for run in found]

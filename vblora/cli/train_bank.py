@@ -112,11 +112,14 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_undecodable("--output", arguments.output)
     check_output("--output", arguments.output, overwrite=arguments.overwrite, instead=", or --overwrite")
     from ..finetune.injection import check_adapter
+    from ..finetune.notices import say_default_model
 
     check_adapter(arguments)
     tasks = _read_tasks(arguments)
     for name, task in tasks.items():
         print(f"{name}: {task}", flush=True)
+    (model,) = {task.model for task in tasks.values()}
+    say_default_model(arguments.model, model)
     from ..finetune import shared_bank  # imports transformers, which is slow: only after all other checks
 
     with removed_if_empty(arguments.output):

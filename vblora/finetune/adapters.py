@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..checkpoint.folder import CONFIG_FILE, TENSORS_FILE
 from ..checkpoint.json_objects import JsonObject, as_list, optional_field, read_object, shortened
 from ..errors import CommandError
 from ..files import sha256
-from .task import RESULTS_FILE
+from .task import RESULTS_FILE, find_model
 
 
 @dataclass
@@ -29,7 +30,11 @@ class AdapterRun:
 
     @property
     def base_model(self) -> str | None:
-        return self.report.get("model") or self.config.get("base_model_name_or_path")
+        """The path or name of the base model. ``finetune.json`` has the whole path, the config the one that the user gave: if a
+        project has moved, the latter may still lead to the model."""
+        told = [self.report.get("model"), self.config.get("base_model_name_or_path")]
+        names = [name for name in told if name]
+        return next((name for name in names if Path(name).exists()), names[0] if names else None)
 
     @property
     def is_language_model(self) -> bool | None:
@@ -178,17 +183,38 @@ def find_folders(given: list[Path]) -> dict[str, Path]:
     return folders
 
 
+def refuse_several(folders: dict[str, Path]) -> None:
+    """Refuses several adapters if no column says which one a row uses."""
+    if len(folders) > 1:
+        names = ", ".join(islice(folders, 8)) + ", ..." * (len(folders) > 8)
+        raise CommandError(
+            f"--adapter: there are {len(folders)} adapters: {names}. Give the folder of one, or with --data the column that "
+            "names the adapter of each row, as --adapter-column."
+        )
+
+
 def find_base(given: str | None, runs: list[AdapterRun]) -> str:
-    """The base model: the one that is given, or that the adapters name.
+    """The base model, checked: the one that is given, or that the adapters name.
 
     Raises:
-        CommandError: they name none, or several.
+        CommandError: they name none, or several, or one that is not there.
     """
     if given is not None:
-        return given
-    names = {run.base_model for run in runs if run.base_model is not None}
-    if len(names) != 1:
+        return find_model(given)
+    if not runs:
+        raise CommandError("--model: missing. Give the model that completes the prompts, or --adapter.")
+    folders = {run.base_model: run.folder for run in runs if run.base_model is not None}
+    if not folders:
+        raise CommandError("--model: the adapters name no base model. Give it.")
+    if len(folders) > 1:
         raise CommandError(
-            f"--model: the adapters name {len(names) or 'no'} base models. Give the one to use as --model."
+            f"--model: the adapters name several base models: {', '.join(folders)}. Give the one to use, or run them one after "
+            "the other."
         )
-    return names.pop()
+    ((name, folder),) = folders.items()
+    try:
+        return find_model(name)
+    except CommandError as error:
+        raise CommandError(
+            f"{error} The adapter in {folder} names this base model; --model gives another place."
+        ) from None

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 import shutil
 import signal
 import threading
@@ -113,11 +114,13 @@ def warn_of_few_steps(
     return message
 
 
-def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Trainer, checkpoint: str | None) -> float:
+def fit(
+    arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Trainer, checkpoint: str | None
+) -> float | None:
     """Trains, from a checkpoint if there is one, and saves the adapter: the best of all epochs, or after Ctrl-C the last.
 
     Returns:
-        Seconds a step, without evaluating and saving.
+        Seconds a step, without evaluating and saving; None if nothing was left to train.
 
     Raises:
         CommandError: training diverged or was interrupted, or the adapter cannot be written.
@@ -172,7 +175,13 @@ def fit(arguments: argparse.Namespace, task: Task | LanguageTask, trainer: Train
             "evaluate it.",
             130,
         )
-    return progress.seconds / max(progress.steps, 1)
+    return progress.seconds / progress.steps if progress.steps else None
+
+
+def print_next(arguments: argparse.Namespace, command: str, what: str) -> None:
+    """Prints the command that uses the trained adapter."""
+    bank = "" if arguments.bank is None else f" --bank {shlex.quote(str(arguments.bank))}"
+    print(f"Use it with: vblora {command} --adapter {shlex.quote(str(arguments.output))}{bank} {what}")
 
 
 def _go_on(trainer: Trainer) -> str:

@@ -14,6 +14,7 @@ from ..layers.kinds import target_of
 from ..model.inject import Plan
 from ..model.targets import find_targets
 from .adapters import read_bank
+from .outputs import refuse_same_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +46,7 @@ def check_fits(
         return
     bank = _read_bank(arguments)
     config = _config(arguments, bank, modules_to_save)
-    with warnings.catch_warnings(action="ignore"), _named_as_options(model):  # `inject` warns
+    with warnings.catch_warnings(action="ignore"), _named_as_options(arguments, model):  # `inject` warns
         _set_length(arguments, config, model, bank)
         Plan(model, config)
 
@@ -66,7 +67,7 @@ def inject(
     """
     bank = _read_bank(arguments) or bank
     config = _config(arguments, bank, modules_to_save)
-    with _named_as_options(model):
+    with _named_as_options(arguments, model):
         _set_length(arguments, config, model, bank)
         vblora.inject(model, config, bank=bank, freeze_bank=arguments.bank is not None)
 
@@ -80,18 +81,20 @@ def _set_length(
 
 
 @contextmanager
-def _named_as_options(model: "nn.Module") -> Iterator[None]:
+def _named_as_options(arguments: argparse.Namespace, model: "nn.Module") -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise CommandError(f"the adapter does not fit {type(model).__name__}: {in_options(error, *_OPTIONS)}") from None
+        message = in_options(error, *_OPTIONS)
+        if arguments.bank is not None:
+            message = message.replace("--vector-length is", "the length of the vectors of --bank is")
+        raise CommandError(f"the adapter does not fit {type(model).__name__}: {message}") from None
 
 
 def _read_bank(arguments: argparse.Namespace) -> vblora.VectorBank | None:
     if arguments.bank is None:
         return None
-    if arguments.bank.is_dir() and arguments.bank.resolve() == arguments.output.resolve():
-        raise CommandError("--output: is also --bank, so the bank would be lost. Give another folder.")
+    refuse_same_folder("--output", arguments.output, "--bank", arguments.bank)
     return read_bank(arguments.bank)
 
 

@@ -127,6 +127,7 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
             f"the adapter in {arguments.output}, loaded again, gives other logits than the trained one.", 1
         )
     print(f"Loaded again from {arguments.output}: the same logits, bit for bit.")
+    fitting.print_next(arguments, "generate", '--prompt "..."')
     return 0
 
 
@@ -421,7 +422,7 @@ def _results(
     count: ParameterCount,
     train: Rows,
     held_out: Rows,
-    seconds: float,
+    seconds: float | None,
 ) -> LanguageResults:
     adapter = attached_adapter(trainer.model).adapter
     layers = [(target.in_features, target.out_features) for target in adapter.targets]

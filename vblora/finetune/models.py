@@ -63,9 +63,11 @@ def load_model(auto: Any, model: str, what: str, load_in: str | None = None, **o
         four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": options["dtype"]} if load_in == "4bit" else {}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**{f"load_in_{load_in}": True}, **four)
     try:
-        return auto.from_pretrained(*_place(model), **_gguf(model), **options)
+        loaded: PreTrainedModel = auto.from_pretrained(*_place(model), **_gguf(model), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CommandError(f"--model: no {what} can be loaded from {_named(model)}: {first_sentence(error)}") from None
+    loaded.config._name_or_path = model  # of a GGUF file, transformers keeps only the folder
+    return loaded
 
 
 def _named(model: str) -> str:

@@ -19,6 +19,12 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def say_default_model(given: str | None, model: str) -> None:
+    """Says which base model is used if none was given."""
+    if given is None:
+        say(f"The base model is {model}, because --model was not given.")
+
+
 def print_warning(message: str, command: str = "finetune") -> None:
     if is_main_process():
         print(f"vblora {command}: warning: {message}", file=sys.stderr, flush=True)

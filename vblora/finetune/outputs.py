@@ -36,6 +36,19 @@ def check_output_file(path: Path | None, overwrite: bool) -> None:
         raise CommandError(f"--output: the folder {folder} cannot be written to: {error.strerror}.") from None
 
 
+def refuse_same_folder(argument: str, folder: Path, other: str, source: Path | None) -> None:
+    """Refuses a folder to write that is also read.
+
+    Args:
+        argument, other: what the user calls the two, for the message.
+
+    Raises:
+        CommandError: they are the same.
+    """
+    if source is not None and source.is_dir() and source.resolve() == folder.resolve():
+        raise CommandError(f"{argument}: {folder} is also {other}, which would be lost. Give another folder.")
+
+
 def check_columns(path: Path | None, first: Iterable[str], other: Iterable[str]) -> None:
     """Refuses rows of different columns in a table.
 

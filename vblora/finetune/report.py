@@ -27,7 +27,7 @@ class Results:
     stored: int
     file_bytes: int
     lora_bytes: int
-    seconds_per_step: float
+    seconds_per_step: float | None  # None if a resumed run had nothing left to train
     steps: int
     best_epoch: float | None
     warnings: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class LanguageResults:
     cut_rows: int  # longer than --max-length
     left_out_rows: int  # of those, the ones in which nothing to learn remained
     tokens: int  # that were trained on, prompts included
-    seconds_per_step: float
+    seconds_per_step: float | None  # None if a resumed run had nothing left to train
     steps: int
     best_epoch: float | None
     trainable: int
@@ -69,8 +69,8 @@ class LanguageResults:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds_per_step * self.steps, 1e-9)
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / (self.seconds_per_step * self.steps) if self.seconds_per_step else None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"tokens_per_second": self.tokens_per_second}
@@ -110,7 +110,7 @@ def print_table(results: Results, console: Console) -> None:
     table.add_row(f"LoRA r={LORA_RANK} of the same layers and head, as float32", _size(results.lora_bytes))
     table.add_section()
     table.add_row("training steps", f"{results.steps:,}")
-    table.add_row("seconds per step", f"{results.seconds_per_step:.3f}")
+    table.add_row("seconds per step", _number(results.seconds_per_step, ".3f"))
     if results.best_epoch is not None:
         table.caption = (
             f"The adapter is that of epoch {results.best_epoch:.4g}, whose held-out {metric} was the highest."
@@ -134,8 +134,8 @@ def print_language_table(results: LanguageResults, console: Console) -> None:
         "adapter file on disk": _size(results.file_bytes),
         f"LoRA r={LORA_RANK} of the same layers, as float32": _size(results.lora_bytes),
         "training steps": f"{results.steps:,}",
-        "seconds per step": f"{results.seconds_per_step:.3f}",
-        "tokens per second": f"{results.tokens_per_second:,.0f}",
+        "seconds per step": _number(results.seconds_per_step, ".3f"),
+        "tokens per second": _number(results.tokens_per_second, ",.0f"),
     }
     for name, value in rows.items():
         table.add_row(name, "", value)
@@ -170,6 +170,10 @@ def _shortened(text: str, length: int = 300) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _size(count: int) -> str:

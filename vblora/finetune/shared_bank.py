@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -176,8 +177,9 @@ def _report(
             f"{result['adapter_bytes'] / 1024:,.0f} KiB",
         )
     Console().print(table)
-    task = " --task causal-lm" if arguments.task == "causal-lm" else ""
-    print(
-        f"The bank: {bank}, {report['bank_bytes'] / 1024:,.0f} KiB. Another adapter of it: vblora finetune{task} --bank {bank} "
-        "--data FILE"
-    )
+    options = " --task causal-lm" if arguments.task == "causal-lm" else ""
+    if arguments.model is not None:
+        options += f" --model {shlex.quote(arguments.model)}"
+    place = shlex.quote(str(bank))
+    print(f"The bank: {bank}, {report['bank_bytes'] / 1024:,.0f} KiB.")
+    print(f"Another adapter of it: vblora finetune{options} --bank {place} --data FILE")

@@ -91,10 +91,11 @@ def format_of(path: Path, option: str) -> str:
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _FORMATS:
-        advice = " Write each object of the .json file on a line of its own." * (suffixes[-1:] == [".json"])
+        reads = option != "--output"
+        advice = " Write each object of the .json file on a line of its own." * (reads and suffixes[-1:] == [".json"])
         raise CommandError(
             f"{option}: the format of {path.name} is unknown; "
-            f"its name must end in {', '.join(_FORMATS)}, optionally followed by .gz or .bz2.{advice}"
+            f"its name must end in {', '.join(_FORMATS)}{', optionally followed by .gz or .bz2' * reads}.{advice}"
         )
     return suffixes[-1]
 

@@ -67,7 +67,8 @@ class LanguageTask:
         return self.train.columns
 
     def __str__(self) -> str:
-        return f"{len(self.train):,} rows to train on, {len(self.held_out):,} to evaluate on"
+        columns = " and ".join(repr(name) for name in self.columns.names.values())
+        return f"{len(self.train):,} rows to train on, {len(self.held_out):,} to evaluate on; columns {columns}"
 
 
 def read_language_task(arguments: argparse.Namespace) -> LanguageTask:
@@ -185,6 +186,11 @@ def refuse_texts_to_generate(path: Path, text_column: str) -> None:
             f"--task: {path} has the columns of a language model's data, {tables.quoted(sorted(header))}. "
             "Give --task causal-lm; for a classifier, name the texts with --text-column."
         )
+    if header == {text_column.strip().casefold()}:
+        raise CommandError(
+            f"--task: {path} has only the column {text_column!r}, and no labels. Give --task causal-lm to train a language model "
+            "on these texts; a classifier needs a column with the label of each."
+        )
 
 
 def _common_rows(train: list[data.Row], held_out: list[data.Row]) -> str | None:
@@ -223,6 +229,11 @@ def find_model(name: str) -> str:
 
 def _check_model_folder(folder: Path) -> None:
     """Refuses what transformers would fail on with a message that does not tell why."""
+    if (folder / TENSORS_FILE).is_file() and not any(folder.glob(_WEIGHTS[0])):
+        raise CommandError(
+            f"--model: {folder} is the folder of an adapter. Give the base model. To continue the adapter's training, use "
+            "--resume; to train another one on top of it, give the folder that vblora merge writes."
+        )
     if not (folder / "config.json").is_file():
         raise CommandError(
             f"--model: the folder {folder} has no config.json; give the folder that save_pretrained wrote."
@@ -270,7 +281,7 @@ def save_results(
     report = {
         "task": arguments.task,
         "adapter_sha256": sha256(folder / TENSORS_FILE),
-        "model": task.model,
+        "model": str(Path(task.model).absolute()) if Path(task.model).exists() else task.model,
         "fingerprint": task.fingerprint,
         **about,
         "arguments": as_json(arguments),

@@ -83,7 +83,7 @@ def find_columns(path: Path, option: str, given: dict[str, str | None]) -> Colum
         given: the column of each part ("text", "prompt", "completion", "messages"), or None if its option was not given.
 
     Raises:
-        CommandError: the file has no such columns, or the options contradict each other.
+        CommandError: the file has no such columns, or the options contradict each other or name one column twice.
     """
     header = tables.first_row(path, option)
     given = {part: name and tables.find_column(name, header) for part, name in given.items()}

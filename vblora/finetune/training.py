@@ -148,7 +148,7 @@ def _results(
     trainer: Trainer,
     after: PredictionOutput,
     frozen: float | None,
-    seconds: float,
+    seconds: float | None,
 ) -> Results:
     adapter = attached_adapter(trainer.model).adapter
     count = vblora.count_parameters(trainer.model)
@@ -187,6 +187,7 @@ def _compare(arguments: argparse.Namespace, after: PredictionOutput, again: Pred
     print(
         f"Loaded from {arguments.output} into a fresh model: the same logits, bit for bit, for {equal:,} of {rows:,} rows."
     )
+    fitting.print_next(arguments, "predict", "--data FILE")
     return 0
 
 

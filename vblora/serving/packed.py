@@ -207,7 +207,9 @@ class Reader:
         if self.targets is not None:
             for target in contents.targets:
                 if target.name not in self.targets:
-                    raise ValueError(f"it adapts `{target.name}`, which the store's `target_modules` do not match.")
+                    raise ValueError(
+                        f"it adapts `{target.name}`, which the model does not have, or the store's `target_modules` do not match."
+                    )
         if self._model is not None:
             contents, differing = split_base_tensors(contents, self._model)
             for name in differing:

@@ -139,6 +139,9 @@ class UnplacedContents(Contents):
     def check_widths_known(self) -> None:
         raise ValueError(_NOT_KNOWN)
 
+    def check_layers(self, targets: tuple[Target, ...]) -> None:
+        pass  # `in_order` checks what is known
+
     def in_order(self, targets: tuple[Target, ...]) -> Contents:
         widths = {target.name: target.in_features for target in targets}
         known = tuple(replace(t, in_features=widths.get(t.name, t.in_features)) for t in self.targets)
