@@ -153,7 +153,7 @@ LANGUAGE_RECIPES = {
     "VB-LoRA, the paper's rates": _language_vb("paper"),
     "VB-LoRA, frozen bank": Recipe(
         "vblora",
-        _LANGUAGE_BANK | _ALL | {"r": 32, "num_vectors": 4096, "topk": 1, "train_scales": True},
+        _LANGUAGE_BANK | _ALL | {"r": 32, "num_vectors": 4096, "topk": 1, "num_candidates": 1, "train_scales": True},
         {"lr_scales": 0.3},  # its best rate in the search; twice of it diverges, so the default is lower
         warm_up=WARM_UP,
         frozen_bank=True,

@@ -300,6 +300,10 @@ def test_only_training_exhausts():
     layer.adapter.reset_parameters()
     assert vblora.stats(layer).exhausted == 0
     assert torch.equal(layer.adapter.logits, small().adapter.logits)
+    with pytest.warns(vblora.VBLoRAWarning, match="`topk` is 1"):
+        one = small(topk=1, num_candidates=1)
+    one(torch.ones(1, 16))
+    assert vblora.stats(one).exhausted == 0  # its logits never train
 
 
 def test_a_compiled_step_counts_too():

@@ -305,9 +305,10 @@ class VBLoRAAdapter(Adapter):
             logits = part(gather(self.logits))
             # A row is exhausted once its k-th selected logit is no larger than its last candidate's: from then on, dense training
             # might have selected a bank vector that is no candidate. Weight decay scales all logits, the last one included, so
-            # the comparison stays valid.
+            # the comparison stays valid. With k = 1, logits get no gradient, so nothing else is ever selected.
             training = logits.requires_grad and torch.is_grad_enabled() and not ops.is_recorded()
-            exhausted = part(self.exhausted) if training and self.exhausted is not None else None
+            counted = self.exhausted if training and self.topk > 1 else None
+            exhausted = None if counted is None else part(counted)
             candidates = None if self.candidates is None else part(self.candidates)
             if self.scales is not None:
                 scales = part(gather(self.scales))
