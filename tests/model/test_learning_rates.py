@@ -64,8 +64,9 @@ def test_a_layer_made_by_hand_is_watched_too():
 
 @pytest.mark.parametrize("recipe", ["auto", *RECIPES])
 def test_the_recipes_are_not_warned_of(recipe):
-    model = injected()
-    assert not messages_of_steps(model, torch.optim.AdamW(vblora.parameter_groups(model, recipe=recipe)))
+    large = replace(CONFIG, train_scales=True, init_vector_bank_bound=5.0)  # scales want a small rate with it
+    for model in (injected(), injected(large)):
+        assert not messages_of_steps(model, torch.optim.AdamW(vblora.parameter_groups(model, recipe=recipe)))
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,9 @@ def _check_rates(optimizer: Optimizer) -> None:
         rate = _highest_rate(group)
         for parameter in group["params"]:
             name = group_of.get(parameter, "") if parameter.requires_grad else ""
-            recipes = [rates[name] for rates in VBLoRAAdapter.RATES.values() if name in rates]
-            if rate is not None and recipes and rate < _TOO_LOW * min(recipes):
+            # None for scales, whose rate depends on the bank's size.
+            lowest = VBLoRAAdapter.RATES["paper"].get(name, 0.0)
+            if rate is not None and rate < _TOO_LOW * lowest:
                 low[name] = rate
     if low:
         found = " and ".join(f"the {name} at {rate:.2g}" for name, rate in low.items())
