@@ -32,14 +32,6 @@ def _frozen_bank(config: vblora.VBLoRAConfig) -> vblora.VectorBank:
     return bank
 
 
-def stored(model: nn.Module, recipe: Recipe) -> int:
-    """How many parameters the adapter's own file stores."""
-    if recipe.method is None:
-        return 0
-    bank = recipe.config["num_vectors"] * recipe.config["vector_length"] if recipe.frozen_bank else 0
-    return vblora.count_parameters(model).stored - bank
-
-
 def exhausted(model: nn.Module) -> int:
     """How many rows of VB-LoRA's logits have used up their candidates."""
     adapters = [m for m in model.modules() if isinstance(m, vblora.adapters.VBLoRAAdapter)]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 import vblora
 
 from .. import models
-from .adapting import adapt, exhausted, mean_losses, shuffled, stored
+from .adapting import adapt, exhausted, mean_losses, shuffled
 from .methods import Recipe
 from .texts import Pair, Prompt, TextTask
 
@@ -39,12 +39,12 @@ def run(task: TextTask, recipe: Recipe, seed: int, settings: Settings) -> dict:
     transformers.set_seed(seed)
     tokenizer, base = _load(settings.model)
     model = models.twin(base)
-    prefix, losses, trainable, begin = "", [], 0, time.perf_counter()
+    prefix, losses, count, begin = "", [], None, time.perf_counter()
     if recipe.method is None:
         prefix = _shots(task, recipe.config.get("shots", 0), seed)
     else:
         losses = _train(model, task, recipe, seed, settings, tokenizer)
-        trainable = vblora.count_parameters(model).trainable
+        count = vblora.count_parameters(model)
     seconds = time.perf_counter() - begin
     model.eval()
     dev = _Rows([pair._replace(prompt=prefix + pair.prompt) if prefix else pair for pair in task.dev], tokenizer)
@@ -58,8 +58,8 @@ def run(task: TextTask, recipe: Recipe, seed: int, settings: Settings) -> dict:
     return {
         "score": -scores["loss"],
         "scores": scores,
-        "stored": stored(model, recipe),
-        "trainable": trainable,
+        "stored": 0 if count is None else count.stored - recipe.shared,
+        "trainable": 0 if count is None else count.trainable,
         "seconds": seconds,
         "steps": len(losses),
         "losses": mean_losses(losses),

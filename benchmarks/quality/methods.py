@@ -51,6 +51,11 @@ class Recipe:
         return FROZEN_BANK if self.frozen_bank else self.method
 
     @property
+    def shared(self) -> int:
+        """How many of the parameters that ``count_parameters`` calls stored are in the file of a frozen bank."""
+        return self.config["num_vectors"] * self.config["vector_length"] if self.frozen_bank else 0
+
+    @property
     def has_seeds(self) -> bool:
         """Whether anything depends on the seed: a language model that is only asked answers the same each time."""
         return self.method is not None or bool(self.rates or self.config.get("shots"))
@@ -92,11 +97,10 @@ _ALL = {"target_modules": "all-linear"}
 _BANK = {"r": 4, "num_vectors": 236, "vector_length": 128}  # with all-linear, a tenth of what LoRA r=8 stores
 
 
-# Rates are part of a recipe, and not left to parameter_groups, since a run is found again by what its recipe says.
+# Rates are part of a recipe, and not left to parameter_groups, since a run is found again by what its recipe says. Scales do not
+# train in most of them.
 def _rates(adapter: type[Adapter], recipe: str = "default") -> dict[str, float]:
-    return {
-        f"lr_{name}": rate for name, rate in adapter.RATES[recipe].items() if name != "scales"
-    }  # which do not train
+    return {f"lr_{name}": rate for name, rate in adapter.RATES[recipe].items() if name != "scales"}
 
 
 def _lora(targets: dict[str, Any]) -> Recipe:

@@ -25,9 +25,8 @@ def generation_settings(base: Path, ends: Iterable[int]) -> dict[str, str]:
     if not set(ends) - {*stated}:
         return {}
     settings["eos_token_id"] = [*stated, *sorted(set(ends) - {*stated})]
-    settings.pop(
-        "_from_model_config", None
-    )  # or older versions of transformers would read the model's configuration instead
+    # With it, older versions of transformers would read the model's configuration instead.
+    settings.pop("_from_model_config", None)
     return {GENERATION_FILE: json.dumps(settings, indent=2) + "\n"}
 
 
