@@ -211,6 +211,7 @@ def _summary(
                 "name": name,
                 "recipe": recipe.to_dict(),
                 "stored": every[0]["stored"],
+                "bytes": every[0]["bytes"],
                 "seeds": len(own_seeds),
                 "steps": {task: of_task[0]["steps"] for task, of_task in runs.items()},
                 "seconds": {
@@ -238,16 +239,18 @@ def _print(rows: list[dict], tasks: list[AnyTask], settings: Settings) -> None:
     columns = list(rows[0]["scores"])
     has_mean = 1 < len(columns) == len(tasks)  # a metric a task
     titles = [column.removeprefix(f"{tasks[0].name}, ") if len(tasks) == 1 else column for column in columns]
-    heads = ["", "stored", "seeds", *titles, *(["mean"] if has_mean else []), "seconds"]
+    heads = ["", "stored", "bytes", "seeds", *titles, *(["mean"] if has_mean else []), "seconds"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
         scores = [_score(row, column) for column in columns]
         mean = [f"{statistics.mean(row['mean'].values()):.1f}"] if has_mean else []
         seconds = f"{sum(row['seconds'].values()):.0f}" if any(row["steps"].values()) else "–"
-        cells = [row["name"], f"{row['stored']:,}", str(row["seeds"]), *scores, *mean, seconds]
+        cells = [row["name"], f"{row['stored']:,}", f"{row['bytes']:,}", str(row["seeds"]), *scores, *mean, seconds]
         print(f"| {' | '.join(cells)} |")
     print(f"\nOn {', '.join(task.name for task in tasks)}. Mean ± standard deviation of the seeds from 0 on.")
-    print("Stored: parameters, without those of a classifier's head.")
+    print(
+        "Stored: values, without a classifier's head and a frozen bank. Bytes: of the deploy form's file, without the same."
+    )
     print("Seconds: of one training run on each task, the median of the seeds.")
     longest = max((row["steps"] for row in rows), key=lambda steps: sum(steps.values()))
     steps = ", ".join(f"{count:,} on {task}" for task, count in longest.items())

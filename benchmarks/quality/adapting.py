@@ -4,14 +4,18 @@ import random
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import vblora
+from vblora.bank import VectorBank, decode_vectors, encode_vectors
+from vblora.checkpoint.save_load import contents_of
+from vblora.model.lookup import attached_adapter
 
 from .methods import CONFIGS, Recipe
 
 _BATCHES_SORTED_TOGETHER = 32
 STEPS_A_LOSS = 50  # of which the mean is kept
+NOTHING = {"stored": 0, "bytes": 0, "trainable": 0}
 
 
 def adapt(model: nn.Module, recipe: Recipe, seed: int, head: list[str] | None = None) -> list[dict]:
@@ -32,13 +36,37 @@ def _frozen_bank(config: vblora.VBLoRAConfig) -> vblora.VectorBank:
     return bank
 
 
+def as_stored(model: nn.Module, recipe: Recipe, head: int = 0) -> dict[str, int]:
+    """What a user stores, without the ``head``'s parameters. A bank that a file holds rounded is rounded in the model, too."""
+    dtype = recipe.bank_dtype and getattr(torch, recipe.bank_dtype)
+    tensors = contents_of(attached_adapter(model)).encode("deploy", dtype, None)
+    if dtype:
+        round_bank(attached_adapter(model).adapter.bank, dtype)
+    count = vblora.count_parameters(model)
+    return {
+        "stored": count.stored - recipe.shared - head,
+        "bytes": bytes_of(tensors, recipe.frozen_bank),
+        "trainable": count.trainable - head,
+    }
+
+
+def round_bank(bank: VectorBank, dtype: torch.dtype) -> None:
+    """Makes the bank what is read from a file that ``vblora.save`` wrote with this ``bank_dtype``."""
+    bank.vectors.data = decode_vectors(encode_vectors(bank.vectors.data, dtype)).float()
+
+
+def bytes_of(tensors: dict[str, Tensor], frozen_bank: bool) -> int:
+    """The bytes of a file's tensors. A frozen bank is not the user's own."""
+    return sum(tensor.nbytes for name, tensor in tensors.items() if not (frozen_bank and name.startswith("bank.")))
+
+
 def exhausted(model: nn.Module) -> int:
     """How many rows of VB-LoRA's logits have used up their candidates."""
     adapters = [m for m in model.modules() if isinstance(m, vblora.adapters.VBLoRAAdapter)]
     return sum(int(a.exhausted.sum()) for a in adapters if a.exhausted is not None)
 
 
-def mean_losses(losses: list[torch.Tensor]) -> list[float]:
+def mean_losses(losses: list[Tensor]) -> list[float]:
     """The mean of each ``STEPS_A_LOSS`` steps."""
     return [round(float(part.mean()), 4) for part in torch.stack(losses).split(STEPS_A_LOSS)] if losses else []
 

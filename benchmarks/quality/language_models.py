@@ -13,10 +13,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
-import vblora
-
 from .. import models
-from .adapting import adapt, exhausted, mean_losses, shuffled
+from .adapting import NOTHING, adapt, as_stored, exhausted, mean_losses, shuffled
 from .methods import Recipe
 from .texts import Pair, Prompt, TextTask
 
@@ -39,12 +37,12 @@ def run(task: TextTask, recipe: Recipe, seed: int, settings: Settings) -> dict:
     transformers.set_seed(seed)
     tokenizer, base = _load(settings.model)
     model = models.twin(base)
-    prefix, losses, count, begin = "", [], None, time.perf_counter()
+    prefix, losses, stored, begin = "", [], NOTHING, time.perf_counter()
     if recipe.method is None:
         prefix = _shots(task, recipe.config.get("shots", 0), seed)
     else:
         losses = _train(model, task, recipe, seed, settings, tokenizer)
-        count = vblora.count_parameters(model)
+        stored = as_stored(model, recipe)
     seconds = time.perf_counter() - begin
     model.eval()
     dev = _Rows([pair._replace(prompt=prefix + pair.prompt) if prefix else pair for pair in task.dev], tokenizer)
@@ -58,8 +56,7 @@ def run(task: TextTask, recipe: Recipe, seed: int, settings: Settings) -> dict:
     return {
         "score": -scores["loss"],
         "scores": scores,
-        "stored": 0 if count is None else count.stored - recipe.shared,
-        "trainable": 0 if count is None else count.trainable,
+        **stored,
         "seconds": seconds,
         "steps": len(losses),
         "losses": mean_losses(losses),

@@ -28,6 +28,7 @@ class Recipe:
         config: fields of its config; of a frozen language model ``shots``, the training rows that go before each prompt.
         rates: arguments of ``vblora.parameter_groups``.
         frozen_bank: VB-LoRA does not train the bank, which is the same for every seed and counts as no parameter of the adapter.
+        bank_dtype: the trained bank is rounded as by ``vblora.save(..., form="deploy", bank_dtype=...)``, and then scored.
     """
 
     method: str | None
@@ -35,6 +36,7 @@ class Recipe:
     rates: dict[str, float] = field(default_factory=dict)
     warm_up: float = 0.06  # share of the steps
     frozen_bank: bool = False
+    bank_dtype: str | None = None
 
     @property
     def settings(self) -> set[str]:
@@ -155,6 +157,10 @@ LANGUAGE_RECIPES = {
     "Tied-LoRA r=24": Recipe("tied_lora", {"r": 24, "lora_alpha": 96} | _ALL, _rates(TiedLoRAAdapter, "language")),
     "VB-LoRA": _language_vb("language"),
     "VB-LoRA, the paper's rates": _language_vb("paper"),
+    # The bytes of a tenth of LoRA's float32 file. More vectors are each used by fewer sub-vectors, so their rate is lower.
+    "VB-LoRA, int8 bank": replace(
+        _language_vb("language").changed({"num_vectors": 4280, "lr_bank": 8e-3}), bank_dtype="int8"
+    ),
     "VB-LoRA, frozen bank": Recipe(
         "vblora",
         _LANGUAGE_BANK | _ALL | {"r": 32, "num_vectors": 4096, "topk": 1, "num_candidates": 1, "train_scales": True},

@@ -12,9 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
-import vblora
-
-from .adapting import adapt, exhausted, mean_losses, shuffled
+from .adapting import NOTHING, adapt, as_stored, exhausted, mean_losses, shuffled
 from .methods import Recipe
 from .tasks import Example, Task
 
@@ -57,14 +55,13 @@ def run(task: Task, recipe: Recipe, seed: int, settings: Settings) -> dict:
             optimizer.zero_grad()
             losses.append(loss.detach())
     seconds = time.perf_counter() - begin
-    count = None if recipe.method is None else vblora.count_parameters(model)
     head = sum(p.numel() for p in model.classifier.parameters())
+    stored = NOTHING if recipe.method is None else as_stored(model, recipe, head)
     score = task.score(_predict(model, _Batches(task.dev, tokenizer, settings), settings))
     return {
         "score": score,
         "scores": {task.metric: score},
-        "stored": 0 if count is None else count.stored - head,
-        "trainable": 0 if count is None else count.trainable - head,
+        **stored,
         "seconds": seconds,
         "steps": steps,
         "losses": mean_losses(losses),

@@ -10,11 +10,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
-from vblora.bank import VectorBank, decode_vectors, encode_vectors
+from vblora.bank import VectorBank
 from vblora.checkpoint.save_load import contents_of
 from vblora.model.learning_rates import WARM_UP
 from vblora.model.lookup import attached_adapter
 
+from ..quality.adapting import bytes_of, round_bank
 from ..quality.tasks import Task
 from ..quality.training import Settings, _Batches, _loss, _predict
 from .adapter import adapt
@@ -32,7 +33,7 @@ def run(task: Task, variant: Variant, seed: int, settings: Settings, shared: Ten
     losses = _train([(task, model)], groups, seed, settings, tokenizer)
     seconds = time.perf_counter() - begin
     if variant.int8:
-        bank.vectors.data = decode_vectors(encode_vectors(bank.vectors.data, torch.int8))
+        round_bank(bank, torch.int8)
     score = task.score(_predict(model, _Batches(task.dev, tokenizer, settings), settings))
     return {
         "score": score,
@@ -64,10 +65,8 @@ def train_bank(tasks: list[Task], variant: Variant, seed: int, settings: Setting
 
 def user_bytes(model: nn.Module, variant: Variant) -> int:
     """What a user stores besides the head and, unless it is their own, the bank: the tensors of a deploy form."""
-    contents = contents_of(attached_adapter(model))
-    tensors = contents.encode("deploy", torch.int8 if variant.int8 else None, None)
-    own = [t for name, t in tensors.items() if variant.bank == "own" or not name.startswith("bank.")]
-    return sum(tensor.nbytes for tensor in own)
+    tensors = contents_of(attached_adapter(model)).encode("deploy", torch.int8 if variant.int8 else None, None)
+    return bytes_of(tensors, variant.bank != "own")
 
 
 def _begin(seed: int, settings: Settings) -> Any:

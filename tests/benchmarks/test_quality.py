@@ -197,7 +197,7 @@ def test_a_search_tries_the_better_half_on_all_tasks(tmp_path, monkeypatch, caps
     def run(task: Task, recipe: Recipe, seed: int, settings) -> dict:
         ran.append((task.name, recipe.method, recipe))
         rate = recipe.rates["lr_bank" if recipe.method == "vblora" else "lr_factors"]
-        about = {"stored": 1, "seconds": 1.0, "steps": 1, "losses": [1.0], "exhausted": 0}
+        about = {"stored": 1, "bytes": 4, "seconds": 1.0, "steps": 1, "losses": [1.0], "exhausted": 0}
         score = 100 * rate + 1000 * recipe.warm_up
         if len(ran) == 3:
             score = float("nan")  # diverged
@@ -227,7 +227,8 @@ def test_seconds_are_those_of_the_middle_seed_and_an_interrupted_run_continues(t
         (tmp_path / "A" / f"{part}.tsv").write_text("sentence\tlabel\nx\t0\ny\t1\n")
 
     def run(task: Task, recipe: Recipe, seed: int, settings) -> dict:
-        about = {"score": 50.0, "scores": {"accuracy": 50.0}, "stored": 1, "steps": 7, "losses": [1.0], "exhausted": 0}
+        about = {"score": 50.0, "scores": {"accuracy": 50.0}, "stored": 1, "bytes": 4}
+        about |= {"steps": 7, "losses": [1.0], "exhausted": 0}
         ran.append(seed)
         if len(ran) == 3:
             raise KeyboardInterrupt
@@ -247,7 +248,7 @@ def test_seconds_are_those_of_the_middle_seed_and_an_interrupted_run_continues(t
     assert ran == [0, 1, 2, 2] and len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
     table = capsys.readouterr().out
     (row,) = [line for line in table.splitlines() if line.startswith("| VB-LoRA")]
-    assert row == "| VB-LoRA | 1 | 3 | 50.0 ± 0.0 | 30 |"
+    assert row == "| VB-LoRA | 1 | 4 | 3 | 50.0 ± 0.0 | 30 |"
     assert "Steps of 16 rows: 7 on A." in table
     (tmp_path / "runs.jsonl").write_text("nothing\n")
     assert quality.main() == 2
@@ -288,6 +289,8 @@ def test_learns_and_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch, caps
     assert runs[0]["result"]["stored"] == 0
     rows = 2 * 2 * 4 * (32 + 32) // 16  # layers, query and value, r
     assert runs[1]["result"]["stored"] == 24 * 16 + rows * 2 * 5 // 4
+    packed = rows * 2 * 5 // 8  # indices, of 5 bits
+    assert runs[0]["result"]["bytes"] == 0 and runs[1]["result"]["bytes"] == 4 * (24 * 16 + rows * 2) + packed
     del runs[-1]
     (tmp_path / "out" / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     ran.clear()

@@ -168,22 +168,26 @@ def test_examples_go_before_the_prompt():
 def test_a_language_model_learns_and_describes(tiny_llama, tmp_path, monkeypatch, capsys):
     write_e2e(tmp_path)
     output = tmp_path / "out" / "runs.jsonl"
-    methods = ["frozen, 3 examples", "VB-LoRA", "VB-LoRA, frozen bank"]
+    methods = ["frozen, 3 examples", "VB-LoRA", "VB-LoRA, int8 bank", "VB-LoRA, frozen bank"]
     options = ["--methods", *methods, "--seeds", "1", "--steps", "60", "--beams", "1", "2"]
     fits = ["--set", "vector_length=16", "num_vectors=24", "lr_bank=0.02", "init_vector_bank_bound=0.5"]
     paths = ["--data", str(tmp_path), "--model", str(tiny_llama), "--output", str(output), "--processes", "1"]
     monkeypatch.setattr("sys.argv", ["quality", "--suite", "e2e", *options, *paths, *fits, "--precision", "float32"])
     assert quality.main() == 0
-    frozen, adapted, shared = (json.loads(line)["result"] for line in output.read_text().splitlines())
+    frozen, adapted, rounded, shared = (json.loads(line)["result"] for line in output.read_text().splitlines())
     assert adapted["scores"]["loss"] < 0.6 * frozen["scores"]["loss"]
     assert adapted["losses"][-1] < 0.8 * adapted["losses"][0] and frozen["losses"] == []
     assert frozen["stored"] == 0 < adapted["stored"]
     assert shared["stored"] == 2 * 34 * 32 * 1.25  # of 34 sub-vectors a layer and rank, a weight and a byte of index
     assert shared["losses"][-1] < shared["losses"][0]
+    assert rounded["losses"] == adapted["losses"] and rounded["stored"] == adapted["stored"]
+    assert 0 < abs(rounded["scores"]["loss"] - adapted["scores"]["loss"]) < 0.02 * adapted["scores"]["loss"]
+    assert adapted["bytes"] - rounded["bytes"] == 24 * (16 * 3 - 4)  # a byte a value, and a scale for each vector
+    assert shared["bytes"] == 2 * 34 * 32 * (4 + 5 / 8)  # weights, and indices of 5 bits
     table = capsys.readouterr().out.splitlines()
     columns = [f"{metric}{beams}" for beams in ("", ", 2 beams") for metric in ("BLEU", "chrF", "ROUGE-L")]
-    assert table[0] == f"|  | stored | seeds | loss | {' | '.join(columns)} | seconds |"
-    assert table[2].startswith(f"| frozen, 3 examples | 0 | 1 | {frozen['scores']['loss']:.4f} |")
+    assert table[0] == f"|  | stored | bytes | seeds | loss | {' | '.join(columns)} | seconds |"
+    assert table[2].startswith(f"| frozen, 3 examples | 0 | 0 | 1 | {frozen['scores']['loss']:.4f} |")
     assert table[2].endswith("| – |")
     assert f"| {adapted['scores']['loss']:.4f} |" in table[3]
     assert table[-1] == "Steps of 8 rows: 60 on E2E. Computed in float32."
