@@ -157,9 +157,10 @@ LANGUAGE_RECIPES = {
     "Tied-LoRA r=24": Recipe("tied_lora", {"r": 24, "lora_alpha": 96} | _ALL, _rates(TiedLoRAAdapter, "language")),
     "VB-LoRA": _language_vb("language"),
     "VB-LoRA, the paper's rates": _language_vb("paper"),
-    # The bytes of a tenth of LoRA's float32 file. More vectors are each used by fewer sub-vectors, so their rate is lower.
+    # A tenth of the bytes of LoRA's float32 file. Fewer sub-vectors use each vector, so the rate of the bank is lower.
     "VB-LoRA, int8 bank": replace(
-        _language_vb("language").changed({"num_vectors": 4280, "lr_bank": 8e-3}), bank_dtype="int8"
+        _language_vb("language").changed({"num_vectors": 4600, "topk": 1, "num_candidates": 1, "lr_bank": 6e-3}),
+        bank_dtype="int8",
     ),
     "VB-LoRA, frozen bank": Recipe(
         "vblora",
