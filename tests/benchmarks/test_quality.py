@@ -176,6 +176,22 @@ def test_a_frozen_bank_is_the_same_for_each_seed_and_not_the_adapters_own():
     assert stored == 8  # 6 weights and 6 bytes of indices, rounded up
 
 
+def test_a_bank_of_int8_is_rounded_before_it_is_scored(tmp_path):
+    settings = {"num_vectors": 8, "vector_length": 4, "r": 2, "target_modules": ["0"]}
+    recipe = LANGUAGE_RECIPES["VB-LoRA, int8 bank"].changed(settings)
+    model, fresh = nn.Sequential(nn.Linear(4, 8)), nn.Sequential(nn.Linear(4, 8))
+    fresh.load_state_dict(model.state_dict())
+    adapting.adapt(model, recipe, 0)
+    inputs = torch.randn(3, 4)
+    exact = model.eval()(inputs)
+    vblora.save(model, tmp_path, form="deploy", bank_dtype=torch.int8)
+    stored = adapting.as_stored(model, recipe)
+    assert stored["bytes"] == 8 * (4 + 4) + 6 * 4 + 3  # vectors and scales, 6 weights, 6 indices of 3 bits
+    assert stored["stored"] == 8 * 4 + 8
+    assert not torch.equal(model(inputs), exact)
+    torch.testing.assert_close(model(inputs), vblora.load(fresh, tmp_path).eval()(inputs))
+
+
 def test_no_more_settings_are_drawn_than_there_are():
     drawn = draw(RECIPES["frozen encoder"], SPACES[None], 12)  # three rates of the head by three warm-ups
     assert len(drawn) == 10 and all(drawn.count(settings) == 1 for settings in drawn)

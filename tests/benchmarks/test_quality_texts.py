@@ -180,9 +180,7 @@ def test_a_language_model_learns_and_describes(tiny_llama, tmp_path, monkeypatch
     assert frozen["stored"] == 0 < adapted["stored"]
     assert shared["stored"] == 2 * 34 * 32 * 1.25  # of 34 sub-vectors a layer and rank, a weight and a byte of index
     assert shared["losses"][-1] < shared["losses"][0]
-    assert rounded["losses"] == adapted["losses"] and rounded["stored"] == adapted["stored"]
-    assert 0 < abs(rounded["scores"]["loss"] - adapted["scores"]["loss"]) < 0.02 * adapted["scores"]["loss"]
-    assert adapted["bytes"] - rounded["bytes"] == 24 * (16 * 3 - 4)  # a byte a value, and a scale for each vector
+    assert rounded["bytes"] == 24 * (16 + 4) + 2 * 34 * 8 * (4 + 5 / 8)  # a byte a value and a scale a vector; r is 8
     assert shared["bytes"] == 2 * 34 * 32 * (4 + 5 / 8)  # weights, and indices of 5 bits
     table = capsys.readouterr().out.splitlines()
     columns = [f"{metric}{beams}" for beams in ("", ", 2 beams") for metric in ("BLEU", "chrF", "ROUGE-L")]
