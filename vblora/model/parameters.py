@@ -51,7 +51,7 @@ def parameter_groups(
 
     Returns:
         Parameter groups as torch's optimizers take them, each with ``name``, ``params`` and ``lr``: ``bank``, ``logits``,
-        ``scales``, ``factors``, ``vectors`` and ``other``, without empty ones.
+            ``scales``, ``factors``, ``vectors`` and ``other``, without empty ones.
 
     Raises:
         ValueError: the recipe is unknown, the adapters are disabled, the model has no active adapter or a merged one, no
