@@ -82,7 +82,7 @@ def main() -> None:
         initial, candidates = contents.initial(0)
         logits = contents.rows.logits
         if not contents.has_candidates:
-            logits = logits.gather(1, candidates)
+            logits = logits.gather(1, candidates.long())
         moments = (logits - initial.logits).where(logits != initial.logits, 0)
         lengths, values = pack_prefixes(moments)
         rows = {
