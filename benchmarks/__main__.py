@@ -1,6 +1,6 @@
 """Runs the benchmarks, prints their table, and writes a JSON file and a figure of each.
 
-python -m benchmarks                       # all of them, in under 20 minutes on 2 idle cores
+python -m benchmarks                       # all of them, in half an hour on 2 idle cores
 python -m benchmarks compose               # one; the table holds what the others found before
 python -m benchmarks compose --quick       # with small sizes: only to see that it runs
 """

@@ -19,7 +19,7 @@ import vblora
 from vblora.adapters import Target
 from vblora.adapters.subvectors import rows_of_factors
 from vblora.adapters.vblora_rows import draw_rows
-from vblora.checkpoint.folder import write
+from vblora.checkpoint.folder import encode, write
 from vblora.checkpoint.packing import pack_prefixes
 from vblora.checkpoint.vblora import VBLoRAContents
 
@@ -48,7 +48,7 @@ def minilm() -> tuple[str, tuple[Target, ...], vblora.VBLoRAConfig]:
     targets = [Target(f"bert.encoder.layer.{i}.{name}", *width) for i in range(6) for name, width in widths.items()]
     targets.append(Target("bert.pooler.dense", 384, 384))
     config = vblora.VBLoRAConfig(r=4, num_vectors=90, vector_length=128, topk=2, target_modules="all-linear")
-    return "all-MiniLM-L6-v2 as in the demo, r=4, h=90, b=128, without its head", tuple(targets), config
+    return "all-MiniLM-L6-v2, all linear layers, r=4, h=90, b=128, without its head", tuple(targets), config
 
 
 def trained(targets: tuple[Target, ...], config: vblora.VBLoRAConfig) -> VBLoRAContents:
@@ -68,7 +68,7 @@ def touches(logits: Tensor, order: Tensor | None) -> Tensor:
     rows, columns = logits.shape
     depth = torch.empty(rows, 1).geometric_(1 / _MEAN_TOUCHED).clamp(max=columns)
     touched = torch.randn_like(logits) * (torch.arange(columns) < depth)
-    return touched if order is None else torch.zeros_like(logits).scatter_(1, order, touched)
+    return touched if order is None else torch.zeros_like(logits).scatter_(1, order.long(), touched)
 
 
 def lora_bytes(targets: tuple[Target, ...], r: int) -> int:
@@ -82,7 +82,7 @@ def main() -> None:
         initial, candidates = contents.initial(0)
         logits = contents.rows.logits
         if not contents.has_candidates:
-            logits = logits.gather(1, candidates)
+            logits = logits.gather(1, candidates.long())
         moments = (logits - initial.logits).where(logits != initial.logits, 0)
         lengths, values = pack_prefixes(moments)
         rows = {
@@ -111,7 +111,7 @@ def size(contents: VBLoRAContents, *, shared: bool = False, **options: object) -
             bank.vectors.data = contents.bank
             bank.save(Path(folder, "bank.safetensors"))
             options["bank_file"] = vblora.VectorBank.from_file(Path(folder, "bank.safetensors")).file
-        write(contents, folder, **options)
+        write(encode(contents, folder, **options))
         return sum(Path(folder, name).stat().st_size for name in _FILES)
 
 

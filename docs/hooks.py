@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import griffe
@@ -62,20 +63,32 @@ def at_top(name: str) -> str:
 
 
 def command_line() -> str:
-    """Each command with a table of its arguments."""
+    """Each command with tables of its arguments, as --help groups them."""
     parser = make_parser()
     lines = ["# Command line", "", f"`{parser.prog}`: {parser.description}", ""]
+    lines += ["`vblora COMMAND --help` prints the same as this page.", ""]
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     for name, command in commands.choices.items():
         lines += [f"## vblora {name}", "", *paragraphs(command.description), "```text", usage(command), "```", ""]
-        lines += ["| argument | | default |", "|---|---|---|"]
-        lines += [f"| {cells} |" for cells in arguments(command)]
-        lines += ["", *paragraphs(command.epilog)]
+        for group in command._action_groups:
+            if rows := [f"| {cells} |" for cells in arguments(group)]:
+                title = (group.title or "").capitalize()
+                lines += [f"**{title}**", "", "| argument | meaning |", "|---|---|", *rows, ""]
+        lines += paragraphs(command.epilog)
     return "\n".join(lines) + "\n"
 
 
 def paragraphs(text: str | None) -> list[str]:
-    return [] if not text else [text.strip(), ""]
+    """The text as Markdown. Indented lines, such as a list of forms, stay as they are."""
+    lines: list[str] = []
+    for number, part in enumerate(re.split(r"((?:^  .*\n?)+)", (text or "").strip(), flags=re.MULTILINE)):
+        lines += ["```text", dedent(part).rstrip(), "```"] if number % 2 else [options_as_code(part)]
+        lines.append("")
+    return lines
+
+
+def options_as_code(text: str) -> str:
+    return re.sub(r"(?<![\w`-])--[a-z][a-z-]*", r"`\g<0>`", text)
 
 
 def usage(parser: argparse.ArgumentParser) -> str:
@@ -83,16 +96,15 @@ def usage(parser: argparse.ArgumentParser) -> str:
     return parser.format_usage().removeprefix("usage: ").strip()
 
 
-def arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
-    formatter = argparse.HelpFormatter(parser.prog)
-    for action in parser._actions:
+def arguments(group: argparse._ArgumentGroup) -> Iterator[str]:
+    formatter = argparse.HelpFormatter("vblora")
+    for action in group._group_actions:
         if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
         value = "" if action.nargs == 0 else f" {formatter._format_args(action, action.dest.upper())}"
         names = ", ".join(f"`{name}{value}`" for name in action.option_strings) or f"`{value.strip()}`"
-        default = "" if action.default in (None, False, argparse.SUPPRESS) else f"`{action.default}`"
         meaning = formatter._expand_help(action) if action.help else ""
-        yield f"{cell(names)} | {cell(meaning)} | {cell(default)}"
+        yield f"{cell(names)} | {cell(options_as_code(meaning))}"
 
 
 def cell(text: str) -> str:

@@ -88,7 +88,8 @@ class VectorBank(nn.Module):
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> str:
         """Saves the bank to a file that several adapters can share; load it with :meth:`from_file`.
 
-        An adapter that is saved afterwards names this file instead of holding the bank, unless that was rounded or has changed.
+        An adapter that is saved afterwards names this file instead of holding the bank, unless the bank was rounded, or has
+        changed since.
 
         Args:
             path: safetensors file, written atomically.
@@ -106,7 +107,7 @@ class VectorBank(nn.Module):
         return _sha256(data)
 
     def to_file(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> tuple[bytes, BankFile | None]:
-        """The bytes that :meth:`save` writes, and what adapters will know of the file; None if it rounds the bank."""
+        """The bytes that :meth:`save` writes, and what adapters store about the file; None if it rounds the bank."""
         tensors = encode_vectors(gather_to_cpu(self.vectors), dtype, "dtype")
         data = to_bytes(tensors)
         if torch.equal(decode_vectors(tensors), gather_to_cpu(self.vectors)) and self.vectors.dtype == torch.float32:

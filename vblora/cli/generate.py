@@ -29,7 +29,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="a prompt; may be given several times, then the standard output is JSON lines",
+        help="a prompt; may be given several times, and then the standard output is JSON lines",
     )
     group.add_argument("--data", type=Path, metavar="FILE", help="rows with prompts: .csv, .tsv or .jsonl")
     group.add_argument(
@@ -42,7 +42,8 @@ def add_parser(subparsers: "Subparsers") -> None:
     group = parser.add_argument_group("how to generate")
     group.add_argument(
         "--chat-template", metavar="auto|none|FILE",
-        help="auto: a prompt of plain text becomes a chat if the tokenizer has a template (as in training)",
+        help="auto: a plain prompt becomes a chat if the tokenizer has a template; none: it stays plain text; FILE: use this "
+        "template (as in training)",
     )  # fmt: skip
     group.add_argument(
         "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="tokens to generate (%(default)s)"
@@ -52,8 +53,8 @@ def add_parser(subparsers: "Subparsers") -> None:
     )
     group.add_argument(
         "--temperature", type=number(float, "0 or above", lambda x: 0 <= x < float("inf")), default=0.0, metavar="X",
-        help="0: the most likely token, without penalties that the model's generation_config.json has; above 0: sample "
-        "(%(default)s)",
+        help="0: always take the most likely token, without the penalties in the model's generation_config.json; above 0: "
+        "sample (%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), metavar="X",

@@ -50,7 +50,7 @@ def add_precision(group: "argparse._ArgumentGroup") -> None:
         "--precision",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="dtype in which layers compute; auto: bfloat16 if the hardware is fast at it",
+        help="dtype in which layers compute; auto: bfloat16 if the hardware is fast at it, otherwise float32 (%(default)s)",
     )
     group.add_argument(
         "--bf16", action="store_const", const="bfloat16", dest="precision", help="the same as --precision bfloat16"

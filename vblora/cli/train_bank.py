@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CommandError
-from .finetune import add_adapter, add_recipe, add_texts, settle_options
+from .finetune import add_adapter, add_base_model, add_recipe, add_texts, settle_options
 from .folders import check_output, refuse_undecodable, removed_if_empty, require
 from .options import at_least, number
 
@@ -21,10 +21,13 @@ Trains one vector bank on several files of rows, and an adapter for each. Defaul
   --task causal-lm        a language model: texts, prompts with completions, or chats
 
 The model is frozen, and batches alternate between the files. The command writes the bank, bank.safetensors, and a folder for
-each adapter into --output. Each folder contains indices, weights and the head, but no bank:
+each adapter into --output. Each folder contains indices, weights and the head, but no bank.
 
   vblora train-bank --data reviews=reviews.csv --data topics=news.jsonl --label-column topics=topic --output shared
-  vblora finetune --data mails.csv --bank shared/bank.safetensors     another adapter of the bank, which stays as it is"""
+
+To train another adapter on the finished bank, which stays as it is:
+
+  vblora finetune --data mails.csv --bank shared/bank.safetensors"""
 
 # Options that only one task has, and their defaults. All are None until the task is known.
 _OPTIONS: dict[str, dict[str, object]] = {
@@ -59,12 +62,12 @@ def add_parser(subparsers: "Subparsers") -> None:
     group = parser.add_argument_group("what to train on")
     group.add_argument(
         "--data", type=_named, action="append", required=True, metavar="NAME=FILE",
-        help="the name of an adapter, and its file as for vblora finetune; repeat this for each file",
+        help="a name for the adapter, and its file, as for vblora finetune; repeat this for each file",
     )  # fmt: skip
     for column, what in _COLUMNS.items():
         group.add_argument(
             f"--{column}-column", type=_column, action="append", metavar="[NAME=]COLUMN",
-            help=f"the column with {what}, of all files or of the file NAME",
+            help=f"the column with {what}, in all files or in the file NAME",
         )  # fmt: skip
     group.add_argument(
         "--eval-fraction", type=number(float, "above 0 and below 1", lambda x: 0 < x < 1), metavar="X",
@@ -73,13 +76,13 @@ def add_parser(subparsers: "Subparsers") -> None:
     group.add_argument(
         "--max-train", type=at_least(1), metavar="N", help="train on N rows of each file, drawn at random"
     )
-    group.add_argument("--max-eval", type=at_least(1), metavar="N", help="evaluate on N rows of each, drawn at random")
+    group.add_argument(
+        "--max-eval", type=at_least(1), metavar="N", help="evaluate on N rows of each file, drawn at random"
+    )
     add_texts(group)
 
     group = parser.add_argument_group("the model, the bank and the adapters")
-    group.add_argument(
-        "--model", metavar="PATH_OR_NAME", help="a folder, a name on the Hugging Face Hub, or a .gguf file"
-    )
+    add_base_model(group)
     group.add_argument(
         "--num-vectors", type=at_least(1), metavar="N", help="vectors in the bank (256; causal-lm: 1024)"
     )

@@ -65,7 +65,7 @@ def accelerate(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Gives an accelerated model PEFT's own code back, in place; does not change any other model. Returns the model."""
+    """Undoes :func:`accelerate` in place: PEFT's own code runs again. Does not change other models. Returns the model."""
     for module in model.modules():
         if type(module) in _ORIGINAL:
             module.__class__ = _ORIGINAL[type(module)]

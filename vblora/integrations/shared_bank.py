@@ -136,7 +136,7 @@ class SharedBankTrainer(Trainer):  # type: ignore[misc]  # transformers is not t
 
 
 def save_shared(models: Mapping[str, nn.Module], directory: str | os.PathLike[str], form: str | None = None) -> None:
-    """Saves the adapters of models that share a bank: the bank as ``bank.safetensors``, and a folder without it per adapter.
+    """Saves the adapters of models that share a bank: ``bank.safetensors``, and a folder for each adapter, without the bank.
 
     All files are renamed at the end, once they are on disk, so an interrupted save leaves the old ones or the new ones. Each
     adapter names the bank's SHA-256, and :func:`vblora.load` refuses another bank.

@@ -138,7 +138,7 @@ class VBLinear(AdaptedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight. It warns when it is used, because code that does so leaves out the update."""
+        """The base layer's weight. It warns when code uses it, because the update is then left out."""
         weight = super().weight
         if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or not self.applied:
             return weight

@@ -67,8 +67,8 @@ def inject(
         bank: VB-LoRA only: a bank to share with other adapters, or its path (:meth:`VectorBank.from_file`), instead of a new
             bank. Its size must be that of the config.
         freeze_bank: VB-LoRA only: this adapter does not train the bank. If another model trains the same bank, that stops, too,
-            because a parameter has one ``requires_grad``. With ``train_scales=True`` in the config, the adapter learns more. An
-            adapter whose bank is unchanged since it was read from a file is saved without it.
+            because a parameter has one ``requires_grad``. With a frozen bank, also set ``train_scales=True`` in the config: the
+            adapter then learns more. An adapter whose bank is unchanged since it was read from a file is saved without it.
 
     Returns:
         The same model.

@@ -20,11 +20,11 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
     its own weight; a layer whose weight was tied to it does not change.
 
     A quantised weight (8-bit and 4-bit bitsandbytes, int8 torchao) is dequantised, and its sum with the updates is quantised
-    again in the same format. A warning reports the rounding error; each layer's ``rounding`` holds it relative to the norms of
-    the weight (``of_weight``) and of the update (``of_update``).
+    again in the same format. A warning reports the rounding error. The attribute ``rounding`` of each layer also has it, relative
+    to the norm of the weight (``of_weight``) and to that of the update (``of_update``).
 
-    Do not merge or unmerge while another thread runs the model: its forward would compute some layers with the update twice, or
-    without it.
+    Do not merge or unmerge while another thread runs the model: its forward pass would add the update of some layers twice or
+    not at all.
 
     Args:
         model: an injected model, or a module with :class:`VBLinear` layers.

@@ -44,14 +44,14 @@ def parameter_groups(
             for a bank that was drawn up to 0.05, and less for larger vectors, since a step of a scale then moves A and B
             further.
         lr_factors: learning rate of LoRA's A and B (7e-4; up to 4e-3 for language models), and of the A and B that all layers of
-            Tied-LoRA share (1.5e-3; up to 3e-3).
-        lr_vectors: learning rate of VeRA's d and e (2e-2; up to 4e-2 for language models), and of Tied-LoRA's u and v (3e-2; up
-            to 3e-2).
+            Tied-LoRA share (1.5e-3; up to 3e-3 for language models).
+        lr_vectors: learning rate of VeRA's d and e (2e-2; up to 4e-2 for language models), and of Tied-LoRA's u and v (3e-2; at
+            most that for language models).
         lr_other: learning rate of all other trainable parameters, such as biases and ``modules_to_save``.
 
     Returns:
         Parameter groups as torch's optimizers take them, each with ``name``, ``params`` and ``lr``: ``bank``, ``logits``,
-        ``scales``, ``factors``, ``vectors`` and ``other``, without empty ones.
+            ``scales``, ``factors``, ``vectors`` and ``other``, without empty ones.
 
     Raises:
         ValueError: the recipe is unknown, the adapters are disabled, the model has no active adapter or a merged one, no

@@ -6,7 +6,7 @@ from .parameters import count_parameters
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Prints the line of PEFT's method of this name, and what a trained adapter takes to store.
+    """Prints how many parameters train, like PEFT's method of this name, and how many values the trained adapters store.
 
     Raises:
         ValueError: the model has no adapter.

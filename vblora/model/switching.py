@@ -53,10 +53,10 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Removes one adapter from a model and frees its memory. Which of the others are active does not change: if none is, the
-    model is its base model, and a warning says so.
+    """Removes one adapter from a model and frees its memory.
 
-    Removing the last adapter leaves the model as :func:`eject` does.
+    The other adapters stay active or inactive, as they were. If none is active, the model runs as its base model, and a warning
+    says so. Removing the last adapter leaves the model as :func:`eject` does.
 
     Raises:
         ValueError: the name is unknown, or the model is merged or disabled.

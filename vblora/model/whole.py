@@ -158,8 +158,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     """``model.state_dict()`` without the frozen base model: for checkpoints of another package, such as Lightning.
 
     It holds the adapters, what else trains, buffers of the base model that changed since the injection, such as batch
-    statistics, and all that is outside the injected models. ``model.load_state_dict(part, strict=False)`` restores it, in a model
-    that was injected in the same way, whichever adapters are active in either. :func:`vblora.save` writes an adapter for good.
+    statistics, and everything outside the injected models. ``model.load_state_dict(part, strict=False)`` restores it, in a model
+    that was injected in the same way, whichever adapters are active in either. To write an adapter to files, use
+    :func:`vblora.save`.
 
     Args:
         model: an injected model, or a module that holds some.
