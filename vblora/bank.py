@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .checks import check_count, check_positive
 from .distributed import gather_to_cpu
+from .errors import listed
 from .files import read_tensors, read_tensors_and_bytes, to_bytes, write_file
 
 
@@ -190,11 +191,6 @@ def encode_vectors(
     return {"vectors": rounded}
 
 
-def _listed(tensors: dict[str, Tensor]) -> str:
-    first = ", ".join(sorted(tensors)[:3]) or "none"
-    return f"{first} and {len(tensors) - 3} more" if len(tensors) > 3 else first
-
-
 def decode_vectors(tensors: dict[str, Tensor]) -> Tensor:
     """Decodes the result of :func:`encode_vectors`: int8 to float32, other dtypes unchanged.
 
@@ -203,7 +199,7 @@ def decode_vectors(tensors: dict[str, Tensor]) -> Tensor:
     """
     vectors, scales = tensors.get("vectors"), tensors.get("scales")
     if vectors is None or tensors.keys() - {"vectors", "scales"}:
-        raise ValueError(f"its tensors are {_listed(tensors)}; allowed are `vectors` and optional `scales`.")
+        raise ValueError(f"its tensors are {listed(sorted(tensors))}; allowed are `vectors` and optional `scales`.")
     if vectors.dim() != 2 or 0 in vectors.shape:
         raise ValueError(f"`vectors` has shape {tuple(vectors.shape)}, but must be (h, b).")
     if (vectors.dtype == torch.int8) != (scales is not None):

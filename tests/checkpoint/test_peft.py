@@ -466,7 +466,7 @@ def test_says_where_to_look(tmp_path):
         vblora.load(base, tmp_path)
     model.add_adapter("second", model.peft_config["default"])
     model.save_pretrained(tmp_path / "several", selected_adapters=["second"])
-    with pytest.raises(FileNotFoundError, match="sub-folders second: pass one"):
+    with pytest.raises(FileNotFoundError, match="sub-folders `second`: pass one"):
         vblora.load(base, tmp_path / "several")
     vblora.load(base, tmp_path / "several" / "second")
 

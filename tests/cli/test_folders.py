@@ -208,7 +208,7 @@ def test_says_what_is_wrong_with_folders(tmp_path, capsys):
             "--topk",
             "2",
         ): "--topk: applies only to a checkpoint of the paper's",
-        ("convert", tmp_path, tmp_path / "dst"): "SRC: .* sub-folders src",
+        ("convert", tmp_path, tmp_path / "dst"): "SRC: .* sub-folders `src`",
         ("convert", tmp_path / "src", tmp_path / "src", "--overwrite"): "DST: .* is also SRC, which would be lost",
         (
             "convert",
@@ -219,7 +219,7 @@ def test_says_what_is_wrong_with_folders(tmp_path, capsys):
         ("convert", base, tmp_path / "dst"): "SRC: .* neither an adapter nor a checkpoint of the paper's",
         ("convert", tmp_path / "src", tmp_path / "dst", "--bank", tmp_path / "file"): "--bank: .* damaged",
         ("info", tmp_path / "none"): "FOLDER: there is no folder",
-        ("info", tmp_path): "FOLDER: .* sub-folders src",
+        ("info", tmp_path): "FOLDER: .* sub-folders `src`",
         ("merge", tmp_path / "none", tmp_path / "src", tmp_path / "dst"): "BASE: there is no folder",
         ("merge", tmp_path / "src", base, tmp_path / "dst"): "ADAPTER: .* holds a model, not an adapter",
         (

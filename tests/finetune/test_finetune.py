@@ -378,7 +378,7 @@ def test_a_bad_argument_is_refused(finetune, table, tmp_path, capsys, arguments,
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--vector-length", "7"], r"query \(32 -> 32\).*Allowed lengths: 1, 2, 4, 8, 16, 32; with --pad, any length"),
+        (["--vector-length", "7"], r"query` \(32 -> 32\).*Allowed lengths: 1, 2, 4, 8, 16, 32; with --pad, any length"),
         (["--target-modules", "qurey"], "--target-modules is .*Nearest names: query"),
     ],
 )

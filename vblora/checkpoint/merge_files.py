@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Target
+from ..errors import listed
 from ..files import atomic_replacement, open_tensors, refuse_lfs_pointer, sync, write_file
 from .base_config import stores_in_out, tied_vocabularies
 from .contents import Contents
@@ -209,9 +210,7 @@ def _find(name: str, stored: Iterable[str]) -> str | None:
         return name
     near = [other for other in stored if other.endswith("." + name) or name.endswith("." + other)]
     if len(near) > 1:
-        raise ValueError(
-            f"the adapter's `{name}` may be any of the base model's {', '.join(f'`{other}`' for other in near[:5])}."
-        )
+        raise ValueError(f"the adapter's `{name}` may be any of the base model's {listed(near)}.")
     return near[0] if near else None
 
 
