@@ -75,6 +75,7 @@ class VectorBank(nn.Module):
         return self.vectors.shape[1]
 
     def reset_parameters(self) -> None:
+        """Draws the vectors again, from torch's generator."""
         nn.init.uniform_(self.vectors, -self.init_bound, self.init_bound)
         if self.pairs:
             with torch.no_grad():
@@ -122,6 +123,7 @@ class VectorBank(nn.Module):
             path: the bank's file; or the folder of an adapter that :func:`vblora.save` or PEFT wrote, or the tensors' file in
                 it. The bank of such a folder counts as the file that :meth:`save` would write for it: other adapters can share
                 it while the folder's adapter stays as it is.
+            device: device of the bank; by default the CPU.
 
         Raises:
             FileNotFoundError: the file does not exist.
