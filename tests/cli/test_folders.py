@@ -410,9 +410,8 @@ def test_merges_as_the_model_does(make, choice, form, dtype, tmp_path, capsys):
     merged = type(base).from_pretrained(tmp_path / "out", dtype=dtype)
     assert merged.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(merged.state_dict()[name], tensor) for name, tensor in wanted.state_dict().items())
-    if (
-        dtype == torch.float32
-    ):  # in bfloat16 they differ before any merge: transformers keeps a buffer in float32, .to() does not
+    # In bfloat16 they differ before any merge: transformers keeps a buffer in float32, .to() does not.
+    if dtype == torch.float32:
         assert torch.equal(outputs(merged), outputs(wanted))
         assert not torch.equal(outputs(merged), outputs(base))
     was, now = files(tmp_path / "base"), files(tmp_path / "out")

@@ -677,9 +677,8 @@ def test_evaluation_rows_that_are_also_trained_on_are_counted(tmp_path, capsys, 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(finetune, table, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
-        raise RuntimeError(
-            "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
-        )  # as torch.save does
+        # As torch.save does.
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
     monkeypatch.setattr(torch, "save", full)
     assert finetune("--data", table, "--no-baseline", "--max-train", "32") == 1

@@ -54,7 +54,7 @@ def encode(
     if form in native.FORMS:
         description, tensors = native.encode(contents, form, bank_dtype=bank_dtype, bank_file=bank_file)
         description["base_model_name_or_path"] = base_model
-        # The tensors' file is complete by itself, so atomic_replacement it replaces the adapter.
+        # The tensors' file is complete by itself, so replacing it replaces the adapter.
         metadata = {native.METADATA: json.dumps(description)}
         description = _flattened(description)
     else:
