@@ -237,21 +237,21 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def bars(title: str, groups: Mapping[str, Times], unit: str = "ms", scale: float = 1e3) -> Figure:
-    """Medians as bars with quartiles, one panel for each group."""
+def bars(title: str, groups: Mapping[str, Times]) -> Figure:
+    """Medians in milliseconds as bars with quartiles, one panel for each group."""
     count = max(len(times.seconds) for times in groups.values())
     figure = Figure(figsize=(9, len(groups) * (0.35 * count + 0.9)), layout="constrained")
     figure.suptitle(title)
     for axes, (name, times) in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups.items(), strict=True):
         for place, (label, seconds) in enumerate(times.seconds.items()):
-            low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+            quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+            low, middle, high = (1e3 * quartile for quartile in quartiles)
             color = "tab:blue" if label.startswith("vblora") else "tab:gray"
-            error = [[scale * (middle - low)], [scale * (high - middle)]]
-            axes.barh(place, scale * middle, xerr=error, color=color)
-            axes.text(scale * high, place, f" {scale * middle:.3g}", va="center")
+            axes.barh(place, middle, xerr=[[middle - low], [high - middle]], color=color)
+            axes.text(high, place, f" {middle:.3g}", va="center")
         axes.set_yticks(range(len(times.seconds)), list(times.seconds))
         axes.invert_yaxis()
         axes.set_title(name, loc="left", fontsize="medium")
-        axes.set_xlabel(unit)
+        axes.set_xlabel("ms")
         axes.margins(x=0.12)
     return figure

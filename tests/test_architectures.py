@@ -35,9 +35,8 @@ SMALL = (
         ("decoder_attention_heads", "encoder_attention_heads", "n_head", "n_heads", "num_attention_heads"), 4
     )
     | dict.fromkeys(("attention_window", "num_conv_pos_embeddings", "num_heads", "sliding_window"), 4)
-    | dict.fromkeys(
-        ("n_routed_experts", "num_experts", "num_local_experts", "num_experts_per_tok"), 4
-    )  # each token sees all
+    # Each token sees all.
+    | dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts", "num_experts_per_tok"), 4)
     | dict.fromkeys(("d_kv", "head_dim", "patch_size", "state_size"), 8)
     | {"image_size": 16, "num_mel_bins": 16, "conv_dim": (16, 16), "conv_kernel": (3, 3), "conv_stride": (2, 2)}
     | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}

@@ -1,6 +1,7 @@
 """The drawing in docs/architecture.md matches the imports of vblora/."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ def room(module: list[str]) -> str:
     return module[1] if len(module) > 1 else "vblora"
 
 
+@functools.cache
 def imports() -> set[tuple[str, str]]:
     found = set()
     for path in (ROOT / "vblora").rglob("*.py"):

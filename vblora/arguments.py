@@ -122,10 +122,8 @@ def check_admixture(
         )
 
 
-def check_admixture_parts(
-    logits: Tensor, exhausted: Tensor | None, sizes: list[int], ranks: int, *, require: Require = torch._check
-) -> None:
-    arguments = _Arguments("admixture_parts", "logits", logits, require)
+def check_admixture_parts(logits: Tensor, exhausted: Tensor | None, sizes: list[int], ranks: int) -> None:
+    arguments = _Arguments("admixture_parts", "logits", logits, torch._check)
     arguments.check(ranks >= 1, lambda: f"`ranks` is {ranks}, but must be at least 1.")
     rows = logits.shape[0]
     for size in sizes:

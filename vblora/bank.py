@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .checks import check_count, check_positive
 from .distributed import gather_to_cpu
+from .errors import listed
 from .files import read_tensors, read_tensors_and_bytes, to_bytes, write_file
 
 
@@ -74,6 +75,7 @@ class VectorBank(nn.Module):
         return self.vectors.shape[1]
 
     def reset_parameters(self) -> None:
+        """Draws the vectors again, from torch's generator."""
         nn.init.uniform_(self.vectors, -self.init_bound, self.init_bound)
         if self.pairs:
             with torch.no_grad():
@@ -122,6 +124,7 @@ class VectorBank(nn.Module):
             path: the bank's file; or the folder of an adapter that :func:`vblora.save` or PEFT wrote, or the tensors' file in
                 it. The bank of such a folder counts as the file that :meth:`save` would write for it: other adapters can share
                 it while the folder's adapter stays as it is.
+            device: device of the bank; by default the CPU.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -191,11 +194,6 @@ def encode_vectors(
     return {"vectors": rounded}
 
 
-def _listed(tensors: dict[str, Tensor]) -> str:
-    first = ", ".join(sorted(tensors)[:3]) or "none"
-    return f"{first} and {len(tensors) - 3} more" if len(tensors) > 3 else first
-
-
 def decode_vectors(tensors: dict[str, Tensor]) -> Tensor:
     """Decodes the result of :func:`encode_vectors`: int8 to float32, other dtypes unchanged.
 
@@ -204,7 +202,7 @@ def decode_vectors(tensors: dict[str, Tensor]) -> Tensor:
     """
     vectors, scales = tensors.get("vectors"), tensors.get("scales")
     if vectors is None or tensors.keys() - {"vectors", "scales"}:
-        raise ValueError(f"its tensors are {_listed(tensors)}; allowed are `vectors` and optional `scales`.")
+        raise ValueError(f"its tensors are {listed(sorted(tensors))}; allowed are `vectors` and optional `scales`.")
     if vectors.dim() != 2 or 0 in vectors.shape:
         raise ValueError(f"`vectors` has shape {tuple(vectors.shape)}, but must be (h, b).")
     if (vectors.dtype == torch.int8) != (scales is not None):

@@ -1,6 +1,8 @@
-"""The error that ends a command, and the category of all warnings."""
+"""The error that ends a command, the category of all warnings, and what messages share."""
 
 import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class CommandError(Exception):
@@ -23,6 +25,13 @@ def in_options(error: Exception, *names: str) -> str:
     return message.replace(
         "Pass that as --bank.", "Give its file, or the folder of the adapter that holds it, as --bank."
     )
+
+
+def listed(names: Iterable[Any], form: Callable[[Any], str] = "`{}`".format, most: int = 4) -> str:
+    """Names for a message: the first ``most``, each as ``form`` writes it, and how many more there are; "none" of none."""
+    names = list(names)
+    first = ", ".join(map(form, names[:most])) or "none"
+    return f"{first} and {len(names) - most} more" if len(names) > most else first
 
 
 class VBLoRAWarning(UserWarning):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -62,6 +63,24 @@ def atomic_replacement(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)  # makes the new name durable
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder to fill; on exit, renames it to ``path``, which must not exist or be empty.
+
+    If the block raises, nothing of it stays.
+    """
+    path = path.resolve()  # Path(".") has no name, and a link cannot be replaced by a folder
+    temporary = _temporary(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, path)  # replaces an empty folder
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(path.parent)  # makes the new name durable
 

@@ -67,10 +67,7 @@ def _admixture_backward(
     need_bank: bool,
 ) -> tuple[Tensor, Tensor]:
     check_admixture_backward(grad_subvectors, grad_weights, indices, weights, bank, candidates, num_candidates)
-    return (
-        bank.new_empty((indices.shape[0], num_candidates) if need_logits else (0,)),
-        bank.new_empty(bank.shape if need_bank else (0,)),
-    )
+    return _gradients(indices, bank, num_candidates, need_logits, need_bank)
 
 
 def _admixture_backward_parts(
@@ -83,6 +80,12 @@ def _admixture_backward_parts(
     num_candidates: int,
     need_logits: bool,
     need_bank: bool,
+) -> tuple[Tensor, Tensor]:
+    return _gradients(indices, bank, num_candidates, need_logits, need_bank)
+
+
+def _gradients(
+    indices: Tensor, bank: Tensor, num_candidates: int, need_logits: bool, need_bank: bool
 ) -> tuple[Tensor, Tensor]:
     return (
         bank.new_empty((indices.shape[0], num_candidates) if need_logits else (0,)),

@@ -17,6 +17,7 @@ from .. import models
 from . import clock
 from .phase import Phase
 
+# Parts of the names of our kernels
 OURS = (
     "admixture",
     "compose_kernel",
@@ -25,7 +26,7 @@ OURS = (
     "backward_bank",
     "backward_popular",
     "backward_split",
-)  # of our kernels
+)
 STEPS = 5
 QUICK = {
     "hidden_size": 256,

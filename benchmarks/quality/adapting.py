@@ -1,10 +1,12 @@
-"""What runs of every kind of model share: the adapter and its optimizer's groups, the precision, and batches of like length."""
+"""What runs of every kind of model share: the adapter, how it is optimized, and batches of like length."""
 
+import math
 import random
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
 
 import vblora
 from vblora.bank import VectorBank, decode_vectors, encode_vectors
@@ -34,6 +36,28 @@ def _frozen_bank(config: vblora.VBLoRAConfig) -> vblora.VectorBank:
     bank = vblora.VectorBank(config.num_vectors, config.vector_length)
     nn.init.uniform_(bank.vectors, -bound, bound, generator=torch.Generator().manual_seed(0))
     return bank
+
+
+class Optimization:
+    """AdamW without weight decay, whose rates rise in a warm-up and then fall to 0, for gradients that are clipped.
+
+    Args:
+        warm_up: the share of ``steps``.
+    """
+
+    def __init__(self, groups: list[dict], warm_up: float, steps: int) -> None:
+        self._trained = [parameter for group in groups for parameter in group["params"]]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self._schedule = get_linear_schedule_with_warmup(self._optimizer, math.ceil(warm_up * steps), steps)
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Takes a step, and returns the loss without its graph."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._trained, 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        return loss.detach()
 
 
 def as_stored(model: nn.Module, recipe: Recipe, head: int = 0) -> dict[str, int]:
@@ -66,9 +90,9 @@ def exhausted(model: nn.Module) -> int:
     return sum(int(a.exhausted.sum()) for a in adapters if a.exhausted is not None)
 
 
-def mean_losses(losses: list[Tensor]) -> list[float]:
-    """The mean of each ``STEPS_A_LOSS`` steps."""
-    return [round(float(part.mean()), 4) for part in torch.stack(losses).split(STEPS_A_LOSS)] if losses else []
+def mean_losses(losses: list[Tensor], steps: int = STEPS_A_LOSS) -> list[float]:
+    """The means of ``steps`` losses each."""
+    return [round(float(part.mean()), 4) for part in torch.stack(losses).split(steps)] if losses else []
 
 
 def shuffled(lengths: list[int], size: int, rng: random.Random) -> Iterator[list[int]]:

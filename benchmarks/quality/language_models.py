@@ -1,6 +1,5 @@
 """One run: a language model, adapted, trained on prompts with their completions, and what it then makes of others."""
 
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -11,10 +10,10 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import models
-from .adapting import NOTHING, adapt, as_stored, exhausted, mean_losses, shuffled
+from .adapting import NOTHING, Optimization, adapt, as_stored, exhausted, mean_losses, shuffled
 from .methods import Recipe
 from .texts import Pair, Prompt, TextTask
 
@@ -86,19 +85,11 @@ def _load(path: Path) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module]:
 
 def _train(model: nn.Module, task: TextTask, recipe: Recipe, seed: int, settings: Settings, tokenizer) -> list[Tensor]:
     groups = adapt(model, recipe, seed)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(recipe.warm_up * settings.steps), settings.steps)
-    trained = [parameter for group in groups for parameter in group["params"]]
+    optimization = Optimization(groups, recipe.warm_up, settings.steps)
     rows, losses = _Rows(task.train, tokenizer), []
     model.train()
     for batch, labels in rows.batches(settings, seed):
-        loss = _losses(model, batch, labels, settings).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(optimization.step(_losses(model, batch, labels, settings).mean()))
     return losses
 
 

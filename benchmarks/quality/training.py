@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from .adapting import NOTHING, adapt, as_stored, exhausted, mean_losses, shuffled
+from .adapting import NOTHING, Optimization, adapt, as_stored, exhausted, mean_losses, shuffled
 from .methods import Recipe
 from .tasks import Example, Task
 
@@ -36,24 +36,16 @@ def run(task: Task, recipe: Recipe, seed: int, settings: Settings) -> dict:
         settings.model, num_labels=len(task.labels) or 1, dtype=torch.float32
     )
     groups = _train_the_head(model, recipe) if recipe.method is None else adapt(model, recipe, seed, ["classifier"])
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps = steps_of(task, settings)
-    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(recipe.warm_up * steps), steps)
+    optimization = Optimization(groups, recipe.warm_up, steps)
     train = _Batches(task.train, tokenizer, settings)
-    trained = [parameter for group in groups for parameter in group["params"]]
     begin, losses = time.perf_counter(), []
     model.train()
     for epoch in range(settings.epochs):
         for batch, labels in train.shuffled(random.Random(f"{seed} {epoch}")):
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
                 logits = model(**batch).logits.float()
-            loss = _loss(logits, labels)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
+            losses.append(optimization.step(_loss(logits, labels)))
     seconds = time.perf_counter() - begin
     head = sum(p.numel() for p in model.classifier.parameters())
     stored = NOTHING if recipe.method is None else as_stored(model, recipe, head)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from vblora.bank import VectorBank
 from vblora.checkpoint.save_load import contents_of
 from vblora.model.learning_rates import WARM_UP
 from vblora.model.lookup import attached_adapter
 
-from ..quality.adapting import bytes_of, round_bank
+from ..quality.adapting import Optimization, bytes_of, mean_losses, round_bank
 from ..quality.tasks import Task
 from ..quality.training import Settings, _Batches, _loss, _predict
 from .adapter import adapt
@@ -99,11 +99,9 @@ def _train(
     pairs: list[tuple[Task, nn.Module]], groups: list[dict], seed: int, settings: Settings, tokenizer: Any
 ) -> list[list[float]]:
     """Trains all models with one optimizer. Returns each task's loss, as means of 25 steps."""
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     batches = [_Batches(task.train, tokenizer, settings) for task, _ in pairs]
     steps = settings.epochs * sum(math.ceil(len(task.train) / settings.batch_size) for task, _ in pairs)
-    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
+    optimization = Optimization(groups, WARM_UP, steps)
     losses: list[list[Tensor]] = [[] for _ in pairs]
     for _, model in pairs:
         model.train()
@@ -116,11 +114,5 @@ def _train(
             batch, labels = next(iterators[index])
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
                 logits = pairs[index][1](**batch).logits.float()
-            loss = _loss(logits, labels)
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses[index].append(loss.detach())
-    return [[round(float(part.mean()), 4) for part in torch.stack(of_task).split(25)] for of_task in losses]
+            losses[index].append(optimization.step(_loss(logits, labels)))
+    return [mean_losses(of_task, 25) for of_task in losses]

@@ -127,9 +127,8 @@ def test_an_optimizer_step_between_forward_and_backward_is_refused(net, x):
 
 def test_a_forward_without_backward_is_freed(net, x):
     adapter = net.vblora.default
-    operator = (
-        torch.ops.vblora.admixture
-    )  # as on other devices; unlike the CPU's fused step, its graph holds its own outputs
+    # As on other devices. Unlike the graph of the CPU's fused step, its graph holds its own outputs.
+    operator = torch.ops.vblora.admixture
     with torch.autograd.graph.saved_tensors_hooks(*SAVED_TENSORS_HOOKS):
         *_, weights = operator(adapter.logits, adapter.bank.vectors, adapter.candidates, adapter.topk)
     freed = weakref.ref(weights)

@@ -143,9 +143,8 @@ def test_the_projection_depends_on_the_key_alone():
     assert all(map(torch.equal, pair(3, blocks=1), pair(3, blocks=2)))
     assert not any(map(torch.equal, pair(3, blocks=1), pair(4, blocks=1)))
     narrow, wide = pair(3, width=16, blocks=1), pair(3, width=32, blocks=1)
-    torch.testing.assert_close(
-        wide[0][:, :32] * math.sqrt(2), narrow[0]
-    )  # except for the bound, one is a slice of the other
+    # Except for the bound, one is a slice of the other.
+    torch.testing.assert_close(wide[0][:, :32] * math.sqrt(2), narrow[0])
     assert torch.equal(wide[1][:, :32], narrow[1])
 
 

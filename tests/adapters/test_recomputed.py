@@ -55,9 +55,8 @@ def test_a_step_composes_once_and_has_the_same_gradients(name, reentrant):
         step(nets[1])
         agree(*nets, tolerance=1e-12)
         subvectors = nets[0].vblora.default.num_subvectors
-        assert composed.rows == (
-            subvectors if i else 2 * subvectors
-        )  # only then it is known that layers are recomputed
+        # Before the second step, it is not known that layers are recomputed.
+        assert composed.rows == (subvectors if i else 2 * subvectors)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -186,9 +186,8 @@ def test_we_save_a_resized_vocabulary_too(form, tied, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", vblora.VBLoRAWarning)
         model = shaken(vblora.inject(resized(1), config))
-        vblora.inject(
-            resized(1), CONFIGS["lora"](target_modules=["q_proj"])
-        )  # that the new rows do not train is no loss
+        # That the new rows do not train is no loss.
+        vblora.inject(resized(1), CONFIGS["lora"](target_modules=["q_proj"]))
     vblora.merge(model)
     with pytest.warns(vblora.VBLoRAWarning, match=r"the vocabulary was resized .* holds `model\.embed_tokens\.weight`"):
         vblora.save(model, tmp_path / "adapter", form=form)

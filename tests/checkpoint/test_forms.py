@@ -466,7 +466,7 @@ def test_a_wrong_or_missing_bank_is_refused_by_name(tmp_path):
 def test_files_that_are_no_bank_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     for tensors, message in (
-        ({"weight": torch.ones(2, 2)}, "its tensors are weight"),
+        ({"weight": torch.ones(2, 2)}, "its tensors are `weight`"),
         ({"vectors": torch.ones(2)}, r"\(2,\), but must be \(h, b\)"),
         ({"vectors": torch.ones(2, 2).int()}, "int32"),
         ({"vectors": torch.ones(2, 2) / 0}, "infinite"),

@@ -106,18 +106,18 @@ def test_other_parameters_are_refused(packed, tmp_path):
     for name in FIELDS:
         vblora.set_adapter(other, name)
         with pytest.raises(
-            ValueError, match=r"other parameters than the optimizer's: it has `(b|default)\.bank\.vectors`"
+            ValueError, match=r"other parameters than the optimizer's: it also has `(b|default)\.bank\.vectors`"
         ):
             vblora.unpack_optimizer(other, theirs := optimizer_of(other), state)
         assert not theirs.state
     vblora.set_adapter(other, "b")
     only_b = vblora.pack_optimizer(other, optimizer_of(other))
     vblora.set_adapter(other, "default")
-    with pytest.raises(ValueError, match=r"it has `b\.bank\.vectors` \(16, 8\), and the optimizer `default\.bank"):
+    with pytest.raises(ValueError, match=r"it also has `b\.bank\.vectors` \(16, 8\), and lacks `default\.bank"):
         vblora.unpack_optimizer(other, optimizer_of(other), only_b)
     vblora.set_adapter(other, "b")
     vblora.grow(other, 9)
-    with pytest.raises(ValueError, match=r"it has `b\.logits` \(\d+, 6\), and the optimizer `b\.logits` \(\d+, 9\)"):
+    with pytest.raises(ValueError, match=r"it also has `b\.logits` \(\d+, 6\), and lacks `b\.logits` \(\d+, 9\)"):
         vblora.unpack_optimizer(other, optimizer_of(other), only_b)
     with pytest.raises(ValueError, match="has 2 groups of parameters, but the optimizer 1"):
         vblora.unpack_optimizer(other, torch.optim.AdamW([other.vblora.b.bank.vectors]), only_b)

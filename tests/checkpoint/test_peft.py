@@ -201,9 +201,8 @@ def test_sharp_weights_survive(topk, tmp_path):
     other, x, nan_in_peft = from_peft(base, tmp_path / "ours"), torch.randn(4, 16), 0
     config = other.peft_config["default"]
 
-    def in_peft(
-        directory, compact
-    ):  # the same code as from_pretrained runs, which takes most of its time to make a model
+    def in_peft(directory, compact):
+        """By the same code as from_pretrained runs, which takes most of its time to make a model."""
         config.save_only_topk_weights = compact
         peft.set_peft_model_state_dict(other, peft.load_peft_weights(directory, device="cpu"))
         return other(x)
@@ -466,7 +465,7 @@ def test_says_where_to_look(tmp_path):
         vblora.load(base, tmp_path)
     model.add_adapter("second", model.peft_config["default"])
     model.save_pretrained(tmp_path / "several", selected_adapters=["second"])
-    with pytest.raises(FileNotFoundError, match="sub-folders second: pass one"):
+    with pytest.raises(FileNotFoundError, match="sub-folders `second`: pass one"):
         vblora.load(base, tmp_path / "several")
     vblora.load(base, tmp_path / "several" / "second")
 

@@ -208,7 +208,7 @@ def test_says_what_is_wrong_with_folders(tmp_path, capsys):
             "--topk",
             "2",
         ): "--topk: applies only to a checkpoint of the paper's",
-        ("convert", tmp_path, tmp_path / "dst"): "SRC: .* sub-folders src",
+        ("convert", tmp_path, tmp_path / "dst"): "SRC: .* sub-folders `src`",
         ("convert", tmp_path / "src", tmp_path / "src", "--overwrite"): "DST: .* is also SRC, which would be lost",
         (
             "convert",
@@ -219,7 +219,7 @@ def test_says_what_is_wrong_with_folders(tmp_path, capsys):
         ("convert", base, tmp_path / "dst"): "SRC: .* neither an adapter nor a checkpoint of the paper's",
         ("convert", tmp_path / "src", tmp_path / "dst", "--bank", tmp_path / "file"): "--bank: .* damaged",
         ("info", tmp_path / "none"): "FOLDER: there is no folder",
-        ("info", tmp_path): "FOLDER: .* sub-folders src",
+        ("info", tmp_path): "FOLDER: .* sub-folders `src`",
         ("merge", tmp_path / "none", tmp_path / "src", tmp_path / "dst"): "BASE: there is no folder",
         ("merge", tmp_path / "src", base, tmp_path / "dst"): "ADAPTER: .* holds a model, not an adapter",
         (
@@ -410,9 +410,8 @@ def test_merges_as_the_model_does(make, choice, form, dtype, tmp_path, capsys):
     merged = type(base).from_pretrained(tmp_path / "out", dtype=dtype)
     assert merged.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(merged.state_dict()[name], tensor) for name, tensor in wanted.state_dict().items())
-    if (
-        dtype == torch.float32
-    ):  # in bfloat16 they differ before any merge: transformers keeps a buffer in float32, .to() does not
+    # In bfloat16 they differ before any merge: transformers keeps a buffer in float32, .to() does not.
+    if dtype == torch.float32:
         assert torch.equal(outputs(merged), outputs(wanted))
         assert not torch.equal(outputs(merged), outputs(base))
     was, now = files(tmp_path / "base"), files(tmp_path / "out")

@@ -378,7 +378,7 @@ def test_a_bad_argument_is_refused(finetune, table, tmp_path, capsys, arguments,
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--vector-length", "7"], r"query \(32 -> 32\).*Allowed lengths: 1, 2, 4, 8, 16, 32; with --pad, any length"),
+        (["--vector-length", "7"], r"query` \(32 -> 32\).*Allowed lengths: 1, 2, 4, 8, 16, 32; with --pad, any length"),
         (["--target-modules", "qurey"], "--target-modules is .*Nearest names: query"),
     ],
 )
@@ -677,9 +677,8 @@ def test_evaluation_rows_that_are_also_trained_on_are_counted(tmp_path, capsys, 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(finetune, table, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
-        raise RuntimeError(
-            "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
-        )  # as torch.save does
+        # As torch.save does.
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
     monkeypatch.setattr(torch, "save", full)
     assert finetune("--data", table, "--no-baseline", "--max-train", "32") == 1

@@ -183,7 +183,7 @@ def test_a_chat_that_ends_with_the_assistant_is_completed_as_in_training(base, t
         ([], "--prompt or --data: give one of them"),
         (["--prompt", "a", "--data", "x"], "--prompt or --data: give one of them"),
         (["--prompt", "a", "--adapter", "."], "--adapter: . is neither the folder of an adapter"),
-        (["--prompt", "a", "--adapter", "ADAPTERS"], "--adapter: there are 2 adapters: one, two. Give the folder of one"),
+        (["--prompt", "a", "--adapter", "ADAPTERS"], "--adapter: there are 2 adapters: 'one', 'two'. Give the folder of one"),
         (
             ["--data", "ROWS", "--adapter", "ADAPTERS", "--adapter-column", "who", "--bank", "nowhere"],
             "--bank: nowhere is missing",

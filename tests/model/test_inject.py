@@ -52,6 +52,15 @@ def bert_inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": 3 + torch.arange(27).view(3, 9), "labels": torch.tensor([0, 1, 0])}
 
 
+def trained_bert() -> tuple[nn.Module, nn.Module]:
+    """A base model, and the model of an adapter that was trained on it with biases and a head."""
+    torch.manual_seed(0)
+    base = bert().eval()
+    model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES))
+    train_a_little(model, **bert_inputs())
+    return base, model
+
+
 def test_wraps_targets_and_freezes_the_rest():
     net = Net(blocks=2)
     assert vblora.inject(net, NET_CONFIG) is net
@@ -103,7 +112,7 @@ def test_eject_after_moving_and_casting():
             lambda: Net(blocks=1),
             {"target_modules": ["up", "head"]},
             ValueError,
-            r"`vector_length` is 8.*head \(16 -> 3\).*Allowed lengths: 1; with pad=True, any length",
+            r"`vector_length` is 8.*`head` \(16 -> 3\).*Allowed lengths: 1; with pad=True, any length",
         ),
         (lambda: Net(blocks=1), {"target_modules": ["blocks"]}, TypeError, "`blocks`, a ModuleList"),
         (bert, {"target_modules": ["LayerNorm"]}, TypeError, "a LayerNorm; allowed are nn.Linear, nn.Embedding"),
@@ -307,12 +316,9 @@ def test_an_integer_weight_is_not_merged():
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_disabled_is_the_base_model(merged):
-    torch.manual_seed(0)
-    base = bert().eval()
+    base, model = trained_bert()
     x = bert_inputs()["input_ids"]
     expected = base(x).logits
-    model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES))
-    train_a_little(model, **bert_inputs())
     if merged:
         vblora.merge(model)
     before = model(x).logits
@@ -395,12 +401,9 @@ class Wrapper(nn.Module):
 
 
 def test_everything_works_through_a_wrapper(tmp_path):
-    torch.manual_seed(0)
-    base = bert().eval()
+    base, model = trained_bert()
     x = bert_inputs()["input_ids"]
     expected = base(x).logits
-    model = vblora.inject(copy.deepcopy(base), vblora.VBLoRAConfig(modules_to_save=["classifier"], bias="all", **SIZES))
-    train_a_little(model, **bert_inputs())
     wrapper = Wrapper(model)
     before = wrapper(x).logits
     with vblora.disabled(wrapper):

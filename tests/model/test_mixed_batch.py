@@ -361,9 +361,8 @@ def test_threads_do_not_see_each_others_adapters(one_thread):
         started.wait()
         for _ in range(50):
             found = model(x, adapter_names=batches[number])
-            if (
-                relative_error(found, expected[number]) > 1e-12
-            ):  # a thread's own number of threads rounds in its own way
+            # Not the same bits: a thread's own number of threads rounds in its own way.
+            if relative_error(found, expected[number]) > 1e-12:
                 wrong.append(number)
 
     threads = [threading.Thread(target=serve, args=(number,)) for number in range(4)]

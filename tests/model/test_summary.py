@@ -28,9 +28,8 @@ def test_a_model_shows_ranks_and_which_adapter_is_active():
     net = vblora.inject(Net(blocks=2), vblora.VBLoRAConfig(r=3, **SIZES, target_modules=["up"], vblora_dropout=0.1))
     vblora.inject(net, vblora.LoraConfig(r=5, target_modules=["up"]), adapter_name="second")
     shown = " ".join(repr(net).split())
-    assert (
-        shown.count("AdaptedLayer( default: r=3, dropout=0.1, active; second: r=5 (base_layer)") == 1
-    )  # blocks are alike
+    # Once, because blocks are alike.
+    assert shown.count("AdaptedLayer( default: r=3, dropout=0.1, active; second: r=5 (base_layer)") == 1
     assert len(re.findall(r"in_features=16, out_features=32", shown)) == 1
     assert repr(net.vblora.default).startswith("VBLoRAAdapter[active](") and "r=3" in repr(net.vblora.default)
     vblora.set_adapter(net, "second")

@@ -37,9 +37,8 @@ class Case:
     k: int
     candidates: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
-    vectors: int | None = (
-        None  # of the bank; if None and there are candidates, drawn at random around the number of columns
-    )
+    # Of the bank. If None and there are candidates, drawn at random around the number of columns.
+    vectors: int | None = None
 
     def __str__(self) -> str:
         short = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.candidates, self.out_dtype)]

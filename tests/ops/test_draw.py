@@ -208,9 +208,8 @@ def test_strides_do_not_matter(backend, dtype, layout):
         for result, each in zip((logits, candidates), want, strict=True):
             if each is not None:
                 assert_same_bits(result, each)
-                assert (
-                    result._base is None or result._base.count_nonzero() == result.count_nonzero()
-                )  # nothing beside it
+                # Nothing was written beside it.
+                assert result._base is None or result._base.count_nonzero() == result.count_nonzero()
 
 
 # Randomness

@@ -231,13 +231,11 @@ class Adapter(nn.Module, ABC):
         self.merged_layers = 0  # how many of its layers hold its update in their weight
         self.disabled_layers = 0  # how many of those have their base weight while the model is disabled
         self.slots = [Slot(self, index) for index in range(len(targets))]
-        self.compute_dtype: torch.dtype | None = (
-            None  # of the layers, cached by AttachedAdapter until something is cast
-        )
-        self._captured = False
-        self._recomputing: tuple[int, dict[int, int]] | None = (
-            None  # the last backward that recomputed a layer, see there
-        )
+        # Of the layers, cached by AttachedAdapter until something is cast.
+        self.compute_dtype: torch.dtype | None = None
+        self._captured = False  # whether a CUDA graph was captured that composes it
+        # The last backward that recomputed a layer, and the versions that the parameters had then.
+        self._recomputing: tuple[int, dict[int, int]] | None = None
         self.traced = False  # whether some layer was compiled: its slot's `was_called` then says nothing
         # Slots of the layers whose weight this forward accessed without calling them, and whether it used the values.
         self.weight_reads: dict[Slot, bool] = {}

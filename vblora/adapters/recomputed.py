@@ -95,10 +95,9 @@ class _Recomputed(torch.autograd.Function):
         bank = mixtures.vectors.detach().index_select(0, selected)
         need_logits, need_vectors = ctx.needs_input_grad[:2]
         numbers, entries = _numbered(*columns.shape)
+        # Below autograd, the operator does not call into Python.
+        below = nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
         # As if the selected vectors were the whole bank, and the selected logits a row's only ones.
-        below = (
-            nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
-        )  # saves a call into Python
         with below:
             of_logits, of_vectors = torch.ops.vblora.admixture_backward_parts(
                 [grads[index] for index in given],

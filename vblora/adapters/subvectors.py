@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..errors import listed
 from .base import Factors, Target
 
 _DEFAULT_LENGTH = 256  # of bank vectors, as in the paper and PEFT
@@ -46,12 +47,11 @@ def check_widths(targets: tuple[Target, ...], vector_length: int, pad: bool) -> 
     if not refused:
         return
     common = math.gcd(*_widths(targets))
-    layers = ", ".join(f"{t.name} ({t.in_features} -> {t.out_features})" for t in refused[:5])
-    more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+    layers = listed(refused, lambda target: f"`{target.name}` ({target.in_features} -> {target.out_features})")
     lengths = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
     raise ValueError(
         f"`vector_length` is {vector_length}, but must divide `in_features` and `out_features` of each target. "
-        f"It does not for: {layers}{more}. Allowed lengths: {lengths}; with pad=True, any length."
+        f"It does not for: {layers}. Allowed lengths: {lengths}; with pad=True, any length."
     )
 
 

@@ -374,9 +374,8 @@ class VBLoRAAdapter(Adapter):
         self.scaling = as_float(scaling)
 
     def set_extra_state(self, state: Tensor) -> None:
-        if (
-            not state.is_floating_point()
-        ):  # the seed belongs to the logits, which are loaded whatever layers they are of
+        # The seed belongs to the logits, which are loaded whatever layers they are of.
+        if not state.is_floating_point():
             known, seed = state[:2].tolist()
             self.seed = seed if known else None
         super().set_extra_state(state)

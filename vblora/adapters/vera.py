@@ -151,8 +151,8 @@ def draw_projection(
     r: int,
     key: int,
     *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """A ``(r, in)`` and B ``(r, out)`` of the largest widths: uniform within Kaiming's bound, sqrt(6 / fan-in), like PEFT's."""
     sizes = SharedPairAdapter.pair_sizes(targets, r)

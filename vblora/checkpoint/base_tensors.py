@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import gather_to_cpu, is_sharded
-from ..errors import VBLoRAWarning
+from ..errors import VBLoRAWarning, listed
 from ..layers.adapted import AdaptedLayer
 from ..layers.kinds import has_kind
-from ..layers.reads import listed
 from ..layers.weights import format_name, is_quantised
 from ..model.heads import is_resized
 from ..model.lookup import base_tensors_in_place
@@ -89,7 +88,7 @@ def embeddings_to_save(model: nn.Module, choice: bool | str) -> dict[str, Tensor
     if choice == "auto":
         size = sum(tensor.nbytes for tensor in set(found.values()))
         warnings.warn(
-            f"the vocabulary was resized after the model was loaded, so the file also holds {listed(list(found))} "
+            f"the vocabulary was resized after the model was loaded, so the file also holds {listed(found)} "
             f"({size:,} bytes), as in PEFT. To leave them out, pass save_embedding_layers=False.",
             VBLoRAWarning,
             stacklevel=4,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bank import BankFile, VectorBank
-from ..errors import VBLoRAWarning
+from ..errors import VBLoRAWarning, listed
 from ..files import locked, open_tensors, read_tensors, to_bytes, write_files
 from . import native
 from .contents import Contents
@@ -54,7 +54,7 @@ def encode(
     if form in native.FORMS:
         description, tensors = native.encode(contents, form, bank_dtype=bank_dtype, bank_file=bank_file)
         description["base_model_name_or_path"] = base_model
-        # The tensors' file is complete by itself, so atomic_replacement it replaces the adapter.
+        # The tensors' file is complete by itself, so replacing it replaces the adapter.
         metadata = {native.METADATA: json.dumps(description)}
         description = _flattened(description)
     else:
@@ -214,7 +214,7 @@ def _check_files(path: Path) -> None:
     inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
     if inner:  # PEFT writes an adapter that is not called "default" into a sub-folder
         raise FileNotFoundError(
-            f"{path} is missing. There are adapters in its sub-folders {', '.join(inner)}: pass one of those."
+            f"{path} is missing. There are adapters in its sub-folders {listed(inner)}: pass one of those."
         )
     if _holds_model(folder):
         raise FileNotFoundError(

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..adapters import Target
-from ..files import atomic_replacement, open_tensors, refuse_lfs_pointer, sync, write_file
+from ..errors import listed
+from ..files import atomic_folder, atomic_replacement, open_tensors, refuse_lfs_pointer, write_file
 from .base_config import stores_in_out, tied_vocabularies
 from .contents import Contents
 from .json_objects import Json, JsonObject, as_type, field, optional_field, read_object
@@ -90,8 +90,6 @@ def merge_into_shards(
     for name in updates.keys() & replacements.keys():
         if id(replacements[name]) not in of_base:
             raise ValueError(f"`{name}` would be both updated and replaced.")
-    out = out.resolve()  # Path(".") has no name, and a link cannot be replaced by a folder
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     shards = sorted({entry.shard for entry in stored.values()})
     factors = functools.cache(lambda dtype: {target.name: pair for target, pair in contents.factors(dtype)})
 
@@ -107,8 +105,7 @@ def merge_into_shards(
             raise ValueError(f"`{name}` would not be finite in {tensor.dtype} once merged.")
         return merged
 
-    try:
-        temporary.mkdir(parents=True)
+    with atomic_folder(out) as temporary:
         left_out = _copy_others(base, others, temporary, shards)
         if config_changes:
             write_file(temporary / _CONFIG, json.dumps(config | dict(config_changes), indent=2).encode() + b"\n")
@@ -117,11 +114,6 @@ def merge_into_shards(
         for shard in shards:
             with atomic_replacement(temporary / shard) as path:
                 _write_shard(base / shard, path, updates.keys() | replacements.keys(), changed)
-        os.replace(temporary, out)  # replaces an empty folder
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync(out.parent)
     return Merged(len(shards), list(updates), list(replacements), left_out)
 
 
@@ -209,9 +201,7 @@ def _find(name: str, stored: Iterable[str]) -> str | None:
         return name
     near = [other for other in stored if other.endswith("." + name) or name.endswith("." + other)]
     if len(near) > 1:
-        raise ValueError(
-            f"the adapter's `{name}` may be any of the base model's {', '.join(f'`{other}`' for other in near[:5])}."
-        )
+        raise ValueError(f"the adapter's `{name}` may be any of the base model's {listed(near)}.")
     return near[0] if near else None
 
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ..adapters import VBLoRAAdapter
 from ..distributed import gather_to_cpu, is_sharded, reshard, shard_like
+from ..errors import listed
 from ..model.lookup import adapted_models
 from .packing import pack_prefixes, unpack_prefixes
 
@@ -143,9 +144,9 @@ def _in_order(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]
         if sorted(found) != sorted(wanted) or (found != wanted and len(set(found)) < len(found)):
             theirs, ours = (sorted(set(one) - set(other)) for one, other in ((found, wanted), (wanted, found)))
             raise ValueError(
-                f"`packed` is of other parameters than the optimizer's: it has {_listed(theirs)}, and the optimizer "
-                f"{_listed(ours)}. Load the adapters that it was packed with under their names, activate the same ones, and make "
-                "the optimizer in the same way."
+                f"`packed` is of other parameters than the optimizer's: it also has {listed(theirs, str)}, and lacks "
+                f"{listed(ours, str)}. Load the adapters that it was packed with under their names, activate the same ones, and "
+                "make the optimizer in the same way."
             )
         if found == wanted:
             numbers += group["params"]
@@ -157,10 +158,6 @@ def _in_order(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]
         place: state_dict["state"][number] for place, number in enumerate(numbers) if number in state_dict["state"]
     }
     return state_dict | {"state": state, "param_groups": ordered}
-
-
-def _listed(identities: list[_Identity]) -> str:
-    return ", ".join(map(str, identities[:3])) + ", ..." * (len(identities) > 3) if identities else "no other"
 
 
 def _without_wrappers(name: str) -> str:

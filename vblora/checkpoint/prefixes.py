@@ -8,8 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..errors import VBLoRAWarning
-from ..layers.reads import listed
+from ..errors import VBLoRAWarning, listed
 from ..model.targets import base_modules, matches
 from .contents import Contents
 

@@ -233,7 +233,9 @@ def write_over(target: AttachedAdapter, contents: Contents, is_trainable: bool |
     contents.check_config(own.config)
     contents = contents.in_order(adapter.targets)
     contents, brought = split_base_tensors(_with_tied(contents, target), target.model, present=target.extra)
-    _check_extra_parameters(contents, {name: (r.module, r.name, r.replacement) for name, r in target.extra.items()})
+    _check_extra_parameters(
+        contents, {name: (swap.module, swap.name, swap.replacement) for name, swap in target.extra.items()}
+    )
     contents.check_sizes(own)
     _refuse_meta(any(parameter.is_meta for parameter in adapter.parameters()))
     with torch.no_grad():

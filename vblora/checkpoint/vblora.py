@@ -205,9 +205,8 @@ class VBLoRAContents(Contents):
         if isinstance(self.rows, Trained):
             adapter.seed = self.rows.seed
         vectors = adapter.bank.vectors
-        if not torch.equal(
-            gather_to_cpu(vectors), self.bank.to(vectors.dtype)
-        ):  # other adapters of an equal one keep their caches
+        # Other adapters of an equal bank keep their caches.
+        if not torch.equal(gather_to_cpu(vectors), self.bank.to(vectors.dtype)):
             vectors.copy_(shard_like(self.bank, vectors))
 
     # Factors
@@ -243,7 +242,7 @@ class VBLoRAContents(Contents):
     def encode(self, form: str, bank_dtype: torch.dtype | None, bank_file: BankFile | None) -> dict[str, Tensor]:
         if form == "deploy":
             deployed = self.deployed()
-            bits = _index_bits(self.config.num_vectors)
+            bits = index_bits(self.config.num_vectors)
             tensors = {"indices": pack_bits(deployed.indices, bits), "weights": deployed.weights}
         elif isinstance(self.rows, Deployed):
             raise ValueError(
@@ -330,7 +329,7 @@ class VBLoRAContents(Contents):
     def _decode_deployed(self, tensors: dict[str, Tensor]) -> Deployed:
         config, packed, weights = self.config, take(tensors, "indices"), take(tensors, "weights")
         count = self.num_rows * config.topk
-        indices = unpack_bits(packed, _index_bits(config.num_vectors), count).view(-1, config.topk)
+        indices = unpack_bits(packed, index_bits(config.num_vectors), count).view(-1, config.topk)
         if weights.is_floating_point() and self.bank.dtype != torch.float64:
             weights = weights.float()
         return Deployed(indices.to(candidate_dtype(config.num_vectors)), weights)
@@ -341,8 +340,8 @@ def are_mixtures(weights: Tensor) -> bool:
     return bool((weights >= 0).all() and ((weights.double().sum(1) - 1).abs() < 1e-4).all())
 
 
-def _index_bits(num_vectors: int) -> int:
-    """Bits of an index of a bank vector."""
+def index_bits(num_vectors: int) -> int:
+    """How many bits files and stores take for an index of a bank vector."""
     return max(1, (num_vectors - 1).bit_length())
 
 

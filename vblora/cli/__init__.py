@@ -11,16 +11,8 @@ from ..errors import CommandError
 from ..files import is_failed_file
 from . import convert, finetune, generate, info, merge, plot, predict, train_bank
 
-_COMMANDS = (
-    finetune,
-    predict,
-    generate,
-    train_bank,
-    info,
-    plot,
-    convert,
-    merge,
-)  # each has add_parser(subparsers) and run(arguments) -> exit code
+# Each has add_parser(subparsers) and run(arguments) -> exit code.
+_COMMANDS = (finetune, predict, generate, train_bank, info, plot, convert, merge)
 
 
 class _Parser(argparse.ArgumentParser):

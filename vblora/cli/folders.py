@@ -65,15 +65,12 @@ def read_adapter(argument: str, folder: Path, bank: Path | None) -> AdapterFolde
     Raises:
         CommandError: the folder or the bank is missing or damaged.
     """
-    from ..bank import VectorBank
     from ..checkpoint.folder import CONFIG_FILE, read
+    from ..finetune.adapters import read_bank
 
     if not folder.is_dir():
         raise CommandError(f"{argument}: there is no folder {folder}. Give the folder of an adapter.")
-    try:
-        loaded = None if bank is None else VectorBank.from_file(bank)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--bank: {error}") from None
+    loaded = read_bank(bank)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

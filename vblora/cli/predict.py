@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     for run in runs.values():
         if run.is_language_model:
             raise CommandError(f"--adapter: {run.folder} is a language model's adapter. Use vblora generate.")
-    model = adapters.find_base(arguments.model, list(runs.values()))
     found = list(runs.values())
+    model = adapters.find_base(arguments.model, found)
     texts = [run.arguments.get("text_column") or "text" for run in found]
     pairs = [run.arguments.get("pair_column") for run in found]
     columns = Columns(

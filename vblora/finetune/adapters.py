@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..checkpoint.folder import CONFIG_FILE, TENSORS_FILE
 from ..checkpoint.json_objects import JsonObject, as_list, optional_field, read_object, shortened
 from ..errors import CommandError
 from ..files import sha256
+from .tables import quoted
 from .task import RESULTS_FILE, find_model
 
 
@@ -186,10 +186,9 @@ def find_folders(given: list[Path]) -> dict[str, Path]:
 def refuse_several(folders: dict[str, Path]) -> None:
     """Refuses several adapters if no column says which one a row uses."""
     if len(folders) > 1:
-        names = ", ".join(islice(folders, 8)) + ", ..." * (len(folders) > 8)
         raise CommandError(
-            f"--adapter: there are {len(folders)} adapters: {names}. Give the folder of one, or with --data the column that "
-            "names the adapter of each row, as --adapter-column."
+            f"--adapter: there are {len(folders)} adapters: {quoted(folders)}. Give the folder of one, or with --data the "
+            "column that names the adapter of each row, as --adapter-column."
         )
 
 

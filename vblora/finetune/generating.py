@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import vblora
 
@@ -64,14 +64,7 @@ def run(arguments: argparse.Namespace, job: Job) -> int:
     tokenizer = models.load_tokenizer(job.model)
     if job.template not in (None, "auto", "none"):
         tokenizer.chat_template = job.template
-    bfloat16 = models.computes_in_bfloat16(arguments.precision)
-    model = models.load_model(
-        AutoModelForCausalLM,
-        job.model,
-        "language model",
-        arguments.load_in,
-        dtype=torch.bfloat16 if bfloat16 else torch.float32,
-    )
+    model = models.load_language_model(job.model, arguments.precision, arguments.load_in)
     if torch.accelerator.is_available() and arguments.load_in is None:
         model.to(torch.accelerator.current_accelerator())
     for one in job.runs:

@@ -57,15 +57,8 @@ def run(arguments: argparse.Namespace, task: LanguageTask, checkpoint: str | Non
     set_seed(arguments.seed)
     tokenizer = models.load_tokenizer(task.model)
     encoder = make_encoder(arguments, tokenizer, task)
-    bfloat16 = models.computes_in_bfloat16(arguments.precision)
     injection.check_fits(arguments, models.skeleton(AutoModelForCausalLM, task.model))
-    model = models.load_model(
-        AutoModelForCausalLM,
-        task.model,
-        "language model",
-        arguments.load_in,
-        dtype=torch.bfloat16 if bfloat16 else torch.float32,
-    )
+    model = models.load_language_model(task.model, arguments.precision, arguments.load_in)
     length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, model)
     room = models.room_for_prompt(arguments.max_new_tokens, tokenizer, model)
     if arguments.packing:
@@ -186,8 +179,6 @@ class Rows:
     texts: Texts
     cut: int = 0
     left_out: int = 0
-    tokens: int = 0
-    learnt: int = 0
 
     def tokenize(self, encoder: Encoder, length: int | None, folder: str) -> datasets.Dataset:
         """The rows as tokens, in a file that the data set reads as it is needed: they may be larger than memory."""
@@ -214,12 +205,9 @@ class Rows:
             if length is not None and len(tokens) > length:
                 self.cut += 1
                 tokens, labels = tokens[:length], labels[:length]
-            learnt = sum(label != IGNORED for label in labels[1:])
-            if not learnt:
+            if all(label == IGNORED for label in labels[1:]):
                 self.left_out += 1
                 continue
-            self.tokens += len(tokens)
-            self.learnt += learnt
             yield {"input_ids": tokens, "labels": labels}
 
     def report(self, length: int, command: str = "finetune", which: str = "") -> None:

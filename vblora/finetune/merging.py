@@ -1,18 +1,14 @@
 """``vblora merge`` into a GGUF file: its model is loaded, dequantised to float32, merged and saved in transformers' format."""
 
-import os
-import secrets
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import vblora
 
 from ..errors import CommandError, in_options
-from ..files import sync
+from ..files import atomic_folder
 from . import models
 from .fingerprints import Fingerprint, differing, fingerprint
 from .stopping import tokens
@@ -24,14 +20,14 @@ def merge_gguf(
     bank: Path | None,
     out: Path,
     trained: Fingerprint,
-    template: str | None = None,
-    ends: Iterable[int] = (),
+    template: str | None,
+    ends: Iterable[int],
 ) -> tuple[int, list[str]]:
     """Writes the merged language model and its tokenizer into ``out``, which appears when it is complete.
 
     Args:
         trained: the fingerprint of the model that the adapter was trained with.
-        template: the chat template to write, instead of that of the base model.
+        template: the chat template to write; None is that of the base model.
         ends: the tokens that end what the adapter writes, where the merged model stops, too.
 
     Returns:
@@ -45,7 +41,7 @@ def merge_gguf(
     tokenizer = models.load_tokenizer(str(base))
     if template is not None:
         tokenizer.chat_template = template
-    model = models.load_model(AutoModelForCausalLM, str(base), "language model", dtype=torch.float32)
+    model = models.load_language_model(str(base), "float32")
     others = differing(trained, fingerprint(model)) if trained else []
     try:
         vblora.load(model, adapter, bank=bank)
@@ -56,17 +52,9 @@ def merge_gguf(
     vblora.eject(model)
     _forget_gguf(model)
     model.generation_config.eos_token_id = sorted({*tokens(model.generation_config.eos_token_id), *ends}) or None
-    out = out.resolve()  # a link cannot be replaced by a folder
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with atomic_folder(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        os.replace(temporary, out)  # replaces an empty folder
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync(out.parent)
     return updated, others
 
 

@@ -70,6 +70,16 @@ def load_model(auto: Any, model: str, what: str, load_in: str | None = None, **o
     return loaded
 
 
+def load_language_model(model: str, precision: str, load_in: str | None = None) -> PreTrainedModel:
+    """A language model with weights in the dtype in which it computes with ``precision`` (:func:`computes_in_bfloat16`).
+
+    Raises:
+        CommandError: as :func:`load_model`.
+    """
+    dtype = torch.bfloat16 if computes_in_bfloat16(precision) else torch.float32
+    return load_model(transformers.AutoModelForCausalLM, model, "language model", load_in, dtype=dtype)
+
+
 def _named(model: str) -> str:
     return repr(model) if Path(model).exists() else f"{model!r}, which is no folder here, so it is a name on the Hub"
 

@@ -76,9 +76,9 @@ class LanguageResults:
         return asdict(self) | {"tokens_per_second": self.tokens_per_second}
 
 
-def lora_bytes(layers: list[tuple[int, int]], extra: int, rank: int = LORA_RANK) -> int:
-    """Bytes of a float32 LoRA for layers of these widths ``(in, out)``, and of ``extra`` parameters that train with it."""
-    return 4 * (rank * sum(in_features + out_features for in_features, out_features in layers) + extra)
+def lora_bytes(layers: list[tuple[int, int]], extra: int) -> int:
+    """Bytes of a float32 LoRA of ``LORA_RANK`` for layers of widths ``(in, out)`` and ``extra`` parameters that train with it."""
+    return 4 * (LORA_RANK * sum(in_features + out_features for in_features, out_features in layers) + extra)
 
 
 def folder_bytes(folder: Path) -> int:

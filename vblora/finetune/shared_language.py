@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import datasets
-import torch
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedModel, Trainer
 
 import vblora
@@ -34,8 +33,7 @@ def prepare(arguments: argparse.Namespace, tasks: Mapping[str, LanguageTask], sc
     tokenizer = models.load_tokenizer(name_of_base)
     injection.check_fits(arguments, models.skeleton(AutoModelForCausalLM, name_of_base))
     encoders = {name: make_encoder(arguments, tokenizer, task) for name, task in tasks.items()}
-    dtype = torch.bfloat16 if models.computes_in_bfloat16(arguments.precision) else torch.float32
-    base = models.load_model(AutoModelForCausalLM, name_of_base, "language model", dtype=dtype)
+    base = models.load_language_model(name_of_base, arguments.precision)
     length = models.max_length(arguments.max_length, MAX_LENGTH, tokenizer, base)
     by_name = _models(arguments, tasks, base)
     train: dict[str, datasets.Dataset] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from ..checkpoint.json_objects import RepeatedFieldError, unique
-from ..errors import CommandError
+from ..errors import CommandError, listed
 from ..files import byte_order_mark, refuse_lfs_pointer
 
 _FORMATS = (".csv", ".tsv", ".jsonl")
@@ -129,10 +129,8 @@ def check_characters(text: str, where: str) -> None:
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Names for a message: the first ten, and how many more there are."""
-    all_names = [repr(name) for name in names]
-    more = f" and {len(all_names) - 10} more" if len(all_names) > 10 else ""
-    return ", ".join(all_names[:10]) + more or "none"
+    """What a user's file or option calls columns, labels and adapters, for a message."""
+    return listed(names, repr, 10)
 
 
 def _check_encoding(path: Path, option: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint.folder import TENSORS_FILE
-from ..errors import CommandError
+from ..errors import CommandError, listed
 from ..files import byte_order_mark, refuse_lfs_pointer, sha256, write_file
 from . import data, demo, tables, texts
 from .notices import print_warning
@@ -43,7 +43,7 @@ class Task:
         if self.labels is None:
             scores = [float(row.label) for row in self.train]
             return f"{rows}; scores from {min(scores):g} to {max(scores):g}"
-        return f"{rows}; labels: {', '.join(self.labels[:10])}{', ...' if len(self.labels) > 10 else ''}"
+        return f"{rows}; labels: {listed(self.labels, str, 10)}"
 
 
 @dataclass

@@ -13,10 +13,8 @@ from ..checkpoint.optimizer import pack_state, unpack_state
 from ..model.lookup import adapted_models
 from ..model.whole import adapter_state_dict
 
-_SAVE, _LOAD = (
-    "lightning_module_state_dict",
-    "load_model_state_dict",
-)  # the methods of a strategy that a checkpoint calls
+# The methods of a strategy that a checkpoint calls.
+_SAVE, _LOAD = "lightning_module_state_dict", "load_model_state_dict"
 
 
 class VBLoRACallback(Callback):  # type: ignore[misc]  # lightning may not be installed

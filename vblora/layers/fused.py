@@ -79,7 +79,7 @@ class _Forward(NamedTuple):
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> _Forward:
     dtype = A.dtype
-    cast = x if x.dtype == dtype else _cast(x, dtype)
+    cast = _cast(x, dtype)
     if weight.dtype != dtype:
         weight = weight.to(dtype)  # as autocast does for each call, too, saving the copy
     if bias is not None and bias.dtype != dtype:

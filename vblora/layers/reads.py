@@ -77,12 +77,6 @@ def _at(modules: dict[str, nn.Module], parts: list[str]) -> list[nn.Module]:
     return [module for name, module in modules.items() if pattern.fullmatch(name)]
 
 
-def listed(names: list[str]) -> str:
-    """The names of layers, for a message."""
-    first = ", ".join(f"`{name}`" for name in names[:4])
-    return f"{first} and {len(names) - 4} more layers" if len(names) > 4 else first
-
-
 @functools.cache
 def _read_by(cls: type) -> tuple[_Path, ...]:
     """The layers whose weight ``forward`` of this class reads, directly or in the methods that it calls."""

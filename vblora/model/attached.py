@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Factors, Slot, VBLoRAAdapter
 from ..adapters.vblora import BANK
 from ..config import AdapterConfig
-from ..errors import VBLoRAWarning
+from ..errors import VBLoRAWarning, listed
 from ..layers.adapted import AdaptedLayer, TensorSwap
 from ..layers.kinds import compute_dtype
-from ..layers.reads import listed
 from ..layers.weights import is_packed
 from .completeness import Link
 from .lookup import ADAPTERS_ATTRIBUTE, base_tensors_in_place

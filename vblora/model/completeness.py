@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import VBLoRAWarning
+from ..errors import VBLoRAWarning, listed
 from ..layers.adapted import AdaptedLayer
-from ..layers.reads import listed
 from ..layers.weights import passes_gradients
 from .peft_guard import refuse_peft_layers
 

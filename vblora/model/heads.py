@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import AdapterConfig
-from ..errors import VBLoRAWarning
-from ..layers.reads import listed
+from ..errors import VBLoRAWarning, listed
 from .targets import base_modules, embedding_layers, matches
 
 # PEFT's names for the heads of its task types.

@@ -135,7 +135,7 @@ class Plan:
         _check_name(adapter_name)
         self.model = model
         self.adapter_name = adapter_name
-        self.record = next((record for record in adapted_models(model) if record.model is model), None)
+        self.record = _record_of(model)
         _check_model(model, self.record, adapter_name)
         self.config = dataclasses.replace(config)  # validates again
         modules = base_modules(model)
@@ -192,7 +192,7 @@ def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedMode
         ValueError: the model has adapters, or nothing matches.
         TypeError: a match that takes no update.
     """
-    record = next((record for record in adapted_models(model) if record.model is model), None)
+    record = _record_of(model)
     if record is not None and record.adapters:
         raise ValueError(f"`model` has adapters, {', '.join(record.adapters)}. Take them out with vblora.eject first.")
     _check_model(model, record, "")
@@ -207,6 +207,11 @@ def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedMode
     record.hook_parts(find_parts(model, record.layers))  # to refuse `adapter_names` there
     record.let_rows_differ()
     return record, targets
+
+
+def _record_of(model: nn.Module) -> AdaptedModel | None:
+    """The record of the model itself, not of one within it."""
+    return next((record for record in adapted_models(model) if record.model is model), None)
 
 
 def _check_name(name: str) -> None:

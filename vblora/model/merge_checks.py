@@ -5,9 +5,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..errors import VBLoRAWarning
+from ..errors import VBLoRAWarning, listed
 from ..layers.adapted import AdaptedLayer
-from ..layers.reads import listed
 
 
 def warn_before_merging(model: nn.Module, layers: Iterable[tuple[str, AdaptedLayer]]) -> None:

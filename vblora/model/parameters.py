@@ -95,8 +95,7 @@ def _check_that_adapters_train(model: nn.Module, found: bool) -> None:
     """Raises if no parameter trains, warns of an adapter of which none does."""
     idle = [
         attached.name
-        for record in adapted_models(model)
-        for attached in record.adapters.values()
+        for attached in _attached(model)
         if attached.active and not any(parameter.requires_grad for parameter in attached.adapter.parameters())
     ]
     if not found:

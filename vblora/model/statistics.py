@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..errors import VBLoRAWarning
-from ..layers.reads import listed
+from ..errors import VBLoRAWarning, listed
 
 if TYPE_CHECKING:
     from .record import AdaptedModel

@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from ..config import AdapterConfig
-from ..errors import VBLoRAWarning
+from ..errors import VBLoRAWarning, listed
 from ..layers import reads
 from ..layers.adapted import AdaptedLayer
 from ..layers.kinds import is_linear, kind_of, refusal
@@ -48,7 +48,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[nn.Module, lis
             raise TypeError(f"`target_modules` matches `{name}`, {why}. Name it in `exclude_modules`.")
         left_out.setdefault(why, []).append(name)
     for why, names in left_out.items():
-        warnings.warn(f'"all-linear" leaves out {reads.listed(names)}, {why}.', VBLoRAWarning, stacklevel=4)
+        warnings.warn(f'"all-linear" leaves out {listed(names)}, {why}.', VBLoRAWarning, stacklevel=4)
     if not targets:
         raise ValueError(_no_match_message(modules, config))
     return targets

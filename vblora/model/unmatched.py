@@ -6,7 +6,7 @@ import warnings
 from torch import nn
 
 from ..config import AdapterConfig
-from ..errors import VBLoRAWarning
+from ..errors import VBLoRAWarning, listed
 from ..layers.kinds import has_kind
 from .targets import base_modules, is_all_linear, is_in_layers, is_within, matches
 
@@ -21,19 +21,18 @@ def warn_of_unmatched(model: nn.Module, config: AdapterConfig, targets: list[str
     unreached = _unreached(modules, config, targets)
     found = _unmatched(names, targets, config)
     for field, entries in found.items():
-        listed = ", ".join(map(repr, entries))
         beyond = " outside `modules_to_save`" if field == "target_modules" and config.modules_to_save else ""
         warnings.warn(
-            f"`{field}` has {listed}, which matches nothing in this model{beyond}.", VBLoRAWarning, stacklevel=3
+            f"`{field}` has {listed(entries, repr, 10)}, which matches nothing in this model{beyond}.",
+            VBLoRAWarning,
+            stacklevel=3,
         )
     if unreached:
-        first, *others = unreached
         total = sum(parameter.numel() for parameter in model.parameters())
         share = sum(parameter.numel() for parameter in unreached.values()) / total
-        more = f" and {len(others)} more" if others else ""
         warnings.warn(
-            f"`target_modules` cannot reach `{first}`{more}, {share:.0%} of the model's parameters. They get no update, because "
-            "they do not belong to layers that vblora can adapt, such as the fused weights of experts.",
+            f"`target_modules` cannot reach {listed(unreached, most=1)}, {share:.0%} of the model's parameters. They get no "
+            "update, because they do not belong to layers that vblora can adapt, such as the fused weights of experts.",
             VBLoRAWarning,
             stacklevel=3,
         )
@@ -81,7 +80,7 @@ def _unreached(modules: dict[str, nn.Module], config: AdapterConfig, targets: li
     """
     wanted, excluded = config.target_modules, config.exclude_modules or []
     all_linear = is_all_linear(wanted)
-    listed = wanted if isinstance(wanted, list) else []
+    entries = wanted if isinstance(wanted, list) else []
     found = {}
     for prefix, module in modules.items():
         if has_kind(module) or type(module).__module__.startswith("torch."):
@@ -93,6 +92,6 @@ def _unreached(modules: dict[str, nn.Module], config: AdapterConfig, targets: li
                 continue
             stacked = parameter.dim() == 3 and min(parameter.shape) > 1
             in_block = bool(block) and any(target.startswith(f"{block}.") for target in targets)
-            if matches(name, listed) or (stacked and (all_linear or (in_block and listed))):
+            if matches(name, entries) or (stacked and (all_linear or (in_block and entries))):
                 found[name] = parameter
     return found

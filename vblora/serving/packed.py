@@ -24,7 +24,7 @@ from ..checkpoint.contents import Contents, check_tensor
 from ..checkpoint.flat import FlatContents
 from ..checkpoint.json_objects import parse_object
 from ..checkpoint.packing import pack_bits, unpack_bits
-from ..checkpoint.vblora import VBLoRAContents
+from ..checkpoint.vblora import VBLoRAContents, index_bits
 from ..config import VBLoRAConfig
 from ..files import read_tensors
 
@@ -116,7 +116,7 @@ class PackedFlat(PackedAdapter):
 
     @property
     def rank(self) -> int:
-        return rank_of(self.contents)
+        return self.contents.config.r
 
     @property
     def nbytes(self) -> int:
@@ -201,9 +201,8 @@ class Reader:
 
     def _fitting(self, contents: Contents) -> Contents:
         """The contents with the model's targets; raises ``ValueError`` if they do not fit the model."""
-        rank = rank_of(contents)
-        if rank > self.max_rank:
-            raise ValueError(f"its rank is {rank}, but `max_rank` is {self.max_rank}.")
+        if contents.config.r > self.max_rank:
+            raise ValueError(f"its rank is {contents.config.r}, but `max_rank` is {self.max_rank}.")
         if self.targets is not None:
             for target in contents.targets:
                 if target.name not in self.targets:
@@ -223,7 +222,7 @@ class Reader:
 
     def _first_of_layout(self, contents: VBLoRAContents, key: str | None, sha256: str) -> PackedVBLoRA:
         config = replace(contents.config, seed=None, num_candidates=None)
-        bits = max(1, (config.num_vectors - 1).bit_length())
+        bits = index_bits(config.num_vectors)
         layout = Layout(config, contents.targets, contents.num_rows, bits)
         bank = self._intern(contents.bank)
         if sha256:
@@ -278,12 +277,6 @@ class Reader:
         digest = _digest(tensor)
         shared = self._shared.get(digest)
         return self._shared.setdefault(digest, tensor.to(self._device)) if shared is None else shared
-
-
-def rank_of(contents: Contents) -> int:
-    """Rank of an adapter's factors: each method's config has it."""
-    rank: int = getattr(contents.config, "r")  # noqa: B009
-    return rank
 
 
 def _sha256_of_bank(description: dict[str, Any]) -> str:

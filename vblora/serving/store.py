@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..bank import VectorBank
 from ..checkpoint.folder import folder_in
@@ -86,7 +86,7 @@ class AdapterStore:
         config = LoraConfig(r=max_rank, target_modules=target_modules, exclude_modules=exclude_modules)
         self._record, targets = wrap_for_store(model, config)
         try:
-            weights: list[Tensor] = [getattr(layer, "weight") for layer in self._record.layers]  # noqa: B009
+            weights = [layer.weight for layer in self._record.layers]
             dtypes = [weight.dtype for weight in weights if not is_packed(weight)] or [torch.get_default_dtype()]
             device = weights[0].device
             self._slots = Slots(slots, targets, max_rank, device, dtype or reduce(torch.promote_types, dtypes))

@@ -4,8 +4,7 @@ import warnings
 
 from torch import nn
 
-from ...errors import VBLoRAWarning
-from ...layers.reads import listed
+from ...errors import VBLoRAWarning, listed
 
 _FUSED = frozenset({"gate_up_proj", "down_proj"})
 # The names of experts and routers before they were fused. PEFT reads a target with one of them as the fused parameter.

@@ -11,17 +11,15 @@ tensor                                                    shape
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ...adapters import Adapter, Factors, Target, VeRAAdapter
+from ...adapters import Target, VeRAAdapter
 from ...adapters.vera import pefts_projection
-from ...bank import BankFile, VectorBank
-from ...config import AdapterConfig, VeraConfig
+from ...config import VeraConfig
 from ..contents import Contents, check_finite, check_tensor
 from ..json_objects import JsonObject
 from ..vera import VeRAContents
@@ -114,6 +112,10 @@ def decode(description: JsonObject, tensors: dict[str, Tensor]) -> "UnplacedCont
     )
 
 
+def _not_known(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError(_NOT_KNOWN)
+
+
 @dataclass(frozen=True)
 class UnplacedContents(Contents):
     """A VeRA adapter whose layers have inputs of unknown width until :meth:`in_order` gets them from a model.
@@ -129,15 +131,8 @@ class UnplacedContents(Contents):
     vectors: dict[str, tuple[Tensor, Tensor]]
     pair: tuple[Tensor, Tensor] | None
 
-    @classmethod
-    def of(cls, config: AdapterConfig, adapter: Adapter, extra_parameters: dict[str, Tensor]) -> Self:
-        raise ValueError(_NOT_KNOWN)
-
     def check(self) -> None:
         self.check_extra_parameters()  # `decode` has checked the rest, as far as it can without a model
-
-    def check_widths_known(self) -> None:
-        raise ValueError(_NOT_KNOWN)
 
     def check_layers(self, targets: tuple[Target, ...]) -> None:
         pass  # `in_order` checks what is known
@@ -158,32 +153,5 @@ class UnplacedContents(Contents):
         tensors["e"] = torch.cat([self.vectors[target.name][1] for target in known])
         return VeRAContents(self.config, known, tensors, extra_parameters=self.extra_parameters).in_order(targets)
 
-    def all_factors(self, dtype: torch.dtype) -> Iterator[tuple[Target, Factors]]:
-        raise ValueError(_NOT_KNOWN)
-
-    def adapter(self, device: torch.device | str | None = None, bank: VectorBank | None = None) -> Adapter:
-        raise ValueError(_NOT_KNOWN)
-
-    def check_sizes(self, other: Self) -> None:
-        raise ValueError(_NOT_KNOWN)
-
-    def write_over(self, adapter: Adapter) -> None:
-        raise ValueError(_NOT_KNOWN)
-
-    def _reordered(self, targets: tuple[Target, ...], order: list[int]) -> Contents:
-        raise ValueError(_NOT_KNOWN)
-
-    def encode(self, form: str, bank_dtype: torch.dtype | None, bank_file: BankFile | None) -> dict[str, Tensor]:
-        raise ValueError(_NOT_KNOWN)
-
-    @classmethod
-    def decode(
-        cls,
-        config: AdapterConfig,
-        targets: tuple[Target, ...],
-        tensors: dict[str, Tensor],
-        form: str,
-        bank: Tensor | None,
-        extra_parameters: dict[str, Tensor],
-    ) -> Self:
-        raise ValueError(_NOT_KNOWN)
+    check_widths_known = check_sizes = write_over = _reordered = adapter = all_factors = encode = _not_known
+    of = decode = classmethod(_not_known)
