@@ -14,7 +14,7 @@ import torch
 
 import vblora
 from tests.sentences import batches, encoder
-from tests.small_models import bert
+from tests.small_models import Net, bert
 from vblora import files
 from vblora.adapters import Target
 from vblora.adapters.vblora_rows import Deployed, Trained, draw_rows
@@ -133,6 +133,17 @@ def test_a_deployed_adapter_gives_the_same_bits(topk, num_candidates, tmp_path):
     assert weights.shape[1] == topk  # all of them: none is made up from the others
     if topk > 1:
         assert (weights > 0).any() and weights.min() < 1e-10
+
+
+def test_topk_of_a_deployed_adapter_cannot_change(tmp_path):
+    base = Net(blocks=1)
+    config = vblora.VBLoRAConfig(num_vectors=16, vector_length=8, target_modules=["up"])
+    vblora.save(vblora.inject(copy.deepcopy(base), config), tmp_path, form="deploy")
+    model = vblora.load(base, tmp_path)
+    model.vblora.default.topk = 1
+    for call in (lambda: model(torch.randn(2, 16)), lambda: vblora.save(model, tmp_path), lambda: vblora.merge(model)):
+        with pytest.raises(ValueError, match="`topk` is 1, but must stay 2: this adapter is deployed"):
+            call()
 
 
 def test_a_deployed_adapter_runs_under_autocast_compile_merge_and_eject(tmp_path):

@@ -183,3 +183,11 @@ def test_sentence_transformers_trainer(tmp_path):
     model.save_pretrained(str(tmp_path / "merged"))
     merged = sentence_transformers.SentenceTransformer(str(tmp_path / "merged"), device="cpu")
     assert abs(merged.encode(texts) - wanted).max() < 1e-5
+
+
+def test_a_cross_encoder_which_sorts_its_pairs_takes_no_names_of_adapters(tiny_model):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    encoder = sentence_transformers.CrossEncoder(str(tiny_model), num_labels=1, device="cpu", local_files_only=True)
+    vblora.inject(encoder[0].auto_model, vblora.LoraConfig(task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match=r"given to `CrossEncoder.predict`, which sorts the pairs"):
+        encoder.predict([("good", "bad"), ("a", "film")], adapter_names=["default", None])

@@ -181,6 +181,26 @@ def test_a_merged_model_is_written_without_them():
     torch.testing.assert_close(plain(X), expected)
 
 
+def test_an_update_that_is_merged_into_a_head_is_no_part_of_the_head(tmp_path):
+    adapters = {"default": HEAD, "b": {"target_modules": ["head"], "pad": True}}  # one trains the head, one adapts it
+    model, other = (injected(seed, **adapters) for seed in (1, 2))
+    vblora.set_adapter(model, ["default", "b"])
+    head = model.head.weight.detach().clone()
+    vblora.merge(model, "b")
+    assert not torch.equal(model.head.weight, head)
+    assert torch.equal(vblora.adapter_state_dict(model)["vblora.extra.default.head.weight"], head)
+    vblora.save(model, tmp_path, adapter_name="default")
+    vblora.load(other, tmp_path, adapter_name="default")
+    vblora.set_adapter(other, "default")
+    assert torch.equal(other.head.weight, head)
+
+    other = injected(2, **adapters)
+    vblora.set_adapter(other, ["default", "b"])
+    vblora.merge(other, "b")
+    other.load_state_dict(model.state_dict())
+    assert same(vblora.unmerge(model), vblora.unmerge(other))
+
+
 def test_with_accelerate(tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     model, other = injected(1), injected(2)

@@ -557,6 +557,8 @@ def test_injects_on_the_meta_device():
     vblora.inject(net, NET_CONFIG)
     assert net.vblora.default.logits.is_meta and net.vblora.default.bank.vectors.is_meta
     assert net(torch.randn(2, 16, device="meta")).is_meta
+    with pytest.raises(ValueError, match=r"the weight of layer `blocks.0.up` is on the meta device"):
+        vblora.merge(net)
 
 
 def test_a_layer_on_another_device_gets_its_factors_moved():

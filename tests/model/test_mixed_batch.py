@@ -187,6 +187,34 @@ def test_generate_of_whisper_which_repeats_rows_twice():
             model.generate(**choice, adapter_names=names)
 
 
+def test_a_disabled_model_is_its_base_model_within_generate():
+    model = with_adapters(llama())
+    ids = torch.randint(3, 50, (2, 5))
+    vblora.set_adapter(model, [])
+    expected = model(ids).logits
+    found = []
+
+    def base_logits(input_ids: Tensor, scores: Tensor) -> Tensor:
+        with vblora.disabled(model):
+            found.append(model(input_ids).logits)
+        return scores
+
+    model.generate(ids, adapter_names=["lora", "tied"], max_new_tokens=1, logits_processor=[base_logits])
+    assert torch.equal(found[0], expected)
+
+
+def test_calls_that_would_lose_the_names_are_refused(tiny_model):
+    from transformers import AutoTokenizer, TextClassificationPipeline
+
+    model = with_adapters(bert())
+    pipeline = TextClassificationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(tiny_model))
+    with pytest.raises(ValueError, match="given to a TextClassificationPipeline, which does not pass it on"):
+        pipeline(["good", "bad"], adapter_names=["lora", None])
+    assert len(pipeline(["good", "bad"])) == 2
+    with pytest.raises(ValueError, match="given to `generate_batch`"):
+        with_adapters(llama()).generate_batch([[3, 4], [5]], adapter_names=["lora", None])
+
+
 def test_several_samples_of_each_row():
     model = with_adapters(llama())
     names = ["lora", None]
@@ -310,7 +338,7 @@ def test_rows_that_are_not_the_first_dimension_are_refused():
 
     x = torch.randn(2, 2, 16)
     targets = {name: ["linear1"] for name in METHODS}
-    with pytest.raises(ValueError, match=r"`layers.0` has batch_first=False"):
+    with pytest.raises(ValueError, match=r"what the layers in `layers.0` get is the positions"):
         with_adapters(encoder(), targets)(x, adapter_names=["lora", None])
     model = with_adapters(encoder(batch_first=True), targets)
     assert_rows(
@@ -319,6 +347,28 @@ def test_rows_that_are_not_the_first_dimension_are_refused():
         ["lora", None],
         1e-5,
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "name"),
+    [
+        ("XLNetModel", {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 64}, "`XLNetModel`"),
+        (
+            "LongformerModel",
+            {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "attention_window": [4]},
+            "`encoder.layer.0.attention.self`",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`target_modules` cannot reach")  # XLNet's attention, which has no layers
+@torch.no_grad()
+def test_models_of_transformers_that_transpose_the_rows_are_refused(kind, sizes, name):
+    import transformers
+
+    cls = getattr(transformers, kind)
+    model = with_adapters(cls(cls.config_class(vocab_size=50, intermediate_size=64, **sizes)))
+    with pytest.raises(ValueError, match=f"what the layers in {name} get is the positions"):
+        model(torch.randint(3, 50, (4, 4)), adapter_names=["lora", None, "lora", "lora"])
 
 
 @torch.no_grad()

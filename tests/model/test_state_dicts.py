@@ -215,3 +215,14 @@ def test_of_an_adapter_around_or_within_the_model():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         within[0].vblora.default.load_state_dict(around.vblora.default.state_dict())
+
+
+@pytest.mark.parametrize("save_projection", [False, True])
+def test_of_vera_into_a_model_that_was_made_on_the_meta_device(save_projection):
+    config = vblora.VeraConfig(r=4, target_modules=["up"], init_weights=False, save_projection=save_projection)
+    model = vblora.inject(Net(blocks=1), config)
+    with torch.device("meta"):
+        other = vblora.inject(Net(blocks=1), config)
+    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    x = torch.randn(3, 16)
+    assert torch.equal(other(x), model(x))

@@ -180,6 +180,16 @@ def test_what_is_held_does_not_depend_on_files(world, tmp_path):
     assert str(tmp_path) not in maps.replace(str(tmp_path / "bank.safetensors"), "")
 
 
+@torch.no_grad()
+def test_a_bank_that_trains_elsewhere_does_not_change_the_store(world, ids):
+    bank = vblora.VectorBank.from_file(world.bank_file)
+    store, model = store_of(world, bank=bank)
+    model(input_ids=ids, adapter_names=["user-1"] * 8)
+    bank.vectors.mul_(2.0)
+    store.discard("user-1")
+    assert_rows(world, model, ["user-1"] * 4 + ["user-2"] * 4, ids)
+
+
 def test_several_adapters_are_composed_in_one_call(world, ids, monkeypatch):
     store, model = store_of(world)
     store.prefetch(USERS)

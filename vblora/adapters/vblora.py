@@ -209,9 +209,17 @@ class VBLoRAAdapter(Adapter):
     def rows(self) -> Trained | Deployed:
         """The rows that the sub-vectors are mixed from."""
         if self.logits is None:
-            assert self.indices is not None and self.weights is not None  # one of the two forms
-            return Deployed(self.indices, self.weights)
+            return self._deployed()
         return Trained(self.logits, self.candidates, self.exhausted, self.seed, self.scales)
+
+    def _deployed(self) -> Deployed:
+        assert self.indices is not None and self.weights is not None  # one of the two forms
+        if self.topk != self.indices.shape[1]:
+            raise ValueError(
+                f"`topk` is {self.topk}, but must stay {self.indices.shape[1]}: this adapter is deployed, so it holds that many "
+                'indices and weights of each row. To change it, load the file of form="resume".'
+            )
+        return Deployed(self.indices, self.weights)
 
     @torch.no_grad()
     def initial(self, num_candidates: int | None = None) -> Trained:
@@ -298,8 +306,8 @@ class VBLoRAAdapter(Adapter):
 
         bank = scaled(gather(self.bank.vectors), self.scaling)
         if self.logits is None:
-            assert self.indices is not None and self.weights is not None  # a deployed adapter
-            subvectors = torch.ops.vblora.compose(bank, part(self.indices), part(self.weights), dtype)
+            deployed = self._deployed()
+            subvectors = torch.ops.vblora.compose(bank, part(deployed.indices), part(deployed.weights), dtype)
             parts = ops.in_parts(subvectors, rows, self.r)
         else:
             logits = part(gather(self.logits))

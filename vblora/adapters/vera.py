@@ -1,7 +1,7 @@
 """VeRA: one frozen random pair of projections for all layers, and two trained vectors per layer (arXiv 2310.11454)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -141,6 +141,13 @@ class VeRAAdapter(SharedPairAdapter):
     def invalidate(self) -> None:
         self._cast = None
         super().invalidate()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        was_meta = self.A.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.A.is_meta:  # `to_empty`: without save_projection, no state dict brings them
+            self._draw()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cast": None}

@@ -154,7 +154,7 @@ def updated(layer: AdaptedLayer, y: Tensor, x: Tensor, *, in_place: bool = False
             return layer.add_applied(y, x)
         return torch.ops.vblora.add_row_updates(y, x, layer.key)
     batch = _current.get()
-    if batch is None or layer not in batch.layers:
+    if batch is None or not layer.enabled or layer not in batch.layers:
         return layer.add_applied(y, x, in_place=in_place)
     return batch.add_to(layer, y, x, in_place=in_place)
 

@@ -87,13 +87,14 @@ class AttachedAdapter:
         Raises:
             ValueError: one was merged into with ``release=True``.
         """
-        merged = {layer.base_layer: layer for layer in self.layers if layer.merged}
+        adapted = (module for module in self.model.modules() if isinstance(module, AdaptedLayer))  # by any adapter
+        merged = {layer.base_layer: layer for layer in adapted if layer.merged}
         tensors = {}
         for name, extra in self.extra.items():
             layer = merged.get(extra.module) if extra.name == "weight" and extra.swapped_in else None
             if layer is not None and layer.unmerged is None:
                 raise ValueError(
-                    f"adapter {self.name!r} was merged with release=True, which freed the `{name}` that its file would hold."
+                    f"`{name}` was merged into with release=True, which freed what the file of adapter {self.name!r} would hold."
                 )
             tensors[name] = extra.replacement if layer is None else cast(TensorSwap, layer.unmerged).original
         return tensors

@@ -7,7 +7,8 @@ dict also holds, whichever adapters are active:
 * ``vblora.extra.ADAPTER.NAME``: the value that the adapter has for the model's tensor ``NAME``;
 * ``vblora.replaced.NAME``: the base model's value.
 
-Loading takes the values from there and ignores those under the model's own names.
+Loading takes the values from there and ignores those under the model's own names. If an update is merged into such a tensor, the
+value here is without it, and the model's own name has the sum.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,8 +35,8 @@ class Path:
 
 
 class _Entry(NamedTuple):
-    swap: TensorSwap
-    replaces: bool  # whether it is the adapter's tensor, not the base model's
+    swap: TensorSwap  # stores the tensor, unless that is in the model
+    replaces: bool  # whether the tensor is what the swap replaces another with
 
     @property
     def tensor(self) -> Tensor:
@@ -105,14 +106,22 @@ def take_extra_tensors(
 
 def take_turns(record: "AdaptedModel") -> bool:
     """Whether the model's own names leave open whose tensors they are: then a state dict holds them all."""
-    swaps = record.swaps()
-    return bool(swaps) and (len(record.adapters) > 1 or not all(swap.swapped_in for swap in swaps))
+    swaps, merged = record.swaps(), _merged(record)
+    in_place = all(swap.swapped_in and swap.module not in merged for swap in swaps)
+    return bool(swaps) and (len(record.adapters) > 1 or not in_place)
+
+
+def _merged(record: "AdaptedModel") -> dict[nn.Module, TensorSwap]:
+    """The base layers whose weight in the model contains an update, with the swap that stores it without."""
+    swaps = {layer.base_layer: layer.unmerged for layer in record.layers}
+    return {layer: swap for layer, swap in swaps.items() if swap is not None and swap.swapped_in}
 
 
 def _entries(record: "AdaptedModel", prefix: str) -> dict[str, _Entry]:
     """What a state dict holds beside the model's own tensors, by its keys. Empty if no adapter has such tensors."""
     start = f"{prefix}{record.adapters_name}."
     entries: dict[str, _Entry] = {}
+    merged = _merged(record)
     replaced: dict[tuple[nn.Module, str], str] = {}
     for attached in record.adapters.values():
         for name, swap in attached.extra.items():
@@ -122,6 +131,9 @@ def _entries(record: "AdaptedModel", prefix: str) -> dict[str, _Entry]:
             key = replaced.setdefault((swap.module, swap.name), f"{start}{REPLACED}.{name}")
             if key not in entries or swap.swapped_in:  # then it stores the base model's tensor
                 entries[key] = _Entry(swap, replaces=False)
+    for key, entry in entries.items():
+        if entry.in_model and entry.swap.name == "weight" and entry.swap.module in merged:
+            entries[key] = _Entry(merged[entry.swap.module], replaces=False)
     return entries
 
 

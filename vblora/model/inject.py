@@ -28,6 +28,7 @@ from .lookup import (
     refuse_if_disabled,
     refuse_if_merged,
 )
+from .names_guard import guard_names
 from .parts import find_parts
 from .peft_guard import guard_from_peft, refuse_peft_layers
 from .record import AdaptedModel, ModuleT
@@ -177,6 +178,7 @@ class Plan:
             guard_saving(record)
             guard_diffusers(record)
             guard_from_peft()
+            guard_names()
         extra = {name: TensorSwap(*place) for name, place in self.extra_tensors.items()}
         layers = [record.wrap(layer, names) for layer, names in self._found.items()]
         attached = AttachedAdapter(model, self.adapter_name, self.config, adapter, layers, extra)
@@ -202,6 +204,7 @@ def wrap_for_store(model: nn.Module, config: AdapterConfig) -> tuple[AdaptedMode
     record = AdaptedModel.install(model)
     guard_saving(record)
     guard_from_peft()
+    guard_names()
     for layer, names in found.items():
         record.wrap(layer, names)
     record.hook_parts(find_parts(model, record.layers))  # to refuse `adapter_names` there

@@ -37,8 +37,8 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
 
     Raises:
         ValueError: the model has no adapted layers or is disabled, an adapter is not active or is already merged, a forward read
-            the weight of a layer without calling it, another adapted layer has the same base layer, or a sum is not finite in
-            the weight's dtype. Nothing is merged then.
+            the weight of a layer without calling it, another adapted layer has the same base layer, a weight is on the meta
+            device (accelerate offloads there), or a sum is not finite in the weight's dtype. Nothing is merged then.
         TypeError: a base weight is computed from other tensors, or its quantisation format is unknown; or a base layer was
             replaced by one of another kind.
     """
@@ -75,6 +75,11 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None, *, r
             raise TypeError(
                 f"the base layer of `{name}` is a {type(layer.base_layer).__name__} now{reason}. Something replaced it after "
                 "vblora.inject, so merging could change what the layer computes. Nothing was merged."
+            )
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"the weight of layer `{name}` is on the meta device, so it has no values here. Perhaps accelerate has offloaded "
+                "it. Load the base model without offloading to merge."
             )
         weight = layer.merged_weight(chosen[layer])
         if not weight.isfinite().all():

@@ -112,8 +112,8 @@ def rows_for(record: AdaptedModel, names: Sequence[str | None], count: int | Non
         raise ValueError(f"`{ARGUMENT}` has {len(names)} names, but the batch has {has} rows. Give one for each row.")
     if name := record.sequence_first:
         raise ValueError(
-            f"`{ARGUMENT}` is given, but `{name}` has batch_first=False: the first dimension of its input is the positions, not "
-            "the rows. Make it with batch_first=True, or run one adapter at a time with vblora.set_adapter."
+            f"`{ARGUMENT}` is given, but the first dimension of what the layers in `{name}` get is the positions, not the rows. "
+            "Run one adapter at a time with vblora.set_adapter; or, for one of torch's layers, set batch_first=True."
         )
     if streams.capturing():
         raise ValueError(

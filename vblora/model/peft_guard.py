@@ -30,12 +30,12 @@ def refuse_peft_layers(model: nn.Module) -> None:
 
 def guard_from_peft() -> None:
     """Has PEFT refuse models with adapted layers, if it is imported. This stays, and costs a search of the modules."""
-    _check_before("peft.tuners.tuners_utils", "BaseTuner", "inject_adapter", _refuse_adapted_layers)
-    _check_before("peft.peft_model", "PeftModel", "add_adapter", _refuse_prompts_if_adapter_trains)
+    check_before("peft.tuners.tuners_utils", "BaseTuner", "inject_adapter", _refuse_adapted_layers)
+    check_before("peft.peft_model", "PeftModel", "add_adapter", _refuse_prompts_if_adapter_trains)
 
 
-def _check_before(module: str, kind: str, name: str, check: Callable[..., None]) -> None:
-    """Has a method of PEFT's call ``check`` first, with the same arguments."""
+def check_before(module: str, kind: str, name: str, check: Callable[..., None]) -> None:
+    """Has a method of another package call ``check`` first, with the same arguments."""
     owner = getattr(sys.modules.get(module), kind, None)
     own = getattr(owner, name, None)
     if own is None or hasattr(own, "_is_checked_by_vblora"):

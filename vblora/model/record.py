@@ -24,6 +24,9 @@ from .statistics import FrozenStatistics
 
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # the attribute that DistributedDataParallel reads
 
+# Classes of transformers that transpose the rows to the second dimension.
+_SEQUENCE_FIRST = {"FSMTDecoder", "FSMTEncoder", "LEDEncoderSelfAttention", "LongformerSelfAttention", "XLNetModel"}
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)  # functions that change a model in place return its type
 
 
@@ -160,11 +163,10 @@ class AdaptedModel:
 
     @functools.cached_property
     def sequence_first(self) -> str | None:
-        """The name of a layer of torch's transformers whose input has the rows in its second dimension, if it is adapted."""
-        layers = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
-        found = [(name, module) for name, module in self.model.named_modules() if isinstance(module, layers)]
-        found = [item for item in found if not getattr(item[1].self_attn, "batch_first", True)]
-        return next((name for name, module in found if any(inner in self.names for inner in module.modules())), None)
+        """The name of a module known to have the rows in the second dimension of its layers' inputs, if it is adapted."""
+        found = [(name, module) for name, module in self.model.named_modules() if _is_sequence_first(module)]
+        adapted = (item for item in found if any(inner in self.names for inner in item[1].modules()))
+        return next((name or type(module).__name__ for name, module in adapted), None)
 
     def let_rows_differ(self) -> None:
         """Makes layers check from now on whether the rows of a batch use different adapters."""
@@ -297,6 +299,12 @@ class AdaptedModel:
             vars(self.model)[_IGNORED_BY_DDP] = names
         else:
             vars(self.model).pop(_IGNORED_BY_DDP, None)
+
+
+def _is_sequence_first(module: nn.Module) -> bool:
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return not getattr(module.self_attn, "batch_first", True)
+    return type(module).__name__ in _SEQUENCE_FIRST
 
 
 def _zero_grad(record: AdaptedModel, set_to_none: bool = True) -> None:

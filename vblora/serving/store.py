@@ -1,5 +1,6 @@
 """The adapter store: reads adapters on demand, keeps them packed, and composes those that run into slots."""
 
+import copy
 import os
 import threading
 import weakref
@@ -81,7 +82,8 @@ class AdapterStore:
         if isinstance(self._source, Path) and not self._source.is_dir():
             raise ValueError(f"`source` is {str(source)!r}, which is not a directory.")
         given = [bank] if isinstance(bank, (VectorBank, str, os.PathLike)) else list(bank)
-        banks = [one if isinstance(one, VectorBank) else VectorBank.from_file(one) for one in given]
+        # Copies, because other models may train the banks meanwhile.
+        banks = [copy.deepcopy(one) if isinstance(one, VectorBank) else VectorBank.from_file(one) for one in given]
         self.capacity_bytes = capacity_bytes
         config = LoraConfig(r=max_rank, target_modules=target_modules, exclude_modules=exclude_modules)
         self._record, targets = wrap_for_store(model, config)
