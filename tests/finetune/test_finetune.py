@@ -543,6 +543,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(finetune, table, tmp_path, monke
         go_on = "evaluate it" if stop == steps else f"continue from step {stop}"
         assert f"Give the same command with --resume to {go_on}." in capsys.readouterr().err
         options += ["--resume"]
+    killed = tmp_path / "out" / "checkpoint-999"  # as it was being written
+    killed.mkdir()
     monkeypatch.undo()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert finetune(*options) == 2
@@ -551,11 +553,44 @@ def test_a_resumed_run_is_the_uninterrupted_one(finetune, table, tmp_path, monke
     assert finetune(*options) == 0
     assert_same_tensors(tmp_path / "out", tmp_path / "whole")
     assert_same_tensors(*(tmp_path / name / f"checkpoint-{steps}" for name in ("out", "whole")))
+    assert not killed.exists()
     accuracies, expected = (
         [entry["eval_accuracy"] for entry in report["log"] if "eval_accuracy" in entry]
         for report in (load_results(tmp_path / "out"), whole)
     )
     assert accuracies == expected
+
+
+def test_a_checkpoint_that_was_being_written_is_removed(finetune, table, tmp_path, monkeypatch, capsys):
+    import transformers
+
+    def interrupt(self, folder):
+        assert any(Path(folder).iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.Trainer, "_save_optimizer_and_scheduler", interrupt)
+    assert finetune("--data", table, "--max-train", "32", "--no-baseline") == 130
+    assert "has the adapter of that step." in capsys.readouterr().err
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_what_a_killed_run_leaves(tmp_path):
+    from vblora.errors import CommandError
+    from vblora.finetune.checkpoints import find_checkpoint, incomplete
+
+    def find(**options):
+        return find_checkpoint(argparse.Namespace(output=tmp_path, **options))
+
+    empty = tmp_path / "checkpoint-8"
+    empty.mkdir()
+    with pytest.raises(CommandError, match="checkpoint-8 is incomplete, and there is no other checkpoint"):
+        find(resume=True)
+    assert find(resume=False) is None  # training removes it
+    (empty / "trainer_state.json").touch()
+    with pytest.raises(CommandError, match="checkpoint-8 is another program's checkpoint, or an incomplete one"):
+        find(resume=False)
+    assert list(incomplete(tmp_path)) == [empty]
 
 
 def test_patience_counts_the_epochs_before_a_resumption(tmp_path, capsys):
@@ -585,7 +620,7 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(finetune, table, tmp_
 
     monkeypatch.setattr(ProgressCallback, "on_train_begin", interrupt)
     assert finetune("--data", table) == 130
-    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert "interrupted; no file was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

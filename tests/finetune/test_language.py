@@ -328,9 +328,29 @@ def test_two_processes_train_as_one_with_twice_the_batch(finetune, base, tmp_pat
     one, two = (results_of(tmp_path / name)["results"] for name in ("one", "two"))
     assert one["steps"] == two["steps"]
     assert two["loss_before"] == pytest.approx(one["loss_before"], rel=1e-5)
+    assert [shown["before"] for shown in two["generations"]] == [shown["before"] for shown in one["generations"]]
     assert two["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
     vectors = [tensors(tmp_path / name)["bank.vectors"] for name in ("one", "two")]
     assert relative_error(vectors[1], vectors[0]) < 1e-3
+
+
+def test_the_held_out_loss_of_a_mixture_of_experts_is_that_of_its_tokens(finetune, tmp_path):
+    """TRL adds that of its router, which balances the experts, to the loss that trains."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    base = tmp_path / "mixtral"
+    make_tokenizer().save_pretrained(base)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    experts = {"num_local_experts": 2, "router_aux_loss_coef": 1.0, "output_router_logits": True}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    MixtralForCausalLM(MixtralConfig(vocab_size=24, pad_token_id=0, **sizes, **experts, **heads)).save_pretrained(base)
+    rows = make_pairs(8)
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = ["--data", data, "--eval-data", data, "--epochs", "1", "--target-modules", "q_proj"]
+    assert finetune(*options, "--model", base) == 0
+    for name, adapter in (("loss_before", None), ("loss_after", tmp_path / "out")):
+        expected = held_out_loss(load(base, adapter), base, rows)
+        assert results_of(tmp_path / "out")["results"][name] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -94,6 +94,22 @@ def test_what_trains_beside_the_adapter_and_is_not_saved_is_named(tmp_path):
         net(torch.randn(2, 16))  # once is enough
 
 
+def test_what_is_thawed_in_the_middle_of_training_is_named():
+    net = vblora.inject(Net(blocks=2), vblora.VBLoRAConfig(**SIZES, target_modules=["up"])).train()
+
+    def forwards(count: int) -> None:
+        for _ in range(count):
+            net(torch.randn(2, 16))
+
+    forwards(5)
+    net.head.requires_grad_(True)
+    with pytest.warns(vblora.VBLoRAWarning, match="`head.weight`, `head.bias` of the base model require gradients"):
+        forwards(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forwards(24)  # once is enough
+
+
 def test_what_was_tied_to_trained_tensors_after_injection_is_refused(tmp_path):
     for name in ("lm_head", "embed_tokens"):
         config = vblora.VBLoRAConfig(**SIZES, modules_to_save=[name])

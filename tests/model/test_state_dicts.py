@@ -182,6 +182,33 @@ def test_an_average_that_rounds_candidates_is_noticed():
         copy.deepcopy(average)(X)
 
 
+def test_an_average_that_rounds_a_deployed_adapters_indices_is_noticed(tmp_path):
+    vblora.save(injected(1), tmp_path, form="deploy")
+    model = vblora.load(Net(blocks=2), tmp_path)
+    average = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average.double().float()(X)
+        for own, other in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+            own.copy_(other)  # the same values
+        average(X)
+    for own, other in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        own.copy_(0.9999 * own + (1.0 - 0.9999) * other)
+    assert not torch.equal(average.vblora.default.indices, model.vblora.default.indices)
+    with pytest.warns(vblora.VBLoRAWarning, match="has written other values into the adapter's `indices`"):
+        copy.deepcopy(average)(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average.load_state_dict(model.state_dict())
+        assert torch.equal(average(X), model(X))
+        vblora.save(injected(2), tmp_path, form="deploy")
+        vblora.load(average, tmp_path)(X)  # another adapter over this one
+    assert not torch.equal(average.vblora.default.indices, model.vblora.default.indices)
+    averaged = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="indices` are floating-point numbers"):
+        model.load_state_dict(averaged)
+
+
 VERA = vblora.VeraConfig(r=3, save_projection=False, target_modules=["up"])
 
 

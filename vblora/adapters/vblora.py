@@ -129,6 +129,7 @@ class VBLoRAAdapter(Adapter):
         self._starts = [0, *itertools.accumulate(self._rows)][::2]
         self._recomputes = False  # whether a backward ever recomputed a layer
         self._mixtures: Mixtures | None = None  # of the last forward, for the layers that its backward recomputes
+        self._sum: int | None = None  # of a deployed adapter's indices, as they were loaded
         if rows is None:
             dense = num_candidates is None or num_candidates >= bank.num_vectors
             rows = draw_rows(
@@ -153,7 +154,7 @@ class VBLoRAAdapter(Adapter):
         self.register_buffer("exhausted", trained and trained.exhausted)
         self.register_buffer("indices", deployed and deployed.indices)
         self.register_buffer("weights", deployed and deployed.weights)
-        self._note_candidates()
+        self.note_integers()
 
     takes_bank = True
 
@@ -264,29 +265,40 @@ class VBLoRAAdapter(Adapter):
         living = (adapter for adapter in living_adapters() if isinstance(adapter, VBLoRAAdapter))
         return [adapter for adapter in living if getattr(adapter, "bank", None) is self.bank and adapter is not self]
 
-    def _note_candidates(self) -> None:
-        """Remembers that the candidates are right as they are now."""
-        self._noted = _version_of(self.candidates)
+    @property
+    def _integers(self) -> Tensor | None:
+        """What tells which bank vectors a row is of: the candidates, or a deployed adapter's indices."""
+        return self.candidates if self.indices is None else self.indices
 
-    def _check_candidates(self) -> None:
-        """Warns if something wrote into the candidates: averages that also take integers, such as timm's ModelEmaV2, round them.
+    def note_integers(self) -> None:
+        """Remembers that the candidates, or the indices, are right as they are now."""
+        self._noted = _version_of(self._integers)
+        if self.indices is not None:  # nothing could draw them again
+            self._sum = _sum_of(self.indices)
+
+    def _check_integers(self) -> None:
+        """Warns if something wrote into the candidates or indices: averages that also take integers, such as timm's ModelEmaV2,
+        round them.
 
         A write moves the version counter, so this looks at them once after each, and at those of a copy.
         """
-        own = self.candidates
+        own = self._integers
         if torch.compiler.is_compiling() or own is None or _version_of(own) in (None, self._noted):
             return
         if ops.is_recorded() or streams.capturing(own.device):
             return
-        self._note_candidates()
-        if self.seed is not None and self.logits is not None and self.logits.dtype == torch.float32:
+        self._noted = _version_of(own)
+        if self.indices is not None:
+            changed = self._sum is not None and self._sum != _sum_of(own)
+        elif self.seed is not None and self.logits is not None and self.logits.dtype == torch.float32:
             drawn = self.initial().candidates
             changed = drawn is None or drawn.shape != own.shape or not torch.equal(drawn, own)
         else:
             changed = _no_candidates(own, None, self.bank.num_vectors) is not None
         if changed:
+            what = "candidates`, so its logits choose" if self.indices is None else "indices`, so its weights are of"
             warnings.warn(
-                "something has written other values into the adapter's `candidates`, so its logits choose other bank vectors "
+                f"something has written other values into the adapter's `{what} other bank vectors "
                 "than in training. Perhaps it is an average of models that takes integers, too, such as timm's ModelEmaV2: "
                 "average only floating-point tensors, as torch.optim.swa_utils.AveragedModel does.",
                 VBLoRAWarning,
@@ -294,7 +306,7 @@ class VBLoRAAdapter(Adapter):
             )
 
     def compose(self, dtype: torch.dtype, span: range | None = None) -> list[Factors]:
-        self._check_candidates()
+        self._check_integers()
         rows, targets = self._rows, self.targets
         start, count = 0, self.num_subvectors
         if span is not None:
@@ -349,10 +361,10 @@ class VBLoRAAdapter(Adapter):
         self._mixtures = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        known = _version_of(self.candidates) == self._noted
+        known = _version_of(self._integers) == self._noted
         super()._apply(fn, recurse)
         if known:
-            self._note_candidates()
+            self._noted = _version_of(self._integers)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -391,6 +403,13 @@ class VBLoRAAdapter(Adapter):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads logits, candidates and seed, which belong together, also if the state dict lacks some of them."""
         logits, candidates, extra = (state_dict.get(prefix + name) for name in ("logits", "candidates", "_extra_state"))
+        indices = state_dict.get(prefix + "indices")
+        if indices is not None and indices.is_floating_point():
+            args[-1].append(
+                f"`{prefix}indices` are floating-point numbers, so they are not what an adapter has. Perhaps they are an "
+                "average of several state dicts: average only the tensors that are floating-point."
+            )
+            return
         own = self.candidates
         same = False
         if candidates is not None and own is not None and not (own.is_meta or candidates.is_meta):
@@ -410,7 +429,7 @@ class VBLoRAAdapter(Adapter):
         elif extra is None and not same:
             self.seed = None  # it has not drawn these
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._note_candidates()
+        self.note_integers()
 
     def _may_have_drawn(self, logits: Tensor) -> bool:
         """Whether logits of the same shape may come from the same draw: then they are equal where neither was trained."""
@@ -431,6 +450,11 @@ class VBLoRAAdapter(Adapter):
 def _version_of(tensor: Tensor | None) -> tuple[int, int] | None:
     """Identifies a tensor and its values: another one has another identity, and a write moves the version. None if unknown."""
     return None if tensor is None or not is_plain(tensor) else (id(tensor), tensor._version)
+
+
+def _sum_of(indices: Tensor) -> int | None:
+    """Changes if values are rounded down. None if there are no values."""
+    return int(indices.sum(dtype=torch.int64)) if is_plain(indices) and not indices.is_meta else None
 
 
 def _no_candidates(candidates: Tensor | None, extra: Tensor | None, num_vectors: int) -> str | None:

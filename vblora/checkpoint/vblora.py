@@ -204,6 +204,7 @@ class VBLoRAContents(Contents):
                 theirs.copy_(shard_like(ours, theirs))
         if isinstance(self.rows, Trained):
             adapter.seed = self.rows.seed
+        adapter.note_integers()
         vectors = adapter.bank.vectors
         # Other adapters of an equal bank keep their caches.
         if not torch.equal(gather_to_cpu(vectors), self.bank.to(vectors.dtype)):

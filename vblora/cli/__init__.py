@@ -3,8 +3,12 @@
 import argparse
 import difflib
 import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ..errors import CommandError
@@ -44,30 +48,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that ``argv`` names, by default the arguments of this process.
 
     Returns:
-        The exit code: 0, 1 for a failure, 2 for a wrong argument or a wrong file, 130 after Ctrl-C.
+        The exit code: 0, 1 for a failure, 2 for a wrong argument or a wrong file, 130 after Ctrl-C or SIGTERM, 141 if nobody
+        reads the standard output any more.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The console may lack a character of a path or a label. That must not fail a command whose work is done.
         sys.stdout.reconfigure(errors="backslashreplace")
+    name = "vblora"
     try:
-        parser = make_parser()
-        arguments, unknown = parser.parse_known_args(argv)
-        if unknown:
-            parser.commands[arguments.command].refuse(unknown)
-    except SystemExit as exit:  # after --help, or an error
-        return int(exit.code or 0)
-    name = f"vblora {arguments.command}"
-    try:
-        code: int = arguments.run(arguments)
+        try:
+            arguments = _parse(argv)
+        except SystemExit as exit:  # after --help, or an error
+            code = int(exit.code or 0)
+        else:
+            name = f"vblora {arguments.command}"
+            with _sigterm_as_ctrl_c():
+                code = arguments.run(arguments)
+        _flush()
     except CommandError as error:
         print(f"{name}: {'' if error.code == 130 else 'error: '}{error}", file=sys.stderr)
         return error.code
+    except BrokenPipeError:  # such as of `| head`
+        _forget_output()
+        return 141
     except Exception as error:
         if not is_failed_file(error):
             raise
         print(f"{name}: error: {CommandError(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
+        print(f"{name}: interrupted; no file was written.", file=sys.stderr)
         return 130
     return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.commands[arguments.command].refuse(unknown)
+    return arguments
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Within it, SIGTERM, which `kill` and schedulers send, removes what is half written, too."""
+    here = threading.current_thread() is threading.main_thread()  # where alone Python allows it
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _flush() -> None:
+    """Writes what is left of the standard output while an error of that can still be told."""
+    try:
+        if sys.stdout is not None:  # it is None if the shell closed it
+            sys.stdout.flush()
+    except OSError:
+        _forget_output()
+        raise
+
+
+def _forget_output() -> None:
+    """Keeps Python from writing the rest of the standard output, which would fail again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -1,6 +1,7 @@
 """``vblora convert``: from one file format of adapters to another."""
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..checkpoint.folder import CONFIG_FILE, TENSORS_FILE, encode, write
-    from ..files import sha256, write_file
     from ..finetune.adapters import read_report
     from ..finetune.task import RESULTS_FILE
 
@@ -80,11 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
                 base_model=adapter.base_model,
                 about=adapter.about,
             )
-            write(files)
             if report:  # the labels, the chat template and more, without which the adapter may be used in another way
-                report["adapter_sha256"] = sha256(arguments.dst / TENSORS_FILE)
-                write_file(arguments.dst / RESULTS_FILE, json.dumps(report, indent=2).encode() + b"\n")
-            else:
+                report["adapter_sha256"] = hashlib.sha256(files[arguments.dst / TENSORS_FILE]).hexdigest()
+                files[arguments.dst / RESULTS_FILE] = json.dumps(report, indent=2).encode() + b"\n"
+            write(files)
+            if not report:
                 (arguments.dst / RESULTS_FILE).unlink(missing_ok=True)  # is about the adapter that this one replaces
     except ValueError as error:
         message = in_options(error, "bank_dtype", "form")

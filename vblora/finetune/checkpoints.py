@@ -33,13 +33,19 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     }
     arguments.processes = processes()
     if not arguments.resume:
-        for folder in incomplete(arguments.output):
+        for folder in filter(_has_files, incomplete(arguments.output)):
             raise CommandError(
                 f"--output: {folder} is another program's checkpoint, or an incomplete one. Remove it, or give another folder."
             )
         return None
     found = last_checkpoint(arguments.output)
     if found is None:
+        broken = next(incomplete(arguments.output), None)
+        if broken is not None:
+            raise CommandError(
+                f"--resume: {broken} is incomplete, and there is no other checkpoint in {arguments.output}. Remove it, and give "
+                "--overwrite in place of --resume to start a new run."
+            )
         raise CommandError(
             f"--resume: there is no checkpoint in {arguments.output}. Leave out --resume to start a new run."
         )
@@ -105,5 +111,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def incomplete(output: Path) -> Iterator[Path]:
-    """Checkpoints without the file that is written last."""
+    """Checkpoints without the file that is written last, such as of a run that was killed meanwhile."""
     return (folder for folder in output.glob("checkpoint-*") if not (folder / RESULTS_FILE).is_file())
+
+
+def _has_files(folder: Path) -> bool:
+    return not folder.is_dir() or any(folder.iterdir())

@@ -130,12 +130,12 @@ def fit(
     progress = show_progress(trainer)
     trainer.add_callback(stop)
     trainer.add_callback(_Best(arguments.patience))
-    if checkpoint is None and is_main_process():  # --overwrite: the Trainer would take old checkpoints for its own
-        for folder in output.glob("checkpoint-*"):
+    if is_main_process():  # --overwrite: the Trainer would take old checkpoints for its own
+        for folder in output.glob("checkpoint-*") if checkpoint is None else incomplete(output):
             shutil.rmtree(folder)
     interrupted = False
     try:
-        with stop.on_signals():
+        with stop.on_signals(), _without_incomplete(output):
             trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         if not trainer.state.global_step:
@@ -146,8 +146,6 @@ def fit(
     except Exception as error:
         if not is_failed_file(error):
             raise
-        for folder in incomplete(output):
-            shutil.rmtree(folder, ignore_errors=True)
         raise CommandError(f"--output: a checkpoint cannot be written: {error}.", 1) from None
     check_finite(trainer)
     if checkpoint is not None and not progress.steps and not interrupted:
@@ -157,9 +155,10 @@ def fit(
     done = trainer.state.global_step
     if is_main_process():
         try:
-            (output / RESULTS_FILE).unlink(missing_ok=True)  # its labels are of the adapter that this one replaces
-            vblora.save(trainer.model, output)
-            save_results(arguments, task, steps=done)
+            with stop.on_signals():
+                (output / RESULTS_FILE).unlink(missing_ok=True)  # its labels are of the adapter that this one replaces
+                vblora.save(trainer.model, output)
+                save_results(arguments, task, steps=done)
         except OSError as error:
             raise CommandError(f"--output: the adapter cannot be written: {error}.", 1) from None
     trainer.accelerator.wait_for_everyone()
@@ -176,6 +175,18 @@ def fit(
             130,
         )
     return progress.seconds / progress.steps if progress.steps else None
+
+
+@contextmanager
+def _without_incomplete(output: Path) -> Iterator[None]:
+    """Removes a checkpoint that is half written if the block raises."""
+    try:
+        yield
+    except BaseException:
+        if is_main_process():
+            for folder in incomplete(output):
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def print_next(arguments: argparse.Namespace, command: str, what: str) -> None:
@@ -335,7 +346,7 @@ class _Stop(TrainerCallback):  # type: ignore[misc]
         def ask(number: int, frame: object) -> None:
             self.asked = True
             signal.signal(number, before[signal.Signals(number)])
-            print_warning("stopping after this step. Press Ctrl-C again to stop at once.")
+            print_warning("stopping once this step is saved. Press Ctrl-C again to stop at once.")
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

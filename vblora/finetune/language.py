@@ -6,11 +6,14 @@ import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
@@ -19,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 import vblora
 
+from .. import distributed
 from ..errors import CommandError
 from ..integrations.transformers import trainer_arguments
 from ..model.lookup import attached_adapter
@@ -152,11 +156,26 @@ class TokenLoss(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._sums = None
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with _without_router_loss(self):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._sums is not None:
             likelihood, count = self._sums.tolist()
             output.metrics[f"{metric_key_prefix}_loss"] = likelihood / max(count, 1)
         return output
+
+
+@contextmanager
+def _without_router_loss(trainer: TokenLoss) -> Iterator[None]:
+    """Within it, a mixture of experts has the loss of its tokens alone, without that which balances its experts in training."""
+    places = [(trainer, "aux_loss_enabled"), (trainer.model.config.get_text_config(), "output_router_logits")]
+    before = [(place, name, getattr(place, name)) for place, name in places if hasattr(place, name)]
+    for place, name, _ in before:
+        setattr(place, name, False)
+    try:
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
 
 
 def rows_of(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -309,7 +328,7 @@ def _as_text(example: Example) -> str:
 
 
 class _Generator:
-    """Completes the same prompts before and after."""
+    """Completes the same prompts before and after. Several processes share the work."""
 
     def __init__(
         self, arguments: argparse.Namespace, encoder: Encoder, examples: list[tuple[Example, list[str]]], room: int
@@ -320,17 +339,17 @@ class _Generator:
         self.prompts = [encoder.prompt(example.prompt or "", example.tools)[-room:] for example, _ in examples]
 
     def __call__(self, model: PreTrainedModel, title: str) -> list[str]:
-        if not is_main_process():
-            return []
-        return complete(
+        written = complete(
             model,
             self.tokenizer,
-            self.prompts,
+            self.prompts[distributed.rank() :: distributed.processes()],
             max_new_tokens=self.arguments.max_new_tokens,
             batch_size=self.arguments.batch_size,
             ends=self.ends,
-            title=title,
+            title=title if is_main_process() else None,
         )
+        shares: list[list[str]] = gather_object([written])
+        return [text for turn in zip_longest(*shares) for text in turn if text is not None]
 
 
 def refuse_head(model: PreTrainedModel) -> None:

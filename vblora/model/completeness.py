@@ -89,11 +89,17 @@ def check_completeness(whole: nn.Module, record: "AdaptedModel", attached: "Atta
 
 
 def warn_of_thawed(record: "AdaptedModel") -> None:
-    """Warns once, in a training forward, if parameters of the base model require gradients again, which inject has frozen."""
-    if record.checked_for_thawed:
+    """Warns once, in a training forward, if parameters of the base model require gradients again, which inject has frozen.
+
+    It looks at all of them, so only in forwards 1, 2, 4, 8 and so on: you may also thaw some in the middle of training.
+    """
+    if record.warned_of_thawed:
         return
-    record.checked_for_thawed = True
+    record.training_forwards += 1
+    if record.training_forwards & (record.training_forwards - 1):
+        return
     if thawed := _trained_besides(record.model, record):
+        record.warned_of_thawed = True
         warnings.warn(
             f"{listed(thawed)} of the base model require gradients, such as after model.requires_grad_(True). vblora.inject has "
             "frozen them, because no adapter file holds them. Freeze them again, or name their modules in `modules_to_save`.",

@@ -53,7 +53,8 @@ class AdaptedModel:
         name, self.host = _host_of(model)  # the module whose child the adapters are
         self.adapters_name = f"{name}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
         self.undo: list[Callable[[], None]] = []  # what else is undone as the adapters are taken out
-        self.checked_for_thawed = False  # whether a training forward has looked at the base model's parameters
+        self.training_forwards = 0  # until `warned_of_thawed`
+        self.warned_of_thawed = False  # that parameters of the base model train
         self.unwrapped = False  # whether the base layers are in place, to write a plain model
         self._active: tuple[AttachedAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
