@@ -28,8 +28,9 @@ int64_t element_size(ScalarType type) {
       aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(torch::stable::detail::from(type))));
 }
 
-// Before 2.13, torch only reports that an allocation failed. Tools such as accelerate's find_executable_batch_size look
-// for the wording of torch's own out-of-memory errors, so we raise it ourselves.
+// Before 2.13, torch only reports that an allocation failed, and prints why: on a GPU, perhaps because a kernel failed
+// earlier. Tools such as accelerate's find_executable_batch_size look for the wording of torch's own out-of-memory
+// errors, so we raise it ourselves.
 Tensor allocated(const Tensor& like, double bytes, const std::function<Tensor()>& allocation) {
   try {
     return allocation();
@@ -40,7 +41,8 @@ Tensor allocated(const Tensor& like, double bytes, const std::function<Tensor()>
       throw std::runtime_error("vblora: DefaultCPUAllocator: can't allocate memory: you tried to allocate " + asked +
                                " MiB.");
     throw std::runtime_error("vblora: CUDA out of memory. Tried to allocate " + asked +
-                             " MiB on cuda:" + std::to_string(like.get_device_index()) + ".");
+                             " MiB on cuda:" + std::to_string(like.get_device_index()) +
+                             ". If torch printed another error above, that one is the cause.");
   }
 }
 
@@ -127,7 +129,11 @@ std::vector<Tensor> in_parts(const Tensor& whole, const std::vector<int64_t>& si
   char* data = static_cast<char*>(whole.mutable_data_ptr());
   for (const int64_t rows : sizes) {
     const int64_t elements = rows * whole.size(1);
-    const int64_t shape[] = {ranks, elements / ranks}, strides[] = {std::max<int64_t>(elements / ranks, 1), 1};
+    if (elements == 0) {  // without an address: that after the last part may not be the device's, which torch refuses
+      parts.push_back(make_empty(whole, {ranks, 0}, whole.scalar_type()));
+      continue;
+    }
+    const int64_t shape[] = {ranks, elements / ranks}, strides[] = {elements / ranks, 1};
     parts.push_back(torch::stable::from_blob(data, {shape, 2}, {strides, 2}, whole.device(), whole.scalar_type(),
                                              [whole](void*) {}));
     data += elements * static_cast<int64_t>(whole.element_size());

@@ -40,7 +40,7 @@ def _backends() -> dict[str, Backend]:
         name = f"cuda-emulated-{order}"
         backends[name] = Backend(name, build.Operators(order), torch.device("cpu"))
     if "cuda" in DEVICES:
-        backends["cuda"] = Backend("cuda", torch.ops.vblora, torch.device("cuda"))
+        backends["cuda"] = Backend("cuda", torch.ops.vblora, torch.device("cuda:0"))  # as messages name it
     return backends
 
 

@@ -30,8 +30,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 4;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// What you can do about an error that comes from how vblora was built; empty for all others. `driver` and `toolkit`:
-// CUDA versions as NVIDIA writes them, 12080 for 12.8.
+// What you can do about an error that comes from how vblora was built, or from a kernel that ran before; empty for all
+// others. `driver` and `toolkit`: CUDA versions as NVIDIA writes them, 12080 for 12.8.
 inline std::string remedy(cudaError_t error, int driver, int toolkit) {
   const auto version = [](int number) {
     return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
@@ -44,6 +44,10 @@ inline std::string remedy(cudaError_t error, int driver, int toolkit) {
     return ". vblora was not built for this GPU: vblora.build_info()['cuda_architectures'] lists what it was built "
            "for. "
            "Set TORCH_CUDA_ARCH_LIST to the GPU's compute capability, for example 9.0, and build vblora again";
+  if (error == cudaErrorAssert || error == cudaErrorIllegalAddress || error == cudaErrorMisalignedAddress ||
+      error == cudaErrorLaunchFailure)
+    return ". A kernel launched earlier is at fault, often one of torch, such as for a label or token out of range. "
+           "Run again with CUDA_LAUNCH_BLOCKING=1 to see which";
   return "";
 }
 

@@ -142,7 +142,8 @@ def test_pytest_output(tmp_path):
         "def test_bad(): assert 1 == 2\n"
         "@pytest.mark.skip(reason='no')\ndef test_not(): pass\n"
     )
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "tests/test_some.py"]
+    (tests / "test_unlike.py").write_text("import a_package_that_is_missing\n")
+    command = [sys.executable, "-m", "pytest", *suite.OPTIONS, "tests"]
     for more in ([], ["-n", "2"]):
         printed = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True).stdout
         found = {word: suite.tests_that(word, printed) for word in ("PASSED", "FAILED", "SKIPPED")}
@@ -150,6 +151,7 @@ def test_pytest_output(tmp_path):
         assert found["FAILED"] == ["tests/test_some.py::test_bad"]
         assert found["SKIPPED"] == ["tests/test_some.py::test_not"]
         assert suite.why("tests/test_some.py::test_bad", printed) == "assert 1 == 2"
+        assert suite.not_imported(printed) == ["tests/test_unlike.py"]
 
 
 def program(path: Path, script: str) -> None:

@@ -112,10 +112,11 @@ def test_a_training_step_launches_the_same_few_kernels_for_any_number_of_layers(
         ),
         (222, ["The NVIDIA driver supports CUDA 12.8, but vblora was built with CUDA 13.", "Update the driver"]),
         (209, ["vblora was not built for this GPU", "Set TORCH_CUDA_ARCH_LIST"]),
+        (710, ["A kernel launched earlier is at fault", "CUDA_LAUNCH_BLOCKING=1"]),  # a device-side assertion
         (9, []),  # an invalid configuration has another cause
     ],
 )
-def test_a_launch_that_the_build_cannot_serve_says_what_to_do(error, said):
+def test_a_launch_that_fails_says_what_to_do(error, said):
     build.load_operators()
     build.fail_next_launch(error, driver=12080)
     with pytest.raises(RuntimeError, match=r"vblora: CUDA could not launch .*admixture_kernel") as refusal:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import vblora
 from tests.small_models import Made, relative_error
+from vblora import streams
 from vblora.adapters import Factors
 from vblora.layers import fused
 
@@ -214,6 +215,14 @@ def test_autocast_casts_an_input_once_for_all_its_layers():
     del x, outputs, changed
     saved.clear()
     assert fused._last.entry is None
+
+
+def test_a_cast_of_one_stream_is_not_read_on_another(monkeypatch):
+    order = iter(["a stream", "a stream", "another"])
+    monkeypatch.setattr(streams, "current", lambda _device: next(order))
+    x = 1 * torch.randn(4, IN, requires_grad=True)
+    copies = [fused._cast(x, torch.bfloat16) for _ in range(3)]
+    assert copies[0] is copies[1] is not copies[2]
 
 
 @pytest.mark.parametrize("refill", ["numpy", "data"])

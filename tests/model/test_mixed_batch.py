@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import vblora
 from tests.small_models import Net, bert, gpt2, llama, relative_error
+from vblora.layers.adapted import AdaptedLayer
+from vblora.layers.rows import new_key
 
 METHODS = {
     "vblora": vblora.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, init_vector_bank_bound=0.5, pad=True),
@@ -446,3 +448,8 @@ def test_a_cuda_graph_does_not_capture_the_adapters_of_one_batch(monkeypatch: py
         model(ids, adapter_names=["lora", None])
     # Inductor leaves the operator out of its CUDA graphs.
     assert torch.Tag.cudagraph_unsafe in torch.ops.vblora.add_row_updates.default.tags
+
+
+def test_the_key_of_a_layer_is_not_on_a_gpu() -> None:
+    with torch.device("meta"):  # the default device; a GPU would be waited for in each call of each layer
+        assert new_key(AdaptedLayer(nn.Linear(4, 4, device="cpu"))).device.type == "cpu"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import streams
 from ..adapters.base import Factors
 from . import updates
 
@@ -189,16 +190,17 @@ def _kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 class _Last(threading.local):
-    """The last tensor that this thread cast, its version, and the copy, which is dropped with the tensor."""
+    """The last tensor that this thread cast, its version, the stream, and the copy, which is dropped with the tensor."""
 
-    entry: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+    entry: tuple[weakref.ref[Tensor], int, torch.cuda.Stream | None, Tensor] | None = None
 
 
 _last = _Last()
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``. Layers that get the same tensor, such as query, key and value, share the copy.
+    """``x.to(dtype)``. Layers that get the same tensor, such as query, key and value, share the copy, on one CUDA stream: another
+    one would not wait for it.
 
     Only of what autograd has computed: you can refill a tensor of your own without a trace, through ``.data`` or NumPy's array.
     """
@@ -206,12 +208,13 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x
     if x.is_leaf:
         return x.to(dtype)
+    stream = streams.current(x.device)
     if _last.entry is not None:
-        of, version, copy = _last.entry
-        if of() is x and version == x._version and copy.dtype == dtype:
+        of, version, cast_on, copy = _last.entry
+        if of() is x and version == x._version and cast_on == stream and copy.dtype == dtype:
             return copy
     copy = x.to(dtype)
-    _last.entry = weakref.ref(x, _forget), x._version, copy
+    _last.entry = weakref.ref(x, _forget), x._version, stream, copy
     return copy
 
 

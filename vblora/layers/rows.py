@@ -167,7 +167,7 @@ def new_key(layer: AdaptedLayer) -> Tensor:
     """A key by which graphs refer to a layer: a tensor, because an integer would recompile the graph for each layer."""
     key = next(_keys)
     _layers[key] = layer
-    return torch.tensor(key)
+    return torch.tensor(key, device="cpu")  # whatever the default device: each call reads it
 
 
 # A CUDA graph would replay the adapters of the batch that it was captured with.
