@@ -340,7 +340,7 @@ def test_positions_of_transformers_that_count_otherwise_are_refused():
 
 
 def test_widths_that_the_vector_length_does_not_divide_are_named():
-    with pytest.raises(ValueError, match=r"`vector_length` is 4.*layers\.0 \(15 -> 8\)"):
+    with pytest.raises(ValueError, match=r"`vector_length` is 4.*`layers\.0` \(15 -> 8\)"):
         vblora.inject(Holder(nn.Conv1d(5, 8, 3)), vblora.VBLoRAConfig(target_modules=["layers.0"], **SIZES))
 
 
