@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 import vblora
 from tests.checkpointing import checkpointing
@@ -310,3 +311,35 @@ def test_the_usual_options(options, tmp_path):
     falling = losses(trainer)
     assert sum(falling[-4:]) < 0.8 * sum(falling[:4])
     assert all(parameter.grad is None for parameter in trainer.model.parameters() if not parameter.requires_grad)
+
+
+class Handmade(PreTrainedModel):
+    config_class = PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = vblora.VBLinear(16, 16, num_vectors=32, vector_length=4, num_candidates=8, seed=1)
+        self.post_init()
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, (vblora.VectorBank, vblora.adapters.VBLoRAAdapter)):
+            module.reset_parameters()
+
+
+def test_a_model_with_a_vblinear_takes_checkpoints_with_and_without_the_adapter(tmp_path):
+    model = Handmade(PretrainedConfig())
+    torch.nn.init.normal_(model.layer.adapter.logits)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 16)
+    assert torch.equal(Handmade.from_pretrained(tmp_path)(x), model(x))
+    base = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if "base_layer" in name}
+    save_file(base, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = Handmade.from_pretrained(tmp_path)
+    drawn = loaded.layer.adapter.initial()
+    assert torch.equal(loaded.layer.adapter.logits, drawn.logits)
+    assert torch.equal(loaded.layer.adapter.candidates, drawn.candidates)
+    assert 0 < loaded.layer.adapter.bank.vectors.abs().max() <= 0.02

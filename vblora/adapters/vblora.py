@@ -300,7 +300,9 @@ class VBLoRAAdapter(Adapter):
             warnings.warn(
                 f"something has written other values into the adapter's `{what} other bank vectors "
                 "than in training. Perhaps it is an average of models that takes integers, too, such as timm's ModelEmaV2: "
-                "average only floating-point tensors, as torch.optim.swa_utils.AveragedModel does.",
+                "average only floating-point tensors, as torch.optim.swa_utils.AveragedModel does. Or a PreTrainedModel was "
+                "loaded from a checkpoint without the adapter: have its `_init_weights` call `reset_parameters` of the bank and "
+                "the adapter.",
                 VBLoRAWarning,
                 stacklevel=2,
             )

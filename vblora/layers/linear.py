@@ -26,6 +26,9 @@ class VBLinear(AdaptedLayer):
     layers the same ``bank``; like any tied parameter, it trains once and appears under each layer. To adapt a whole model, use
     :func:`vblora.inject`, which composes the factors of all layers at once.
 
+    In a ``PreTrainedModel`` of your own, have ``_init_weights(module)`` call ``module.reset_parameters()`` for a ``VectorBank``
+    or an ``adapter``. Otherwise ``from_pretrained`` leaves them unset if the checkpoint has no adapter.
+
     Args:
         in_features, out_features, bias: of a new ``nn.Linear``. Do not combine them with ``base_layer``.
         base_layer: the ``nn.Linear`` or ``Conv1D`` to adapt.
