@@ -1,4 +1,4 @@
-"""What runs of every kind of model share: the adapter, how it is optimized, and batches of like length."""
+"""What runs of every kind of model share: the adapter, its optimization, what it takes to store, and batches of like length."""
 
 import math
 import random
@@ -63,13 +63,12 @@ class Optimization:
 def as_stored(model: nn.Module, recipe: Recipe, head: int = 0) -> dict[str, int]:
     """What a user stores, without the ``head``'s parameters. A bank that a file holds rounded is rounded in the model, too."""
     dtype = recipe.bank_dtype and getattr(torch, recipe.bank_dtype)
-    tensors = contents_of(attached_adapter(model)).encode("deploy", dtype, None)
     if dtype:
         round_bank(attached_adapter(model).adapter.bank, dtype)
     count = vblora.count_parameters(model)
     return {
         "stored": count.stored - recipe.shared - head,
-        "bytes": bytes_of(tensors, recipe.frozen_bank),
+        "bytes": deployed_bytes(model, dtype, recipe.frozen_bank),
         "trainable": count.trainable - head,
     }
 
@@ -79,8 +78,9 @@ def round_bank(bank: VectorBank, dtype: torch.dtype) -> None:
     bank.vectors.data = decode_vectors(encode_vectors(bank.vectors.data, dtype)).float()
 
 
-def bytes_of(tensors: dict[str, Tensor], frozen_bank: bool) -> int:
-    """The bytes of a file's tensors. A frozen bank is not the user's own."""
+def deployed_bytes(model: nn.Module, bank_dtype: torch.dtype | None, frozen_bank: bool) -> int:
+    """What a user stores besides the head: the tensors of a deploy form. A frozen bank is not the user's own."""
+    tensors = contents_of(attached_adapter(model)).encode("deploy", bank_dtype, None)
     return sum(tensor.nbytes for name, tensor in tensors.items() if not (frozen_bank and name.startswith("bank.")))
 
 

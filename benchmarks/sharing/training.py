@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from vblora.bank import VectorBank
-from vblora.checkpoint.save_load import contents_of
 from vblora.model.learning_rates import WARM_UP
-from vblora.model.lookup import attached_adapter
 
-from ..quality.adapting import Optimization, bytes_of, mean_losses, round_bank
+from ..quality.adapting import Optimization, deployed_bytes, mean_losses, round_bank
 from ..quality.tasks import Task
 from ..quality.training import Settings, _Batches, _loss, _predict
 from .adapter import adapt
@@ -64,9 +62,7 @@ def train_bank(tasks: list[Task], variant: Variant, seed: int, settings: Setting
 
 
 def user_bytes(model: nn.Module, variant: Variant) -> int:
-    """What a user stores besides the head and, unless it is their own, the bank: the tensors of a deploy form."""
-    tensors = contents_of(attached_adapter(model)).encode("deploy", torch.int8 if variant.int8 else None, None)
-    return bytes_of(tensors, variant.bank != "own")
+    return deployed_bytes(model, torch.int8 if variant.int8 else None, variant.bank != "own")
 
 
 def _begin(seed: int, settings: Settings) -> Any:
